@@ -1,0 +1,62 @@
+"""Per-layer RoPE position interpolation for GGUF models: curves, metadata and the command line.
+
+Names are loaded on first use, so that ``import lrope_gguf`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lrope_gguf.curve import Curve, CurveFile
+    from lrope_gguf.errors import LropeError
+    from lrope_gguf.metadata import ModelInfo, WriteResult, read_factors, read_model, remove_factors, write_factors
+
+    __version__: str
+
+__all__ = [
+    "Curve",
+    "CurveFile",
+    "LropeError",
+    "ModelInfo",
+    "WriteResult",
+    "__version__",
+    "read_factors",
+    "read_model",
+    "remove_factors",
+    "write_factors",
+]
+
+_MODULES = {
+    "Curve": "curve",
+    "CurveFile": "curve",
+    "LropeError": "errors",
+    "ModelInfo": "metadata",
+    "WriteResult": "metadata",
+    "read_factors": "metadata",
+    "read_model": "metadata",
+    "remove_factors": "metadata",
+    "write_factors": "metadata",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value: Any = version("lrope-gguf")
+        except PackageNotFoundError:
+            value = "0+unknown"
+    elif name in _MODULES:
+        from importlib import import_module
+
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

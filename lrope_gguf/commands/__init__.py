@@ -1,0 +1,1 @@
+"""The subcommands of `lrope-gguf` that need no llama.cpp."""

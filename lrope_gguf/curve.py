@@ -1,0 +1,336 @@
+"""Layer factors as a Bézier curve over the layers, and the file that holds one.
+
+Layer `l` of `L` stands at `x = l / (L - 1)`; its factor is the curve's `y` there. With `x_0 = 0`, `x_n = 1` and `x`
+non-decreasing, `dx/dt = n * sum (x_{i+1} - x_i) B_{i,n-1}(t)` is positive inside (0, 1), so that each x has one t.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrope_gguf.errors import LropeError
+from lrope_gguf.files import atomic_write_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Point = tuple[float, float]
+
+FORMAT = "lrope-curve"
+VERSION = 1
+DEFAULT_BOUNDS = (0.5, 4.0)
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+MAX_POINTS = 64
+AGREEMENT = 1e-5
+"""How far `layer_factors` may lie from the curve of `control_points` in the same file."""
+
+
+def _number(value: Any, what: str) -> float:
+    """`value` as a finite float; true and false are no numbers."""
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise LropeError(f"{what} is {value!r}, not a number") from None
+    except OverflowError:
+        number = math.inf
+    if math.isnan(number):
+        raise LropeError(f"{what} is NaN; give a number")
+    if math.isinf(number):
+        raise LropeError(f"{what} is infinite; give a finite number")
+    return number
+
+
+def positive(value: Any, what: str) -> float:
+    """`value` as a finite float above 0.
+
+    Raises:
+        LropeError: with a message of its own for not a number, NaN, infinite, zero and negative.
+    """
+    number = _number(value, what)
+    if number == 0:
+        raise LropeError(f"{what} is zero; a factor is above 0, and 1 changes nothing")
+    if number < 0:
+        raise LropeError(f"{what} is negative ({number:g}); a factor is above 0, and 1 changes nothing")
+    return number
+
+
+def _sequence(value: Any, what: str) -> list[Any]:
+    if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
+        raise LropeError(f"{what} is {type(value).__name__}, not a list")
+    return list(value)
+
+
+def _bounds(value: Any) -> tuple[float, float]:
+    bounds = _sequence(value, "bounds")
+    if len(bounds) != 2:
+        raise LropeError(f"bounds has {len(bounds)} values; give [lowest, highest]")
+    low, high = (positive(bound, f"bounds[{i}]") for i, bound in enumerate(bounds))
+    if low > high:
+        raise LropeError(f"bounds are reversed ({low:g} above {high:g}); give [lowest, highest]")
+    return low, high
+
+
+def _control_points(value: Any, bounds: tuple[float, float]) -> tuple[Point, ...]:
+    points: list[Point] = []
+    for i, pair in enumerate(_sequence(value, "control_points")):
+        xy = _sequence(pair, f"control_points[{i}]")
+        if len(xy) != 2:
+            raise LropeError(f"control_points[{i}] has {len(xy)} values; give [x, y]")
+        points.append((_number(xy[0], f"x of control_points[{i}]"), positive(xy[1], f"y of control_points[{i}]")))
+    if not 2 <= len(points) <= MAX_POINTS:
+        raise LropeError(f"control_points has {len(points)} points; give 2 to {MAX_POINTS}")
+    if points[0][0] != 0:
+        raise LropeError(f"control_points begins at x = {points[0][0]!r}; the first x must be 0 (the first layer)")
+    if points[-1][0] != 1:
+        raise LropeError(f"control_points ends at x = {points[-1][0]!r}; the last x must be 1 (the last layer)")
+    for i in range(1, len(points)):
+        if points[i][0] < points[i - 1][0]:
+            raise LropeError(
+                f"control_points[{i}] goes back from x = {points[i - 1][0]:g} to {points[i][0]:g}; x must not decrease"
+            )
+    for i, (_, y) in enumerate(points):
+        if not bounds[0] <= y <= bounds[1]:
+            raise LropeError(
+                f"y of control_points[{i}] is {y:g}, outside the bounds {bounds[0]:g} to {bounds[1]:g}; "
+                "change it or the bounds"
+            )
+    return tuple(points)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A Bézier curve of degree `len(control_points) - 1` that gives each layer its factor.
+
+    Args:
+        control_points: `(x, y)` pairs, x from 0 to 1 and non-decreasing, y within `bounds`.
+        bounds: lowest and highest y. A Bézier curve lies in its control points' hull, so the factors keep them too.
+
+    Raises:
+        LropeError: where a point breaks these rules.
+    """
+
+    control_points: tuple[Point, ...]
+    bounds: tuple[float, float] = DEFAULT_BOUNDS
+
+    def __post_init__(self) -> None:
+        """Check and normalise the fields."""
+        object.__setattr__(self, "bounds", _bounds(self.bounds))
+        object.__setattr__(self, "control_points", _control_points(self.control_points, self.bounds))
+
+    def factors(self, n_layer: int) -> NDArray[np.float64]:
+        """The factors of layers 0 to `n_layer - 1`, float64, shape `(n_layer,)`; one layer stands at x = 0."""
+        import numpy as np
+        from scipy.interpolate import BPoly
+        from scipy.optimize.elementwise import find_root
+
+        if n_layer < 1:
+            raise LropeError(f"a curve needs at least one layer, not {n_layer}")
+        curve = BPoly(np.array(self.control_points)[:, None, :], [0.0, 1.0])
+        y = np.array([y for _, y in self.control_points])
+        factors = np.full(n_layer, y[0])
+        factors[1:] = y[-1]
+        if n_layer > 2 and y.min() < y.max():
+            x = np.arange(1, n_layer - 1) / (n_layer - 1)
+
+            def distance(t: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
+                return np.asarray(curve(t)[..., 0] - x)
+
+            root = find_root(distance, (np.zeros_like(x), np.ones_like(x)), args=(x,))
+            # The hull bounds the exact curve; rounding must not step out of it.
+            factors[1:-1] = np.clip(curve(root.x)[..., 1], y.min(), y.max())
+        return factors
+
+
+@dataclass(frozen=True)
+class CurveFile:
+    """The document of a curve file (`best.json`): a curve, or a list of factors, and where it comes from.
+
+    Attributes:
+        control_points: fit any number of layers; None where only `layer_factors` are given.
+        layer_factors: one factor a layer, for exactly that many layers.
+        bounds: bounds of the curve's y.
+        architecture: `general.architecture` of the model that it was made for.
+        block_count: that model's number of layers.
+        provenance: free JSON: task, scores, seed, versions, the model's fingerprint.
+        extra: keys that this version does not know, kept as they are.
+    """
+
+    control_points: tuple[Point, ...] | None = None
+    layer_factors: tuple[float, ...] | None = None
+    architecture: str | None = None
+    block_count: int | None = None
+    provenance: Any = None
+    bounds: tuple[float, float] = DEFAULT_BOUNDS
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check and normalise the fields."""
+        if self.control_points is None and self.layer_factors is None:
+            raise LropeError("it has neither control_points nor layer_factors; give one of them")
+        object.__setattr__(self, "bounds", _bounds(self.bounds))
+        if self.control_points is not None:
+            object.__setattr__(self, "control_points", _control_points(self.control_points, self.bounds))
+        if self.layer_factors is not None:
+            values = _sequence(self.layer_factors, "layer_factors")
+            if not values:
+                raise LropeError("layer_factors is empty; give one factor a layer")
+            factors = tuple(positive(value, f"layer_factors[{i}]") for i, value in enumerate(values))
+            object.__setattr__(self, "layer_factors", factors)
+        if self.architecture is not None and not isinstance(self.architecture, str):
+            raise LropeError(f"architecture is {self.architecture!r}, not a string")
+        if self.block_count is not None and (
+            isinstance(self.block_count, bool) or not isinstance(self.block_count, int) or self.block_count < 1
+        ):
+            raise LropeError(f"block_count is {self.block_count!r}; give a whole number above 0")
+
+    @property
+    def curve(self) -> Curve | None:
+        """The curve of `control_points`."""
+        return None if self.control_points is None else Curve(self.control_points, self.bounds)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CurveFile:
+        """Read a curve file.
+
+        Raises:
+            LropeError: where it is missing, unreadable, above 1 MiB, or not a valid document.
+        """
+        try:
+            if not Path(path).is_file():
+                raise LropeError(f"{path}: {'is not a regular file' if Path(path).exists() else 'no such file'}")
+            with Path(path).open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise LropeError(f"{path}: cannot be read ({error.strerror})") from error
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            if len(data) > MAX_BYTES:
+                text = " " * len(data)  # its size says more than where the cut fell
+            else:
+                raise LropeError(f"{path}: is not UTF-8 text (byte {error.start}); is it a curve file?") from None
+        return cls.loads(text, str(path))
+
+    @classmethod
+    def loads(cls, text: str, name: str, *, check_agreement: bool = True) -> CurveFile:
+        """Parse a curve document; `name` stands for it in messages.
+
+        `check_agreement=False` skips the comparison of `layer_factors` with `control_points`, which needs SciPy.
+
+        Raises:
+            LropeError: where it is not a valid document.
+        """
+        try:
+            document = _parse(text)
+            if not isinstance(document, dict):
+                raise LropeError("is not a JSON object; is it a curve file?")
+            if document.pop("format", None) != FORMAT:
+                raise LropeError(f'its "format" is not "{FORMAT}"; is it a curve file?')
+            version = document.pop("version", None)
+            if version != VERSION or isinstance(version, bool):
+                raise LropeError(f"its version is {version!r}, this program reads {VERSION}; upgrade lrope-gguf")
+            names = ("control_points", "layer_factors", "architecture", "block_count", "provenance", "bounds")
+            known = {name: document.pop(name) for name in names if name in document}
+            if known.get("bounds", ...) is None:
+                del known["bounds"]
+            result = cls(**known, extra=document)
+            if check_agreement:
+                result.check_agreement()
+        except LropeError as error:
+            raise LropeError(f"{name}: {error}") from None
+        return result
+
+    def check_agreement(self) -> None:
+        """Raise `LropeError` where `layer_factors` and the curve of `control_points` differ by more than 1e-5."""
+        curve = self.curve
+        if curve is None or self.layer_factors is None:
+            return
+        for layer, (given, made) in enumerate(
+            zip(self.layer_factors, curve.factors(len(self.layer_factors)), strict=True)
+        ):
+            if abs(given - made) > AGREEMENT:
+                raise LropeError(
+                    f"layer_factors[{layer}] is {given:g}, but control_points give {made:g}; remove one of the two"
+                )
+
+    def dumps(self, compact: bool = False) -> str:
+        """The document as JSON, on one line or indented (then with a newline at the end)."""
+        document: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+        if self.control_points is not None:
+            document["control_points"] = self.control_points
+            document["bounds"] = self.bounds
+        for name in ("layer_factors", "architecture", "block_count", "provenance"):
+            if getattr(self, name) is not None:
+                document[name] = getattr(self, name)
+        document.update(self.extra)
+        try:
+            if compact:
+                return json.dumps(document, allow_nan=False, separators=(",", ":"))
+            return json.dumps(document, allow_nan=False, indent=2) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise LropeError(f"the curve's document is not JSON ({error}); check its provenance") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the document to `path`, whole or not at all."""
+        atomic_write_text(path, self.dumps())
+
+    def factors_for(self, n_layer: int) -> tuple[float, ...]:
+        """The factors for a model of `n_layer` layers: the listed ones if they are that many, else the curve's.
+
+        Raises:
+            LropeError: where there is no curve and the list has another length.
+        """
+        if self.layer_factors is not None and len(self.layer_factors) == n_layer:
+            return self.layer_factors
+        curve = self.curve
+        if curve is None:
+            raise LropeError(
+                f"it has {len(self.layer_factors or ())} layer_factors, but the model has {n_layer} layers"
+            )
+        return tuple(curve.factors(n_layer).tolist())
+
+
+def _parse(text: str) -> Any:
+    """Strict JSON of bounded size and depth: no NaN, infinities, overflowing numbers or repeated keys."""
+    if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+        raise LropeError("is above 1 MiB; is it a curve file?")
+    depth = 0
+    # The closing quote is optional, so that an open string is passed over once and not tried from every quote in it.
+    for match in re.finditer(r'"(?:[^"\\]|\\.)*"?|[][{}]', text, re.DOTALL):
+        depth += (match[0] in "[{") - (match[0] in "]}")
+        if depth > MAX_DEPTH:
+            raise LropeError(f"is nested deeper than {MAX_DEPTH} levels; is it a curve file?")
+
+    def constant(word: str) -> Any:
+        raise LropeError(f"holds {word}; give finite numbers")
+
+    def number(digits: str) -> float:
+        if math.isinf(value := float(digits)):
+            raise LropeError(f"holds {digits[:40]}, too large for a number")
+        return value
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise LropeError(f"holds the key {key[:80]!r} twice; keep one of them")
+            result[key] = value
+        return result
+
+    try:
+        return json.loads(text, parse_constant=constant, parse_float=number, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise LropeError(f"is not JSON ({error.msg}, line {error.lineno} column {error.colno})") from None
+    except ValueError:  # the interpreter's limit on digits
+        raise LropeError("holds a number with thousands of digits; give shorter ones") from None

@@ -1,0 +1,81 @@
+"""Small GGUF files, written by the `gguf` package: an implementation independent of ours, and so our oracle."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFEndian, GGUFReader, GGUFWriter
+
+LAYERS = 4
+
+
+def write_model(
+    path: Path,
+    *,
+    architecture: str = "llama",
+    block_count: int | None = LAYERS,
+    big_endian: bool = False,
+    alignment: int | None = None,
+    tensors: int = 3,
+    seed: int = 0,
+    add: Callable[[GGUFWriter], None] | None = None,
+) -> Path:
+    """A model of random tensors with a small vocabulary; `add` may set more keys. Returns `path`."""
+    rng = np.random.default_rng(seed)
+    writer = GGUFWriter(path, architecture, endianess=GGUFEndian.BIG if big_endian else GGUFEndian.LITTLE)
+    writer.add_name("Tiny")
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
+    if block_count is not None:
+        writer.add_block_count(block_count)
+    writer.add_context_length(512)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_token_list([f"tok{i}" * (i % 5) for i in range(300)])
+    writer.add_token_scores([float(i) for i in range(300)])
+    if add is not None:
+        add(writer)
+    for i in range(tensors):
+        writer.add_tensor(f"blk.{i}.weight", rng.standard_normal((i + 1, 37), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def names(directory: Path) -> list[str]:
+    """What lies in a directory, hidden files included."""
+    return sorted(entry.name for entry in directory.iterdir())
+
+
+def read_keys(path: Path) -> dict[str, object]:
+    """All keys as the `gguf` package reads them."""
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+
+
+def read_tensors(path: Path) -> dict[str, bytes]:
+    """All tensors' bytes as the `gguf` package reads them."""
+    return {tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path).tensors}
+
+
+def string(data: bytes, order: str = "<") -> bytes:
+    """A GGUF string."""
+    return struct.pack(order + "Q", len(data)) + data
+
+
+def header(pairs: bytes, n_keys: int, *, n_tensors: int = 0, version: int = 3, order: str = "<") -> bytes:
+    """A file made by hand, for what the package refuses to write."""
+    return b"GGUF" + struct.pack(order + "IQQ", version, n_tensors, n_keys) + pairs
+
+
+def text_pair(key: str, value: str, order: str = "<") -> bytes:
+    """A key with a string."""
+    return string(key.encode(), order) + struct.pack(order + "I", 8) + string(value.encode(), order)
+
+
+def number_pair(key: str, value: int, order: str = "<") -> bytes:
+    """A key with a uint32."""
+    return string(key.encode(), order) + struct.pack(order + "II", 4, value)

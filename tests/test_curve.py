@@ -1,0 +1,290 @@
+"""Curves and curve files, against de Casteljau's algorithm and a JSON Schema validator."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.resources import files
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lrope_gguf.curve import Curve, CurveFile
+from lrope_gguf.errors import LropeError
+
+SCHEMA = json.loads((files("lrope_gguf") / "curve.schema.json").read_text())
+GOOD = {"format": "lrope-curve", "version": 1, "control_points": [[0, 1], [0.3, 2], [0.6, 0.8], [1, 1.5]]}
+LIST = {"format": "lrope-curve", "version": 1, "layer_factors": [1, 1.1, 0.9]}
+
+
+def de_casteljau(points: np.ndarray, t: float) -> np.ndarray:
+    while len(points) > 1:
+        points = (1 - t) * points[:-1] + t * points[1:]
+    return points[0]
+
+
+def reference(points: tuple[tuple[float, float], ...], n_layer: int) -> list[float]:
+    """The factors by bisection of x(t): slow, plain, and without SciPy."""
+    array = np.array(points)
+    factors = [points[0][1]]
+    for layer in range(1, n_layer - 1):  # at the ends the curve meets its end points, and x(t) may be too flat there
+        x, low, high = layer / (n_layer - 1), 0.0, 1.0
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = (middle, high) if de_casteljau(array, middle)[0] < x else (low, middle)
+        factors.append(float(de_casteljau(array, (low + high) / 2)[1]))
+    return factors if n_layer == 1 else [*factors, points[-1][1]]
+
+
+@st.composite
+def control_points(draw: st.DrawFn) -> tuple[tuple[float, float], ...]:
+    inner = sorted(draw(st.lists(st.floats(0, 1), max_size=5)))
+    ys = draw(st.lists(st.floats(0.5, 4), min_size=len(inner) + 2, max_size=len(inner) + 2))
+    return tuple(zip([0.0, *inner, 1.0], ys, strict=True))
+
+
+@settings(deadline=None, max_examples=60)
+@given(control_points(), st.integers(1, 40))
+def test_factors_equal_de_casteljau(points: tuple[tuple[float, float], ...], n_layer: int) -> None:
+    factors = Curve(points).factors(n_layer)
+    assert factors.shape == (n_layer,) and factors.dtype == np.float64
+    np.testing.assert_allclose(factors, reference(points, n_layer), rtol=0, atol=1e-11)
+    ys = [y for _, y in points]
+    assert min(ys) <= factors.min() and factors.max() <= max(ys)
+    assert factors[0] == ys[0]
+    if n_layer > 1:
+        assert factors[-1] == ys[-1]
+
+
+def test_golden_values() -> None:
+    # Equally spaced x make x(t) = t, so that y is the Bernstein polynomial itself.
+    line = Curve(((0, 1), (1, 2))).factors(5)
+    np.testing.assert_allclose(line, [1, 1.25, 1.5, 1.75, 2], rtol=1e-14)
+    bump = Curve(((0, 1), (0.5, 2), (1, 1))).factors(5)
+    np.testing.assert_allclose(bump, [1, 1.375, 1.5, 1.375, 1], rtol=1e-14)
+    # x(t) = t^3 and y(t) = 1 + t^3 (all weight on the last point) is y = 1 + x whatever the speed.
+    np.testing.assert_allclose(Curve(((0, 1), (0, 1), (0, 1), (1, 2))).factors(9), np.linspace(1, 2, 9), rtol=1e-13)
+    # x(t) = t^2 and y = 2t(1-t)*2 + (1-t)^2 + t^2 = 1 + 2t - 2t^2 with t = sqrt(x).
+    t = np.sqrt(np.linspace(0, 1, 7))
+    np.testing.assert_allclose(Curve(((0, 1), (0, 2), (1, 1))).factors(7), 1 + 2 * t - 2 * t * t, rtol=1e-13)
+
+
+def test_few_layers_and_flat_curves() -> None:
+    curve = Curve(((0, 1.5), (1, 3)))
+    assert curve.factors(1).tolist() == [1.5]
+    assert curve.factors(2).tolist() == [1.5, 3]
+    assert Curve(((0, 1.1), (0.5, 1.1), (1, 1.1))).factors(6).tolist() == [1.1] * 6
+    with pytest.raises(LropeError, match="at least one layer"):
+        curve.factors(0)
+
+
+BAD_POINTS = {
+    "x of control_points[1] is NaN": [[0, 1], [math.nan, 1], [1, 1]],
+    "y of control_points[0] is NaN": [[0, math.nan], [1, 1]],
+    "y of control_points[1] is infinite": [[0, 1], [1, math.inf]],
+    "x of control_points[1] is infinite": [[0, 1], [-math.inf, 1], [1, 1]],
+    "y of control_points[1] is zero": [[0, 1], [1, 0]],
+    "y of control_points[0] is negative": [[0, -1], [1, 1]],
+    "control_points[2] goes back from x = 0.7 to 0.6": [[0, 1], [0.7, 1], [0.6, 1], [1, 1]],
+    "control_points[1] goes back from x = 0 to -0.1": [[0, 1], [-0.1, 1], [1, 1]],
+    "the first x must be 0": [[0.1, 1], [1, 1]],
+    "the last x must be 1": [[0, 1], [0.9, 1]],
+    "control_points has 1 points": [[0, 1]],
+    "control_points has 0 points": [],
+    "control_points has 65 points": [[i / 64, 1] for i in range(65)],
+    "control_points[1] has 3 values": [[0, 1], [1, 1, 1]],
+    "control_points[1] is int, not a list": [[0, 1], 1],
+    "control_points is str, not a list": "0011",
+    "y of control_points[0] is True, not a number": [[0, True], [1, 1]],
+    "y of control_points[0] is '1', not a number": [[0, "1"], [1, 1]],
+    "y of control_points[1] is 5, outside the bounds 0.5 to 4": [[0, 1], [1, 5]],
+    "y of control_points[1] is 0.4, outside the bounds": [[0, 1], [1, 0.4]],
+}
+
+
+@pytest.mark.parametrize("message", BAD_POINTS)
+def test_bad_control_points(message: str) -> None:
+    with pytest.raises(LropeError) as caught:
+        Curve(BAD_POINTS[message])  # type: ignore[arg-type]
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bounds_are_part_of_the_curve() -> None:
+    assert Curve(((0, 1), (1, 8)), bounds=(0.1, 10)).factors(3)[-1] == 8
+    for bounds, message in [((2, 1), "reversed"), ((0, 1), "zero"), ((1, 2, 3), "3 values"), ((-1, 2), "negative")]:
+        with pytest.raises(LropeError, match=message):
+            Curve(((0, 1), (1, 1)), bounds)  # type: ignore[arg-type]
+
+
+BAD_DOCUMENTS = {
+    "is not JSON": "{",
+    "is not a JSON object": "[]",
+    'its "format" is not "lrope-curve"': '{"version": 1}',
+    "its version is 2": json.dumps(GOOD | {"version": 2}),
+    "its version is True": json.dumps(GOOD | {"version": True}),
+    "its version is None": '{"format": "lrope-curve"}',
+    "neither control_points nor layer_factors": '{"format": "lrope-curve", "version": 1}',
+    "holds NaN": '{"format": "lrope-curve", "version": 1, "layer_factors": [NaN]}',
+    "holds -Infinity": '{"format": "lrope-curve", "version": 1, "layer_factors": [-Infinity]}',
+    "holds 1e999": '{"format": "lrope-curve", "version": 1, "layer_factors": [1], "provenance": 1e999}',
+    "layer_factors[1] is zero": json.dumps(LIST | {"layer_factors": [1, 0]}),
+    "layer_factors[0] is negative": json.dumps(LIST | {"layer_factors": [-0.5]}),
+    "layer_factors[0] is infinite": json.dumps(LIST | {"layer_factors": [10**400]}),
+    "layer_factors is empty": json.dumps(LIST | {"layer_factors": []}),
+    "layer_factors is dict, not a list": json.dumps(LIST | {"layer_factors": {}}),
+    "layer_factors[0] is None, not a number": json.dumps(LIST | {"layer_factors": [None]}),
+    "thousands of digits": json.dumps(LIST).replace("0.9", "9" * 5000),
+    "holds the key 'version' twice": '{"format": "lrope-curve", "version": 1, "version": 1}',
+    "holds the key 'a' twice": '{"format": "lrope-curve", "version": 1, "provenance": {"a": 1, "a": 2}}',
+    "nested deeper than 32 levels": '{"provenance": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "is above 1 MiB": json.dumps(LIST | {"provenance": "x" * (1 << 20)}),
+    "architecture is 3, not a string": json.dumps(LIST | {"architecture": 3}),
+    "block_count is 0": json.dumps(LIST | {"block_count": 0}),
+    "block_count is True": json.dumps(LIST | {"block_count": True}),
+    "block_count is 3.0": json.dumps(LIST | {"block_count": 3.0}),
+    "layer_factors[1] is 1.1, but control_points give 2": json.dumps(
+        LIST | {"control_points": [[0, 1], [1, 3]], "layer_factors": [1, 1.1, 3]}
+    ),
+    "bounds are reversed": json.dumps(GOOD | {"bounds": [2, 1]}),
+}
+
+
+@pytest.mark.parametrize("message", BAD_DOCUMENTS)
+def test_bad_documents(message: str) -> None:
+    with pytest.raises(LropeError) as caught:
+        CurveFile.loads(BAD_DOCUMENTS[message], "best.json")
+    assert str(caught.value).startswith("best.json: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_open_strings_full_of_quotes_take_no_time() -> None:
+    with pytest.raises(LropeError, match="is not JSON"):
+        CurveFile.loads('"' + '\\"' * 400_000, "x")
+
+
+def test_brackets_in_strings_are_no_depth() -> None:
+    document = LIST | {"provenance": "[{" * 100 + '"]\\'}
+    assert CurveFile.loads(json.dumps(document), "x").provenance == document["provenance"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_loading_anything_raises_nothing_else(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "anything.json"
+    path.write_bytes(data)
+    with pytest.raises(LropeError):
+        CurveFile.load(path)
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    control_points(),
+    st.none() | st.text(),
+    st.none() | st.integers(1, 200),
+    json_values,
+    st.dictionaries(st.text().map(lambda key: "x-" + key), json_values, max_size=3),
+    st.booleans(),
+    st.booleans(),
+)
+def test_documents_round_trip_and_fit_the_schema(
+    points: tuple[tuple[float, float], ...],
+    architecture: str | None,
+    block_count: int | None,
+    provenance: object,
+    extra: dict[str, object],
+    with_factors: bool,
+    compact: bool,
+) -> None:
+    factors = tuple(Curve(points).factors(7).tolist()) if with_factors else None
+    document = CurveFile(points, factors, architecture, block_count, provenance, extra=extra)
+    text = document.dumps(compact)
+    assert CurveFile.loads(text, "x") == document
+    assert ("\n" in text) is not compact
+    jsonschema.validate(json.loads(text), SCHEMA)
+
+
+SCHEMA_SEES = [
+    GOOD | {"version": 2},
+    GOOD | {"format": "other"},
+    {"format": "lrope-curve", "version": 1},
+    LIST | {"layer_factors": []},
+    LIST | {"layer_factors": [1, 0]},
+    LIST | {"layer_factors": [1, -2]},
+    LIST | {"block_count": 0},
+    LIST | {"architecture": 3},
+    GOOD | {"control_points": [[0, 1]]},
+    GOOD | {"control_points": [[0, 1], [1, 0]]},
+    GOOD | {"control_points": [[0, 1], [1, 1, 1]]},
+    GOOD | {"control_points": [[0.1, 1], [1, 1]]},
+    GOOD | {"control_points": [[0, 1], [2, 1]]},
+    GOOD | {"bounds": [1]},
+]
+
+
+@pytest.mark.parametrize("document", SCHEMA_SEES, ids=str)
+def test_schema_and_loader_refuse_alike(document: dict[str, object]) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, SCHEMA)
+    with pytest.raises(LropeError):
+        CurveFile.loads(json.dumps(document), "x")
+
+
+@pytest.mark.parametrize("document", [GOOD, LIST, GOOD | {"bounds": [0.1, 9]}, LIST | {"new": [1]}], ids=str)
+def test_schema_and_loader_accept_alike(document: dict[str, object]) -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(document, SCHEMA)
+    loaded = CurveFile.loads(json.dumps(document), "x")
+    assert json.loads(loaded.dumps()) == {"bounds": [0.5, 4.0], **document} if "control_points" in document else True
+    assert loaded.extra == ({"new": [1]} if "new" in document else {})
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    path = tmp_path / "best.json"
+    document = CurveFile(layer_factors=(1, 1.25), provenance={"task": "kv"})
+    document.save(path)
+    assert CurveFile.load(path) == document
+    for name, content, message in [
+        ("missing.json", None, "no such file"),
+        ("latin1.json", "Bézier".encode("latin1"), "is not UTF-8 text"),
+        ("big.json", b"[" + b" " * (1 << 20) + b"]", "is above 1 MiB"),
+        ("big.bin", b"\xff" * (2 << 20), "is above 1 MiB"),
+    ]:
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(LropeError, match=message):
+            CurveFile.load(tmp_path / name)
+    with pytest.raises(LropeError, match="is not a regular file"):
+        CurveFile.load(tmp_path)
+
+
+def test_provenance_must_be_json() -> None:
+    for value in (math.nan, object(), {1, 2}):
+        with pytest.raises(LropeError, match="is not JSON"):
+            CurveFile(layer_factors=(1.0,), provenance=value).dumps()
+
+
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_factors_for(n: int, other: int) -> None:
+    assume(n != other)
+    listed = CurveFile(layer_factors=tuple(1 + i / 100 for i in range(n)))
+    assert listed.factors_for(n) == listed.layer_factors
+    with pytest.raises(LropeError, match=f"{n} layer_factors, but the model has {other} layers"):
+        listed.factors_for(other)
+    curve = CurveFile(control_points=((0, 1), (1, 1)), layer_factors=(1.0,) * n)
+    assert curve.factors_for(other) == (1.0,) * other

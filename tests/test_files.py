@@ -1,0 +1,113 @@
+"""Atomic replacement of small files."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from gguf_fixtures import names
+
+from lrope_gguf.errors import LropeError
+from lrope_gguf.files import atomic_write_bytes, atomic_write_text, replacing, write_all
+
+
+def test_writes_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    atomic_write_text(path, "Bézier")
+    assert path.read_bytes() == "Bézier".encode()
+    atomic_write_bytes(path, b"\0\1")
+    assert path.read_bytes() == b"\0\1"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_mode_is_kept_and_new_files_follow_the_umask(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    before = os.umask(0o027)
+    try:
+        atomic_write_bytes(path, b"1")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+    path.chmod(0o751)
+    atomic_write_bytes(path, b"2")
+    assert path.stat().st_mode & 0o777 == 0o751
+
+
+def test_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    target = tmp_path / "real" / "a"
+    target.write_bytes(b"old")
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    atomic_write_bytes(link, b"new")
+    assert link.is_symlink() and target.read_bytes() == b"new"
+    assert names(target.parent) == ["a"]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_any_failure_leaves_the_old_file_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if call == "write":
+        monkeypatch.setattr("lrope_gguf.files.write_all", fail)
+    else:
+        monkeypatch.setattr(os, call, fail)
+    with pytest.raises(LropeError, match=r"No space left.*nothing was changed; free some space"):
+        atomic_write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_failure_after_the_rename_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def fail(directory: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("lrope_gguf.files.sync_directory", fail)
+    with pytest.raises(LropeError, match="the new content is in place but perhaps not yet on the disk"):
+        atomic_write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_interrupt_leaves_the_old_file_and_no_litter(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(error), replacing(path) as file:
+        write_all(file, b"half")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_short_writes_are_continued() -> None:
+    class Dribbling:
+        written = b""
+
+        def write(self, data: memoryview) -> int:
+            self.written += bytes(data[:3])
+            return min(3, len(data))
+
+    file = Dribbling()
+    write_all(file, b"0123456789")  # type: ignore[arg-type]
+    assert file.written == b"0123456789"
+
+
+def test_bad_places(tmp_path: Path) -> None:
+    with pytest.raises(LropeError, match=r"No such file.*check that the directory exists"):
+        atomic_write_bytes(tmp_path / "missing" / "a", b"")
+    with pytest.raises(LropeError, match="is a directory"):
+        atomic_write_bytes(tmp_path, b"")
+    with pytest.raises(LropeError, match="Not a directory"):
+        (tmp_path / "file").touch()
+        atomic_write_bytes(tmp_path / "file" / "a", b"")

@@ -1,0 +1,704 @@
+"""Layer factors in GGUF metadata, against the `gguf` package and byte by byte."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import struct
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf_fixtures import LAYERS, header, names, number_pair, read_keys, read_tensors, string, text_pair, write_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lrope_gguf
+from lrope_gguf import CurveFile, LropeError, read_factors, read_model, remove_factors, write_factors
+from lrope_gguf import metadata as metadata_module
+from lrope_gguf.gguf_scan import GGUFFile
+from lrope_gguf.metadata import shortest
+
+KEY = "llama.rope.scaling.layer_factors"
+FACTORS = (1.0, 1.25, 0.75, 1.1)
+STORED = tuple(float(np.float32(s)) for s in FACTORS)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "m.gguf")
+
+
+def hand_made(path: Path, pairs: bytes, n_keys: int, rest: bytes = b"", *, version: int = 3, order: str = "<") -> Path:
+    path.write_bytes(header(pairs, n_keys, version=version, order=order) + rest)
+    return path
+
+
+ARCHITECTURE = text_pair("general.architecture", "llama")
+LLAMA = ARCHITECTURE + number_pair("llama.block_count", LAYERS)
+
+
+# What is written, as others read it
+
+
+def test_the_gguf_package_reads_our_keys_and_all_others(model: Path) -> None:
+    before, tensors = read_keys(model), read_tensors(model)
+    result = write_factors(model, FACTORS)
+    assert (result.how, result.bytes_written, result.factors) == ("rewritten", model.stat().st_size, STORED)
+    after = read_keys(model)
+    assert GGUFReader(model).fields[KEY].types == [GGUFValueType.ARRAY, GGUFValueType.FLOAT32]
+    assert tuple(after.pop(KEY)) == STORED  # type: ignore[arg-type]
+    assert json.loads(after.pop("lrope.curve")) == {  # type: ignore[arg-type]
+        "format": "lrope-curve",
+        "version": 1,
+        "layer_factors": list(FACTORS),
+        "architecture": "llama",
+    }
+    assert list(after) == list(before)
+    after["GGUF.kv_count"] -= 2  # type: ignore[operator]
+    assert after == before
+    assert read_tensors(model) == tensors
+    assert read_factors(model) == STORED
+
+
+GENERATED = {
+    GGUFValueType.UINT8: st.integers(0, 2**8 - 1),
+    GGUFValueType.INT8: st.integers(-(2**7), 2**7 - 1),
+    GGUFValueType.UINT16: st.integers(0, 2**16 - 1),
+    GGUFValueType.INT16: st.integers(-(2**15), 2**15 - 1),
+    GGUFValueType.UINT32: st.integers(0, 2**32 - 1),
+    GGUFValueType.INT32: st.integers(-(2**31), 2**31 - 1),
+    GGUFValueType.FLOAT32: st.floats(width=32),
+    GGUFValueType.UINT64: st.integers(0, 2**64 - 1),
+    GGUFValueType.INT64: st.integers(-(2**63), 2**63 - 1),
+    GGUFValueType.FLOAT64: st.floats(),
+    GGUFValueType.BOOL: st.booleans(),
+    GGUFValueType.STRING: st.text(max_size=20),
+}
+
+
+@st.composite
+def random_keys(draw: st.DrawFn) -> Callable[[GGUFWriter], None]:
+    pairs = []
+    for i in range(draw(st.integers(0, 8))):
+        kind = draw(st.sampled_from(list(GENERATED)))
+        name = f"x.{i}.{draw(st.text(max_size=5))}"
+        if draw(st.booleans()):
+            pairs.append((name, draw(st.lists(GENERATED[kind], min_size=1, max_size=20)), GGUFValueType.ARRAY, kind))
+        else:
+            pairs.append((name, draw(GENERATED[kind]), kind, None))
+
+    def add(writer: GGUFWriter) -> None:
+        for name, value, kind, item in pairs:
+            writer.add_key_value(name, value, kind, item)
+
+    return add
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    add=random_keys(),
+    big_endian=st.booleans(),
+    alignment=st.none() | st.sampled_from([8, 16, 64, 256, 4096, 16384]),
+    tensors=st.integers(0, 4),
+    seed=st.integers(0, 5),
+    data=st.data(),
+)
+def test_round_trip_of_any_file(
+    tmp_path_factory: pytest.TempPathFactory,
+    add: Callable[[GGUFWriter], None],
+    big_endian: bool,
+    alignment: int | None,
+    tensors: int,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.gguf"
+    write_model(path, big_endian=big_endian, alignment=alignment, tensors=tensors, seed=seed, add=add)
+    original, before, arrays = path.read_bytes(), read_keys(path), read_tensors(path)
+    fingerprint = read_model(path).fingerprint()
+    factors = tuple(data.draw(st.lists(st.floats(0.125, 8, width=32), min_size=LAYERS, max_size=LAYERS)))
+    text = CurveFile(layer_factors=factors, provenance=data.draw(st.text(max_size=3000))).dumps()
+    write_factors(path, factors, curve_json=text)
+
+    reader = GGUFReader(path)
+    assert reader.byte_order == ("S" if big_endian else "I")
+    assert tuple(reader.fields[KEY].contents()) == factors
+    assert CurveFile.loads(reader.fields["lrope.curve"].contents(), "x") == CurveFile.loads(text, "x")
+    after = read_keys(path)
+    assert repr({key: value for key, value in after.items() if key in before and key != "GGUF.kv_count"}) == repr(
+        {key: value for key, value in before.items() if key != "GGUF.kv_count"}
+    )
+    assert read_tensors(path) == arrays
+    info = read_model(path)
+    assert info.factors == factors and info.fingerprint() == fingerprint
+
+    assert write_factors(path, factors[::-1]).how == "in place"
+    assert read_factors(path) == factors[::-1] and read_model(path).fingerprint() == fingerprint
+    remove_factors(path)
+    assert path.read_bytes() == original
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_versions_and_nested_arrays(tmp_path: Path, version: int, order: str) -> None:
+    nested = string(b"odd", order) + struct.pack(order + "IIQ", 9, 9, 3)
+    nested += struct.pack(order + "IQ3H", 2, 3, 1, 2, 3) + struct.pack(order + "IQ", 8, 2)
+    nested += string(b"a", order) + string(b"\xff\0", order) + struct.pack(order + "IQ", 9, 0)
+    pairs = text_pair("general.architecture", "llama", order) + nested
+    pairs += string(b"\xff\xfe key", order) + struct.pack(order + "I?", 7, True)
+    pairs += number_pair("llama.block_count", LAYERS, order)
+    path = hand_made(tmp_path / "m.gguf", pairs, 4, b"trailing", version=version, order=order)
+    original = path.read_bytes()
+    write_factors(path, FACTORS)
+    assert read_model(path).version == version and read_factors(path) == STORED
+    changed = path.read_bytes()
+    assert changed.startswith(header(pairs, 6, version=version, order=order)) and changed.endswith(b"trailing")
+    remove_factors(path)
+    assert path.read_bytes() == original
+
+
+def test_other_padding_than_zeros_comes_back(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m.gguf", alignment=128)
+    data = bytearray(model.read_bytes())
+    with GGUFFile(model) as gguf:
+        assert gguf.data_start > gguf.info_end
+        data[gguf.info_end : gguf.data_start] = b"\xa5" * (gguf.data_start - gguf.info_end)
+    model.write_bytes(data)
+    write_factors(model, FACTORS)
+    assert model.read_bytes() != data
+    remove_factors(model)
+    assert model.read_bytes() == data
+
+
+def test_keys_of_another_program_are_replaced(tmp_path: Path) -> None:
+    def add(writer: GGUFWriter) -> None:
+        writer.add_array(KEY, [2.0] * LAYERS)
+        writer.add_string("between", "others")
+        writer.add_string("lrope.curve", "room for another document".ljust(1000))
+
+    model = write_model(tmp_path / "m.gguf", add=add)
+    tensors = read_tensors(model)
+    plain = write_model(tmp_path / "plain.gguf", add=lambda writer: writer.add_string("between", "others"))
+    assert read_factors(model) == (2.0,) * LAYERS
+    assert read_model(model).fingerprint() == read_model(plain).fingerprint()
+    shutil.copy(model, tmp_path / "copy.gguf")
+    remove_factors(tmp_path / "copy.gguf")
+    assert (tmp_path / "copy.gguf").read_bytes() == plain.read_bytes()
+    assert write_factors(model, FACTORS).how == "rewritten"
+    keys = read_keys(model)
+    assert list(keys)[-3:] == ["between", KEY, "lrope.curve"] and keys["between"] == "others"
+    assert read_tensors(model) == tensors
+    remove_factors(model)
+    assert model.read_bytes() == plain.read_bytes()
+
+
+@pytest.mark.parametrize("value", [[1.0, 2.0], [1, 2, 3, 4], [1.0, 1.0, math.nan, 1.0], [1.0, 0.0, 1.0, 1.0]], ids=str)
+def test_unusable_stored_factors(tmp_path: Path, value: list[float]) -> None:
+    model = write_model(tmp_path / "m.gguf", add=lambda writer: writer.add_array(KEY, value))
+    info = read_model(model)
+    assert info.factors is None and info.factors_error is not None and KEY in info.factors_error
+    with pytest.raises(LropeError, match="write the factors again or remove them"):
+        read_factors(model)
+    write_factors(model, FACTORS)
+    assert read_factors(model) == STORED
+
+
+# In place
+
+
+def test_in_place_keeps_the_inode_and_changes_only_our_values(model: Path) -> None:
+    write_factors(model, FACTORS)
+    before, inode = model.read_bytes(), model.stat().st_ino
+    with GGUFFile(model) as gguf:
+        array, curve = gguf.entries[KEY], gguf.entries["lrope.curve"]
+        assert array.end == curve.start and curve.end == gguf.kv_end
+        assert (curve.end - array.start) % 4096 == 0
+    result = write_factors(model, FACTORS[::-1], curve_json='{"format":"lrope-curve","version":1,"layer_factors":[1]}')
+    after = model.read_bytes()
+    changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    assert result.how == "in place" and result.bytes_written == changed[-1] - changed[0] + 1
+    assert all(array.value <= i < array.end or curve.value <= i < curve.end for i in changed)
+    assert model.stat().st_ino == inode and names(model.parent) == ["m.gguf"]
+    assert read_factors(model) == STORED[::-1]
+    same = write_factors(model, FACTORS[::-1], curve_json=read_model(model).curve_json)
+    assert (same.how, same.bytes_written) == ("unchanged", 0)
+    assert model.read_bytes() == after
+
+
+def test_a_document_that_does_not_fit_is_rewritten_and_still_removed_exactly(model: Path) -> None:
+    original = model.read_bytes()
+    write_factors(model, FACTORS)
+    long = CurveFile(layer_factors=FACTORS, provenance="long " * 10_000).dumps(compact=True)
+    assert write_factors(model, FACTORS, curve_json=long).how == "rewritten"
+    assert read_model(model).curve_json == long
+    assert write_factors(model, FACTORS[::-1]).how == "in place"
+    remove_factors(model)
+    assert model.read_bytes() == original
+
+
+def test_first_write_keeps_tensor_data_on_its_place_in_the_page(tmp_path: Path) -> None:
+    for alignment in (8, 32, 4096, 65536):
+        model = write_model(tmp_path / "m.gguf", alignment=alignment)
+        with GGUFFile(model) as gguf:
+            before = gguf.data_start
+        write_factors(model, FACTORS)
+        with GGUFFile(model) as gguf:
+            assert gguf.data_start > before
+            assert (gguf.data_start - before) % max(4096, alignment) == 0
+
+
+def test_in_place_is_synced_before_it_is_reported(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_factors(model, FACTORS)
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(read_factors(model)))
+    write_factors(model, FACTORS[::-1])
+    assert synced == [STORED[::-1]]
+    monkeypatch.setattr(os, "fsync", fail_with(errno.EIO))
+    with pytest.raises(LropeError, match=r"Input/output error\), its layer factors may be half changed"):
+        write_factors(model, FACTORS)
+
+
+# Where it is written
+
+
+def test_output_leaves_the_model_alone(model: Path) -> None:
+    original, other = model.read_bytes(), model.with_name("other.gguf")
+    other.write_bytes(b"old")
+    other.chmod(0o640)
+    result = write_factors(model, FACTORS, output=other)
+    assert result.path == other and read_factors(other) == STORED and model.read_bytes() == original
+    assert other.stat().st_mode & 0o777 == 0o640
+    assert read_model(other).fingerprint() == read_model(model).fingerprint()
+    remove_factors(other, output=model.with_name("third.gguf"))
+    assert model.with_name("third.gguf").read_bytes() == original and read_factors(other) == STORED
+
+
+def test_output_that_is_the_model_is_the_model(model: Path) -> None:
+    model.with_name("link.gguf").symlink_to(model)
+    write_factors(model, FACTORS, output=model)
+    inode = model.stat().st_ino
+    assert write_factors(model, FACTORS[::-1], output=model.with_name("link.gguf")).how == "in place"
+    assert model.stat().st_ino == inode
+
+
+def test_symbolic_link_and_mode_are_kept(model: Path) -> None:
+    original = model.read_bytes()
+    (model.parent / "links").mkdir()
+    link = model.parent / "links" / "l.gguf"
+    link.symlink_to("../m.gguf")
+    model.chmod(0o604)
+    write_factors(link, FACTORS)
+    assert link.is_symlink() and names(link.parent) == ["l.gguf"]
+    assert read_factors(model) == STORED and model.stat().st_mode & 0o777 == 0o604
+    remove_factors(link)
+    assert link.is_symlink() and model.read_bytes() == original
+
+
+def test_remove_without_factors_changes_nothing(model: Path) -> None:
+    before = model.stat()
+    assert remove_factors(model).how == "unchanged"
+    assert model.stat() == before
+    copy = model.with_name("copy.gguf")
+    assert remove_factors(model, output=copy).how == "rewritten"
+    assert copy.read_bytes() == model.read_bytes()
+
+
+def fail_with(number: int) -> Callable[..., int]:
+    def fail(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["copy_file_range", "fsync", "replace", "chmod"])
+@pytest.mark.parametrize("to_output", [False, True])
+def test_failures_leave_the_old_file_and_no_litter(
+    model: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str, to_output: bool
+) -> None:
+    original, output = model.read_bytes(), model.with_name("out.gguf")
+    output.write_bytes(b"old")
+    monkeypatch.setattr(os, call, fail_with(number))
+    with pytest.raises(LropeError, match=r"cannot be written \(.*\), nothing was changed; "):
+        write_factors(model, FACTORS, output=output if to_output else None)
+    assert model.read_bytes() == original and output.read_bytes() == b"old"
+    assert names(model.parent) == ["m.gguf", "out.gguf"]
+
+
+def test_too_little_space_is_seen_before_writing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = model.read_bytes()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    monkeypatch.setattr(metadata_module, "replacing", fail_with(0))
+    with pytest.raises(LropeError, match=r"needs \d+ bytes beside it, 10 are free"):
+        write_factors(model, FACTORS)
+    assert model.read_bytes() == original
+
+
+def test_a_model_that_shrinks_while_it_is_copied(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shrink(*_: object, **__: object) -> int:
+        os.truncate(model, 1000)
+        return 0
+
+    monkeypatch.setattr(os, "copy_file_range", shrink)
+    with pytest.raises(LropeError, match="ended at byte 1000 while being read"):
+        write_factors(model, FACTORS)
+    assert names(model.parent) == ["m.gguf"]
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP])
+def test_copy_without_the_kernels_help(model: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    output = model.with_name("out.gguf")
+    write_factors(model, FACTORS, output=output)
+    expected = output.read_bytes()
+    monkeypatch.setattr(os, "copy_file_range", fail_with(number))
+    write_factors(model, FACTORS, output=output)
+    assert output.read_bytes() == expected
+    monkeypatch.delattr(os, "copy_file_range")
+    write_factors(model, FACTORS, output=output)
+    assert output.read_bytes() == expected
+
+
+def test_interrupted_copy(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = model.read_bytes()
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "copy_file_range", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_factors(model, FACTORS)
+    assert model.read_bytes() == original and names(model.parent) == ["m.gguf"]
+
+
+def test_write_protected_places(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = model.read_bytes()
+    with pytest.raises(LropeError, match="its directory does not exist"):
+        write_factors(model, FACTORS, output=model.parent / "no" / "o.gguf")
+    with pytest.raises(LropeError, match="is a directory"):
+        write_factors(model, FACTORS, output=model.parent)
+    with pytest.raises(LropeError, match=r"Permission denied.*check the permissions"):
+        monkeypatch.setattr(Path, "open", fail_with(errno.EACCES))
+        write_factors(model, FACTORS)
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anything
+    with pytest.raises(LropeError, match="is read-only"):
+        write_factors(model, FACTORS)
+    assert model.read_bytes() == original
+
+
+# Which models and factors
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ((1.0,) * 3, "3 factors for a model of 4 layers"),
+        ((1.0,) * 5, "5 factors for a model of 4 layers"),
+        ((), "0 factors"),
+        ((1, 1, math.nan, 1), "the factor of layer 2 is NaN"),
+        ((1, 1, math.inf, 1), "the factor of layer 2 is infinite"),
+        ((1, 0, 1, 1), "the factor of layer 1 is zero"),
+        ((1, 1, 1, -1), "the factor of layer 3 is negative"),
+        ((1, 1, 1, 1e-40), "the factor of layer 3 is 1e-40, out of float32's range"),
+        ((1e300, 1, 1, 1), "the factor of layer 0 is 1e+300, out of float32's range"),
+        ((1, 1, 1, "x"), "the factor of layer 3 is 'x', not a number"),
+    ],
+)
+def test_bad_factors(model: Path, factors: tuple[float, ...], message: str) -> None:
+    original = model.read_bytes()
+    with pytest.raises(LropeError) as caught:
+        write_factors(model, factors)
+    assert message in str(caught.value) and str(model) in str(caught.value)
+    assert model.read_bytes() == original
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1", '{"format":"lrope-curve","version":1,"layer_factors":[NaN]}'])
+def test_bad_curve_json(model: Path, text: str) -> None:
+    original = model.read_bytes()
+    with pytest.raises(LropeError, match="curve_json: "):
+        write_factors(model, FACTORS, curve_json=text)
+    assert model.read_bytes() == original
+
+
+def test_multi_token_prediction_layers_keep_one(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m.gguf", add=lambda writer: writer.add_nextn_predict_layers(1))
+    assert read_model(model).n_layer == LAYERS - 1
+    assert write_factors(model, (1.5, 1.25, 2)).factors == (1.5, 1.25, 2, 1)
+    assert read_factors(model) == (1.5, 1.25, 2, 1)
+    write_factors(model, (2, 2, 2, 1))
+    with pytest.raises(LropeError, match="layer 3 is of a multi-token-prediction head"):
+        write_factors(model, (2, 2, 2, 2))
+    with pytest.raises(LropeError, match="2 factors for a model of 3 layers"):
+        write_factors(model, (2, 2))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "mamba", "rwkv7", "t5", "bert", "jina-bert-v2", "starcoder"])
+def test_models_without_rope_are_refused(tmp_path: Path, architecture: str) -> None:
+    model = write_model(tmp_path / "m.gguf", architecture=architecture)
+    assert not read_model(model).has_rope
+    with pytest.raises(LropeError, match=f"'{architecture}'.*use no RoPE"):
+        write_factors(model, FACTORS)
+
+
+def test_switched_off_rope(tmp_path: Path) -> None:
+    def off(architecture: str) -> Path:
+        key = f"{architecture}.rope.scaling.finetuned"
+        return write_model(tmp_path / "m.gguf", architecture=architecture, add=lambda w: w.add_bool(key, False))
+
+    assert not read_model(off("granitehybrid")).has_rope
+    assert read_model(off("llama")).has_rope
+    assert read_model(write_model(tmp_path / "m.gguf", architecture="nomic-bert")).has_rope
+    assert read_model(write_model(tmp_path / "m.gguf", architecture="brand-new")).has_rope
+    assert not read_model(write_model(tmp_path / "m.gguf", add=lambda w: w.add_rope_dimension_count(0))).has_rope
+
+
+def test_files_that_are_no_models(tmp_path: Path) -> None:
+    adapter = write_model(tmp_path / "a.gguf", block_count=None, add=lambda writer: writer.add_type("adapter"))
+    with pytest.raises(LropeError, match="is a LoRA adapter"):
+        write_factors(adapter, FACTORS)
+    layerless = write_model(tmp_path / "b.gguf", block_count=None)
+    with pytest.raises(LropeError, match=r"has no llama\.block_count"):
+        write_factors(layerless, FACTORS)
+    assert read_factors(layerless) is None and read_model(layerless).n_layer is None
+    empty = hand_made(tmp_path / "c.gguf", b"", 0)
+    with pytest.raises(LropeError, match="names no architecture"):
+        write_factors(empty, FACTORS)
+    assert remove_factors(empty).how == "unchanged"
+
+
+def test_split_models(tmp_path: Path) -> None:
+    def shard(number: int) -> Callable[[GGUFWriter], None]:
+        def add(writer: GGUFWriter) -> None:
+            writer.add_uint16("split.no", number)
+            writer.add_uint16("split.count", 2)
+
+        return add
+
+    first = write_model(tmp_path / "m-00001-of-00002.gguf", add=shard(0))
+    second = write_model(tmp_path / "m-00002-of-00002.gguf", add=shard(1))
+    before = second.read_bytes()
+    for call in (read_model, remove_factors, lambda path: write_factors(path, FACTORS)):
+        with pytest.raises(LropeError, match=rf"shard 2 of 2.*{first}"):
+            call(second)
+    write_factors(first, FACTORS)
+    assert read_factors(first) == STORED and second.read_bytes() == before
+    assert read_model(first).shards == 2
+    with pytest.raises(LropeError, match=r"end it in -00001-of-00002\.gguf"):
+        write_factors(first, FACTORS, output=tmp_path / "out.gguf")
+    write_factors(first, FACTORS, output=tmp_path / "out-00001-of-00002.gguf")
+
+
+# The fingerprint
+
+
+def test_fingerprint_tells_models_apart(tmp_path: Path) -> None:
+    def fingerprint(**options: object) -> str:
+        return read_model(write_model(tmp_path / "m.gguf", **options)).fingerprint()  # type: ignore[arg-type]
+
+    one = fingerprint()
+    assert one == fingerprint() and len(one) == 64
+    assert len({one, fingerprint(seed=1), fingerprint(block_count=5), fingerprint(tensors=2)}) == 4
+    model = write_model(tmp_path / "m.gguf")
+    with model.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\1\2\3\4")
+    assert read_model(model).fingerprint() != one
+
+
+# Damaged and hostile files
+
+
+def bad_files() -> dict[str, tuple[str, bytes]]:
+    huge = struct.pack("<Q", 1 << 60)
+    tensor = string(b"t") + struct.pack("<I2QIQ", 2, 8, 4, 0, 0)
+    return {
+        "empty": ("is not a GGUF file", b""),
+        "other": ("is not a GGUF file", b"PK\3\4 some other file"),
+        "magic only": ("at byte 4", b"GGUF"),
+        "version 1": ("is GGUF version 1", header(b"", 0, version=1)),
+        "version 4": ("is GGUF version 4", header(b"", 0, version=4)),
+        "keys 2^60": (f"an impossible number of keys ({1 << 60}) at byte 16", header(b"", 1 << 60)),
+        "keys 2^63": ("an impossible number of keys", header(b"", 1 << 63)),
+        "keys more than bytes": ("an impossible number of keys (5000)", header(b"x" * 100, 5000)),
+        "tensors 2^60": (f"an impossible number of tensors ({1 << 60}) at byte 8", header(b"", 0, n_tensors=1 << 60)),
+        "key of 2^60": ("a key of 1152921504606846976 bytes at byte 24", header(huge + b"x" * 20, 1)),
+        "empty key": ("a key of 0 bytes at byte 24", header(string(b"") + b"x" * 20, 1)),
+        "key cut": ("the end of the file (37 bytes) inside a key", header(struct.pack("<Q", 30) + b"abcde", 1)),
+        "string of 2^60": (
+            "inside the string of 'k' at byte 45",
+            header(string(b"k") + struct.pack("<I", 8) + huge, 1),
+        ),
+        "type 99": (
+            "a value of unknown type 99 for 'k' at byte 33",
+            header(string(b"k") + struct.pack("<IQ", 99, 0), 1),
+        ),
+        "array type 99": ("an array of unknown type 99", header(string(b"k") + struct.pack("<IIQ", 9, 99, 0), 1)),
+        "array of 2^60": (
+            "inside the array of 'k' (1152921504606846976 items)",
+            header(string(b"k") + struct.pack("<II", 9, 6) + huge, 1),
+        ),
+        "strings 2^60": ("an impossible length", header(string(b"k") + struct.pack("<II", 9, 8) + huge, 1)),
+        "arrays 2^60": ("an impossible length", header(string(b"k") + struct.pack("<II", 9, 9) + huge, 1)),
+        "string in array of 2^64 - 1": (
+            "the end of the file inside the array of 'k'",
+            header(string(b"k") + struct.pack("<IIQQ", 9, 8, 1, 2**64 - 1), 1),
+        ),
+        "deep arrays": (
+            "arrays nested deeper than 8",
+            header(string(b"k") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000, 1),
+        ),
+        "same key twice": (
+            "the key 'llama.block_count' for the second time",
+            header(LLAMA + number_pair("llama.block_count", 4), 3),
+        ),
+        "alignment 0": ("general.alignment 0", header(number_pair("general.alignment", 0), 1)),
+        "alignment 24": ("general.alignment 24", header(number_pair("general.alignment", 24), 1)),
+        "alignment 2^31": ("general.alignment 2147483648", header(number_pair("general.alignment", 1 << 31), 1)),
+        "alignment text": ("general.alignment None", header(text_pair("general.alignment", "32"), 1)),
+        "block count 2^31": (
+            "llama.block_count is 2147483648 (byte",
+            header(ARCHITECTURE + number_pair("llama.block_count", 1 << 31), 2),
+        ),
+        "block count 0": ("llama.block_count is 0", header(ARCHITECTURE + number_pair("llama.block_count", 0), 2)),
+        "prediction layers": (
+            "llama.nextn_predict_layers is 4",
+            header(LLAMA + number_pair("llama.nextn_predict_layers", 4), 3),
+        ),
+        "tensor cut": ("inside a tensor's", header(tensor[:-1], 0, n_tensors=1)),
+        "tensor of 5 dimensions": (
+            "a tensor of 5 dimensions",
+            header(string(b"t") + struct.pack("<I5QIQ", 5, 1, 1, 1, 1, 1, 0, 0), 0, n_tensors=1),
+        ),
+        "tensor's name of 2^60": ("a tensor's name of", header(huge + bytes(30), 0, n_tensors=1)),
+        "no data": ("is truncated: tensor 't' ends at byte 224, the file at byte 65", header(tensor, 0, n_tensors=1)),
+        "data one byte short": (
+            "is truncated: tensor 't' ends at byte 224, the file at byte 223",
+            header(tensor, 0, n_tensors=1).ljust(223, b"\0"),
+        ),
+        "tensor of 2^190 bytes": (
+            "is truncated",
+            header(string(b"t") + struct.pack("<I3QIQ", 3, *[2**63] * 3, 0, 0), 0, n_tensors=1),
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", bad_files())
+def test_bad_files(tmp_path: Path, case: str) -> None:
+    message, content = bad_files()[case]
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    for call in (read_model, remove_factors, lambda path: write_factors(path, FACTORS)):
+        with pytest.raises(LropeError) as caught:
+            call(path)
+        assert message in str(caught.value) and str(caught.value).startswith(f"{path}: ")
+        assert "\n" not in str(caught.value)
+    assert path.read_bytes() == content and names(tmp_path) == ["bad.gguf"]
+
+
+def test_complete_data_is_enough(tmp_path: Path) -> None:
+    tensor = string(b"t") + struct.pack("<I2QIQ", 2, 8, 4, 0, 0)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header(tensor, 0, n_tensors=1).ljust(224, b"\0"))
+    assert read_model(path).n_tensors == 1
+
+
+def test_block_sizes_are_ggmls() -> None:
+    from gguf.constants import GGML_QUANT_SIZES
+
+    from lrope_gguf.gguf_scan import _BLOCKS
+
+    known = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+    assert {kind: _BLOCKS[kind] for kind in known} == known
+
+
+def test_places_that_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in [("no.gguf", "no such file"), (".", "not a regular file"), ("pipe", "not a regular file")]:
+        with pytest.raises(LropeError, match=message):
+            read_model(tmp_path / path)
+
+
+def test_large_vocabularies_are_stepped_over_fast(tmp_path: Path) -> None:
+    """Many more strings than the window holds, some longer than it, cost one pass and little memory."""
+    rng = random.Random(1)
+    words = [b"w" * rng.choice((0, 3, 7, 40)) for _ in range(300_000)]
+    words[1000] = words[-1] = b"long" * 200_000
+    pairs = string(b"words") + struct.pack("<IIQ", 9, 8, len(words)) + b"".join(map(string, words)) + LLAMA
+    path = hand_made(tmp_path / "m.gguf", pairs, 3)
+    start = time.perf_counter()
+    assert read_model(path).block_count == LAYERS
+    assert time.perf_counter() - start < 1
+    tracemalloc.start()
+    read_model(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+def test_every_truncation_is_seen(model: Path) -> None:
+    write_factors(model, FACTORS)
+    data = model.read_bytes()
+    with GGUFFile(model) as gguf:
+        header_end = gguf.data_start
+    short = model.with_name("short.gguf")
+    needed = header_end + (1 + 2 + 3) * 37 * 4 + 2 * 31  # at least: three tensors, the last unpadded
+    lengths = {*range(0, header_end, 97), *range(header_end - 40, header_end + 200, 7)}
+    for length in sorted(n for n in lengths if n < min(needed, len(data)) - 128):
+        short.write_bytes(data[:length])
+        with pytest.raises(LropeError):
+            read_model(short)
+
+
+def test_mutated_files_never_do_worse_than_an_error(model: Path) -> None:
+    write_factors(model, FACTORS)
+    original = model.read_bytes()
+    with GGUFFile(model) as gguf:
+        end = gguf.info_end
+        curve = gguf.entries["lrope.curve"]
+    interesting = [i for i in range(end) if not curve.value + 200 < i < curve.end]
+    rng = random.Random(1)
+    outcomes = {"error": 0, "fine": 0}
+    tracemalloc.start()
+    for _ in range(600):
+        data = bytearray(original)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            at = rng.choice(interesting)
+            size = rng.choice((1, 1, 4, 8))
+            data[at : at + size] = rng.choice((rng.randbytes(size), b"\xff" * size, b"\0" * size))
+        model.write_bytes(data)
+        try:
+            read_model(model).fingerprint()
+            outcomes["fine"] += 1
+        except LropeError as error:
+            assert "\n" not in str(error)
+            outcomes["error"] += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert min(outcomes.values()) > 50, outcomes
+    assert peak < 16 << 20
+
+
+# Details
+
+
+@given(st.floats(2**-100, 2**100, width=32))
+def test_shortest_is_the_same_float32(value: float) -> None:
+    assert np.float32(shortest(value)) == np.float32(value)
+    assert len(repr(shortest(value))) <= len(repr(value))
+
+
+def test_names_are_loaded_on_first_use() -> None:
+    assert set(lrope_gguf.__all__) <= set(dir(lrope_gguf))
+    for name in lrope_gguf.__all__:
+        assert getattr(lrope_gguf, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        lrope_gguf.no_such_name  # noqa: B018
