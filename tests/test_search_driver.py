@@ -1,0 +1,464 @@
+"""The search as a whole on a synthetic model: honest splits, racing, kill and resume, any order of results."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from lrope_search import objective as objective_module
+from lrope_search.executor import Job, LocalExecutor
+from lrope_search.genetic import Algorithm, Candidate, Score
+from lrope_search.objective import Objective, Racing
+from lrope_search.progress import Progress
+from lrope_search.search import SearchOutcome, SearchSettings, run_search
+from lrope_search.study import Study
+from lrope_search.types import ContextScore, Evaluator, ProbeScore
+from synthetic import Landscape
+
+from lrope_gguf.curve import Curve, CurveFile
+from lrope_gguf.errors import LropeError
+
+SETTINGS = SearchSettings(
+    seed=3,
+    max_evaluations=44,
+    search_contexts=3,
+    validation_contexts=4,
+    test_contexts=12,
+    finalists=3,
+)
+
+
+class Recorder:
+    """Passes evaluations on and remembers them."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+        self.jobs: list[Job] = []
+
+    @property
+    def n_layer(self) -> int:
+        return self._evaluator.n_layer
+
+    def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
+        self.jobs.append(Job(factors, split, index))
+        return self._evaluator.evaluate(factors, split, index)
+
+
+class ShufflingExecutor(LocalExecutor):
+    """Completes jobs in an order that nobody can foresee."""
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, ContextScore]]:
+        jobs = list(jobs)
+        random.shuffle(jobs)
+        yield from super().run(jobs)
+
+
+def search(
+    directory: Path, evaluator: Evaluator | None = None, settings: SearchSettings = SETTINGS, **options
+) -> SearchOutcome:
+    executor = options.pop("executor", LocalExecutor)(evaluator or Landscape())
+    with Study(directory, {"task": "synthetic", "search": settings.config()}) as study:
+        return run_search(executor, study, settings, Progress(study.log, quiet=True), **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that ran without interruption."""
+    directory = tmp_path_factory.mktemp("whole")
+    search(directory)
+    return directory
+
+
+def test_finds_a_gain_and_reports_it_from_unseen_contexts(tmp_path: Path) -> None:
+    land = Landscape()
+    recorder = Recorder(land)
+    outcome = search(tmp_path, recorder, architecture="synthetic")
+    assert outcome.verdict.recommended and outcome.winner is not None
+    assert (
+        outcome.verdict.text.startswith("gain ")
+        and "on 12 unseen contexts; best uniform factor" in outcome.verdict.text
+    )
+
+    # the report is right, by an independent sum over the same contexts
+    identity, factors = (1.0,) * land.n_layer, outcome.winner.factors
+    gains = [
+        land.evaluate(factors, "test", i).accuracy - land.evaluate(identity, "test", i).accuracy for i in range(12)
+    ]
+    assert outcome.winner_comparison is not None
+    assert outcome.winner_comparison.accuracy_gain.mean == pytest.approx(sum(gains) / 12)
+    assert [row.depth for row in outcome.winner_comparison.by_depth] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+    # the winner is the best of the finalists on validation
+    def validation(side: tuple[float, ...]) -> float:
+        return sum(land.evaluate(side, "validation", i).log_probability for i in range(4))
+
+    sides = {job.factors for job in recorder.jobs if job.split == "validation"}
+    assert identity in sides and len(sides) == 5 and max(sides, key=validation) == factors
+
+    # the document is what was measured
+    best = CurveFile.load(tmp_path / "best.json")
+    assert best == outcome.best
+    assert best.factors_for(land.n_layer) == pytest.approx(factors, abs=1e-8)
+    assert (best.architecture, best.block_count) == ("synthetic", land.n_layer)
+    results = best.provenance["results"]
+    assert results["verdict"] == outcome.verdict.text and results["candidates"] == 44
+    assert results["test"]["accuracy_gain"][0] == pytest.approx(sum(gains) / 12, abs=1e-6)
+    assert best.provenance["config"]["search"]["seed"] == 3
+
+
+def test_splits_stay_apart_and_nothing_is_evaluated_twice(tmp_path: Path) -> None:
+    recorder = Recorder(Landscape())
+    outcome = search(tmp_path, recorder)
+    splits = [job.split for job in recorder.jobs]
+    assert splits == sorted(splits, key=["search", "validation", "test"].index)
+    assert len(set(recorder.jobs)) == len(recorder.jobs)
+    searched = {job.factors for job in recorder.jobs if job.split == "search"}
+    assert len(searched) == 44 == len(outcome.candidates)
+    assert len({job.factors for job in recorder.jobs if job.split == "test"}) == 3  # base, uniform, winner
+    assert {(s, j.index) for s, j in zip(splits, recorder.jobs, strict=True)} == {
+        *(("search", i) for i in range(3)),
+        *(("validation", i) for i in range(4)),
+        *(("test", i) for i in range(12)),
+    }
+
+
+def test_the_plan_is_what_a_search_takes(tmp_path: Path) -> None:
+    for settings in (
+        SETTINGS,
+        dataclasses.replace(SETTINGS, racing_fraction=1.0, uniform_factors=(1.05,), finalists=1),
+    ):
+        recorder = Recorder(Landscape())
+        outcome = search(tmp_path / f"{settings.racing_fraction}", recorder, settings)
+        taken = {s: sum(job.split == s for job in recorder.jobs) for s in ("search", "validation", "test")}
+        planned = settings.planned_evaluations()
+        assert planned["search"] == taken["search"]
+        assert planned["test"] == taken["test"]
+        assert planned["validation"] >= taken["validation"]
+        assert outcome.stopped_by == "evaluations"
+
+
+def test_a_model_that_nothing_helps_gets_no_recommendation(tmp_path: Path) -> None:
+    class Flat(Landscape):
+        def log_probability(self, factors: tuple[float, ...], context: object) -> float:
+            return -0.9 - 20.0 * sum(abs(math.log(s)) for s in factors) / len(factors)
+
+    outcome = search(tmp_path, Flat())
+    assert outcome.winner is None and outcome.winner_test is None and not outcome.verdict.recommended
+    assert "no curve beat the base model" in outcome.verdict.text
+    best = CurveFile.load(tmp_path / "best.json")
+    assert set(best.factors_for(12)) == {1.0}
+    assert best.provenance["results"]["recommended"] is False
+    assert best.provenance["results"]["test"]["base_accuracy"] == pytest.approx(
+        sum(score.accuracy for score in outcome.base_test) / 12
+    )
+
+
+def test_a_gain_on_search_contexts_only_is_not_recommended(tmp_path: Path) -> None:
+    """Pure noise: the best of many is good by luck, and validation and test know nothing of it."""
+
+    class Noise(Landscape):
+        def log_probability(self, factors: tuple[float, ...], context: object) -> float:
+            return -0.9 + 0.3 * (super().log_probability(factors, context) * 1e4 % 1.0 - 0.5)
+
+    outcomes = [
+        search(tmp_path / str(seed), Noise(seed=seed), dataclasses.replace(SETTINGS, seed=seed, max_evaluations=20))
+        for seed in range(6)
+    ]
+    assert sum(outcome.candidates[0][1][1] > 0.02 for outcome in outcomes) >= 4
+    assert sum(outcome.verdict.recommended for outcome in outcomes) <= 1  # 2.5 % each by the interval
+
+
+def test_the_order_of_results_does_not_matter(tmp_path: Path, whole: Path) -> None:
+    random.seed(5)
+    search(tmp_path, executor=ShufflingExecutor)
+    assert (tmp_path / "best.json").read_bytes() == (whole / "best.json").read_bytes()
+    lines = [(d / "evaluations.jsonl").read_text().splitlines() for d in (tmp_path, whole)]
+    assert sorted(lines[0]) == sorted(lines[1]) and lines[0] != lines[1]
+
+
+def test_a_finished_search_runs_again_without_evaluating(tmp_path: Path) -> None:
+    search(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in ("best.json", "evaluations.jsonl", "config.json")}
+    saved: list[bytes] = []
+
+    class Watch(Study):
+        def save_best(self, best: CurveFile) -> None:
+            super().save_best(best)
+            saved.append((self.directory / "best.json").read_bytes())
+
+    recorder = Recorder(Landscape())
+    with Watch(tmp_path, {"task": "synthetic", "search": SETTINGS.config()}) as study:
+        run_search(LocalExecutor(recorder), study, SETTINGS, Progress(quiet=True))
+    assert recorder.jobs == []
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert saved == [before["best.json"]]  # replay never sets it back
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_search_driver as t
+class Slow(t.Landscape):
+    def evaluate(self, factors, split, index):
+        time.sleep(0.004)
+        return super().evaluate(factors, split, index)
+t.search(Path(sys.argv[1]), Slow())
+"""
+
+
+def test_killed_at_any_instant_it_resumes_to_the_same_bytes(tmp_path: Path, whole: Path) -> None:
+    total = len((whole / "evaluations.jsonl").read_text().splitlines())
+    evaluations, best = tmp_path / "evaluations.jsonl", tmp_path / "best.json"
+    program = PROGRAM.format(tests=str(Path(__file__).parent))
+    resumed_from = []
+    for kill_at in (1, 25, total // 2, total - 14):
+        with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) as process:
+            deadline = time.monotonic() + 30.0
+            while not evaluations.exists() or evaluations.read_bytes().count(b"\n") < kill_at:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.002)
+            process.kill()
+        resumed_from.append(evaluations.read_bytes().count(b"\n"))
+        if best.exists():
+            CurveFile.load(best)  # always whole
+    assert resumed_from == sorted(resumed_from) and resumed_from[-1] < total
+    assert best.exists() and best.read_bytes() != (whole / "best.json").read_bytes()
+    with evaluations.open("ab") as file:
+        file.write(b'{"factors":[1.0,')
+
+    recorder = Recorder(Landscape())
+    search(tmp_path, recorder)
+    assert len(recorder.jobs) == total - resumed_from[-1]
+    assert best.read_bytes() == (whole / "best.json").read_bytes()
+    assert sorted(evaluations.read_text().splitlines()) == sorted(
+        (whole / "evaluations.jsonl").read_text().splitlines()
+    )
+
+
+def test_interrupted_it_leaves_the_best_so_far_and_a_free_study(tmp_path: Path, whole: Path) -> None:
+    class Interrupted(Recorder):
+        def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
+            if len(self.jobs) == 40:
+                raise KeyboardInterrupt
+            return super().evaluate(factors, split, index)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path, Interrupted(Landscape()))
+    results = CurveFile.load(tmp_path / "best.json").provenance["results"]
+    assert results["search"]["contexts"] == 3 and results["search"]["fitness"] >= 0.0 and "test" not in results
+    search(tmp_path)
+    assert (tmp_path / "best.json").read_bytes() == (whole / "best.json").read_bytes()
+
+
+def test_best_json_never_gets_worse(tmp_path: Path) -> None:
+    fitness: list[float] = []
+
+    class Watch(Study):
+        def save_best(self, best: CurveFile) -> None:
+            super().save_best(best)
+            results = json.loads((self.directory / "best.json").read_text())["provenance"]["results"]
+            fitness.append(results["search"]["fitness"])
+
+    with Watch(tmp_path, {}) as study:
+        run_search(LocalExecutor(Landscape()), study, SETTINGS, Progress(quiet=True))
+    assert len(fitness) >= 3
+    assert fitness[:-1] == sorted(fitness[:-1])  # the last one was chosen on validation
+
+
+def test_hours_end_the_search_between_generations(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, max_hours=1e-9)
+    outcome = search(tmp_path, settings=settings)
+    assert outcome.stopped_by == "hours" and outcome.candidates == () and outcome.winner is None
+    assert CurveFile.load(tmp_path / "best.json").block_count == 12
+    # the limit is no part of the config: without it the study goes on
+    assert search(tmp_path).stopped_by == "evaluations"
+
+
+def test_an_exhausted_algorithm_ends_the_search(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, bounds=(1.0, 1.002), max_evaluations=400)
+    outcome = search(tmp_path, Landscape(n_layer=1), settings)
+    assert outcome.stopped_by == "converged" and len(outcome.candidates) <= 3
+
+
+def test_only_the_base_model_fits_the_budget(tmp_path: Path) -> None:
+    outcome = search(tmp_path, settings=dataclasses.replace(SETTINGS, max_evaluations=1))
+    assert outcome.winner is None and outcome.uniform is None
+    assert [c.origin for c, _ in outcome.candidates] == ["identity"]
+
+
+def test_candidates_that_yield_nan_lose(tmp_path: Path) -> None:
+    class Fragile(Landscape):
+        def log_probability(self, factors: tuple[float, ...], context: object) -> float:
+            return math.nan if max(factors) > 1.06 else super().log_probability(factors, context)
+
+    outcome = search(tmp_path, Fragile())
+    assert outcome.candidates[-1][1][1] == -math.inf
+    assert outcome.winner is not None and max(outcome.winner.factors) <= 1.06
+    search(tmp_path, Fragile())  # and the study can be read again
+
+
+def test_a_base_model_that_yields_nan_is_an_error(tmp_path: Path) -> None:
+    class Broken(Landscape):
+        def log_probability(self, factors: tuple[float, ...], context: object) -> float:
+            return math.nan
+
+    with pytest.raises(LropeError, match="no finite log-probabilities"):
+        search(tmp_path, Broken())
+
+
+def test_another_algorithm_fits_in(tmp_path: Path) -> None:
+    class Slopes:
+        """Straight lines, steeper and steeper: has no identity and no uniform factors."""
+
+        def __init__(self, n_layer: int) -> None:
+            self.n_layer, self.n, self.told = n_layer, 0, 0
+
+        def ask(self, limit: int | None = None) -> list[Candidate]:
+            curve = Curve(((0.0, 1.0), (1.0, 1.01 + self.n / 100.0)))
+            self.n += 1
+            return [Candidate(self.n - 1, curve, tuple(curve.factors(self.n_layer).tolist()), "slope")]
+
+        def tell(self, results: Iterable[tuple[Candidate, Score]]) -> None:
+            self.told += len(list(results))
+
+        def should_stop(self) -> bool:
+            return self.told == 9
+
+    slopes = Slopes(12)
+    algorithm: Algorithm = slopes
+    outcome = search(tmp_path, algorithm=algorithm)
+    assert outcome.stopped_by == "converged" and len(outcome.candidates) == 9 == slopes.told
+    assert outcome.uniform is None and outcome.winner is not None
+
+    class Harmful(Landscape):
+        def log_probability(self, factors: tuple[float, ...], context: object) -> float:
+            return -max(factors)
+
+    outcome = search(tmp_path / "harmful", Harmful(), algorithm=Slopes(12))
+    assert outcome.winner is None
+    assert set(outcome.best.factors_for(12)) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_evaluations", 0),
+        ("test_contexts", 0),
+        ("offspring", -1),
+        ("seed", -1),
+        ("max_hours", 0.0),
+        ("racing_fraction", 0.0),
+        ("racing_fraction", 1.5),
+        ("bounds", (1.1, 2.0)),
+        ("bounds", (1.0, 1.0)),
+        ("uniform_factors", (1.1, -1.0)),
+        ("width", math.nan),
+        ("middle_weight", math.inf),
+        ("confidence", 1.0),
+    ],
+)
+def test_settings_out_of_range_are_named(option: str, value: object) -> None:
+    with pytest.raises(LropeError, match=rf"^{option}: "):
+        SearchSettings(**{option: value})
+
+
+def context(index: int, *log_probabilities: float) -> ContextScore:
+    probes = [ProbeScore(i / (len(log_probabilities) - 1), log_p, False) for i, log_p in enumerate(log_probabilities)]
+    return ContextScore("search", index, tuple(probes), 1, 0.0)
+
+
+def test_fitness_is_the_paired_difference() -> None:
+    objective = Objective([context(0, -1.0, -3.0, -1.0), context(1, -5.0, -5.0, -5.0)])
+    assert objective.fitness([context(0, -1.0, -1.5, -1.0)]) == pytest.approx(0.5)
+    assert objective.fitness([context(1, -5.3, -5.0, -5.0), context(0, -1.0, -1.5, -1.0)]) == pytest.approx(0.2)
+    assert objective.fitness([context(0, -1.0, math.nan, -1.0)]) == -math.inf
+    middle = Objective([context(0, -1.0, -3.0, -1.0)], middle_weight=3.0)
+    assert middle.fitness([context(0, -1.0, -1.5, -1.0)]) == pytest.approx(4 * 1.5 / 6)
+    assert middle.fitness([context(0, -2.5, -3.0, -1.0)]) == pytest.approx(-1.5 / 6)
+
+
+def test_racing_rungs() -> None:
+    assert Racing(4).rungs(16) == [(16, range(0, 1)), (8, range(1, 2)), (4, range(2, 4))]
+    assert Racing(4, fraction=1.0).rungs(16) == [(16, range(0, 4))]
+    assert Racing(1).rungs(3) == [(3, range(0, 1))]
+    assert Racing(7, first=2, fraction=0.3).rungs(5) == [(5, range(0, 2)), (2, range(2, 7))]
+    assert Racing(4).evaluations(16) == 32
+
+
+def test_racing_drops_the_worse_and_ranks_them_below() -> None:
+    """The one that leads on context 0 fails on context 1; the one dropped there never returns."""
+    levels = {0: (0.9, -9.0, 0.0), 1: (0.8, 0.1, 0.1), 2: (0.7, 9.0, 9.0), 3: (0.0, 9.0, 9.0)}
+    curve = Curve(((0.0, 1.0), (1.0, 1.0)))
+    candidates = [Candidate(i, curve, (1.0 + i,), "random") for i in levels]
+    asked: list[Job] = []
+
+    def evaluate(jobs: Iterable[Job]) -> dict[Job, ContextScore]:
+        jobs = list(jobs)
+        asked.extend(jobs)
+        return {job: context(job.index, *[levels[round(job.factors[0]) - 1][job.index]] * 2) for job in jobs}
+
+    objective = objective_module.Objective([context(i, 0.0, 0.0) for i in range(3)])
+    ranked = Racing(3).run(candidates, evaluate, objective)
+    assert [(c.id, contexts) for c, (contexts, _) in ranked] == [(1, 3), (0, 2), (2, 1), (3, 1)]
+    assert len(asked) == len(set(asked)) == 4 + 2 + 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal_and_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("lrope_search.progress.time.monotonic", lambda: clock[0])
+    logged: list[str] = []
+    plain, terminal = io.StringIO(), Terminal()
+    for stream in (plain, terminal):
+        clock[0] = 100.0
+        progress = Progress(logged.append, stream=stream)
+        progress.start(100)
+        for _ in range(60):
+            progress.advance(replayed=True)
+        for _ in range(10):
+            clock[0] += 3.0
+            progress.advance()
+        progress.best("best +0.1")
+        # 10 in 30 seconds: the 60 replayed are no speed
+        assert progress.status() == "70/100 evaluations, 20.0 a minute, 01:30 left"
+        progress.line("generation 1")
+        progress.close()
+    assert plain.getvalue() == "generation 1\n"
+    assert logged == ["generation 1"] * 2
+    assert "70/100" in terminal.getvalue() and "best +0.1" in terminal.getvalue()
+
+
+def test_replay_does_not_distort_the_bars_rate() -> None:
+    terminal = Terminal()
+    progress = Progress(stream=terminal)
+    progress.start(1000)
+    for _ in range(900):
+        progress.advance(replayed=True)
+    for _ in range(5):
+        time.sleep(0.02)
+        progress.advance()
+    assert progress._bar is not None
+    state = progress._bar.format_dict
+    assert state["n"] == 905 and (state["n"] - state["initial"]) / state["elapsed"] < 60.0
+    progress.close()
+
+
+def test_the_log_tells_the_story(whole: Path) -> None:
+    lines = [line.split(" ", 1)[1] for line in (whole / "log.txt").read_text().splitlines()]
+    assert lines[0].startswith("up to 44 candidates: ")
+    assert any(line.startswith("generation 1: 24/44 candidates, best +0.") for line in lines)
+    assert lines[-1].startswith("gain ")

@@ -1,0 +1,172 @@
+"""Studies: what is on disk after a kill, a full disk, a changed option, a second process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lrope_search import study as study_module
+from lrope_search.executor import Job
+from lrope_search.study import Study
+from lrope_search.types import ContextScore, ProbeScore
+
+from lrope_gguf.curve import CurveFile
+from lrope_gguf.errors import LropeError
+
+CONFIG = {"seed": 1, "task": {"name": "kv", "keys": 20}, "search": {"bounds": (0.5, 4.0)}}
+
+
+def result(index: int = 0, log_probability: float = -0.1) -> tuple[Job, ContextScore]:
+    probes = (ProbeScore(0.0, log_probability, True), ProbeScore(1.0, -2.0, False))
+    return Job((1.0, 1.1 + index / 7.0), "search", index), ContextScore("search", index, probes, 100, 0.25)
+
+
+def filled(directory: Path, n: int = 3) -> Path:
+    with Study(directory, CONFIG) as study:
+        for i in range(n):
+            study.record(*result(i))
+    return directory / "evaluations.jsonl"
+
+
+def test_results_come_back(tmp_path: Path) -> None:
+    filled(tmp_path / "deep" / "study")
+    with Study(tmp_path / "deep" / "study", CONFIG) as study:
+        assert len(study) == 3
+        for i in range(3):
+            job, score = result(i)
+            assert study.lookup(job) == score
+        assert study.lookup(Job((1.0, 1.1), "validation", 0)) is None
+
+
+@given(
+    st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=4),
+    st.lists(st.tuples(st.floats(0, 1), st.floats(), st.booleans()), min_size=1, max_size=4),
+)
+def test_floats_come_back_exactly(factors: list[float], probes: list[tuple[float, float, bool]]) -> None:
+    job = Job(tuple(factors), "test", 3)
+    score = ContextScore("test", 3, tuple(ProbeScore(*p) for p in probes), 7, 0.1)
+    line = study_module._line(job, score)
+    assert line.count(b"\n") == 1
+    json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert repr(study_module._parse(line)) == repr((job, score))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 40, 100])
+def test_a_torn_last_line_is_dropped(tmp_path: Path, cut: int) -> None:
+    path = filled(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    with Study(tmp_path, CONFIG) as study:
+        assert len(study) == 2
+        study.record(*result(2))
+    assert path.read_bytes() == whole
+    assert "torn last line" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_last_line_of_zeros_is_dropped(tmp_path: Path) -> None:
+    path = filled(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(50) + b"\n")
+    Study(tmp_path, CONFIG).close()
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", [b"{}", b"nonsense", b"\xff\xfe", b"[1]", b'{"factors": null}', b"[" * 100_000])
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, damage: bytes) -> None:
+    path = filled(tmp_path)
+    lines = path.read_bytes().splitlines()
+    lines[1] = damage
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    before = path.read_bytes()
+    with pytest.raises(LropeError, match=r"evaluations.jsonl: line 2 is damaged; delete that line"):
+        Study(tmp_path, CONFIG)
+    assert path.read_bytes() == before
+    path.write_bytes(b"\n".join([lines[0], lines[2]]) + b"\n")  # what the message advises
+    with Study(tmp_path, CONFIG) as study:
+        assert len(study) == 2
+
+
+def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
+    filled(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    changed = {"seed": 2, "task": {"name": "kv", "keys": 21, "data": "x"}, "search": {"bounds": [0.5, 4.0]}}
+    with pytest.raises(LropeError) as caught:
+        Study(tmp_path, changed)
+    message = str(caught.value)
+    assert "seed was 1, is 2" in message
+    assert "task.keys was 20, is 21" in message
+    assert 'task.data was absent, is "x"' in message
+    assert "bounds" not in message and "name" not in message and "\n" not in message
+    assert (tmp_path / "config.json").read_bytes() == before
+    Study(tmp_path, CONFIG).close()  # and the lock is free
+
+
+def test_a_config_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    filled(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(LropeError, match=r"config.json: is not JSON"):
+        Study(tmp_path, CONFIG)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(LropeError, match=r"config.json: is missing"):
+        Study(tmp_path, CONFIG)
+
+
+def test_two_processes_do_not_share_a_study(tmp_path: Path) -> None:
+    code = (
+        "import sys; from lrope_search.study import Study\n"
+        f"with Study({str(tmp_path)!r}, {CONFIG!r}):\n    print('open', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdin is not None
+        assert other.stdout.readline() == b"open\n"
+        with pytest.raises(LropeError, match=rf"another search is using this study \(process {other.pid}\)"):
+            Study(tmp_path, CONFIG)
+        other.stdin.close()
+        assert other.wait(10) == 0
+    Study(tmp_path, CONFIG).close()
+
+
+def test_a_full_disk_loses_nothing_that_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = filled(tmp_path)
+    whole = path.read_bytes()
+    write_all = study_module.write_all
+
+    def full(file, data) -> None:
+        write_all(file, data[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Study(tmp_path, CONFIG) as study:
+        monkeypatch.setattr(study_module, "write_all", full)
+        with pytest.raises(LropeError, match=r"evaluations.jsonl: cannot be written \(No space left"):
+            study.record(*result(3))
+        assert study.lookup(result(3)[0]) is None
+        assert path.read_bytes() == whole
+        monkeypatch.undo()
+        study.record(*result(3))
+    with Study(tmp_path, CONFIG) as study:
+        assert len(study) == 4
+
+
+def test_a_place_that_cannot_be_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "study"):
+        with pytest.raises(LropeError, match="choose another directory"):
+            Study(path, CONFIG)
+
+
+def test_best_and_log(tmp_path: Path) -> None:
+    best = CurveFile(control_points=((0.0, 1.0), (1.0, 1.0 + math.pi / 100.0)))
+    with Study(tmp_path, CONFIG) as study:
+        study.save_best(best)
+        study.log("first")
+        study.log("second")
+    assert CurveFile.load(tmp_path / "best.json") == best
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == ["first", "second"]
