@@ -1,0 +1,18 @@
+"""Options of the whole suite."""
+
+from __future__ import annotations
+
+import os
+
+import llama_direct
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = "slow" in config.getoption("markexpr")
+    missing = llama_direct.library() is None
+    for item in items:
+        if item.get_closest_marker("slow") and not slow:
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+        if item.get_closest_marker("native") and missing and not os.environ.get("LROPE_REQUIRE_NATIVE"):
+            item.add_marker(pytest.mark.skip(reason="no patched llama.cpp library"))
