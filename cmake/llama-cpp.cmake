@@ -4,7 +4,7 @@ set(LROPE_PATCH_DIR "${CMAKE_CURRENT_LIST_DIR}/../patches")
 get_filename_component(LROPE_PATCH_DIR "${LROPE_PATCH_DIR}" ABSOLUTE)
 
 # The source that the pinned llama-cpp-python release vendors, so that library and binding always match.
-# pip checks the hash and honours the user's own index, proxy and cache.
+# pip checks the hash and honours the user's own index, proxy and cache. Sets OUT to its folder, OUT_COMMIT to its commit.
 function(lrope_fetch_llama_cpp out)
     set(requirement "${LROPE_PATCH_DIR}/source.txt")
     set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${requirement}")
@@ -13,9 +13,13 @@ function(lrope_fetch_llama_cpp out)
     string(REGEX MATCH "==([^ ]+) --hash=sha256:([0-9a-f]+)" line "${line}")
     set(version "${CMAKE_MATCH_1}")
     set(hash    "${CMAKE_MATCH_2}")
-    if (NOT hash)
-        message(FATAL_ERROR "${requirement}: expected llama-cpp-python==VERSION --hash=sha256:HASH")
+    file(STRINGS "${requirement}" line REGEX "^# llama.cpp commit ")
+    string(REGEX MATCH "commit ([0-9a-f]+)" line "${line}")
+    set(commit  "${CMAKE_MATCH_1}")
+    if (NOT hash OR NOT commit)
+        message(FATAL_ERROR "${requirement}: expected '# llama.cpp commit COMMIT' and 'llama-cpp-python==VERSION --hash=sha256:HASH'")
     endif()
+    set(${out}_COMMIT "${commit}" PARENT_SCOPE)
 
     set(top    "${CMAKE_BINARY_DIR}/source")
     set(source "${top}/llama_cpp_python-${version}/vendor/llama.cpp")

@@ -119,6 +119,7 @@ class SearchOutcome:
 
     Attributes:
         best: The document that ``best.json`` holds.
+        identity: The base model's factors, 1 for every layer.
         winner: The winner on validation; None if that was the base model.
         uniform: The best uniform factor on search contexts; None if none was tried.
         base_test, uniform_test, winner_test: Scores on the test contexts.
@@ -129,6 +130,7 @@ class SearchOutcome:
     """
 
     best: CurveFile
+    identity: Factors
     winner: Candidate | None
     uniform: Candidate | None
     base_test: tuple[ContextScore, ...]
@@ -150,6 +152,7 @@ def run_search(
     algorithm: Algorithm | None = None,
     curves: Sequence[Curve] = (),
     architecture: str | None = None,
+    block_count: int | None = None,
 ) -> SearchOutcome:
     """Search for a curve that beats the base model, and measure its gain honestly.
 
@@ -167,12 +170,12 @@ def run_search(
         progress: Shows how far it is.
         algorithm: Fresh optimizer in place of the genetic algorithm.
         curves: Further curves of generation 0 of the genetic algorithm.
-        architecture: The model's ``general.architecture``, for ``best.json``.
+        architecture, block_count: Of the model's metadata, for ``best.json``.
 
     Raises:
         LropeError: the base model's log-probabilities are not finite, or the study cannot be written.
     """
-    return _Search(executor, study, settings, progress, architecture).run(
+    return _Search(executor, study, settings, progress, architecture, block_count).run(
         algorithm
         or GeneticAlgorithm(
             executor.n_layer,
@@ -191,10 +194,16 @@ def run_search(
 
 class _Search:
     def __init__(
-        self, executor: Executor, study: Study, settings: SearchSettings, progress: Progress, architecture: str | None
+        self,
+        executor: Executor,
+        study: Study,
+        settings: SearchSettings,
+        progress: Progress,
+        architecture: str | None,
+        block_count: int | None,
     ) -> None:
         self.executor, self.study, self.settings, self.progress = executor, study, settings, progress
-        self.architecture = architecture
+        self.architecture, self.block_count = architecture, block_count or executor.n_layer
         self.start = time.monotonic()
         self.identity = (1.0,) * executor.n_layer
         self.results: dict[Job, ContextScore] = {}
@@ -341,6 +350,7 @@ class _Search:
         self.progress.line(judgement.text)
         return SearchOutcome(
             best=document,
+            identity=self.identity,
             winner=winner,
             uniform=uniform,
             base_test=base_test,
@@ -359,7 +369,7 @@ class _Search:
             control_points=best.curve.control_points,
             bounds=best.curve.bounds,
             architecture=self.architecture,
-            block_count=self.executor.n_layer,
+            block_count=self.block_count,
             provenance={"config": self.study.config, "results": results},
         )
 

@@ -7,6 +7,7 @@ import math
 import struct
 
 import numpy as np
+
 from lrope_search.types import ContextScore, ProbeScore
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

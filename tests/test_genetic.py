@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lrope_search import genetic
-from lrope_search.genetic import Candidate, GeneticAlgorithm, Score
 from synthetic import Landscape, noise
 
 from lrope_gguf.curve import Curve
+from lrope_search import genetic
+from lrope_search.genetic import Candidate, GeneticAlgorithm, Score
 
 
 def key(candidate: Candidate) -> tuple[float, ...]:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import gguf
-import llama_direct
 import numpy as np
 import pytest
 from llama_direct import GGML_TYPE_F16, Context

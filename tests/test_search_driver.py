@@ -14,6 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from synthetic import Landscape
+
+from lrope_gguf.curve import Curve, CurveFile
+from lrope_gguf.errors import LropeError
 from lrope_search import objective as objective_module
 from lrope_search.executor import Job, LocalExecutor
 from lrope_search.genetic import Algorithm, Candidate, Score
@@ -22,10 +26,6 @@ from lrope_search.progress import Progress
 from lrope_search.search import SearchOutcome, SearchSettings, run_search
 from lrope_search.study import Study
 from lrope_search.types import ContextScore, Evaluator, ProbeScore
-from synthetic import Landscape
-
-from lrope_gguf.curve import Curve, CurveFile
-from lrope_gguf.errors import LropeError
 
 SETTINGS = SearchSettings(
     seed=3,

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from lrope_search.statistics import Comparison, Interval, _interval, compare, contexts_needed, verdict
 from lrope_search.types import ContextScore, ProbeScore
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from lrope_gguf.curve import CurveFile
+from lrope_gguf.errors import LropeError
 from lrope_search import study as study_module
 from lrope_search.executor import Job
 from lrope_search.study import Study
 from lrope_search.types import ContextScore, ProbeScore
-
-from lrope_gguf.curve import CurveFile
-from lrope_gguf.errors import LropeError
 
 CONFIG = {"seed": 1, "task": {"name": "kv", "keys": 20}, "search": {"bounds": (0.5, 4.0)}}
 

@@ -1,0 +1,1 @@
+"""The subcommands that need a model: each module has `add_arguments` and `run`."""

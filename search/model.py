@@ -1,0 +1,382 @@
+"""A GGUF model in llama.cpp: the only module that imports ``llama_cpp``.
+
+Works below llama-cpp-python's ``Llama`` class, on the C functions of ``llama.h``: several sequences in one
+KV cache, logits of chosen tokens only, and the patched library's layer factors at run time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrope_gguf.errors import LropeError
+from lrope_gguf.native import native_dir
+
+Tokens = NDArray[np.int32]
+Logits = NDArray[np.float32]
+
+_ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
+_MAX_OUTPUTS = 128  # rows of logits a decode may return: bounds memory where the vocabulary is large
+
+
+class Rows(NamedTuple):
+    """Logits of one decoded batch."""
+
+    rows: slice
+    """Which of the wanted rows these are."""
+    logits: Logits
+    """Shape (rows, n_vocab): llama.cpp's own buffer, free to be overwritten, valid until the next decode."""
+
+
+class _Log:
+    """Receives llama.cpp's log: keeps the errors, shows everything if asked to."""
+
+    _ERROR, _CONTINUED = 4, 5  # enum ggml_log_level, ggml.h
+
+    def __init__(self) -> None:
+        self.verbose = False
+        self._level = 0
+        self._errors: list[str] = []
+
+    def __call__(self, level: int, text: bytes, _: object) -> None:
+        self._level = self._level if level == self._CONTINUED else level
+        message = text.decode("utf-8", "replace")
+        if self.verbose:
+            sys.stderr.write(message)
+        if self._level == self._ERROR and message.strip():
+            self._errors.append(message.strip())
+
+    def clear(self) -> None:
+        self._errors.clear()
+
+    def reason(self) -> str:
+        """The first error since `clear`, which is the cause of those after it, without where it arose."""
+        first = next(iter(self._errors), "no reason given")
+        return re.sub(r"^\w+: |error loading model( hyperparameters)?: ", "", first)
+
+
+_log = _Log()
+
+
+@functools.cache
+def _llama() -> Any:
+    """Import the binding on our library and add the patch's three functions to it."""
+    own = native_dir()
+    if own is not None:
+        os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(own))
+    where = os.environ.get("LLAMA_CPP_LIB_PATH", "llama-cpp-python")
+    try:
+        from llama_cpp import llama_cpp
+    except ModuleNotFoundError as error:
+        raise LropeError(f"{error.name}: not installed; run: pip install 'lrope-gguf[search]'") from error
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise LropeError(
+            f"{where}: no usable llama.cpp library ({error}); reinstall lrope-gguf with its native part, or set "
+            "LLAMA_CPP_LIB_PATH to the folder of a patched libllama"
+        ) from error
+    library = llama_cpp._lib
+    if not hasattr(library, "llama_set_rope_layer_factors"):
+        raise LropeError(
+            f"this llama.cpp is not patched: {library._name}; unset LLAMA_CPP_LIB_PATH, or set it to the folder of "
+            "a library built with lrope-gguf's patches"
+        )
+    floats = ctypes.POINTER(ctypes.c_float)
+    for name, result in (
+        ("llama_set_rope_layer_factors", ctypes.c_int32),
+        ("llama_get_rope_layer_factors", ctypes.c_int32),
+        ("llama_model_rope_layer_factors", ctypes.c_bool),
+    ):
+        function = getattr(library, name)
+        function.argtypes = [ctypes.c_void_p, floats, ctypes.c_size_t]
+        function.restype = result
+        setattr(llama_cpp, name, function)
+    callback = llama_cpp.llama_log_callback(_log)
+    llama_cpp.lrope_log_callback = callback  # as long as the library: it keeps only the address
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def binding_version() -> str:
+    """Return the version of llama-cpp-python, which fixes llama.cpp's."""
+    return version("llama-cpp-python")
+
+
+def physical_cores() -> int:
+    """Return the number of physical cores that this process may run on (logical ones where unknown)."""
+    try:
+        cpus = os.sched_getaffinity(0)
+        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+        return len({Path(siblings.format(cpu)).read_text(encoding="ascii") for cpu in cpus})
+    except (AttributeError, OSError):
+        return os.cpu_count() or 1
+
+
+def _pointer(array: NDArray[Any], kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))
+
+
+class _Batch:
+    """A ``llama_batch`` of ``size`` tokens, one sequence each, on NumPy arrays that are filled in place."""
+
+    def __init__(self, llama: Any, size: int) -> None:
+        self.token, self.pos, self.seq = (np.zeros(size, np.int32) for _ in range(3))
+        self.logits = np.zeros(size, np.int8)
+        self._n_seq = np.ones(size, np.int32)
+        self._seq_pointers = self.seq.ctypes.data + self.seq.itemsize * np.arange(size, dtype=np.uintp)
+        self.struct = llama.llama_batch(
+            n_tokens=0,
+            token=_pointer(self.token, llama.llama_token),
+            pos=_pointer(self.pos, llama.llama_pos),
+            n_seq_id=_pointer(self._n_seq, ctypes.c_int32),
+            seq_id=_pointer(self._seq_pointers, ctypes.POINTER(llama.llama_seq_id)),
+            logits=_pointer(self.logits, ctypes.c_int8),
+        )
+
+
+class Model:
+    """A model, loaded once, and one llama.cpp context on it.
+
+    The context is made by `reserve`, when the number of tokens is known. All sequences share one KV cache.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        n_batch: int = 512,
+        n_threads: int | None = None,
+        n_gpu_layers: int | None = None,
+        flash_attention: bool | None = None,
+        chat: bool = True,
+        verbose: bool = False,
+    ) -> None:
+        """Load ``path`` (memory-mapped). ``None`` leaves a choice to llama.cpp; ``n_threads``: the physical cores.
+
+        ``chat``: put prompts into the model's chat template, if it has one. Raises `LropeError` if the model
+        cannot be loaded or has no RoPE.
+        """
+        self._llama = llama = _llama()
+        self._model: Any = None
+        self._context: Any = None
+        self.path = Path(path)
+        self._n_batch = n_batch
+        self._n_threads = n_threads or physical_cores()
+        self._flash_attention = flash_attention
+        if not self.path.is_file():
+            raise LropeError(f"{path}: no such file")
+        _log.verbose = verbose
+        _log.clear()
+        parameters = llama.llama_model_default_params()
+        if n_gpu_layers is not None:
+            parameters.n_gpu_layers = n_gpu_layers
+        self._model = llama.llama_model_load_from_file(os.fsencode(path), parameters)
+        if not self._model:
+            raise LropeError(f"{path}: cannot load: {_log.reason()}")
+        if llama.llama_model_rope_type(self._model) == llama.LLAMA_ROPE_TYPE_NONE:
+            self.close()
+            raise LropeError(f"{path}: a model without RoPE; layer factors mean nothing to it")
+        self._vocab = llama.llama_model_get_vocab(self._model)
+        self._n_block = int(self._metadata(f"{self._metadata('general.architecture')}.block_count"))
+        # what a curve shapes; the patch wants a factor for each block, a multi-token-prediction head's too
+        self.n_layer = self._n_block - int(llama.llama_model_n_layer_nextn(self._model))
+        self.n_vocab = int(llama.llama_vocab_n_tokens(self._vocab))
+        self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._model))
+        self.n_ctx = 0
+        self._batch = _Batch(llama, n_batch)
+        self._formatter = self._chat_formatter() if chat else None
+
+    def __enter__(self) -> Model:
+        """Return the model; leaving the block frees it."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Free the model."""
+        self.close()
+
+    def close(self) -> None:
+        """Free the context and the model; idempotent."""
+        if self._context:
+            self._llama.llama_free(self._context)
+        if self._model:
+            self._llama.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def _metadata(self, key: str) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        self._llama.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode()
+
+    # Text
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts are put into a chat template."""
+        return self._formatter is not None
+
+    def _chat_formatter(self) -> Any:
+        template = self._llama.llama_model_chat_template(self._model, None)
+        if not template:
+            return None
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        special = (self._llama.llama_vocab_eos(self._vocab), self._llama.llama_vocab_bos(self._vocab))
+        eos, bos = (self.text([token], special=True) if token >= 0 else "" for token in special)
+        formatter: Any = Jinja2ChatFormatter(template=template.decode(), eos_token=eos, bos_token=bos)
+        formatter.strftime_now = _ENCODING_DATE.strftime
+        self._bos_text = bos
+        return formatter
+
+    def tokenize_prompt(self, prompt: str, answer: str = "") -> Tokens:
+        """Return the tokens of a whole prompt, with BOS where the model wants one, followed by ``answer``.
+
+        ``prompt`` goes through the chat template as the user's message if the model has one.
+        """
+        if self._formatter is None:
+            return self.tokenize(prompt + answer, add_special=True)
+        try:
+            message = {"role": "user", "content": prompt}
+            text: str = self._formatter(messages=[message], enable_thinking=False).prompt
+        except Exception as error:  # a template is a program of its own
+            raise LropeError(f"{self.path}: its chat template fails ({error}); use --no-chat-template") from error
+        if self._bos_text and self._llama.llama_vocab_get_add_bos(self._vocab):
+            text = text.removeprefix(self._bos_text)  # the tokenizer adds it
+        return self.tokenize(text + answer, add_special=True, parse_special=True)
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> Tokens:
+        """Return the tokens of ``text``, shape (n,); control tokens are only recognised with ``parse_special``."""
+        data = text.encode()
+        tokens = np.empty(len(data) + 8, np.int32)
+        target = _pointer(tokens, self._llama.llama_token)
+        n = self._llama.llama_tokenize(self._vocab, data, len(data), target, len(tokens), add_special, parse_special)
+        if n < 0:
+            raise LropeError(f"{self.path}: cannot tokenize {len(data)} bytes of text: {_log.reason()}")
+        return tokens[:n].copy()
+
+    def text(self, tokens: Sequence[int] | Tokens, *, special: bool = False) -> str:
+        """Return the text of ``tokens``; control tokens appear only with ``special``."""
+        buffer = ctypes.create_string_buffer(512)
+        pieces = []
+        for token in tokens:
+            n = self._llama.llama_token_to_piece(self._vocab, int(token), buffer, len(buffer), 0, special)
+            pieces.append(buffer.raw[: max(n, 0)])
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    def is_end(self, token: int) -> bool:
+        """Whether ``token`` ends a generation."""
+        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+
+    # Factors
+
+    def set_factors(self, factors: Sequence[float]) -> None:
+        """Let layer ``l`` rotate by ``position / factors[l]``. The memory must be empty: keys are cached rotated."""
+        values = np.ones(max(self._n_block, len(factors)), np.float32)
+        values[: len(factors)] = factors
+        _log.clear()
+        if self._llama.llama_set_rope_layer_factors(self._context, _pointer(values, ctypes.c_float), values.size):
+            listed = ",".join(f"{factor:g}" for factor in factors)
+            raise LropeError(f"layer factors {listed}: refused by llama.cpp: {_log.reason()}; change them")
+
+    def get_factors(self) -> tuple[float, ...]:
+        """Return the active factors, one a layer."""
+        values = np.empty(self._n_block, np.float32)
+        n = self._llama.llama_get_rope_layer_factors(self._context, _pointer(values, ctypes.c_float), values.size)
+        if n != values.size:
+            raise LropeError(f"{self.path}: llama.cpp sees {n} layers, the metadata {values.size}")
+        return tuple(values[: self.n_layer].tolist())
+
+    def file_factors(self) -> tuple[float, ...] | None:
+        """Return the factors that the file itself holds, None if it holds none."""
+        values = np.empty(self._n_block, np.float32)
+        found = self._llama.llama_model_rope_layer_factors(self._model, _pointer(values, ctypes.c_float), values.size)
+        return tuple(values[: self.n_layer].tolist()) if found else None
+
+    # Computing
+
+    def reserve(self, n_ctx: int, n_seq: int = 1, *, swa_full: bool = True) -> None:
+        """Make a context of ``n_ctx`` tokens, shared by ``n_seq`` sequences; what an earlier one held is lost.
+
+        ``swa_full``: keep all tokens of sliding-window layers. A small window cache drops a token only while one
+        sequence holds it (``llama_kv_cache::find_slot``): after `copy_sequence` it would be full of the prefix.
+        """
+        llama = self._llama
+        if self._context:
+            llama.llama_free(self._context)
+            self._context = None
+        parameters = llama.llama_context_default_params()
+        parameters.n_ctx = n_ctx
+        parameters.n_batch = parameters.n_ubatch = self._n_batch
+        parameters.n_seq_max = n_seq
+        parameters.n_outputs_max = max(_MAX_OUTPUTS, n_seq)
+        parameters.n_threads = parameters.n_threads_batch = self._n_threads
+        parameters.kv_unified = True
+        parameters.swa_full = swa_full
+        if self._flash_attention is not None:
+            parameters.flash_attn_type = int(self._flash_attention)
+        _log.clear()
+        self._context = llama.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            raise LropeError(f"{self.path}: cannot make a context of {n_ctx} tokens: {_log.reason()}")
+        self._memory = llama.llama_get_memory(self._context)
+        self._max_outputs = int(parameters.n_outputs_max)
+        self.n_ctx = int(llama.llama_n_ctx(self._context))
+
+    def clear(self, *, data: bool = False) -> None:
+        """Empty all sequences; with ``data`` also overwrite the cached keys and values (needed after a NaN)."""
+        self._llama.llama_memory_clear(self._memory, data)
+
+    def copy_sequence(self, source: int, target: int) -> None:
+        """Let sequence ``target`` share all that ``source`` holds, and nothing else; costs no computation."""
+        self._llama.llama_memory_seq_rm(self._memory, target, -1, -1)
+        self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def prefill(self, tokens: Tokens, sequence: int = 0) -> None:
+        """Append ``tokens`` to an empty ``sequence``, without logits."""
+        n = len(tokens)
+        for _ in self.decode(tokens, np.arange(n), np.full(n, sequence), np.zeros(n, np.bool_)):
+            raise AssertionError("no logits were asked for")
+
+    def decode(
+        self, tokens: Tokens, positions: NDArray[Any], sequences: NDArray[Any], wanted: NDArray[np.bool_]
+    ) -> Iterator[Rows]:
+        """Append ``tokens`` at ``positions`` to ``sequences`` and yield the logits after each ``wanted`` token.
+
+        All four arrays have shape (n,). Work is done as the iterator advances, in as few batches as fit.
+        """
+        batch = self._batch
+        seen = np.concatenate(([0], np.cumsum(wanted)))  # wanted rows before each token
+        start = 0
+        while start < len(tokens):
+            fits = int(np.searchsorted(seen, seen[start] + self._max_outputs, side="right")) - 1
+            stop = min(start + self._n_batch, fits, len(tokens))
+            n = stop - start
+            batch.token[:n] = tokens[start:stop]
+            batch.pos[:n] = positions[start:stop]
+            batch.seq[:n] = sequences[start:stop]
+            batch.logits[:n] = wanted[start:stop]
+            batch.struct.n_tokens = n
+            _log.clear()
+            code = self._llama.llama_decode(self._context, batch.struct)
+            if code == 1:
+                raise LropeError(f"{self.path}: more tokens than the context of {self.n_ctx} can hold")
+            if code:
+                raise LropeError(f"{self.path}: llama.cpp failed to decode (code {code}): {_log.reason()}")
+            rows = slice(int(seen[start]), int(seen[stop]))
+            if rows.stop > rows.start:
+                address = self._llama.llama_get_logits(self._context)
+                yield Rows(rows, np.ctypeslib.as_array(address, (rows.stop - rows.start, self.n_vocab)))
+            start = stop

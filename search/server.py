@@ -1,0 +1,127 @@
+"""A patched `llama-server` on this machine, for as long as a block runs."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from lrope_gguf.errors import LropeError
+from lrope_gguf.native import tool_path
+
+_START_SECONDS = 300.0
+_ANSWER_SECONDS = 600.0
+
+
+class LlamaServer:
+    """`llama-server` on a free port of 127.0.0.1; entering the block waits for the model, leaving it stops the server.
+
+    Args:
+        model: GGUF file.
+        n_ctx: Tokens of context.
+        n_threads: CPU threads; None: the server's choice.
+        options: Further options of `llama-server`.
+
+    Raises:
+        LropeError: there is no `llama-server`, or it ends or hangs before the model is loaded.
+    """
+
+    def __init__(
+        self, model: Path | str, n_ctx: int, *, n_threads: int | None = None, options: Sequence[str] = ()
+    ) -> None:
+        """Start nothing yet."""
+        self._model = model
+        threads = [] if n_threads is None else ["--threads", str(n_threads)]
+        self._command = [
+            *(str(tool_path("llama-server")), "--model", str(model), "--ctx-size", str(n_ctx), "--parallel", "1"),
+            *("--host", "127.0.0.1", *threads, *options),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> LlamaServer:
+        """Start the server and wait until it answers."""
+        self._log: IO[bytes] = tempfile.TemporaryFile()
+        try:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            self._url = f"http://127.0.0.1:{port}"
+            self._process = subprocess.Popen(
+                [*self._command, "--port", str(port)],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+            )
+            self._wait()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the server."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(10.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        self._log.close()
+
+    @property
+    def log(self) -> str:
+        """What the server has printed so far."""
+        self._log.seek(0)
+        return self._log.read().decode("utf-8", "replace")
+
+    def complete(self, prompt: str | Sequence[int], n_predict: int) -> str:
+        """Return the greedy continuation of a prompt (text, or its tokens), at most ``n_predict`` tokens.
+
+        A prompt that begins like the one before it reuses its KV cache.
+
+        Raises:
+            LropeError: the server fails or ends.
+        """
+        request = {
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "n_predict": n_predict,
+            "temperature": 0.0,
+            "cache_prompt": True,
+        }
+        answer = self._ask("/completion", request)
+        return str(answer["content"])
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                self._ask("/health")
+            except LropeError:
+                if self._process is None or self._process.poll() is not None or time.monotonic() > deadline:
+                    last = next((line for line in reversed(self.log.splitlines()) if line.strip()), "no output")
+                    raise LropeError(f"{self._model}: llama-server does not start: {last}") from None
+                time.sleep(0.1)
+            else:
+                return
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
+        # never through a proxy: the server is on this machine
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=_ANSWER_SECONDS) as response:
+                return json.load(response)
+        except (OSError, ValueError) as error:
+            raise LropeError(f"{self._model}: llama-server does not answer {path}: {error}") from error

@@ -1,0 +1,495 @@
+"""The evaluator on tiny real models: every shortcut against the long way round."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rope_models import GEMMA3, LLAMA
+from tiny_models import BOS, CHAT_TEMPLATE, EOS, TOKENS, USER, write_readable, write_without_rope
+
+from lrope_gguf.cli import main
+from lrope_gguf.errors import LropeError
+from lrope_search import model as model_module
+from lrope_search.evaluator import Lead, TeacherForcedEvaluator, _frame
+from lrope_search.model import Model
+from lrope_search.table import depth_table
+from lrope_search.tasks import KeyValueTask
+from lrope_search.types import Context, ContextScore, Probe, ProbeScore
+
+native = pytest.mark.native
+ONES = (1.0,) * 6
+CURVE = (0.8, 1.0, 1.3, 1.7, 1.1, 2.5)
+ARCHITECTURES = {"llama": LLAMA, "gemma3": GEMMA3}
+
+
+@dataclass
+class OneContext:
+    """A task whose every context is the same, with any answers."""
+
+    probes: tuple[Probe, ...]
+    prefix: str = "Some words to begin with, then numbers: 3141592653589793.\n"
+    name: str = "one"
+
+    def size(self, split: str) -> int | None:
+        return 1
+
+    def context(self, split: str, index: int) -> Context:
+        return Context(split, index, self.prefix, self.probes)
+
+    def calibration(self) -> Context:
+        return self.context("calibration", 0)
+
+
+@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    path = tmp_path_factory.mktemp("models") / f"{request.param}.gguf"
+    # flash attention rounds by batch shape, about 1e-3 in these models
+    with Model(write_readable(path, ARCHITECTURES[request.param]), n_threads=1, flash_attention=False) as model:
+        yield model
+
+
+@pytest.fixture
+def evaluator(model: Model) -> TeacherForcedEvaluator:
+    return TeacherForcedEvaluator(model, KeyValueTask(6, depths=4, seed=3))
+
+
+def reference(model: Model, lead: str, context: Context, factors: tuple[float, ...]) -> list[tuple[float, bool]]:
+    """Log-probability and correctness of each probe, each with a prompt of its own and all its logits."""
+    result = []
+    for probe in context.probes:
+        prompt = model.tokenize_prompt(context.prefix + probe.question)
+        tokens = model.tokenize_prompt(context.prefix + probe.question + lead + probe.answer)
+        n_lead = len(model.tokenize_prompt(context.prefix + probe.question + lead)) - len(prompt)
+        model.reserve(len(tokens), swa_full=True)
+        model.set_factors(factors)
+        n = len(tokens)
+        everything = np.ones(n, np.bool_)
+        logits = np.concatenate(
+            [part.logits.astype(np.float64) for part in model.decode(tokens, np.arange(n), 0 * tokens, everything)]
+        )
+        log_p = (
+            logits
+            - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+            - logits.max(1)[:, None]
+        )
+        gold = tokens[len(prompt) :]
+        rows = log_p[len(prompt) - 1 : -1]
+        own = rows[np.arange(len(gold)), gold][n_lead:]
+        result.append((float(own.mean()), bool((rows.argmax(1) == gold).all())))
+    return result
+
+
+@native
+@pytest.mark.parametrize("factors", [ONES, CURVE])
+@pytest.mark.parametrize(("n_batch", "max_outputs"), [(512, 128), (48, 9)])
+def test_a_shared_prefix_scores_as_prompts_of_their_own(
+    model: Model, factors: tuple[float, ...], n_batch: int, max_outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_module, "_MAX_OUTPUTS", max_outputs)
+    task = KeyValueTask(6, depths=4, seed=3)
+    with Model(model.path, n_threads=1, n_batch=n_batch, flash_attention=False) as other:
+        evaluator = TeacherForcedEvaluator(other, task)
+        score = evaluator.evaluate(factors, "test", 1)
+    assert evaluator._lead == Lead(' "', own_tokens=True)  # the default: random weights retrieve nothing
+    expected = reference(model, ' "', task.context("test", 1), factors)
+    assert [p.log_probability for p in score.probes] == pytest.approx([log_p for log_p, _ in expected], abs=5e-5)
+    assert [p.correct for p in score.probes] == [correct for _, correct in expected]
+    assert [p.depth for p in score.probes] == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
+
+
+@native
+def test_a_full_sliding_window_cache_changes_no_score(evaluator: TeacherForcedEvaluator, model: Model) -> None:
+    full = evaluator.evaluate(CURVE, "test", 0)
+    model.reserve(model.n_ctx, 40, swa_full=False)  # so many sequences that the window cache has room for all
+    small = evaluator.evaluate(CURVE, "test", 0)
+    assert [p.log_probability for p in small.probes] == pytest.approx(
+        [p.log_probability for p in full.probes], abs=1e-5
+    )
+
+
+@native
+def test_a_score_depends_on_nothing_that_went_before(evaluator: TeacherForcedEvaluator, model: Model) -> None:
+    first = evaluator.evaluate(CURVE, "validation", 1)
+    evaluator.evaluate(ONES, "search", 0)
+    evaluator.generate(CURVE, "validation", 1)
+    again = evaluator.evaluate(CURVE, "validation", 1)
+    fresh = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4, seed=3)).evaluate(CURVE, "validation", 1)
+    assert first.probes == again.probes == fresh.probes
+    assert first.probes != evaluator.evaluate(ONES, "validation", 1).probes
+    assert first.n_tokens == evaluator.n_tokens("validation", 1) > 0
+    assert first.seconds > 0
+
+
+@native
+def test_the_tokens_are_those_of_the_whole_texts(evaluator: TeacherForcedEvaluator, model: Model) -> None:
+    context = KeyValueTask(6, depths=4, seed=3).context("search", 0)
+    encoding = evaluator._encode("search", 0)
+    for i, probe in enumerate(context.probes):
+        mine = encoding.sequences == i + 1
+        gold = encoding.gold[encoding.owner == i]
+        whole = model.tokenize(f'{context.prefix}{probe.question} "{probe.answer}', add_special=True)
+        tokens = np.concatenate((encoding.prefix, encoding.tokens[mine], gold[-1:]))
+        assert tokens.tolist() == whole.tolist()
+        assert tokens[0] == BOS
+        assert BOS not in tokens[1:]
+        assert encoding.positions[mine].tolist() == list(range(len(encoding.prefix), len(whole) - 1))
+        follow = encoding.positions[mine][encoding.wanted[mine]] + 1
+        assert whole[follow].tolist() == gold.tolist()  # each wanted position predicts what follows it
+        assert model.text(gold[encoding.scored[encoding.owner == i]]) == probe.answer
+
+
+def continuation(model: Model) -> tuple[Probe, ...]:
+    """Three questions, each with the beginning of what the model writes after it, in the text's own tokens."""
+    asked = tuple(Probe(i / 20, f"Question {i}:", "impossible") for i in range(20))
+    evaluator = TeacherForcedEvaluator(model, OneContext(asked))
+    encoding = evaluator._encode("test", 0)
+    evaluator._prefill(encoding, CURVE)
+    found = []
+    for probe, tokens in zip(asked, evaluator._write(encoding, asked, CURVE), strict=True):
+        text = model.text(tokens[:12])
+        if model.tokenize(probe.question + text).tolist() == [*model.tokenize(probe.question).tolist(), *tokens[:12]]:
+            found.append(replace(probe, answer=text))
+    return tuple(found[:3])
+
+
+@native
+def test_what_greedy_decoding_writes_is_correct_and_nothing_else(model: Model) -> None:
+    probes = continuation(model)
+    assert len(probes) == 3
+    task = OneContext(probes)
+    evaluator = TeacherForcedEvaluator(model, task)
+    evaluator._lead = Lead("", own_tokens=True)
+    evaluator._encodings.clear()
+    assert [probe.correct for probe in evaluator.evaluate(CURVE, "test", 0).probes] == [True] * 3
+    assert [answer.correct for answer in evaluator.generate(CURVE, "test", 0)] == [True] * 3
+    assert [answer.text for answer in evaluator.generate(CURVE, "test", 0)] == [probe.answer for probe in probes]
+
+    changed = replace(probes[1], answer=probes[1].answer[:5] + "~" + probes[1].answer[6:])
+    task.probes = (probes[0], changed, probes[2])
+    evaluator._encodings.clear()
+    assert [probe.correct for probe in evaluator.evaluate(CURVE, "test", 0).probes] == [True, False, True]
+    assert [answer.correct for answer in evaluator.generate(CURVE, "test", 0)] == [True, False, True]
+
+
+@native
+def test_the_lead_is_what_the_base_model_writes_before_the_value(model: Model) -> None:
+    asked = (Probe(0.5, "Question 5:", "impossible"),)
+    text = TeacherForcedEvaluator(model, OneContext(asked)).generate(ONES, "test", 0)[0].text
+    value = text[7:12]
+    n = text.lower().index(value.lower())
+    evaluator = TeacherForcedEvaluator(model, OneContext((replace(asked[0], answer=value),)))
+    assert evaluator._lead == Lead(text[:n], own_tokens=True)
+    score = evaluator.evaluate(ONES, "test", 0)
+    assert score.probes[0].correct
+    encoding = evaluator._encode("test", 0)
+    assert model.text(encoding.gold) == text[: n + 5]
+    assert model.text(encoding.gold[encoding.scored]) == value
+
+
+@native
+def test_a_given_beginning_of_the_answer_belongs_to_the_prompt(model: Model) -> None:
+    task = KeyValueTask(6, depths=4, seed=3)
+    given = TeacherForcedEvaluator(model, task, answer_prefix=' "')
+    assert given.lead == ""
+    plain = TeacherForcedEvaluator(model, task)
+    assert given.n_tokens("test", 0) == plain.n_tokens("test", 0)
+    mine, other = (e.evaluate(CURVE, "test", 0).log_probability for e in (given, plain))
+    assert mine == pytest.approx(other, abs=1e-4)
+
+
+@native
+def test_a_value_that_merges_with_its_lead(model: Model) -> None:
+    evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4))
+
+    def pieces(lead: str, own_tokens: bool) -> tuple[int, list[str]]:
+        _, n_lead, answer = evaluator._encode_probe("Value", lead, "a1", own_tokens)
+        return n_lead, [TOKENS[token] for token in answer]
+
+    assert pieces('"', own_tokens=True) == (1, ['"', "a", "1"])
+    assert pieces('"', own_tokens=False) == (0, ['"a', "1"])
+    assert pieces(' "', own_tokens=True) == (1, ['Ġ"', "a", "1"])
+    # a prompt that ends in what the answer would merge with: the model can only write the rest
+    prompt, _, answer = evaluator._encode_probe('Value: "', "", "a1", True)
+    assert [TOKENS[token] for token in (*prompt[-1:], *answer)] == ['Ġ"', "a", "1"]
+    prompt, _, answer = evaluator._encode_probe('"', "", "a1", True)
+    assert [TOKENS[token] for token in (*prompt[-1:], *answer)] == ['"', "a", "1"]
+
+
+KEYS = st.lists(st.text("abc019-", min_size=1, max_size=8), min_size=2, max_size=5, unique=True)
+
+
+@given(KEYS, st.sampled_from(['Key: "', "Who is ", ""]), st.sampled_from(['"\nCorresponding value:', "?\nAnswer:", ""]))
+def test_the_key_is_what_differs_between_questions(keys: list[str], head: str, tail: str) -> None:
+    n_head, n_tail = _frame([head + key + tail for key in keys])
+    for key in keys:
+        question = head + key + tail
+        found = question[n_head : len(question) - n_tail]
+        assert found in key
+    # keys of one word are found whole
+    words = [key.replace("-", "x") for key in keys]
+    if len(set(words)) > 1:
+        n_head, n_tail = _frame([head + word + tail for word in words])
+        assert (n_head, n_tail) == (len(head), len(tail))
+
+
+@native
+def test_a_lead_can_hold_the_key(model: Model) -> None:
+    evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4, seed=3))
+    evaluator._lead = Lead(' The value of "\0" is "', own_tokens=True)
+    assert evaluator.lead == ' The value of "{key}" is "'
+    evaluator._encodings.clear()
+    context = KeyValueTask(6, depths=4, seed=3).context("test", 0)
+    encoding = evaluator._encode("test", 0)
+    for i, probe in enumerate(context.probes):
+        key = probe.question.split('"')[1]
+        assert model.text(encoding.gold[encoding.owner == i]) == f' The value of "{key}" is "{probe.answer}'
+
+
+@native
+def test_chat_templates_are_rendered_without_a_second_bos_or_the_date(tmp_path: Path) -> None:
+    path = write_readable(tmp_path / "chat.gguf", chat_template=CHAT_TEMPLATE)
+    with Model(path, n_threads=1) as chat:
+        assert chat.is_chat
+        tokens = chat.tokenize_prompt("Hi", ' "').tolist()
+        assert tokens[:2] == [BOS, USER]
+        assert tokens.count(BOS) == 1
+        assert chat.text(tokens) == 'Hi\n2024\nA: "'
+        assert [chat.is_end(token) for token in (EOS, BOS, 5)] == [True, False, False]
+        evaluator = TeacherForcedEvaluator(chat, KeyValueTask(6, depths=4))
+        assert np.isfinite(evaluator.evaluate(CURVE, "test", 0).log_probability)
+    with Model(path, n_threads=1, chat=False) as raw:
+        assert raw.text(raw.tokenize_prompt("Hi <user>")) == "Hi <user>"
+        assert USER not in raw.tokenize_prompt("Hi <user>")
+    with (
+        pytest.raises(LropeError, match=r"chat template fails .*no system.*--no-chat-template"),
+        Model(write_readable(tmp_path / "bad.gguf", chat_template="{{ raise_exception('no system') }}")) as bad,
+    ):
+        bad.tokenize_prompt("Hi")
+
+
+@native
+def test_factors_at_run_time(tmp_path: Path) -> None:
+    stored = [1.5, 1.0, 0.75, 1.25, 1.0, 2.0]
+    with Model(write_readable(tmp_path / "with.gguf", factors=stored), n_threads=1) as model:
+        model.reserve(64)
+        assert model.file_factors() == model.get_factors() == tuple(stored)
+        model.set_factors(ONES)
+        assert model.get_factors() == ONES
+        model.set_factors([float(np.float32(x)) for x in CURVE])
+        assert model.get_factors() == pytest.approx(CURVE)
+        for bad in ((1.0,) * 7, (0.0, *ONES[1:]), (float("nan"), *ONES[1:]), (-1.0, *ONES[1:])):
+            with pytest.raises(LropeError, match="refused by llama") as caught:
+                model.set_factors(bad)
+            assert "\n" not in str(caught.value)
+        assert model.get_factors() == pytest.approx(CURVE)
+        model.prefill(np.array([BOS, 5, 6], np.int32))
+        with pytest.raises(LropeError, match="memory is not empty"):
+            model.set_factors(ONES)
+    with Model(write_readable(tmp_path / "without.gguf"), n_threads=1) as model:
+        assert model.file_factors() is None
+
+
+@native
+def test_the_base_model_is_that_of_a_file_with_factors(tmp_path: Path) -> None:
+    task = KeyValueTask(6, depths=4)
+    scores = []
+    for name, stored in (("with", list(CURVE)), ("without", None)):
+        with Model(write_readable(tmp_path / f"{name}.gguf", factors=stored), n_threads=1) as model:
+            evaluator = TeacherForcedEvaluator(model, task)
+            scores.append([evaluator.evaluate(factors, "test", 0).probes for factors in (ONES, CURVE)])
+    assert scores[0] == scores[1]
+    assert scores[0][0] != scores[0][1]
+
+
+@native
+def test_nan_is_an_error_that_names_the_factors_and_leaves_the_rest_usable(tmp_path: Path) -> None:
+    path = write_readable(tmp_path / "nan.gguf", poison="blk.3.ffn_down.weight")
+    with Model(path, n_threads=1) as model, pytest.raises(LropeError, match="NaN with factors 1,1,1,1,1,1; "):
+        TeacherForcedEvaluator(model, KeyValueTask(6, depths=4))
+
+
+@native
+def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
+    good = write_readable(tmp_path / "good.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(good[: len(good) // 2])
+    (tmp_path / "text.gguf").write_text("not a model at all, but long enough to look like one\n")
+    write_without_rope(tmp_path / "mpt.gguf")
+    write_readable(tmp_path / "factors.gguf", factors=[1.0, 1.0, -3.0, 1.0, 1.0, 1.0])
+    for name, message in {
+        "none.gguf": "no such file",
+        "cut.gguf": "not within the file bounds",
+        "text.gguf": "magic",
+        "mpt.gguf": "without RoPE",
+        "factors.gguf": "bad factor for layer 2",
+    }.items():
+        with pytest.raises(LropeError, match=message) as caught:
+            Model(tmp_path / name)
+        assert str(caught.value).startswith(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+@native
+def test_contexts_beyond_the_trained_length_are_allowed_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Model(write_readable(tmp_path / "short.gguf", context_length=128), n_threads=1) as model:
+        evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4))
+        evaluator.evaluate(ONES, "test", 0)
+        evaluator.evaluate(CURVE, "test", 1)
+    assert [r.getMessage() for r in caplog.records if "trained on" in r.getMessage()] != []
+    assert sum("trained on" in r.getMessage() for r in caplog.records) == 1
+
+
+@native
+def test_a_context_larger_than_foreseen_makes_room(evaluator: TeacherForcedEvaluator, model: Model) -> None:
+    before = model.n_ctx
+    evaluator._task = KeyValueTask(12, depths=8, seed=3)
+    score = evaluator.evaluate(CURVE, "test", 5)
+    assert model.n_ctx > before
+    expected = reference(model, ' "', evaluator._task.context("test", 5), CURVE)
+    assert [p.log_probability for p in score.probes] == pytest.approx([log_p for log_p, _ in expected], abs=5e-5)
+
+
+def test_a_stock_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = ModuleType("llama_cpp")
+    stock.llama_cpp = SimpleNamespace(_lib=SimpleNamespace(_name="/somewhere/libllama.so"))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "llama_cpp", stock)
+    with pytest.raises(LropeError, match=r"this llama\.cpp is not patched: /somewhere/libllama\.so; "):
+        model_module._llama.__wrapped__()
+
+
+def test_a_missing_library_or_binding_says_how_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from lrope_search.model import Model\nModel('x.gguf')"
+    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"lrope_gguf.errors.LropeError: {tmp_path}: no usable llama.cpp library")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(LropeError, match=r"pip install 'lrope-gguf\[search\]'"):
+        model_module._llama.__wrapped__()
+
+
+def scores(*contexts: list[tuple[float, float, bool]]) -> list[ContextScore]:
+    return [
+        ContextScore("test", i, tuple(ProbeScore(*p) for p in probes), 10, 1.0) for i, probes in enumerate(contexts)
+    ]
+
+
+def test_the_table_holds_means_by_depth_and_gains() -> None:
+    base = scores([(0.0, -1.0, True), (1.0, -2.0, False)], [(0.0, -3.0, False), (1.0, -4.0, False)])
+    curve = scores([(0.0, -1.0, True), (1.0, -1.0, True)], [(0.0, -2.0, True), (1.0, -4.0, False)])
+    table = depth_table({"base": base, "curve": curve})
+    assert table.json()["by_depth"] == [
+        {
+            "depth": 0.0,
+            "base": {"accuracy": 0.5, "log_probability": -2.0},
+            "curve": {"accuracy": 1.0, "log_probability": -1.5},
+        },
+        {
+            "depth": 1.0,
+            "base": {"accuracy": 0.0, "log_probability": -3.0},
+            "curve": {"accuracy": 0.5, "log_probability": -2.5},
+        },
+    ]
+    assert table.json()["curve"] == {"accuracy": 0.75, "log_probability": -2.0}
+    assert table.json()["difference"]["curve"]["accuracy"]["mean"] == 0.5
+    lines = str(table).splitlines()
+    assert lines[1].split() == ["depth", *["base", "curve", "gain"] * 2]
+    assert lines[2].split() == ["0.00", "50.0", "100.0", "+50.0", "-2.0000", "-1.5000", "+0.5000"]
+    assert lines[5].split() == ["all", "25.0", "75.0", "+50.0", "-2.5000", "-2.0000", "+0.5000"]
+    assert len({len(line) for line in lines[1:6]}) == 1
+    assert "curve  █▅  accuracy by depth" in lines
+    assert lines[-1] == "curve: accuracy +50.0 points, log-probability +0.5000 (too few contexts for an interval)"
+
+
+def test_a_table_of_numbers_that_are_not_finite_is_valid_json() -> None:
+    table = depth_table({"base": scores([(0.5, -1.0, True)]), "curve": scores([(0.5, -math.inf, False)])})
+    document = json.loads(json.dumps(table.json(), allow_nan=False))
+    assert document["curve"] == {"accuracy": 0.0, "log_probability": None}
+    assert "-inf" in str(table)
+
+
+@native
+def test_eval_compares_base_and_factors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_readable(tmp_path / "model.gguf", factors=list(CURVE))
+    command = ["eval", str(path), "--keys", "6", "--depths", "3", "--contexts", "2", "--threads", "1", "--seed", "4"]
+    assert main([*command, "--generate", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith("test context 1: 4/4 evaluations")
+    document = json.loads(out)
+    assert document["factors"]["base"] == list(ONES)
+    assert document["factors"]["file"] == pytest.approx(CURVE)
+    assert [row["depth"] for row in document["by_depth"]] == [0.0, 0.5, 1.0]
+    assert document["generated"]["agreement"] == 1.0
+    with Model(path, n_threads=1) as model:
+        evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, depths=3, seed=4))
+        expected = [evaluator.evaluate(ONES, "test", i).log_probability for i in range(2)]
+    assert document["base"]["log_probability"] == pytest.approx(sum(expected) / 2)
+
+    assert main([*command, "--factors", ",".join(map(str, CURVE))]) == 0
+    table = capsys.readouterr().out
+    row = next(line.split() for line in table.splitlines() if line.lstrip().startswith("0.50"))
+    assert float(row[-2]) == pytest.approx(document["by_depth"][1]["file"]["log_probability"], abs=1e-4)
+
+    curve = tmp_path / "best.json"
+    curve.write_text(json.dumps({"format": "lrope-curve", "version": 1, "layer_factors": CURVE}))
+    assert main([*command, "--curve", str(curve), "--json"]) == 0
+    by_curve = json.loads(capsys.readouterr().out)
+    assert by_curve["curve"]["log_probability"] == pytest.approx(document["file"]["log_probability"], abs=1e-6)
+
+
+@native
+def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_readable(tmp_path / "model.gguf")
+    records = [[[f"k{n}-{i}", f"v{n}-{i}"] for i in range(9)] for n in range(10)]
+    data = tmp_path / "kv.jsonl.gz"
+    data.write_bytes(gzip.compress("".join(json.dumps({"ordered_kv_records": r}) + "\n" for r in records).encode()))
+    command = ["eval", str(path), "--data", str(data), "--keys", "5", "--depths", "5", "--threads", "1", "--json"]
+    assert main([*command, "--contexts", "3"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert list(document["factors"]) == ["base"]
+    assert document["probes"] == 15
+    assert main([*command, "--contexts", "4"]) == 1
+    assert "of its 10 records 3 are for test" in capsys.readouterr().err
+
+
+@native
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--factors", "1,1,1"], 1, "--factors: 3 numbers, but .* has 6 layers"),
+        (["--factors", "1,1,1,0,1,1"], 1, "refused by llama.cpp"),
+        (["--factors", "1,a"], 2, "not a list of numbers"),
+        (["--keys", "0"], 2, "not a whole number from 1"),
+        (["--keys", "5"], 1, "--keys 5: too few for 11 depths"),
+        (["--curve", "none.json"], 1, "none.json"),
+    ],
+)
+def test_eval_refuses_bad_options_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], status: int, message: str
+) -> None:
+    path = write_readable(tmp_path / "model.gguf")
+    try:
+        result = main(["eval", str(path), "--threads", "1", *options])
+    except SystemExit as error:
+        result = int(error.code or 0)
+    out, err = capsys.readouterr()
+    assert (result, out) == (status, "")
+    assert re.search(message, err)
+    assert "Traceback" not in err
+    if status == 1:
+        assert len(err.strip().splitlines()) == 1

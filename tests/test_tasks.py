@@ -1,0 +1,195 @@
+"""Key-value retrieval contexts: the benchmark's prompt, splits, files and their mistakes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrope_gguf.errors import LropeError
+from lrope_search.tasks import SPLITS, KeyValueTask
+from lrope_search.types import Context
+
+
+def record(n: int, n_pairs: int = 12) -> dict[str, Any]:
+    pairs = [[f"key-{n}-{i}", f"value-{n}-{i}"] for i in range(n_pairs)]
+    return {"ordered_kv_records": pairs, "key": pairs[3][0], "value": pairs[3][1]}
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def pairs_of(context: Context) -> list[tuple[str, str]]:
+    data = context.prefix[context.prefix.index("{") : context.prefix.rindex("}") + 1]
+    return json.loads(data, object_pairs_hook=list)
+
+
+def test_the_prompt_is_the_benchmarks(tmp_path: Path) -> None:
+    pairs = [["a1", "v1"], ["b2", "v2"], ["c3", "v3"]]
+    path = write(tmp_path / "kv.jsonl", [{"ordered_kv_records": pairs, "key": "b2", "value": "v2"}] * 3)
+    context = KeyValueTask(depths=3, data=path).context("test", 0)
+    assert context.prefix + context.probes[1].question == (
+        "Extract the value corresponding to the specified key in the JSON object below.\n"
+        "\n"
+        "JSON data:\n"
+        '{"a1": "v1",\n'
+        ' "b2": "v2",\n'
+        ' "c3": "v3"}\n'
+        "\n"
+        'Key: "b2"\n'
+        "Corresponding value:"
+    )
+    assert [probe.answer for probe in context.probes] == ["v1", "v2", "v3"]
+    assert [probe.depth for probe in context.probes] == [0.0, 0.5, 1.0]
+
+
+@given(st.integers(1, 15), st.integers(0, 40), st.integers(0, 2**32), st.sampled_from(SPLITS), st.integers(0, 1000))
+def test_probes_ask_for_the_pairs_at_their_depths(depths: int, more: int, seed: int, split: str, index: int) -> None:
+    n_pairs = depths + more
+    context = KeyValueTask(n_pairs, depths=depths, seed=seed).context(split, index)
+    pairs = pairs_of(context)
+    assert len(pairs) == len(dict(pairs)) == n_pairs
+    asked = []
+    for i, probe in enumerate(context.probes):
+        assert probe.depth == pytest.approx(i / (depths - 1) if depths > 1 else 0.0)
+        where = round(probe.depth * (n_pairs - 1))
+        assert (probe.question, probe.answer) == (f'Key: "{pairs[where][0]}"\nCorresponding value:', pairs[where][1])
+        asked.append(where)
+    assert len(set(asked)) == depths
+
+
+def test_generated_contexts_are_random_uuids_that_only_seed_split_and_index_decide() -> None:
+    uuid4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+    late = KeyValueTask(12, seed=5)
+    for index in range(3):
+        late.context("search", index)
+    assert late.context("test", 7) == KeyValueTask(12, seed=5).context("test", 7)
+    seen: set[str] = set()
+    for seed in (5, 6):
+        task = KeyValueTask(12, seed=seed)
+        for context in [task.context(split, i) for split in SPLITS for i in range(3)] + [task.calibration()]:
+            ids = {text for pair in pairs_of(context) for text in pair}
+            assert all(uuid4.fullmatch(text) for text in ids)
+            assert not ids & seen
+            seen |= ids
+    assert task.size("test") is None
+
+
+@given(st.integers(11, 60), st.integers(0, 2**32))
+def test_numbers_as_identifiers(n_pairs: int, seed: int) -> None:
+    task = KeyValueTask(n_pairs, seed=seed, identifiers="number")
+    for context in (task.context("validation", 3), task.calibration()):
+        pairs = pairs_of(context)
+        assert len(dict(pairs)) == len(pairs)
+        assert all(re.fullmatch("[1-9][0-9]{3}", key) and re.fullmatch("[1-9][0-9]{2}", value) for key, value in pairs)
+
+
+def test_identifiers_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
+    data = write(tmp_path / "kv.jsonl", [record(n) for n in range(10)])
+    for options in ({"identifiers": "words"}, {"identifiers": "number", "data": data}):
+        with pytest.raises(LropeError, match="--identifiers"):
+            KeyValueTask(12, **options)
+    with pytest.raises(LropeError, match="--keys 9001"):
+        KeyValueTask(9001, identifiers="number")
+
+
+@pytest.mark.parametrize("name", ["kv.jsonl", "kv.jsonl.gz"])
+def test_a_files_records_are_shuffled_into_disjoint_splits(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [record(n) for n in range(20)])
+
+    def keys(task: KeyValueTask, split: str) -> list[str]:
+        return [pairs_of(task.context(split, i))[0][0] for i in range(task.size(split) or 0)]
+
+    task = KeyValueTask(data=path, seed=1)
+    splits = [keys(task, split) for split in SPLITS]
+    assert [len(split) for split in splits] == [10, 4, 6]
+    assert sorted(key for split in splits for key in split) == sorted(f"key-{n}-0" for n in range(20))
+    assert splits == [keys(KeyValueTask(data=path, seed=1), split) for split in SPLITS]
+    assert splits != [keys(KeyValueTask(data=path, seed=2), split) for split in SPLITS]
+
+
+def test_keys_takes_the_first_pairs_of_each_record(tmp_path: Path) -> None:
+    path = write(tmp_path / "kv.jsonl", [record(n, 12) for n in range(10)])
+    whole, part = (KeyValueTask(n, depths=4, data=path).context("search", 2) for n in (None, 5))
+    assert len(pairs_of(whole)) == 12
+    assert pairs_of(part) == pairs_of(whole)[:5]
+    assert part.probes[-1].answer == pairs_of(part)[4][1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"kv\.jsonl:2: not a key-value record"),
+        ("[1]", r"kv\.jsonl:2: not a key-value record"),
+        ("[" * 100_000, r"kv\.jsonl:2: not a key-value record"),
+        ({"key": "a"}, r"kv\.jsonl:2: not a key-value record .*ordered_kv_records"),
+        ({"ordered_kv_records": [["a", "b", "c"]] * 12}, r"kv\.jsonl:2: not a key-value record"),
+        ({"ordered_kv_records": [["a", 1]] * 12}, r"kv\.jsonl:2: a key or value is no text"),
+        ({"ordered_kv_records": [["a", "b"]] * 12}, r"kv\.jsonl:2: a key occurs twice"),
+        (record(1, 11), r"kv\.jsonl:2: has 11 pairs, fewer than --keys 12"),
+    ],
+)
+def test_a_bad_record_is_named_by_its_line(tmp_path: Path, line: Any, message: str) -> None:
+    path = write(tmp_path / "kv.jsonl", [record(0), line, record(2)])
+    with pytest.raises(LropeError, match=message) as caught:
+        KeyValueTask(12, data=path)
+    assert "\n" not in str(caught.value)
+
+
+def test_unusable_files_and_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(LropeError, match="No such file"):
+        KeyValueTask(data=tmp_path / "none.jsonl")
+    with pytest.raises(LropeError, match="holds no records"):
+        KeyValueTask(data=write(tmp_path / "empty.jsonl", []))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"\xe9": 1}\n')
+    with pytest.raises(LropeError, match=r"latin\.jsonl: cannot read"):
+        KeyValueTask(data=tmp_path / "latin.jsonl")
+    zipped = write(tmp_path / "kv.jsonl.gz", [record(n) for n in range(50)]).read_bytes()
+    (tmp_path / "cut.jsonl.gz").write_bytes(zipped[: len(zipped) // 2])
+    with pytest.raises(LropeError, match=r"cut\.jsonl\.gz: cannot read"):
+        KeyValueTask(data=tmp_path / "cut.jsonl.gz")
+    (tmp_path / "bad.jsonl.gz").write_bytes(zipped[:100] + bytes(100) + zipped[200:])
+    with pytest.raises(LropeError, match=r"bad\.jsonl\.gz: cannot read"):
+        KeyValueTask(data=tmp_path / "bad.jsonl.gz")
+    with pytest.raises(LropeError, match="fewer pairs than the 11 depths"):
+        KeyValueTask(data=write(tmp_path / "short.jsonl", [record(0, 8)]))
+    with pytest.raises(LropeError, match="--keys 10: too few for 11 depths"):
+        KeyValueTask(10)
+    with pytest.raises(LropeError, match="--depths 0"):
+        KeyValueTask(10, depths=0)
+
+
+def test_too_few_records_are_an_error_with_the_numbers(tmp_path: Path) -> None:
+    task = KeyValueTask(data=write(tmp_path / "kv.jsonl", [record(n) for n in range(10)]))
+    assert task.size("test") == 3
+    with pytest.raises(LropeError, match="5 test contexts asked for, but of its 10 records 3 are for test"):
+        task.context("test", 4)
+
+
+def test_number_identifiers_are_distinct_short_and_seeded() -> None:
+    task = KeyValueTask(40, depths=5, seed=3, identifiers="number")
+    context = task.context("test", 0)
+    pairs = json.loads(context.prefix[context.prefix.index("{") :])
+    assert len(pairs) == 40
+    assert all(1000 <= int(key) <= 9999 and 100 <= int(value) <= 999 for key, value in pairs.items())
+    assert [pairs[probe.question.split('"')[1]] for probe in context.probes] == [p.answer for p in context.probes]
+    assert context == KeyValueTask(40, depths=5, seed=3, identifiers="number").context("test", 0)
+    assert context.prefix != task.context("search", 0).prefix
+
+
+def test_number_identifiers_have_limits(tmp_path: Path) -> None:
+    with pytest.raises(LropeError, match="--keys 9001"):
+        KeyValueTask(9001, identifiers="number")
+    with pytest.raises(LropeError, match="without --data"):
+        KeyValueTask(10, depths=1, identifiers="number", data=tmp_path / "x.jsonl")
+    with pytest.raises(LropeError, match="--identifiers words"):
+        KeyValueTask(20, identifiers="words")
