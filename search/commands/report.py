@@ -37,7 +37,7 @@ def _lines(document: CurveFile, provenance: dict[str, Any], results: dict[str, A
     config = provenance.get("config", {})
     lines = [f"{section:<11} {_words(config[section])}" for section in ("model", "task") if section in config]
     if document.curve is not None:
-        factors = document.curve.factors(document.block_count or 32)
+        factors = document.curve.factors(document.block_count or 32).tolist()
         lines.append(f"factors     {sparkline(factors)} from {min(factors):.4g} to {max(factors):.4g}")
         points = ", ".join(f"({x:.3g}, {y:.4g})" for x, y in document.curve.control_points)
         lines.append(f"curve       control points {points}")
