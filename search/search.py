@@ -348,7 +348,7 @@ class _Search:
             results["best_uniform"] = {"factor": uniform.factors[0], "test": _summary(base_test, uniform_comparison)}
         document = self.document(best, results)
         self.study.save_best(document)
-        self.progress.line(judgement.text)
+        self.study.log(judgement.text)
         return SearchOutcome(
             best=document,
             identity=self.identity,
