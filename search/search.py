@@ -312,6 +312,10 @@ class _Search:
         self.progress.expect(
             len(self.results) + n_validation * settings.validation_contexts + n_test * settings.test_contexts
         )
+        self.progress.line(
+            f"validation: base and {len(finalists)} finalists on {settings.validation_contexts} contexts, "
+            f"{self.progress.status()}"
+        )
         validated = self.evaluate_all([self.identity, *(c.factors for c in finalists)], "validation")
         objective = Objective(validated[self.identity], settings.middle_weight)
         fitness = {c: objective.fitness(validated[c.factors]) for c in finalists}
@@ -320,6 +324,9 @@ class _Search:
             winner = None
 
         sides = [c.factors for c in (uniform, winner) if c is not None]
+        self.progress.line(
+            f"test: base and {len(set(sides))} more on {settings.test_contexts} contexts, {self.progress.status()}"
+        )
         tested = self.evaluate_all([self.identity, *sides], "test")
         base_test = tested[self.identity]
 

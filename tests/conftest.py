@@ -7,6 +7,9 @@ import os
 import llama_direct
 import pytest
 
+# `python -m lrope_gguf` must run the installed package, not the sources in the current folder
+os.environ["PYTHONSAFEPATH"] = "1"
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = "slow" in config.getoption("markexpr")

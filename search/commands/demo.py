@@ -27,10 +27,10 @@ _MODELS = ("gemma-3-270m",)
 _TASK = MappingProxyType({"task": "kv", "keys": 40, "depths": 11, "identifiers": "number", "data": None,
                           "answer_prefix": ' "'})  # fmt: skip
 _SEARCH = SearchSettings(
-    max_evaluations=60,
+    max_evaluations=48,
     search_contexts=6,
     validation_contexts=12,
-    test_contexts=40,
+    test_contexts=30,
     finalists=3,
     bounds=(0.5, 2.0),
 )

@@ -1,0 +1,181 @@
+"""The whole path on a tiny model: search, kill, resume, write, serve, ask."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import llama_direct
+import numpy as np
+import pytest
+from llama_direct import GGML_TYPE_F16, Context
+from tiny_models import write_readable
+
+from lrope_gguf.errors import LropeError
+from lrope_gguf.metadata import read_factors, remove_factors, write_factors
+from lrope_gguf.native import tool_path
+from lrope_search.server import LlamaServer
+
+pytestmark = pytest.mark.native
+
+FACTORS = [1.0, 1.3, 0.8, 2.5, 1.07, 3.1]
+PROMPT = 'Key: "4711" has the value "123" and Key: "815" has another value, so what is it? '
+SEARCH = ["--identifiers", "number", "--keys", "12", "--depths", "4", "--max-evaluations", "20", "--population", "8",
+          "--search-contexts", "2", "--validation-contexts", "3", "--test-contexts", "6", "--threads", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_readable(tmp_path_factory.mktemp("path") / "tiny.gguf")
+
+
+def greedy(path: Path, n_predict: int) -> list[int]:
+    """The greedy continuation of PROMPT in the binding, on a cache like the server's."""
+    lib = llama_direct.library()
+    with Context(path, type_kv=GGML_TYPE_F16, flash=True) as context:
+        vocab = lib.llama_model_get_vocab(context.model)
+        buffer = (lib.llama_token * 512)()
+        n = lib.llama_tokenize(vocab, PROMPT.encode(), len(PROMPT), buffer, 512, True, True)
+        tokens, chosen = list(buffer[:n]), []
+        for _ in range(n_predict):
+            chosen.append(int(np.argmax(context.decode(tokens)[-1])))
+            tokens = chosen[-1:]
+    return chosen
+
+
+def test_the_server_logs_the_factors_and_answers_as_the_binding_does(model: Path, tmp_path: Path) -> None:
+    written = tmp_path / "written.gguf"
+    write_factors(model, FACTORS, output=written)
+    answers = {}
+    for path in (model, written):
+        with LlamaServer(path, 512, n_threads=1, options=["--flash-attn", "on"]) as server:
+            answers[path] = [server.complete(PROMPT, 16) for _ in range(2)]
+            found = "RoPE factors from 0.8 to 3.1, 5 of 6 layers differ from 1" in server.log
+        assert found == (path == written)
+        assert answers[path][0] == answers[path][1]
+        with Context(path) as context:
+            lib, piece = context.lib, (llama_direct.ctypes.c_char * 64)()
+            vocab = lib.llama_model_get_vocab(context.model)
+            text = b"".join(
+                bytes(piece[: lib.llama_token_to_piece(vocab, token, piece, 64, 0, False)])
+                for token in greedy(path, 16)
+            )
+        assert answers[path][0] == text.decode("utf-8", "replace")
+    assert answers[model] != answers[written]
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(LropeError, match=r"bad\.gguf: llama-server does not start: "), LlamaServer(bad, 512):
+        pass
+
+
+def test_written_and_removed_factors_leave_the_base_model(model: Path, tmp_path: Path) -> None:
+    """Explicit ones change no bit of the logits, and removing gives the file back."""
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(model.read_bytes())
+    tokens = [int(token) for token in np.random.default_rng(3).integers(0, 90, 100)]
+    with Context(model) as context:
+        base = context.decode(tokens)
+    write_factors(copy, [1.0] * 6)
+    assert read_factors(copy) == (1.0,) * 6
+    with Context(copy) as context:
+        np.testing.assert_array_equal(context.decode(tokens), base)
+    write_factors(copy, FACTORS)
+    with Context(copy) as context:
+        assert np.abs(context.decode(tokens) - base).max() > 0.1
+    remove_factors(copy)
+    assert copy.read_bytes() == model.read_bytes()
+
+
+def test_factors_survive_quantizing_and_splitting(model: Path, tmp_path: Path) -> None:
+    written, quantized, split = tmp_path / "w.gguf", tmp_path / "q.gguf", tmp_path / "s"
+    write_factors(model, FACTORS, output=written)
+    subprocess.run([tool_path("llama-quantize"), written, quantized, "Q8_0"], check=True, capture_output=True)
+    command = [tool_path("llama-gguf-split"), "--split", "--split-max-tensors", "20", written, split]
+    subprocess.run(command, check=True, capture_output=True)
+    shards = sorted(tmp_path.glob("s-*.gguf"))
+    assert len(shards) > 1
+    for path in (quantized, shards[0]):
+        assert read_factors(path) == pytest.approx(FACTORS)
+        with Context(path) as context:
+            assert context.get_factors(6) == pytest.approx(FACTORS)
+
+
+def run(arguments: Sequence[object], **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lrope_gguf", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_killed_search_resumes_to_the_same_curve(model: Path, tmp_path: Path) -> None:
+    straight = run(["search", model, *SEARCH, "--output", tmp_path / "straight.json"])
+    assert straight.returncode == 0, straight.stderr
+    assert "unseen contexts" in straight.stdout or "no curve beat" in straight.stdout
+
+    killed = tmp_path / "killed.json"
+    evaluations = tmp_path / "killed.study" / "evaluations.jsonl"
+    command = [sys.executable, "-m", "lrope_gguf", "search", str(model), *SEARCH, "--output", str(killed)]
+    for wanted in (4, 25):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            while process.poll() is None and lines(evaluations) < wanted:
+                time.sleep(0.002)
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        assert process.returncode == -signal.SIGKILL, "the search ended before it was killed"
+    assert not killed.exists()
+    resumed = run(["search", model, *SEARCH, "--output", killed])
+    assert resumed.returncode == 0, resumed.stderr
+    assert killed.read_bytes() == (tmp_path / "straight.json").read_bytes()
+    assert resumed.stdout.replace("killed.json", "straight.json") == straight.stdout
+
+    report = run(["report", tmp_path / "killed.study"])
+    assert (
+        report.returncode == 0 and json.loads(killed.read_text())["provenance"]["results"]["verdict"] in report.stdout
+    )
+    with_curve = run(["write", model, "--curve", killed, "--output", tmp_path / "out.gguf"])
+    assert with_curve.returncode == 0 and len(read_factors(tmp_path / "out.gguf") or ()) == 6
+
+
+def test_other_settings_on_a_study_are_refused_with_the_difference(model: Path, tmp_path: Path) -> None:
+    first = run(["search", model, *SEARCH, "--output", tmp_path / "a.json", "--dry-run"])
+    assert first.returncode == 0 and "at most" in first.stderr and not (tmp_path / "a.json").exists()
+    second = run(["search", model, *SEARCH, "--output", tmp_path / "a.json", "--seed", "9"])
+    assert second.returncode == 1
+    assert "seed" in second.stderr and "0" in second.stderr and "9" in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["--search-contexts", "0"], ["--bounds", "2,4"], ["--finalists", "0"]])
+def test_search_refuses_bad_options_in_one_line(arguments: list[str], model: Path, tmp_path: Path) -> None:
+    result = run(["search", model, *SEARCH, *arguments, "--output", tmp_path / "b.json"])
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert arguments[0][2:].replace("-", "_") in result.stderr
+
+
+def test_search_refuses_a_missing_model_and_an_unwritable_place(model: Path, tmp_path: Path) -> None:
+    missing = run(["search", tmp_path / "none.gguf", *SEARCH, "--output", tmp_path / "c.json"])
+    assert missing.returncode == 1 and "none.gguf" in missing.stderr and len(missing.stderr.splitlines()) == 1
+    (tmp_path / "file").write_text("")
+    nowhere = run(["search", model, *SEARCH, "--output", tmp_path / "file" / "c.json"])
+    assert nowhere.returncode == 1 and len(nowhere.stderr.splitlines()) == 1
+
+
+def test_launchers_pass_arguments_and_exit_status() -> None:
+    launcher = Path(sys.executable).with_name("llama-server")
+    if not launcher.exists():
+        pytest.skip("the package is not installed, only its sources are on the path")
+    assert "version" in subprocess.run([launcher, "--version"], capture_output=True, text=True, check=True).stderr
+    assert subprocess.run([launcher, "--no-such-option"], capture_output=True).returncode != 0
