@@ -69,7 +69,7 @@ class SearchSettings:
         counts = ("max_evaluations", "search_contexts", "validation_contexts", "test_contexts", "finalists")
         for name in (*counts, "racing_first", "degree", "population", "parents", "offspring"):
             if getattr(self, name) < 1:
-                raise LropeError(f"{name}: {getattr(self, name)} is too few; give at least 1")
+                raise LropeError(f"{_option(name)} {getattr(self, name)}: too few; give at least 1")
         low, high = self.bounds
         ranges = {
             "seed": self.seed >= 0,
@@ -83,7 +83,7 @@ class SearchSettings:
         }
         for name, right in ranges.items():
             if not right:
-                raise LropeError(f"{name}: {getattr(self, name)} is out of range; see the option's help")
+                raise LropeError(f"{_option(name)} {getattr(self, name)}: out of range; see lrope-gguf search --help")
 
     def config(self) -> dict[str, Any]:
         """Return what belongs in a study's config: all but ``max_evaluations`` and ``max_hours``.
@@ -380,6 +380,11 @@ class _Search:
             block_count=self.block_count,
             provenance={"config": self.study.config, "results": results},
         )
+
+
+def _option(name: str) -> str:
+    """The command line's name of a setting."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _plan_text(planned: dict[str, int]) -> str:

@@ -162,7 +162,7 @@ def test_other_settings_on_a_study_are_refused_with_the_difference(model: Path, 
 def test_search_refuses_bad_options_in_one_line(arguments: list[str], model: Path, tmp_path: Path) -> None:
     result = run(["search", model, *SEARCH, *arguments, "--output", tmp_path / "b.json"])
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert arguments[0][2:].replace("-", "_") in result.stderr
+    assert arguments[0] in result.stderr
 
 
 def test_search_refuses_a_missing_model_and_an_unwritable_place(model: Path, tmp_path: Path) -> None:

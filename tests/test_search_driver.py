@@ -368,7 +368,7 @@ def test_another_algorithm_fits_in(tmp_path: Path) -> None:
     ],
 )
 def test_settings_out_of_range_are_named(option: str, value: object) -> None:
-    with pytest.raises(LropeError, match=rf"^{option}: "):
+    with pytest.raises(LropeError, match=rf"^--{option.replace('_', '-')} "):
         SearchSettings(**{option: value})
 
 
