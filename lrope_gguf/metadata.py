@@ -29,6 +29,7 @@ from lrope_gguf.gguf_scan import ARRAY, FLOAT32, STRING, Entry, GGUFFile
 
 CURVE_KEY = "lrope.curve"
 MAX_LAYERS = 4096
+MAX_FACTOR = 1024  # and its inverse: the limits of the patch, src/llama-rope-layer.cpp
 
 # Architectures whose graphs never rotate: LLAMA_ROPE_TYPE_NONE in llama_model_rope_type() (llama.cpp 0c1e570,
 # src/llama-model.cpp; names from src/llama-arch.cpp), and two with learned positions that it gives a rope type
@@ -326,9 +327,10 @@ def _storable(info: ModelInfo, factors: Iterable[float]) -> tuple[str, tuple[flo
     for layer, value in enumerate(values):
         if layer >= n_layer and value != 1:
             raise LropeError(f"{path}: layer {layer} is of a multi-token-prediction head and keeps factor 1")
-        if not 2.0**-126 <= value < 2.0**127:
+        if not 1 / MAX_FACTOR <= value <= MAX_FACTOR:
             raise LropeError(
-                f"{path}: the factor of layer {layer} is {value:g}, out of float32's range; give one near 1"
+                f"{path}: the factor of layer {layer} is {value:g}, but llama.cpp takes 1/{MAX_FACTOR} to "
+                f"{MAX_FACTOR}; give one near 1"
             )
         stored.append(struct.unpack("<f", struct.pack("<f", value))[0])
     return info.architecture, tuple(stored)

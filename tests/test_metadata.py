@@ -408,8 +408,8 @@ def test_write_protected_places(model: Path, monkeypatch: pytest.MonkeyPatch) ->
         ((1, 1, math.inf, 1), "the factor of layer 2 is infinite"),
         ((1, 0, 1, 1), "the factor of layer 1 is zero"),
         ((1, 1, 1, -1), "the factor of layer 3 is negative"),
-        ((1, 1, 1, 1e-40), "the factor of layer 3 is 1e-40, out of float32's range"),
-        ((1e300, 1, 1, 1), "the factor of layer 0 is 1e+300, out of float32's range"),
+        ((1, 1, 1, 1e-40), "the factor of layer 3 is 1e-40, but llama.cpp takes 1/1024 to 1024"),
+        ((1e300, 1, 1, 1), "the factor of layer 0 is 1e+300, but llama.cpp takes 1/1024 to 1024"),
         ((1, 1, 1, "x"), "the factor of layer 3 is 'x', not a number"),
     ],
 )
