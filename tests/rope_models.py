@@ -69,12 +69,7 @@ class TinyModel:
         writer.add_embedding_length(c.n_embd)
         writer.add_feed_forward_length(c.n_ff)
         writer.add_head_count(c.n_head)
-        writer.add_head_count_kv(c.n_head_kv)
-        writer.add_key_length(c.head_dim)
-        writer.add_value_length(c.head_dim)
-        writer.add_rope_dimension_count(c.head_dim)
-        writer.add_layer_norm_rms_eps(c.eps)
-        writer.add_rope_freq_base(c.ropes[-1].base)
+        add_attention(writer, c)
         writer.add_vocab_size(c.n_vocab)
         writer.add_tokenizer_model("no_vocab")
         for key, value in self.metadata:
@@ -94,6 +89,16 @@ class TinyModel:
         writer.write_tensors_to_file()
         writer.close()
         return path
+
+
+def add_attention(writer: gguf.GGUFWriter, c: Config) -> None:
+    """Add the keys of grouped-query attention with RoPE and RMSNorm, which all these architectures share."""
+    writer.add_head_count_kv(c.n_head_kv)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_layer_norm_rms_eps(c.eps)
+    writer.add_rope_freq_base(c.ropes[-1].base)
 
 
 def _config(*ropes: Rope, windows: tuple[int | None, ...] | None = None, gemma: bool = False) -> Config:

@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 from numpy.typing import NDArray
-from rope_models import LLAMA, TinyModel
+from rope_models import LLAMA, TinyModel, add_attention
 
 # printable ASCII and newline in the byte alphabet of GPT-2, where a blank is Ġ and a newline Ċ
 _CHARACTERS = ["Ċ", "Ġ", *map(chr, range(33, 127))]
@@ -42,12 +42,7 @@ def write_readable(
         weights[poison] = np.full_like(weights[poison], np.nan)
     c = model.config
     writer = _writer(path, model.arch, c.n_layer, c.n_embd, c.n_ff, c.n_head, context_length)
-    writer.add_head_count_kv(c.n_head_kv)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_layer_norm_rms_eps(c.eps)
-    writer.add_rope_freq_base(c.ropes[-1].base)
+    add_attention(writer, c)
     for key, value in model.metadata:
         writer.add_uint32(f"{model.arch}.{key}", int(value))
     if chat_template is not None:
