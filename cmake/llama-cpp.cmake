@@ -67,7 +67,7 @@ endfunction()
 function(lrope_series out)
     file(GLOB patches "${LROPE_PATCH_DIR}/[0-9]*.patch")
     list(SORT patches)
-    set(${out} ${patches} PARENT_SCOPE)
+    set(${out} ${patches} "${LROPE_PATCH_DIR}/fallback/ctx-other.patch" PARENT_SCOPE)
 endfunction()
 
 function(lrope_series_hash out)
@@ -89,7 +89,11 @@ function(lrope_apply_patches source)
 
     # one file: git checks the patches of a file one after the other only inside one input
     set(series "")
+    file(READ "${source}/src/llama-cparams.h" cparams)
     foreach (patch ${patches})
+        if (patch MATCHES "/fallback/ctx-other" AND cparams MATCHES "ctx_other")
+            continue()
+        endif()
         file(READ "${patch}" text)
         string(APPEND series "${text}\n")
     endforeach()
@@ -97,7 +101,8 @@ function(lrope_apply_patches source)
 
     # the source may lie inside another repository (ours), whose paths git must not mix in
     get_filename_component(parent "${source}" DIRECTORY)
-    set(git "${CMAKE_COMMAND}" -E env "GIT_CEILING_DIRECTORIES=${parent}" "${GIT_EXECUTABLE}" apply)
+    set(git "${CMAKE_COMMAND}" -E env "GIT_CEILING_DIRECTORIES=${parent}" "${GIT_EXECUTABLE}" apply
+        --ignore-whitespace) # older sources indent some of the context otherwise
 
     execute_process(COMMAND ${git} --reverse --check "${CMAKE_BINARY_DIR}/series.patch" WORKING_DIRECTORY "${source}"
         RESULT_VARIABLE applied ERROR_QUIET OUTPUT_QUIET)

@@ -102,6 +102,15 @@ class LlamaServer:
         answer = self._ask("/completion", request)
         return str(answer["content"])
 
+    def properties(self) -> dict[str, Any]:
+        """What the server says of itself (``/props``); ``rope_layer_factors`` are the factors in use.
+
+        Raises:
+            LropeError: the server fails or ends.
+        """
+        answer: dict[str, Any] = self._ask("/props")
+        return answer
+
     def _wait(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
         while True:
