@@ -1,0 +1,244 @@
+"""Stock and patched llama.cpp for the proofs: fetch the source, apply the series, build it, run things.
+
+`python proofs/native.py stock --output DIR` builds the unpatched library of the pinned source and prints its folder as
+the last line; `patched` does the same with the series applied, and `--tools` adds llama-bench and the other tools.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+PATCHES = PROJECT / "patches"
+WORK = PROJECT / "build" / "proofs"
+
+# like CMakeLists.txt: the commit would be that of this repository, and the interface of the server is a download
+OPTIONS = (
+    "CMAKE_BUILD_TYPE=Release",
+    "BUILD_SHARED_LIBS=ON",
+    "LLAMA_BUILD_NUMBER=0",
+    "LLAMA_BUILD_COMMIT=unknown",
+    "LLAMA_BUILD_COMMON=ON",
+    "LLAMA_BUILD_TOOLS=ON",
+    "LLAMA_BUILD_SERVER=ON",
+    "LLAMA_BUILD_EXAMPLES=OFF",
+    "LLAMA_BUILD_TESTS=OFF",
+    "LLAMA_BUILD_APP=OFF",
+    "LLAMA_USE_PREBUILT_UI=OFF",
+)
+
+LIBRARY = ("llama",)
+TOOLS = ("llama-bench", "llama-cli", "llama-server", "llama-perplexity")
+
+
+class ProofError(Exception):
+    """A proof cannot be run; the message says why."""
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    check: bool = True,
+    timeout: float | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` with ``env`` added to the environment and return its output.
+
+    Raises:
+        ProofError: it is missing, took longer than ``timeout`` seconds or, with ``check``, failed.
+    """
+    words = [str(word) for word in command]
+    try:
+        result = subprocess.run(
+            words, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout
+        )
+    except FileNotFoundError:
+        raise ProofError(f"{words[0]}: no such program") from None
+    except subprocess.TimeoutExpired:
+        raise ProofError(f"{words[0]}: not done after {timeout:.0f} s") from None
+    if check and result.returncode:
+        output = "\n".join((result.stdout + result.stderr).strip().splitlines()[-25:])
+        raise ProofError(f"{' '.join(words[:4])} ... failed:\n{output}")
+    return result
+
+
+def script(main: Callable[[], int | None]) -> None:
+    """Run the main function of a script; a ProofError becomes one line and exit status 1."""
+    try:
+        sys.exit(main())
+    except ProofError as error:
+        sys.exit(f"error: {error}")
+
+
+def progress(text: str) -> None:
+    """Tell what is being done, beside the output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def pinned() -> tuple[str, str]:
+    """Release and SHA-256 in patches/source.txt."""
+    match = re.search(
+        r"^llama-cpp-python==(\S+) --hash=sha256:([0-9a-f]{64})$", (PATCHES / "source.txt").read_text(), re.M
+    )
+    if match is None:
+        raise ProofError("patches/source.txt: no line 'llama-cpp-python==VERSION --hash=sha256:HASH'")
+    return match[1], match[2]
+
+
+def fetch_source(folder: Path = WORK, release: str | None = None) -> Path:
+    """Return the unpatched llama.cpp source that a llama-cpp-python release carries, below ``folder``.
+
+    The release is the pinned one if None. An archive that was fetched before, by CMake too, is used again.
+    """
+    version, digest = pinned()
+    release = release or version
+    name = f"llama_cpp_python-{release}"
+    source = folder / "source" / name / "vendor" / "llama.cpp"
+    if not source.is_dir():
+        archive = next(iter(_archives(folder, f"{name}.tar.gz", digest if release == version else None)), None)
+        archive = archive or _download(folder, release, release == version)
+        extract(archive, source.parent.parent)
+    # points to a repository that does not exist here
+    (source / ".git").unlink(missing_ok=True)
+    return source
+
+
+def _archives(folder: Path, name: str, digest: str | None) -> Iterable[Path]:
+    candidates = [folder / name, *PROJECT.glob(f"build/{name}"), *PROJECT.glob(f"build/*/{name}")]
+    for path in candidates:
+        if path.is_file() and (digest is None or hashlib.sha256(path.read_bytes()).hexdigest() == digest):
+            yield path
+
+
+def _download(folder: Path, release: str, is_pinned: bool) -> Path:
+    progress(f"fetching llama-cpp-python {release} with pip")
+    folder.mkdir(parents=True, exist_ok=True)
+    what = (
+        ["--require-hashes", "--requirement", PATCHES / "source.txt"] if is_pinned else [f"llama-cpp-python=={release}"]
+    )
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-binary", "llama-cpp-python"]
+    run([sys.executable, "-m", "pip", "download", *quiet, "--dest", folder, *what])
+    return folder / f"llama_cpp_python-{release}.tar.gz"
+
+
+def extract(archive: Path, top: Path) -> None:
+    """Unpack ``archive``, which has one folder at its top, as the folder ``top``: whole or not at all."""
+    top.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=top.parent) as temporary, tarfile.open(archive) as tar:
+        tar.extractall(temporary, filter="data")
+        (content,) = Path(temporary).iterdir()
+        content.rename(top)
+
+
+def copy_source(source: Path, target: Path) -> Path:
+    """Copy a source tree to ``target`` in place of what is there, as new files: no old object passes for theirs."""
+    if target.exists():
+        shutil.rmtree(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, target, symlinks=True, copy_function=shutil.copy)
+    return target
+
+
+def apply_series(source: Path) -> None:
+    """Apply patches/ to ``source`` with the project's own CMake code; nothing happens where that was done before.
+
+    Raises:
+        ProofError: the series does not apply; the message has git's reasons.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        code = Path(temporary) / "apply.cmake"
+        module = PROJECT / "cmake" / "llama-cpp.cmake"
+        code.write_text(f'include("{module}")\nlrope_apply_patches("{source.resolve()}")\n')
+        run(["cmake", "-P", code], cwd=Path(temporary))
+
+
+def patched_source(folder: Path = WORK, release: str | None = None) -> Path:
+    """Return a copy of the source of a release with the present series applied."""
+    target = folder / "patched" / (release or pinned()[0]) / "llama.cpp"
+    series = b"".join(path.read_bytes() for path in sorted(PATCHES.rglob("*.patch")))
+    stamp = target.parent / "series"
+    digest = hashlib.sha256(series).hexdigest()
+    if not (stamp.is_file() and stamp.read_text() == digest):
+        stamp.unlink(missing_ok=True)
+        apply_series(copy_source(fetch_source(folder, release), target))
+        stamp.write_text(digest)
+    return target
+
+
+def build(
+    source: Path,
+    build_dir: Path,
+    targets: Sequence[str],
+    options: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    *,
+    keep_going: bool = False,
+) -> Path:
+    """Configure (``options``: NAME=VALUE, over those of this module) and build; return the folder with the results.
+
+    With ccache, trees that differ in few files share the objects of the others. With ``keep_going``, a target that
+    cannot be built stops no other and is no error.
+    """
+    configure: list[str | Path] = ["cmake", "-S", source, "-B", build_dir]
+    environment = dict(env or {})
+    if shutil.which("ninja"):
+        configure += ["-G", "Ninja"]
+    if shutil.which("ccache"):
+        configure += ["-DCMAKE_C_COMPILER_LAUNCHER=ccache", "-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"]
+        # relative: the same file in another tree is the same object, where both build folders stand beside their tree
+        environment |= {"CCACHE_BASEDIR": str(source.resolve().parent), "CCACHE_NOHASHDIR": "1"}
+    bin_dir = build_dir.resolve() / "bin"
+    configure += [f"-DCMAKE_{kind}_OUTPUT_DIRECTORY={bin_dir}" for kind in ("RUNTIME", "LIBRARY")]
+    configure += [f"-D{option}" for option in (*OPTIONS, *options)]
+    progress(f"building {', '.join(targets) or 'everything'} in {build_dir}")
+    run(configure, env=environment)
+    command: list[str | Path] = ["cmake", "--build", build_dir, "--parallel", str(os.cpu_count() or 1)]
+    command += ["--target", *targets] if targets else []
+    if keep_going:
+        command += ["--", "-k", "0"] if shutil.which("ninja") else ["--", "-k"]
+    run(command, env=environment, check=not keep_going)
+    return bin_dir
+
+
+def stock_library(folder: Path = WORK, targets: Sequence[str] = LIBRARY) -> Path:
+    """Return the folder of the unpatched library of the pinned source; builds it where it is missing."""
+    source = fetch_source(folder)
+    return build(source, source.parent / "build", targets)
+
+
+def patched_library(folder: Path = WORK, targets: Sequence[str] = LIBRARY) -> Path:
+    """Return the folder of the patched library of the pinned source; builds it where it is missing or old."""
+    source = patched_source(folder)
+    return build(source, source.parent / "build", targets)
+
+
+def main() -> None:
+    """Build one library and print its folder as the last line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("kind", choices=("stock", "patched"))
+    parser.add_argument("--output", type=Path, default=WORK, help="work folder (default: build/proofs)")
+    parser.add_argument("--tools", action="store_true", help="build the tools too: " + ", ".join(TOOLS))
+    args = parser.parse_args()
+    make = stock_library if args.kind == "stock" else patched_library
+    print(make(args.output, LIBRARY + TOOLS * args.tools))
+
+
+if __name__ == "__main__":
+    script(main)
