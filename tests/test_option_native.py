@@ -1,4 +1,4 @@
-"""The option --rope-layer-factors of the patched tools: the same as writing the factors, without a change to the file."""
+"""The option --rope-layer-factors: the same as writing the factors, without a change to the file."""
 
 from __future__ import annotations
 
