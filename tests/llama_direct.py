@@ -111,7 +111,10 @@ class Context:
         self.n_past = 0
 
     def _load(self, path: Path) -> Any:
-        model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
+        params = self.lib.llama_model_default_params()
+        # none, unless the tests are to run on a device: proofs/backends.py
+        params.n_gpu_layers = int(os.environ.get("LROPE_TEST_GPU_LAYERS", "0"))
+        model = self.lib.llama_model_load_from_file(str(path).encode(), params)
         if not model:
             raise OSError(f"{path}: not loaded")
         return model

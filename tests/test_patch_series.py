@@ -1,0 +1,163 @@
+"""The patch series itself: small, in upstream's form, and with no RoPE call of any architecture left out."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "proofs"))
+
+import compile_sites  # noqa: E402
+import native  # noqa: E402
+
+PATCHES = sorted((ROOT / "patches").glob("[0-9]*.patch"))
+FALLBACKS = sorted((ROOT / "patches" / "fallback").glob("*.patch"))
+MAX_ADDED, MAX_HUNK, MAX_LINE = 400, 8, 160
+# a template, lambdas, an inverse rotation, an indexer and a cache, besides the usual
+QUICK = ("llama.cpp", "dflash.cpp", "hy-v4.cpp", "deepseek4.cpp", "llama-kv-cache.cpp", "llama-model-loader.cpp")
+
+
+@dataclass
+class Hunk:
+    """One hunk of a patch; `new` if its file was added by the series."""
+
+    patch: str
+    file: str
+    new: bool
+    lines: list[str]
+
+    @property
+    def added(self) -> list[str]:
+        return [line[1:] for line in self.lines if line.startswith("+")]
+
+    @property
+    def context(self) -> tuple[int, int]:
+        """Lines of context before and after the change."""
+        changed = [i for i, line in enumerate(self.lines) if line[0] in "+-"]
+        return changed[0], len(self.lines) - 1 - changed[-1]
+
+
+def parse(patches: list[Path]) -> list[Hunk]:
+    hunks: list[Hunk] = []
+    created: set[str] = set()
+    for path in patches:
+        file = ""
+        left = [0, 0]
+        for line in path.read_text().splitlines():
+            if left != [0, 0]:
+                hunks[-1].lines.append(line)
+                left[0] -= line[0] in " -"
+                left[1] -= line[0] in " +"
+            elif match := re.match(r"diff --git a/(\S+) b/(\S+)$", line):
+                file = match[2]
+            elif line.startswith("new file mode"):
+                created.add(file)
+            elif match := re.match(r"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@", line):
+                left = [int(match[1] or 1), int(match[2] or 1)]
+                hunks.append(Hunk(path.name, file, file in created, []))
+        assert left == [0, 0], f"{path.name}: cut short"
+    return hunks
+
+
+HUNKS = parse(PATCHES + FALLBACKS)
+
+
+def test_the_parser_sees_every_hunk() -> None:
+    text = "".join(path.read_text() for path in PATCHES + FALLBACKS)
+    assert len(HUNKS) == len(re.findall(r"^@@ ", text, re.M)) > 0
+    files = {hunk.file for hunk in HUNKS}
+    assert files == set(re.findall(r"^\+\+\+ b/(\S+)", text, re.M))
+
+
+def test_the_series_is_small() -> None:
+    """Blank lines do not count."""
+    text = [(hunk.patch, line) for hunk in HUNKS for line in hunk.added if line.strip()]
+    added = Counter(patch for patch, _ in text)
+    print(added, "total", sum(added.values()))
+    assert sum(added.values()) <= MAX_ADDED, added
+
+
+def test_hunks_of_upstream_files_add_few_lines() -> None:
+    large = [(h.patch, h.file, len(h.added)) for h in HUNKS if not h.new and len(h.added) > MAX_HUNK]
+    assert not large
+
+
+def test_hunks_quote_one_line_of_context_at_most() -> None:
+    assert not [(h.patch, h.file, h.lines[0]) for h in HUNKS if max(h.context) > 1]
+
+
+def test_added_lines_are_clean() -> None:
+    lines = [(h.file, line) for h in HUNKS for line in h.added]
+    assert not [(file, line) for file, line in lines if len(line) > MAX_LINE]
+    assert not [(file, line) for file, line in lines if line != line.rstrip() or "\t" in line]
+
+
+@pytest.mark.parametrize("path", PATCHES, ids=lambda path: path.name)
+def test_a_patch_says_what_it_does(path: Path) -> None:
+    head = path.read_text().split("\ndiff --git ")[0]
+    subject, _, body = head.partition("\nSubject: ")[2].partition("\n\n")
+    assert re.fullmatch(r"\[PATCH\] [a-z][a-z0-9/-]* : \S.{1,60}[^.\s]", subject), "upstream: 'module : what it does'"
+    assert len(body.split()) >= 10
+
+
+def test_names_are_numbered_without_a_gap() -> None:
+    assert [int(path.name[:4]) for path in PATCHES] == list(range(1, len(PATCHES) + 1))
+
+
+@pytest.fixture(scope="module")
+def source() -> Path:
+    """The unpatched source: from the archive that the build keeps, else from the network."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    try:
+        return native.fetch_source()
+    except native.ProofError as error:
+        if os.environ.get("LROPE_REQUIRE_NATIVE"):
+            raise
+        pytest.skip(f"no llama.cpp source: {error}")
+
+
+def test_members_cover_every_rope_function_of_ggml(source: Path) -> None:
+    added = compile_sites.blank("\n".join(line for h in HUNKS if h.file.endswith(".h") for line in h.added))
+    missing = [name for name in compile_sites.rope_functions(source) if not re.search(rf"\b{name} *\(", added)]
+    assert not missing, "a later use of these would rotate without the factor, unnoticed"
+
+
+def test_every_rope_call_of_some_models_is_hidden(source: Path) -> None:
+    result = compile_sites.prove(source, QUICK)
+    assert result.differences == []
+    assert len(result.hidden) >= 15
+    assert {site.file for site in result.outside} == {"src/llama-kv-cache.cpp", "src/llama-model-loader.cpp"}
+
+
+@pytest.mark.slow
+def test_every_rope_call_is_hidden(source: Path) -> None:
+    result = compile_sites.prove(source)
+    print(compile_sites.report(result))
+    assert result.differences == []
+    assert len({site.file for site in result.hidden}) > 100
+
+
+def test_a_call_that_members_do_not_hide_is_found(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source / "src", tmp_path / "src")
+    for folder in ("include", "ggml/include"):
+        shutil.copytree(source / folder, tmp_path / folder)
+    file = tmp_path / "src/models/llama.cpp"
+    lines = file.read_text().count("\n")
+    file.write_text(file.read_text() + "\nggml_tensor * f(ggml_context * c) { return ggml_rope(c, 0, 0, 8, 0); }\n")
+    result = compile_sites.prove(tmp_path, ["llama.cpp"])
+    assert result.differences == [f"src/models/llama.cpp:{lines + 2} ggml_rope"]
+
+
+def test_mentions_in_comments_and_strings_do_not_count() -> None:
+    text = '// ggml_rope(\nx = ggml_rope_ext(a,\n  f(b)\n); /* ggml_rope */ s = "ggml_rope(";\n'
+    (site,) = compile_sites.text_sites("a.cpp", text, ["ggml_rope", "ggml_rope_ext"])
+    assert (site.line, site.last, site.name) == (2, 4, "ggml_rope_ext")
