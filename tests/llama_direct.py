@@ -46,11 +46,14 @@ def library() -> Any:
     return llama_cpp
 
 
-# llama.cpp's errors only: its log is long. Kept here because the library stores just the address.
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _log(level: int, text: bytes, _: object) -> None:
+# llama.cpp's errors only: its log is long
+def _write_error(level: int, text: bytes, _: object) -> None:
     if level == 4:  # GGML_LOG_LEVEL_ERROR
         sys.stderr.write(text.decode())
+
+
+# kept here because the library stores just the address
+_log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_write_error)
 
 
 class RopeTrace:
