@@ -42,7 +42,7 @@ WITHOUT_ROPE = frozenset(
     )
 )
 # These take rope.scaling.finetuned as a switch for RoPE (src/models/granite*.cpp).
-_ROPE_SWITCH = frozenset(("granite", "granitemoe", "granitehybrid", "graniteswitch"))
+_ROPE_SWITCH = frozenset(("granite", "granitehybrid", "graniteswitch"))
 
 _PAGE = 4096
 _SLACK = 1024
@@ -112,7 +112,14 @@ class ModelInfo:
     @property
     def has_rope(self) -> bool:
         """Whether the model uses RoPE, as far as its metadata tells; an unknown architecture is taken to."""
-        return self.architecture not in WITHOUT_ROPE and self.rope_dimension_count != 0 and not self.rope_switched_off
+        # src/models/baichuan.cpp: only the model of 32 layers has RoPE, the larger one has ALiBi
+        alibi = self.architecture == "baichuan" and self.block_count != 32
+        return (
+            self.architecture not in WITHOUT_ROPE
+            and self.rope_dimension_count != 0
+            and not self.rope_switched_off
+            and not alibi
+        )
 
     def fingerprint(self) -> str:
         """Identity of the base model: SHA-256 in hex, the same before and after `write_factors`.

@@ -456,6 +456,10 @@ def test_switched_off_rope(tmp_path: Path) -> None:
 
     assert not read_model(off("granitehybrid")).has_rope
     assert read_model(off("llama")).has_rope
+    assert read_model(off("granitemoe")).has_rope  # its graph does not ask
+    for block_count, rope in ((32, True), (40, False)):  # the larger one has ALiBi
+        model = write_model(tmp_path / "m.gguf", architecture="baichuan", block_count=block_count)
+        assert read_model(model).has_rope == rope
     assert read_model(write_model(tmp_path / "m.gguf", architecture="nomic-bert")).has_rope
     assert read_model(write_model(tmp_path / "m.gguf", architecture="brand-new")).has_rope
     assert not read_model(write_model(tmp_path / "m.gguf", add=lambda w: w.add_rope_dimension_count(0))).has_rope
