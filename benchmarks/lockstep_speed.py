@@ -20,6 +20,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import IO
@@ -38,8 +39,10 @@ class Arm:
         options = ["--model", args.model, "--prompt", args.prompt, "--decode", args.decode, "--threads", args.threads]
         command = [sys.executable, __file__, "--work", *map(str, options), *(["--factors"] if factors else [])]
         environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(library.resolve())}
+        # a file: llama.cpp logs more than a pipe holds
+        self._log: IO[str] = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
         )
         self._answer()
 
@@ -52,11 +55,13 @@ class Arm:
         """End the process."""
         self._process.kill()
         self._process.communicate()
+        self._log.close()
 
     def _answer(self) -> str:
         line = self._stream(self._process.stdout).readline()
         if not line:
-            raise LropeError(f"a process ended early:\n{self._process.communicate()[1].strip()[-2000:]}")
+            self._log.seek(0)
+            raise LropeError(f"a process ended early:\n{self._log.read().strip()[-2000:]}")
         return line
 
     @staticmethod
