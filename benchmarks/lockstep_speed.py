@@ -1,9 +1,10 @@
-"""Speed of the patched library against the unpatched one, free of drift: processes take turns token by token.
+"""Speed of the patched library against the unpatched one, free of drift: processes take turns step by step.
 
 `patch_speed.py` compares whole `llama-bench` runs, whose noise on a shared machine is several percent. Here each step
-of each arm is timed right beside the same step of the others: stock, patched, patched with a different factor in every
-layer, and stock once more, whose ratio shows the noise that is left. Weights are mapped, not repacked, so that all arms
-read the same memory. Usage:
+of each arm is timed right beside the same step of the others: stock, patched, stock once more (whose ratio shows the
+noise that is left: where a process happens to lie in memory), and in a second context of each process the same again,
+with a different factor in every layer where the library is the patched one.
+Weights are mapped, not repacked, so that all arms read the same memory. Usage:
 
     python benchmarks/lockstep_speed.py --stock LIBDIR --patched LIBDIR --model MODEL [--rounds 5] [--threads N]
 
@@ -23,32 +24,41 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from lrope_gguf import LropeError
 
-ARMS = {"stock": "stock", "patched": "patched", "patched, factors": "patched", "stock again (noise)": "stock"}
+PROCESSES = {"stock": "stock", "patched": "patched", "stock again (noise)": "stock"}
+# every process does the same work, also what only the patched one does with factors: a busier one would be faster
+ARMS = {
+    "stock": ("stock", 0),
+    "patched": ("patched", 0),
+    "stock again (noise)": ("stock again (noise)", 0),
+    "stock, second context": ("stock", 1),
+    "patched, factors": ("patched", 1),
+    "stock again, second context (noise)": ("stock again (noise)", 1),
+}
 TESTS = ("prefill", "decode")
 
 
 class Arm:
     """A process with one library, one model and one context; runs one step when it is told to."""
 
-    def __init__(self, library: Path, args: argparse.Namespace, factors: bool) -> None:
+    def __init__(self, library: Path, args: argparse.Namespace) -> None:
         """Start the process and wait until its model is loaded."""
         options = ["--model", args.model, "--prompt", args.prompt, "--decode", args.decode, "--threads", args.threads]
-        command = [sys.executable, __file__, "--work", *map(str, options), *(["--factors"] if factors else [])]
+        command = [sys.executable, __file__, "--work", *map(str, options)]
         environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(library.resolve())}
         # a file: llama.cpp logs more than a pipe holds
-        self._log: IO[str] = tempfile.TemporaryFile("w+")
+        self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
         )
         self._answer()
 
-    def step(self, n_tokens: int) -> float:
+    def step(self, n_tokens: int, factors: bool = False) -> float:
         """Decode tokens; seconds. More than one token begins anew."""
-        print(n_tokens, file=self._stream(self._process.stdin), flush=True)
+        print(n_tokens, int(factors), file=self._stream(self._process.stdin), flush=True)
         return float(self._answer())
 
     def close(self) -> None:
@@ -81,52 +91,69 @@ def work(args: argparse.Namespace) -> None:
     params.n_ctx = args.prompt + args.decode
     params.n_batch = params.n_ubatch = args.prompt
     params.n_threads = params.n_threads_batch = args.threads
-    context = lib.llama_init_from_model(model, params)
+    # one for the prefill of both, one for the tokens after a prefill with factors
+    contexts = [lib.llama_init_from_model(model, params) for _ in range(2)]
     n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    if args.factors:
-        n = lib._lib.llama_get_rope_layer_factors(ctypes.c_void_p(context), None, ctypes.c_size_t(0))
-        factors = (ctypes.c_float * n)(*(1.05 + 0.95 * i / max(1, n - 1) for i in range(n)))
-        if lib._lib.llama_set_rope_layer_factors(ctypes.c_void_p(context), factors, ctypes.c_size_t(n)):
-            raise LropeError("the model refuses the factors")
     batch = lib.llama_batch_init(args.prompt, 0, 1)
-    draw, n_past = random.Random(1), 0
-    print("ready", flush=True)
-    for line in sys.stdin:
-        n_tokens = int(line)
+    draw = random.Random(1)
+    past = [0, 0]
+
+    def decode(which: int, n_tokens: int, factors: bool) -> float:
+        context = contexts[which]
         if n_tokens > 1:
             lib.llama_memory_clear(lib.llama_get_memory(context), False)
-            n_past = 0
+            past[which] = 0
+            if hasattr(lib._lib, "llama_set_rope_layer_factors"):
+                set_factors(lib, context, factors)
         batch.n_tokens = n_tokens
         for i in range(n_tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = draw.randrange(n_vocab), n_past + i, 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = draw.randrange(n_vocab), past[which] + i, 1
             batch.seq_id[i][0], batch.logits[i] = 0, i == n_tokens - 1
         start = time.perf_counter()
         if lib.llama_decode(context, batch):
             raise LropeError("llama_decode failed")
         lib.llama_synchronize(context)
-        seconds = time.perf_counter() - start
-        n_past += n_tokens
-        print(seconds, flush=True)
+        past[which] += n_tokens
+        return time.perf_counter() - start
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        n_tokens, factors = map(int, line.split())
+        if n_tokens > 1 and factors:
+            decode(1, n_tokens, True)
+        print(decode(0 if n_tokens > 1 else factors, n_tokens, bool(factors)), flush=True)
+
+
+def set_factors(lib: Any, context: int, on: bool) -> None:
+    """A different factor in every layer, or none."""
+    n = lib._lib.llama_get_rope_layer_factors(ctypes.c_void_p(context), None, ctypes.c_size_t(0))
+    factors = (ctypes.c_float * n)(*(1.05 + 0.95 * i / max(1, n - 1) for i in range(n)))
+    if lib._lib.llama_set_rope_layer_factors(ctypes.c_void_p(context), factors if on else None, ctypes.c_size_t(n)):
+        raise LropeError("the model refuses the factors")
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Seconds of every step, by test and arm; each round has new processes, so that no placement in memory lasts."""
     times: dict[str, dict[str, list[float]]] = {test: {arm: [] for arm in ARMS} for test in TESTS}
     for number in range(args.rounds):
-        arms: dict[str, Arm] = {}
+        processes: dict[str, Arm] = {}
         try:
-            for name, tree in ARMS.items():
-                arms[name] = Arm(getattr(args, tree), args, "factors" in name)
-            for arm in arms.values():
-                arm.step(args.prompt)  # warm: weights in memory, graph allocated
+            for name, tree in PROCESSES.items():
+                processes[name] = Arm(getattr(args, tree), args)
+            arms = {name: (processes[process], bool(second)) for name, (process, second) in ARMS.items()}
+            for arm, factors in arms.values():
+                arm.step(args.prompt, factors)  # warm: weights in memory, graph allocated
             for repetition in range(args.repetitions):
                 for i in range(args.decode + 1):
                     order = list(arms.items())
                     random.Random(f"{number} {repetition} {i}").shuffle(order)
-                    for name, arm in order:
-                        times["decode" if i else "prefill"][name].append(arm.step(1 if i else args.prompt))
+                    for name, (arm, factors) in order:
+                        seconds = arm.step(1 if i else args.prompt, factors)
+                        times["decode" if i else "prefill"][name].append(seconds)
+                    for arm in processes.values() if not i else ():
+                        arm.step(args.prompt)  # the tokens that follow continue one without factors
         finally:
-            for arm in arms.values():
+            for arm in processes.values():
                 arm.close()
         print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
     return times
@@ -140,12 +167,12 @@ def table(times: dict[str, dict[str, list[float]]], args: argparse.Namespace) ->
     ]
     for test in TESTS:
         tokens = args.prompt if test == "prefill" else 1
-        stock = times[test]["stock"]
         for arm, seconds in times[test].items():
-            ratios = [a / b for a, b in zip(stock, seconds, strict=True)]
+            base = "stock, second context" if ARMS[arm][1] else "stock"
+            ratios = [a / b for a, b in zip(times[test][base], seconds, strict=True)]
             size = len(ratios) // args.rounds
             rounds = [f"{statistics.median(ratios[i : i + size]):.3f}" for i in range(0, len(ratios), size)]
-            text = "" if arm == "stock" else f"{statistics.median(ratios):.4f} ({' '.join(rounds)})"
+            text = "" if arm == base else f"{statistics.median(ratios):.4f} ({' '.join(rounds)})"
             lines.append(f"| {test} | {arm} | {tokens / statistics.median(seconds):.1f} | {text} |")
     return "\n".join(lines)
 
@@ -162,7 +189,6 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=24, metavar="N", help="single tokens after it (default: 24)")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2), metavar="N")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # the process of one arm
-    parser.add_argument("--factors", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         return work(args)
