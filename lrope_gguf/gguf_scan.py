@@ -2,8 +2,8 @@
 
 The layout is ggml's (docs/gguf.md there; `gguf_init_from_reader` in ggml/src/gguf.cpp). Versions 2 and 3 and both byte
 orders are read. Arrays of fixed-size items are stepped over by arithmetic, strings in one pass over their lengths. The
-file is read through a window, and every count is checked against what the file can hold, so that neither memory nor
-time depends on what a damaged file claims.
+file is read through a window, every count is checked against what the file can hold, and the work that strings, nested
+arrays and windows cost is bounded, so that neither memory nor time depends on what a damaged file claims.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import struct
 from io import FileIO
+from itertools import repeat
+from operator import length_hint
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,14 +27,17 @@ INTEGERS = frozenset((0, 1, 2, 3, 4, 5, 10, 11))
 _SIZES = {kind: struct.calcsize("<" + code) for kind, code in SCALARS.items()}
 
 _WINDOW = 1 << 18
+_SMALL_WINDOW = 1 << 12
 _MAX_KEYS = 1 << 16
 _MAX_KEY_BYTES = (1 << 16) - 1
-_MAX_ALL_KEY_BYTES = 1 << 23
+_MAX_ALL_KEY_BYTES = 1 << 22
 _MAX_TENSORS = 1 << 17
 _MAX_NAME_BYTES = 1 << 12
 _MAX_DIMS = 4
 _MAX_DEPTH = 8
-_MAX_ITEMS = 1 << 24
+# In strings of arrays, about a second; an array in an array or a read costs as much as _HEAVY, a read more by its size.
+_MAX_WORK = 1 << 24
+_HEAVY = 32
 _MAX_ALIGNMENT = 1 << 20
 
 # Items and bytes of a block by ggml type (ggml_type in ggml.h, block structs in ggml-common.h); other types are new.
@@ -146,7 +151,7 @@ class GGUFFile:
 
     def _scan(self) -> None:
         self._position, self._window, self._window_start = 0, b"", 0
-        self._items_left = _MAX_ITEMS
+        self._window_size, self._work_left = _SMALL_WINDOW, _MAX_WORK
         magic = self.read(0, min(4, self.size))
         if magic != b"GGUF":
             raise LropeError(f"{self.path}: is not a GGUF file (it begins with {magic!r}); give a model in GGUF format")
@@ -177,7 +182,7 @@ class GGUFFile:
         """A number of things of at least `least` bytes each."""
         at = self._position
         count = self._u64(f"the number of {what}")
-        if count > most or count * least > self.size - at:
+        if count > most or count * least > self.size - self._position:
             raise self._error(at, f"an impossible number of {what} ({count})")
         return count
 
@@ -192,7 +197,8 @@ class GGUFFile:
                 raise self._error(start, f"a key of {length} bytes")
             key = self._take(length, "a key").decode(errors="surrogateescape")
             if key in self.entries:
-                raise self._error(start, f"the key {key[:80]!r} for the second time")
+                first = self.entries[key].start
+                raise self._error(start, f"the key {key[:80]!r} for the second time (first at byte {first})")
             kind, item, count = self._u32("the type of a value"), -1, 1
             if kind == STRING:
                 length = self._u64("the length of a string")
@@ -221,10 +227,9 @@ class GGUFFile:
         if item in _SIZES:
             self._skip(count * _SIZES[item], what)
             return
-        least = 8 if item == STRING else 12
-        self._items_left -= count
-        if self._items_left < 0 or count * least > self.size - self._position:
-            raise self._error(self._position, f"an impossible length of {what}")
+        if count * (8 if item == STRING else 12) > self.size - self._position:
+            raise self._error(self._position - 8, f"an impossible length of {what}")
+        self._spend(count if item == STRING else count * _HEAVY, what)
         if item == STRING:
             self._skip_strings(count, what)
             return
@@ -239,17 +244,26 @@ class GGUFFile:
         while count:
             self._fill(8, what)
             window, at = self._window, self._position - self._window_start
-            last = len(window) - 8
-            for left in range(count, 0, -1):
-                if at > last:
-                    count = left
-                    break
-                at += 8 + unpack(window, at)[0]
-            else:
+            strings = repeat(None, count)
+            try:
+                for _ in strings:
+                    at += 8 + unpack(window, at)[0]
                 count = 0
+            except (struct.error, OverflowError):  # `at` is behind the window
+                count = length_hint(strings) + 1
+            if self._window_start + at > self.size:
+                raise self._cut_string(what)
             self._position = self._window_start + at
-            if self._position > self.size:
-                raise self._error(self.size, f"the end of the file inside {what}")
+
+    def _cut_string(self, what: str) -> LropeError:
+        """The error for the first string of those at the present position that does not fit into the file."""
+        at, end = self._position - self._window_start, self.size - self._window_start
+        while True:
+            length = self._unpack_u64(self._window, at)[0]
+            if at + 8 + length > end:
+                at += self._window_start
+                return self._error(at, f"the end of the file inside {what}, in a string of {length} bytes")
+            at += 8 + length
 
     def _alignment(self) -> int:
         entry = self.entries.get("general.alignment")
@@ -261,7 +275,7 @@ class GGUFFile:
         return alignment
 
     def _scan_tensors(self) -> None:
-        end, last = 0, ""
+        end, last, last_start = 0, b"", 0
         for _ in range(self.n_tensors):
             start = self._position
             length = self._u64("the length of a tensor's name")
@@ -280,14 +294,15 @@ class GGUFFile:
                 rows *= dim
             needed = offset + rows * (-(-(dims[0] if dims else 1) // items) * size)
             if needed > end:
-                end, last = needed, name.decode(errors="replace")
+                end, last, last_start = needed, name, start
         self.info_end = self.data_start = self._position
         if self.n_tensors:
             self.data_start += -self.info_end % self.alignment
             if self.data_start + end > self.size:
                 raise LropeError(
-                    f"{self.path}: is truncated: tensor {last!r} ends at byte {self.data_start + end}, the file at "
-                    f"byte {self.size}; get it again"
+                    f"{self.path}: is truncated: tensor {last.decode(errors='replace')[:80]!r} ends at byte "
+                    f"{self.data_start + end}, the file at byte {self.size} (described at byte {last_start}); get it "
+                    "again"
                 )
 
     def _fill(self, length: int, what: str) -> None:
@@ -295,9 +310,21 @@ class GGUFFile:
         at = self._position
         if length > self.size - at:
             raise self._error(at, f"the end of the file ({self.size} bytes) inside {what}")
-        if not self._window_start <= at <= at + length <= self._window_start + len(self._window):
-            self._window = self.read(at, min(self.size, at + max(_WINDOW, length)))
+        end = self._window_start + len(self._window)
+        if at + length > end:
+            # more each time while the reading goes on, little after a jump over a value
+            self._window_size = min(2 * self._window_size, _WINDOW) if at < end + _SMALL_WINDOW else _SMALL_WINDOW
+            size = max(self._window_size, length)
+            self._spend(_HEAVY + (size >> 8), what)
+            self._window = self.read(at, min(self.size, at + size))
             self._window_start = at
+
+    def _spend(self, work: int, what: str) -> None:
+        self._work_left -= work
+        if self._work_left < 0:
+            raise self._error(
+                self._position, f"more strings, nested arrays or large values than a model has, in {what}"
+            )
 
     def _take(self, length: int, what: str) -> bytes:
         self._fill(length, what)

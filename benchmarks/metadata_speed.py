@@ -1,0 +1,452 @@
+"""Speed of `lrope-gguf show` and `write` beside the `gguf` package's scripts and `cp`, interpreter start included.
+
+    python benchmarks/metadata_speed.py --model MODEL [--rounds 7] [--folder DIR] [--loop xfs,btrfs] [--sizes 250,1000]
+
+Every command is a process of its own, its file is in the page cache, what was written before is on the disk, and the
+order is reversed from round to round. With root, the first write is also measured on file systems that share blocks,
+mounted from an image in the folder, for models of several sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import platform
+import random
+import shlex
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+PROJECT = Path(__file__).resolve().parent.parent
+MKFS = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"], "ext4": ["mkfs.ext4", "-q", "-F"]}
+LAYERS = 32
+SLOW = 3  # rounds of what takes many seconds
+
+
+class BenchmarkError(Exception):
+    """The benchmark cannot be run; the message says why."""
+
+
+class Run(NamedTuple):
+    """Wall time and peak memory of a process."""
+
+    seconds: float
+    peak: int
+
+
+class Arm(NamedTuple):
+    """A command with what must be done before it, untimed; in the first `most` rounds only, if it takes long."""
+
+    name: str
+    command: list[str]
+    prepare: Callable[[], object]
+    most: int = 10**6
+
+
+def measure(command: Sequence[str]) -> Run:
+    """Run a command that must succeed."""
+    with tempfile.TemporaryFile() as output:
+        start = time.perf_counter()
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT
+            )
+        except OSError as error:
+            raise BenchmarkError(f"{command[0]}: {error.strerror}") from None
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            text = output.read().decode(errors="replace").strip()[-2000:]
+            raise BenchmarkError(f"{shlex.join(command)} failed:\n{text}")
+    return Run(seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def compare(arms: Sequence[Arm], rounds: int, what: str) -> dict[str, list[Run]]:
+    """Run all arms in turn, after a first round that does not count."""
+    results: dict[str, list[Run]] = {arm.name: [] for arm in arms}
+    for number in range(rounds + 1):
+        for arm in arms if number % 2 else reversed(arms):
+            if number > arm.most:
+                continue
+            arm.prepare()
+            run = measure(arm.command)
+            if number:
+                results[arm.name].append(run)
+        print(f"{what}: round {number} of {rounds}", file=sys.stderr)
+    return results
+
+
+def median(runs: Sequence[Run]) -> float:
+    """Of the times."""
+    return statistics.median(run.seconds for run in runs)
+
+
+def spread(runs: Sequence[Run]) -> str:
+    """Median and range of the times in seconds."""
+    times = [run.seconds for run in runs]
+    return f"{statistics.median(times):.3f} ({min(times):.3f} to {max(times):.3f})"
+
+
+def peak(runs: Sequence[Run]) -> str:
+    """The most memory of all runs, in MiB."""
+    return f"{max(run.peak for run in runs) / 2**20:.0f}"
+
+
+def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def verdict(ratio: float, goal: float, *, least: bool = False) -> str:
+    """A ratio beside its goal."""
+    met = ratio >= goal if least else ratio <= goal
+    return f"{'at least' if least else 'at most'} {goal:g}: {'met' if met else 'MISSED'}"
+
+
+# Commands
+
+
+def ours(*words: str | Path) -> list[str]:
+    """`lrope-gguf` as users start it, or as a module where it is not installed."""
+    script = Path(sys.executable).with_name("lrope-gguf")
+    start = [str(script)] if script.exists() else [sys.executable, "-m", "lrope_gguf"]
+    return [*start, *map(str, words)]
+
+
+def theirs(name: str) -> str | None:
+    """A script of the `gguf` package."""
+    script = Path(sys.executable).with_name(name)
+    return str(script) if script.exists() else shutil.which(name)
+
+
+def copying(source: Path, target: Path, *options: str) -> list[str]:
+    """`cp` and fsync."""
+    line = f'cp {" ".join(options)} "$1" "$2" && sync "$2"'
+    return ["sh", "-c", line, "sh", str(source), str(target)]
+
+
+def settle(*paths: Path) -> None:
+    """Everything written is on the disk, these files are in memory."""
+    os.sync()
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            buffer = bytearray(1 << 20)
+            while file.readinto(buffer):
+                pass
+
+
+def fresh_copy(source: Path, target: Path) -> None:
+    """Make `target` a copy that shares no blocks with `source` and is as warm."""
+    target.unlink(missing_ok=True)
+    shutil.copyfile(source, target)
+    settle(target)
+
+
+# Tables
+
+
+def reading(model: Path, rounds: int) -> str:
+    """`show` beside `gguf-dump`."""
+    dump = theirs("gguf-dump")
+    show = Arm("`lrope-gguf show --json`", ours("show", "--json", model), lambda: settle(model))
+    text = Arm("`lrope-gguf show`", ours("show", model), lambda: settle(model))
+    floor = Arm("`python -c pass`", [sys.executable, "-c", "pass"], lambda: settle(model))
+    arms = [show, text, floor]
+    if dump:
+        arms.append(Arm("`gguf-dump --no-tensors`", [dump, "--no-tensors", str(model)], lambda: settle(model), SLOW))
+    results = compare(arms, rounds, "show")
+    base = median(results[show.name])
+    rows = []
+    for name, runs in results.items():
+        goal = ""
+        if name.startswith("`gguf-dump"):
+            goal = verdict(median(runs) / base, 20, least=True)
+        elif name in (show.name, text.name):
+            goal = verdict(median(runs), 0.15).replace("0.15", "0.15 s")
+        rows.append([name, spread(runs), f"{median(runs) / base:.2f}", peak(runs), goal])
+    result = table(["command", "seconds, median (range)", "ratio to show --json", "peak memory, MiB", "goal"], rows)
+    return result if dump else f"{result}\n\ngguf-dump: skipped, the gguf package is not installed"
+
+
+def writing(model: Path, folder: Path, rounds: int) -> str:
+    """First write and rewrite beside `cp` and `gguf-new-metadata`."""
+    names = ("plain", "work", "beside", "written", "copy", "other")
+    plain, work, beside, written, copy, other = (folder / f"{name}.gguf" for name in names)
+    fresh_copy(model, plain)
+    measure(ours("remove", plain))
+    fresh_copy(plain, written)
+    measure(ours("write", written, "--uniform", "1.5"))
+    scales = iter(range(1, 10**6))
+    rewrite = ours("write", written, "--uniform", "1")
+
+    def other_factors() -> None:
+        rewrite[-1] = f"{1 + next(scales) / 1000:g}"
+        settle(written)
+
+    def without(path: Path) -> Callable[[], None]:
+        def prepare() -> None:
+            path.unlink(missing_ok=True)
+            settle(plain)
+
+        return prepare
+
+    first = Arm("first write", ours("write", work, "--uniform", "1.5"), lambda: fresh_copy(plain, work))
+    output = Arm("first write, --output", ours("write", plain, "--uniform", "1.5", "--output", beside), without(beside))
+    cp = Arm("`cp`, fsync", copying(plain, copy), without(copy))
+    # what a first write must do at least: the system also gives the old file's blocks back
+    replace = Arm("`cp`, fsync, `mv` over the model", copying(work, copy), lambda: fresh_copy(plain, work))
+    replace.command[2] += ' && mv "$2" "$1"'
+    again = Arm("rewrite", rewrite, other_factors)
+    arms = [first, cp, output, replace, again]
+    script = theirs("gguf-new-metadata")
+    if script:
+        command = [script, "--force", "--general-name", "x", str(plain), str(other)]
+        arms.append(Arm("`gguf-new-metadata`", command, without(other), SLOW))
+    results = compare(arms, rounds, "write")
+    for path in (plain, work, beside, written, copy, other):
+        path.unlink(missing_ok=True)
+    base = median(results[first.name])
+    goals = {
+        arm.name: verdict(median(results[arm.name]) / median(results[cp.name]), 1.15).replace("1.15", "1.15 times cp")
+        for arm in (first, output)
+    } | {
+        again.name: verdict(median(results[again.name]), 0.2).replace("0.2", "0.2 s"),
+    }
+    if script:
+        theirs_median = median(results["`gguf-new-metadata`"])
+        goals["`gguf-new-metadata`"] = verdict(theirs_median / base, 3, least=True)
+    rows = [
+        [name, spread(runs), f"{median(runs) / base:.2f}", peak(runs), goals.get(name, "")]
+        for name, runs in results.items()
+    ]
+    result = table(["command", "seconds, median (range)", "ratio to first write", "peak memory, MiB", "goal"], rows)
+    lines = []
+    for mine, yours in ((first, cp), (output, cp), (first, replace)):
+        ratios = [a.seconds / b.seconds for a, b in zip(results[mine.name], results[yours.name], strict=True)]
+        lines.append(
+            f"- {mine.name} to {yours.name}, of the same rounds: {statistics.median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f})"
+        )
+    result += "\n\n" + "\n".join(lines)
+    return result if script else f"{result}\n- gguf-new-metadata: skipped, the gguf package is not installed"
+
+
+def synthetic(path: Path, megabytes: int) -> None:
+    """A model of one large tensor, of data that no file system can compress or leave out."""
+
+    def string(data: bytes) -> bytes:
+        return struct.pack("<Q", len(data)) + data
+
+    items = megabytes * 1_000_000 // 4
+    pairs = string(b"general.architecture") + struct.pack("<I", 8) + string(b"llama")
+    pairs += string(b"llama.block_count") + struct.pack("<II", 4, LAYERS)
+    tensor = string(b"t") + struct.pack("<IQIQ", 1, items, 0, 0)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 2) + pairs + tensor
+    block = random.Random(1).randbytes(1 << 20)
+    with path.open("wb") as file:
+        file.write(head + bytes(-len(head) % 32))
+        for start in range(0, 4 * items, len(block)):
+            file.write(block[: 4 * items - start])
+
+
+@contextmanager
+def mounted(kind: str, folder: Path, size: int) -> Iterator[Path]:
+    """A new file system of this kind in an image; unmounted and removed in every case."""
+    image, place = folder / f"{kind}.img", folder / kind
+    try:
+        with image.open("wb") as file:
+            file.truncate(size)
+        measure([*MKFS[kind], str(image)])
+        place.mkdir()
+        measure(["mount", "-o", "loop", str(image), str(place)])
+        yield place
+    finally:
+        for options in ([], ["-l"]):
+            if not os.path.ismount(place):
+                break
+            subprocess.run(["umount", *options, str(place)], stderr=subprocess.DEVNULL, check=False)
+        with contextlib.suppress(OSError):
+            place.rmdir()
+        image.unlink(missing_ok=True)
+
+
+def used(folder: Path) -> int:
+    """Bytes that the file system has given out."""
+    os.sync()
+    state = os.statvfs(folder)
+    return (state.f_blocks - state.f_bfree) * state.f_frsize
+
+
+def sharing(kind: str, folder: Path, sizes: Sequence[int], rounds: int) -> list[list[object]]:
+    """First write by model size, on a file system mounted from an image."""
+    rows: list[list[object]] = []
+    need = (max(sizes) * 1_000_000 * 4) + (1 << 30)
+    with mounted(kind, folder, need) as place:
+        for size in sizes:
+            plain, work, copy = (place / f"{name}.gguf" for name in ("plain", "work", "copy"))
+            synthetic(plain, size)
+            written = place / "written.gguf"
+            command = ours("write", plain, "--uniform", "1.5", "--output", written)
+
+            def afresh(target: Path = work, source: Path = plain) -> None:
+                fresh_copy(source, target)
+
+            def without(path: Path, source: Path = plain) -> Callable[[], None]:
+                def prepare() -> None:
+                    path.unlink(missing_ok=True)
+                    settle(source)
+
+                return prepare
+
+            arms = [
+                Arm("first write", ours("write", work, "--uniform", "1.5"), afresh),
+                Arm("first write, --output", command, without(written)),
+                Arm("`cp --reflink=never`, fsync", copying(plain, copy, "--reflink=never"), without(copy)),
+            ]
+            results = compare(arms, rounds, f"{kind} {size} MB")
+            written.unlink()
+            before = used(place)
+            measure(command)
+            grown = used(place) - before
+            for path in (plain, work, copy, written):
+                path.unlink(missing_ok=True)
+            for name, runs in results.items():
+                new = f"{grown / 1e6:.1f}" if name.endswith("--output") else ""
+                rows.append([kind, size, name, spread(runs), peak(runs), new])
+    return rows
+
+
+def loops(kinds: Sequence[str], folder: Path, sizes: Sequence[int], rounds: int) -> str:
+    """The table of mounted file systems, with what was skipped and why."""
+    rows: list[list[object]] = []
+    skipped = []
+    for kind in kinds:
+        reason = None
+        if sys.platform != "linux" or os.geteuid() != 0:
+            reason = "needs root on Linux"
+        elif shutil.which(MKFS[kind][0]) is None:
+            reason = f"{MKFS[kind][0]} is not installed"
+        elif shutil.disk_usage(folder).free < max(sizes) * 5_000_000 + (1 << 30):
+            reason = "too little space for the image"
+        else:
+            try:
+                rows += sharing(kind, folder, sizes, rounds)
+            except BenchmarkError as error:
+                reason = " ".join(str(error).split())[:300]
+        if reason:
+            skipped.append(f"{kind}: skipped, {reason}")
+    header = ["file system", "model, MB", "command", "seconds, median (range)", "peak memory, MiB", "new blocks, MB"]
+    return "\n\n".join([*([table(header, rows)] if rows else []), *skipped])
+
+
+# Machine
+
+
+def own_peak() -> int:
+    """Peak memory of this process, which a child's counts from on Linux."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def cpu_model() -> str:
+    """Name of the processor, as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def file_system(folder: Path) -> str:
+    """Type of the file system of a folder."""
+    done = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=False)
+    kind = done.stdout.strip() or "unknown"
+    with contextlib.suppress(OSError):  # stat says ext2/ext3 for ext4
+        found = ("", "")
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            place, name = line.split()[1:3]
+            if folder.resolve().is_relative_to(place) and len(place) >= len(found[0]):
+                found = place, name
+        kind = found[1] or kind
+    return kind
+
+
+def numbers(text: str) -> list[int]:
+    """Positive sizes separated by commas, for argparse."""
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise ValueError
+    return values
+
+
+def file_systems(text: str) -> list[str]:
+    """Known file systems separated by commas, for argparse; none where it is empty."""
+    kinds = [part for part in text.split(",") if part]
+    if not set(kinds) <= set(MKFS):
+        raise ValueError
+    return kinds
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(143)  # so that mounts and files are removed
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="GGUF file with layers and RoPE; it is not changed")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of every command (default: 7)")
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--loop", type=file_systems, default=["xfs", "btrfs"], help="xfs, btrfs, ext4; '' for none")
+    parser.add_argument("--sizes", type=numbers, default=[250, 1000], metavar="MB,MB", help="default: 250,1000")
+    parser.add_argument("--write-size", type=int, metavar="MB", help="time writing on a model of this size too")
+    parser.add_argument("--only", choices=("show", "write", "loop"), help="one table")
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if not args.model.is_file():
+        parser.error(f"{args.model}: no such file")
+    signal.signal(signal.SIGTERM, _terminate)
+    model = args.model.resolve()
+    with tempfile.TemporaryDirectory(prefix="metadata-speed-", dir=args.folder) as name:
+        folder = Path(name)
+        print(f"`{shlex.join(['python', 'benchmarks/metadata_speed.py', *sys.argv[1:]])}`\n")
+        print(f"{cpu_model()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python ", end="")
+        print(
+            f"{platform.python_version()}; model {model.name}, {model.stat().st_size / 1e6:.0f} MB; files on ", end=""
+        )
+        print(f"{file_system(folder)}; load {math.ceil(os.getloadavg()[0] * 10) / 10:g} at the start; ", end="")
+        print(f"peak memory below {own_peak() >> 20} MiB, that of this process, cannot be seen\n", flush=True)
+        if args.only in (None, "show"):
+            print(f"{reading(model, args.rounds)}\n", flush=True)
+        if args.only in (None, "write"):
+            print(f"{writing(model, folder, args.rounds)}\n", flush=True)
+            if args.write_size:
+                synthetic(folder / "large.gguf", args.write_size)
+                print(f"The same with one tensor of {args.write_size} MB:\n")
+                print(f"{writing(folder / 'large.gguf', folder, args.rounds)}\n", flush=True)
+                (folder / "large.gguf").unlink()
+        if args.loop and args.only in (None, "loop"):
+            print(loops(args.loop, folder, args.sizes, args.rounds), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BenchmarkError as error:
+        sys.exit(f"error: {error}")
