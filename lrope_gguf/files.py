@@ -1,15 +1,46 @@
-"""Files that are replaced whole or not at all."""
+"""Files that are replaced whole or not at all, locked meanwhile, and copied by sharing blocks where that is possible.
+
+A new file has no name until it is whole (`O_TMPFILE`), so that a killed writer leaves nothing behind; where a file
+system has no such files, and between giving the name and moving it over the old one, it is called `.lrope-*.tmp` and
+locked, and the next write into the directory removes those that nobody holds any more.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import re
+import stat
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
 from lrope_gguf.errors import LropeError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_SECONDS = 5.0
+_LOCK_PAUSE = 0.05
+_CHUNK = 1 << 24
+_BUFFER = 1 << 20
+_BLOCK = 4096
+_MAX_BLOCK = 1 << 16
+_FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
+_TEMPORARY = re.compile(r"\.lrope-[0-9a-f]{16}\.tmp")
+# Other file systems, old kernels, and files that are no plain ones: copy_file_range(2), ioctl_ficlonerange(2).
+_NO_KERNEL_COPY = frozenset((errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM))
+_NO_CLONE = _NO_KERNEL_COPY | {errno.ENOTTY, errno.ETXTBSY}
+# File systems that can share blocks: always, or only as they were made.
+_SHARING = {"btrfs": True, "bcachefs": True, **dict.fromkeys(("xfs", "overlay", "nfs4", "cifs", "zfs", "ocfs2"), None)}
+_NO_TMPFILE = (errno.EISDIR, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_NO_LOCK = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def write_error(path: Path, error: OSError, consequence: str) -> LropeError:
@@ -46,13 +77,17 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
+# Replacing
+
+
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[FileIO]:
+def replacing(path: str | os.PathLike[str], notes: list[str] | None = None) -> Iterator[FileIO]:
     """Yield an empty unbuffered file that becomes `path` when the block ends without an error.
 
-    The file lies beside `path`, is synced and moved over it in one step, and the directory is synced. On any
-    error, an interrupt included, it is removed and `path` stays as it was. A symbolic link stays and its target is
-    replaced. Mode, and where permitted owner, of an existing file are kept.
+    The file is synced and moved over `path` in one step, and the directory is synced. On any error, an interrupt
+    included, it is gone and `path` stays as it was. A symbolic link stays and its target is replaced. Of an existing
+    file the mode is kept, and the owner and extended attributes (access control lists among them) where permitted;
+    where not, `notes` gets a sentence.
 
     Raises:
         LropeError: for every `OSError`.
@@ -63,15 +98,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[FileIO]:
     try:
         if target.is_dir():
             raise LropeError(f"{path}: is a directory; name a file")
+        remove_stale(target.parent)
         before = target.stat() if target.exists() else None
-        with temporary.open("xb", buffering=0) as file:
+        # nobody else may read the content of a private model meanwhile
+        handle, named = _create(temporary, 0o666 if before is None else 0o600)
+        with FileIO(handle, "r+b") as file:
             yield file
             if before is not None:
-                with suppress(OSError, AttributeError):  # only a privileged user may give files away
-                    os.chown(temporary, before.st_uid, before.st_gid)
-                temporary.chmod(before.st_mode & 0o7777)
-            os.fsync(file.fileno())
-        temporary.replace(target)
+                _keep_attributes(target, before, file, temporary, [] if notes is None else notes)
+            os.fsync(handle)
+            if not named:
+                _name(handle, temporary)
+            if os.name != "nt":  # while the lock holds off `remove_stale`
+                temporary.replace(target)
+        if os.name == "nt":  # open files cannot be moved there
+            temporary.replace(target)
         consequence = "the new content is in place but perhaps not yet on the disk"
         sync_directory(target.parent)
     except OSError as error:
@@ -79,6 +120,98 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[FileIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _create(temporary: Path, mode: int) -> tuple[int, bool]:
+    """A new empty file, locked, and whether it has the name already or none at all."""
+    flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
+        try:
+            handle = os.open(temporary.parent, flags | os.O_TMPFILE, mode)
+        except OSError as error:
+            if error.errno not in _NO_TMPFILE:
+                raise
+        else:
+            with suppress(OSError):  # it has no name yet that could be taken for stale
+                _try_lock(handle)
+            return handle, False
+    while True:
+        handle = os.open(temporary, flags | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            _try_lock(handle)
+            if temporary.exists():  # else taken for stale before it was locked
+                return handle, True
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _name(handle: int, temporary: Path) -> None:
+    """Give an unnamed file its name."""
+    directory = os.open(temporary.parent, os.O_RDONLY)
+    try:
+        # a directory must be given for Python to call linkat(2), which can follow this link
+        os.link(f"/proc/self/fd/{handle}", temporary.name, dst_dir_fd=directory, follow_symlinks=True)
+    finally:
+        os.close(directory)
+
+
+def remove_stale(directory: Path) -> None:
+    """Remove temporary files whose writers were killed: those that nobody has locked."""
+    if fcntl is None:
+        return
+    with suppress(OSError):
+        for entry in directory.iterdir():
+            if not _TEMPORARY.fullmatch(entry.name):
+                continue
+            with suppress(OSError):
+                handle = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    if stat.S_ISREG(os.fstat(handle).st_mode):
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        entry.unlink()
+                finally:
+                    os.close(handle)
+
+
+def _keep_attributes(target: Path, before: os.stat_result, file: FileIO, temporary: Path, notes: list[str]) -> None:
+    """Give the new file what the old one has besides its content."""
+    new: int | Path = file.fileno() if hasattr(os, "fchmod") else temporary
+    if hasattr(os, "chown"):
+        now = os.fstat(file.fileno())
+        for owner, group in ((before.st_uid, -1), (-1, before.st_gid)):
+            if (owner not in (-1, now.st_uid)) or (group not in (-1, now.st_gid)):
+                try:
+                    os.chown(new, owner, group)
+                except PermissionError:  # only a privileged user may give files away
+                    kind, number = ("owner", owner) if group == -1 else ("group", group)
+                    notes.append(f"{target}: its {kind} ({number}) could not be kept")
+    listed = hasattr(os, "listxattr")
+    inherited = _attributes(new) if listed else []
+    kept = _attributes(target) if listed else []
+    for name in inherited:
+        if name not in kept and name != "security.selinux":  # the directory's default access control list
+            os.removexattr(new, name)
+    os.chmod(new, stat.S_IMODE(before.st_mode))  # noqa: PTH101 (takes an open file too)
+    for name in kept:  # after the mode, which would change an access control list
+        try:
+            os.setxattr(new, name, os.getxattr(target, name))
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP):
+                raise
+            notes.append(f"{target}: its extended attribute {name} could not be kept")
+
+
+def _attributes(file: int | Path) -> list[str]:
+    """The extended attributes that belong to a file and not to its content."""
+    try:
+        names = os.listxattr(file)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return []
+        raise
+    return [name for name in names if name.startswith(("user.", "trusted.", "system.posix_acl_", "security.selinux"))]
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -90,3 +223,228 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replace `path` by `text` in UTF-8: whole, or not at all (see `replacing`)."""
     atomic_write_bytes(path, text.encode())
+
+
+# Locking
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[None]:
+    """Hold off other writers of `path`, or where `shared` those that do not share; a killed one holds nothing.
+
+    Nothing is locked where no regular file is, or where the file system has no locks.
+
+    Raises:
+        LropeError: where another writer has not ended after `LOCK_SECONDS`.
+    """
+    handle = _lock(Path(path), shared)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(path: Path, shared: bool) -> int | None:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while fcntl is not None:
+        try:
+            handle = _open_regular(path, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return None  # whoever opens it for its content says what is wrong
+        except OSError as error:
+            raise LropeError(f"{path}: cannot be read ({error.strerror}); check the disk") from error
+        if handle is None:
+            return None
+        try:
+            free = _try_lock(handle, shared)
+            if free is None and not shared:  # NFS locks only what is open for writing
+                with suppress(OSError):
+                    writable = _open_regular(path, os.O_RDWR)
+                    if writable is not None:
+                        os.close(handle)
+                        handle = writable
+                        free = _try_lock(handle, shared)
+            # a writer that ended meanwhile may have moved a new file over this one
+            if free is not False and _same(handle, path):
+                return handle
+        except OSError as error:
+            os.close(handle)
+            raise LropeError(f"{path}: cannot be locked ({error.strerror}); check the disk") from error
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+        if time.monotonic() > deadline:
+            raise LropeError(f"{path}: another writer is at work on it; try again when that has ended")
+        if free is False:
+            time.sleep(_LOCK_PAUSE)
+    return None
+
+
+def _open_regular(path: Path, flags: int) -> int | None:
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    return None
+
+
+def _same(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _try_lock(handle: int, shared: bool = False) -> bool | None:
+    """Lock an open file: whether nobody else holds it; None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCK:
+            return None
+        raise
+    return True
+
+
+def mapped_by(path: str | os.PathLike[str]) -> list[tuple[str, int]]:
+    """Name and number of the other processes that map a file into memory, as far as this user may see them."""
+    if not sys.platform.startswith("linux"):
+        return []
+    real = os.path.realpath(path)
+    status = Path(real).stat()
+    inode = b" %d " % status.st_ino
+    device = b"%02x:%02x" % (os.major(status.st_dev), os.minor(status.st_dev))
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdecimal() or int(process.name) == os.getpid():
+            continue
+        with suppress(OSError):  # another user's, or ended
+            maps = (process / "maps").read_bytes()
+            if inode in maps and any(
+                # some file systems report another device here than in stat(2)
+                fields[4] == inode.strip() and (fields[3] == device or fields[-1] == os.fsencode(real))
+                for fields in (line.split(None, 5) for line in maps.splitlines() if inode in line)
+            ):
+                found.append(((process / "comm").read_text(errors="replace").strip(), int(process.name)))
+    return found
+
+
+# Copying
+
+
+def append_range(source: FileIO, target: FileIO, start: int, end: int, advance: Callable[[int], None]) -> int:
+    """Append the bytes of `source` from `start` to `end` to `target`; return how many of them both share on the disk.
+
+    Blocks are shared where the file system can, else copied inside the kernel where it can. `advance` is called with
+    the bytes of each step. `source` is left at any position.
+    """
+    place = target.seek(0, os.SEEK_END)
+    block = block_of(target.fileno())
+    shared = 0
+    if start % block == place % block:
+        first = start + -start % block
+        last = end if end == os.fstat(source.fileno()).st_size else end - end % block
+        if first < last and _clone(source.fileno(), target.fileno(), first, last, place + first - start):
+            shared = last - first
+            target.seek(place)
+            _copy(source, target, start, first, advance)
+            target.seek(place + last - start)
+            advance(shared)
+            start = last
+    _copy(source, target, start, end, advance)
+    return shared
+
+
+def _clone(source: int, target: int, start: int, end: int, place: int) -> bool:
+    """Let `target` share the blocks of `source`; False where these files cannot."""
+    if fcntl is None or not sys.platform.startswith("linux"):
+        return False
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("=qQQQ", source, start, end - start, place))
+    except OSError as error:
+        if error.errno in _NO_CLONE:
+            return False
+        raise
+    return True
+
+
+def _copy(source: FileIO, target: FileIO, start: int, end: int, advance: Callable[[int], None]) -> None:
+    in_kernel = hasattr(os, "copy_file_range")
+    while start < end:
+        copied = 0
+        if in_kernel:
+            try:
+                count = min(_CHUNK, end - start)
+                copied = os.copy_file_range(source.fileno(), target.fileno(), count, offset_src=start)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+                in_kernel = False
+        if not copied:
+            source.seek(start)
+            data = source.read(min(_BUFFER, end - start))
+            if not data:
+                raise LropeError(f"{source.name!s}: ended at byte {start} while being read; try again")
+            write_all(target, data)
+            copied = len(data)
+        start += copied
+        advance(copied)
+
+
+def block_of(handle: int) -> int:
+    """The block size of an open file's file system, where it is a sane one."""
+    if not hasattr(os, "fstatvfs"):
+        return _BLOCK
+    size = os.fstatvfs(handle).f_bsize
+    return size if size & (size - 1) == 0 and _BLOCK <= size <= _MAX_BLOCK else _BLOCK
+
+
+def block_size(path: str | os.PathLike[str]) -> int:
+    """The block size of the file system on which `path` lies or would lie."""
+    try:
+        handle = os.open(Path(os.path.realpath(path)).parent, os.O_RDONLY)
+    except OSError:
+        return _BLOCK
+    try:
+        return block_of(handle)
+    finally:
+        os.close(handle)
+
+
+def may_share_blocks(source: str | os.PathLike[str], directory: Path) -> bool | None:
+    """Whether a new file in `directory` could share blocks with `source`; None where only trying tells."""
+    if not sys.platform.startswith("linux"):
+        return False
+    real = os.path.realpath(directory)
+    mount, kind = "", ""
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+            fields = line.split(" ")
+            point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
+            if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(mount):
+                mount, kind = point, fields[fields.index("-") + 1]
+    answer = _SHARING.get(kind, False)
+    if answer is not False and Path(source).stat().st_dev != Path(real).stat().st_dev:
+        return None if kind == "btrfs" else False  # its subvolumes have devices of their own
+    return answer
+
+
+def can_share_blocks(source: FileIO, directory: Path) -> bool:
+    """Whether a new file in `directory` can share blocks with `source`, tried on one that never gets a name."""
+    try:
+        handle = os.open(directory, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
+    except (OSError, AttributeError):
+        return False
+    try:
+        block = block_of(handle)
+        return os.fstat(source.fileno()).st_size >= block and _clone(source.fileno(), handle, 0, block, 0)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)

@@ -10,21 +10,31 @@ written in place.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import re
 import shutil
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Literal
 
 from lrope_gguf.curve import MAX_BYTES, CurveFile, positive
 from lrope_gguf.errors import LropeError
-from lrope_gguf.files import replacing, write_all, write_error
+from lrope_gguf.files import (
+    append_range,
+    block_size,
+    can_share_blocks,
+    locked,
+    mapped_by,
+    may_share_blocks,
+    replacing,
+    write_all,
+    write_error,
+)
 from lrope_gguf.gguf_scan import ARRAY, FLOAT32, STRING, Entry, GGUFFile
 
 CURVE_KEY = "lrope.curve"
@@ -46,11 +56,11 @@ _ROPE_SWITCH = frozenset(("granite", "granitehybrid", "graniteswitch"))
 
 _PAGE = 4096
 _SLACK = 1024
-_CHUNK = 1 << 26
+_MAX_ROOM = 1 << 22
 _BUFFER = 1 << 20
 _SAMPLES = 64
-# Other file systems, old kernels, and files that are no plain ones: copy_file_range(2).
-_NO_KERNEL_COPY = frozenset((errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM))
+_LINKS = "{path} had {links} names (hard links); only this one has the new content, the others keep the old"
+Progress = Callable[[int, int], None]
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
@@ -150,12 +160,40 @@ class WriteResult:
         how: `"in place"`, `"rewritten"` (a whole new file) or `"unchanged"` (it was so already).
         bytes_written: bytes changed in place, or the new file's size.
         factors: the factors now stored, one a layer; empty after a removal.
+        bytes_shared: of a new file, the bytes that it shares with the old one on the disk instead of a copy.
+        notes: what the user should know besides, such as other names that keep the old content.
     """
 
     path: Path
     how: Literal["in place", "rewritten", "unchanged"]
     bytes_written: int
     factors: tuple[float, ...]
+    bytes_shared: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """What `write_factors` would do.
+
+    Attributes:
+        path: the file that would hold the result.
+        how: as in `WriteResult`.
+        bytes_written: as in `WriteResult`.
+        factors: the factors that would be stored, one a layer.
+        shares: whether a new file would share the tensor data with the old one on the disk; None where only
+            writing tells.
+        notes: as in `WriteResult`.
+        removed: the keys that a removal would take out.
+    """
+
+    path: Path
+    how: Literal["in place", "rewritten", "unchanged"]
+    bytes_written: int
+    factors: tuple[float, ...]
+    shares: bool | None
+    notes: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
 
 def read_model(path: str | os.PathLike[str]) -> ModelInfo:
@@ -186,11 +224,14 @@ def write_factors(
     *,
     curve_json: str | None = None,
     output: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    mapped_ok: bool = False,
 ) -> WriteResult:
     """Store layer factors in a model, or with `output` in a copy of it.
 
-    In place where the file has both keys and room for `curve_json`; else through a new file that is moved over the
-    old one when it is whole and on the disk. A symbolic link stays and its target is rewritten.
+    In place where the file has both keys, room for `curve_json` and only one name; else through a new file that is
+    moved over the old one when it is whole and on the disk. A symbolic link stays and its target is rewritten; of
+    several hard links only the given name gets the new file. The model is locked meanwhile.
 
     Args:
         path: the model; of a split one the first shard.
@@ -198,43 +239,187 @@ def write_factors(
             multi-token-prediction head.
         curve_json: the document to store beside them; by default one that lists the factors.
         output: where to write instead; an existing file is replaced.
+        progress: called while a new file is written, with the bytes that are done and those in all.
+        mapped_ok: change the file in place even while a running process maps it.
 
     Raises:
-        LropeError: where the model has no RoPE or no layers, a factor is unusable, or a file cannot be read or
-            written. Nothing is changed then.
+        LropeError: where the model has no RoPE or no layers, a factor is unusable, a file cannot be read or written,
+            another writer is at work, or the file would be changed under a process that maps it. Nothing is changed
+            then.
     """
-    with GGUFFile(path) as gguf:
-        info = _info(gguf)
-        architecture, stored = _storable(info, factors)
-        if curve_json is None:
-            document = CurveFile(layer_factors=tuple(map(shortest, stored)), architecture=architecture)
-        else:
-            document = CurveFile.loads(curve_json, "curve_json")
-        text = document.dumps(compact=True).encode()
-        if len(text) > MAX_BYTES:
-            raise LropeError(f"{path}: the curve's document is above 1 MiB; shorten its provenance")
-        target = _target(info, output)
-        key = factors_key(architecture)
-        slot = _slot(gguf, key, len(stored)) if target is None else None
-        if slot is None or slot[2] < len(text):
-            size = _rewrite(gguf, target, _entries(gguf.order, key, stored, text, _room(gguf, key, stored, text)), 2)
-            return WriteResult(Path(path) if target is None else target, "rewritten", size, stored)
-        start, end, room, factors_first = slot
-        changed = _patch(gguf, start, end, _entries(gguf.order, key, stored, text, room, factors_first))
-        return WriteResult(Path(path), "in place" if changed else "unchanged", changed, stored)
+    with _opened(path, output) as gguf:
+        plan, change = _plan_write(gguf, factors, curve_json, output, mapped_ok)
+        if plan.how == "rewritten":
+            return _rewrite(gguf, plan, change.new, 2, progress)
+        if plan.how == "in place":
+            _patch(gguf, change)
+        return WriteResult(plan.path, plan.how, plan.bytes_written, plan.factors)
 
 
-def remove_factors(path: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> WriteResult:
+def plan_write(
+    path: str | os.PathLike[str],
+    factors: Iterable[float],
+    *,
+    curve_json: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    mapped_ok: bool = False,
+) -> WritePlan:
+    """What `write_factors` would do, after all its checks and without writing anything.
+
+    Raises:
+        LropeError: as `write_factors`.
+    """
+    with _opened(path, output) as gguf:
+        return _plan_write(gguf, factors, curve_json, output, mapped_ok)[0]
+
+
+def remove_factors(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress | None = None,
+    mapped_ok: bool = False,
+) -> WriteResult:
     """Remove both keys from a model, or from a copy of it: the inverse of `write_factors`, byte for byte.
 
+    Always through a new file, which leaves a process that maps the old one alone: `mapped_ok` changes nothing.
+
     Raises:
-        LropeError: where a file cannot be read or written. Nothing is changed then.
+        LropeError: where a file cannot be read or written, or another writer is at work. Nothing is changed then.
     """
-    with GGUFFile(path) as gguf:
+    del mapped_ok
+    with _opened(path, output) as gguf:
         target = _target(_info(gguf), output)
         if target is None and not _own(gguf):
             return WriteResult(Path(path), "unchanged", 0, ())
-        return WriteResult(Path(path) if target is None else target, "rewritten", _rewrite(gguf, target, b"", 0), ())
+        return _rewrite(gguf, _plan_rewrite(gguf, target, b"", ()), b"", 0, progress)
+
+
+def plan_remove(path: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> WritePlan:
+    """What `remove_factors` would do, after all its checks and without writing anything.
+
+    Raises:
+        LropeError: as `remove_factors`.
+    """
+    with _opened(path, output) as gguf:
+        target = _target(_info(gguf), output)
+        own = _own(gguf)
+        if target is None and not own:
+            return WritePlan(Path(path), "unchanged", 0, (), None)
+        keys = tuple(key for key, entry in gguf.entries.items() if entry in own)
+        return replace(_plan_rewrite(gguf, target, b"", ()), removed=keys)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], output: str | os.PathLike[str] | None) -> Iterator[GGUFFile]:
+    """The model, locked against other writers together with the file that is to be replaced."""
+    other = None
+    with ExitStack() as stack, _as_lrope_error(path if output is None else output):
+        if output is not None and not (Path(output).exists() and Path(path).exists() and Path(path).samefile(output)):
+            other = output
+        stack.enter_context(locked(path, shared=other is not None))
+        gguf = stack.enter_context(GGUFFile(path))
+        if other is not None:
+            stack.enter_context(locked(other))
+        yield gguf
+
+
+@contextmanager
+def _as_lrope_error(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise write_error(Path(path), error, "nothing was changed") from error
+
+
+@dataclass(frozen=True)
+class _Change:
+    """New bytes for our keys; to overwrite in place, those that differ from `start` on, and the `old` ones there."""
+
+    new: bytes
+    start: int = 0
+    old: bytes = b""
+
+
+def _plan_write(
+    gguf: GGUFFile,
+    factors: Iterable[float],
+    curve_json: str | None,
+    output: str | os.PathLike[str] | None,
+    mapped_ok: bool,
+) -> tuple[WritePlan, _Change]:
+    path = gguf.path
+    info = _info(gguf)
+    architecture, stored = _storable(info, factors)
+    if curve_json is None:
+        document = CurveFile(layer_factors=tuple(map(shortest, stored)), architecture=architecture)
+    else:
+        document = CurveFile.loads(curve_json, "curve_json")
+    text = document.dumps(compact=True).encode()
+    if len(text) > MAX_BYTES:
+        raise LropeError(f"{path}: the curve's document is above 1 MiB; shorten its provenance")
+    target = _target(info, output)
+    key = factors_key(architecture)
+    slot = _slot(gguf, key, len(stored)) if target is None else None
+    if slot is not None and len(text) <= slot[2]:
+        start, end, room, factors_first = slot
+        old, new = gguf.read(start, end), _entries(gguf.order, key, stored, text, room, factors_first)
+        if old == new:
+            return WritePlan(path, "unchanged", 0, stored, None), _Change(b"")
+        if os.fstat(gguf.file.fileno()).st_nlink == 1:
+            first = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
+            last = next(i for i in range(len(new), 0, -1) if old[i - 1] != new[i - 1])
+            _check_permission(path)
+            if not mapped_ok:
+                _check_unmapped(gguf)
+            return (
+                WritePlan(path, "in place", last - first, stored, None),
+                _Change(new[first:last], start + first, old[first:last]),
+            )
+    new = _new_entries(gguf, key, stored, text, block_size(path if target is None else target))
+    return _plan_rewrite(gguf, target, new, stored), _Change(new)
+
+
+def _plan_rewrite(gguf: GGUFFile, target: Path | None, new: bytes, factors: tuple[float, ...]) -> WritePlan:
+    path = gguf.path if target is None else target
+    size = _length(_pieces(gguf, new, 0))
+    place = Path(os.path.realpath(path))
+    _check_permission(path)
+    if not place.parent.is_dir():
+        raise LropeError(f"{path}: its directory does not exist; make it first")
+    if place.is_dir():
+        raise LropeError(f"{path}: is a directory; name a file")
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        raise LropeError(f"{path}: its directory is read-only; make it writable or give --output")
+    shares = may_share_blocks(gguf.path, place.parent)
+    free = shutil.disk_usage(place.parent).free
+    if free < size and shares is None:
+        shares = can_share_blocks(gguf.file, place.parent)
+    if free < size and not shares:
+        raise LropeError(
+            f"{path}: needs {size} bytes beside it, {free} are free; free some space, or write to another disk with "
+            "--output"
+        )
+    links = place.stat().st_nlink if place.exists() else 1
+    notes = (_LINKS.format(links=links, path=path),) if links > 1 else ()
+    return WritePlan(path, "rewritten", size, factors, shares, notes)
+
+
+def _check_permission(path: Path) -> None:
+    """Refuse early what could only fail late, or would replace a file that is write-protected."""
+    if path.exists() and not os.access(path, os.W_OK):
+        raise LropeError(f"{path}: is read-only; make it writable or give --output")
+
+
+def _check_unmapped(gguf: GGUFFile) -> None:
+    users = mapped_by(gguf.path)
+    if users:
+        name, process = users[0]
+        others = f" and {len(users) - 1} more" if len(users) > 1 else ""
+        raise LropeError(
+            f"{gguf.path}: is mapped by {name} (process {process}){others}: a change in place would change the memory "
+            "of a running program; stop it, write a copy with --output, or allow it with --mapped-ok"
+        )
 
 
 def _info(gguf: GGUFFile) -> ModelInfo:
@@ -345,7 +530,9 @@ def _storable(info: ModelInfo, factors: Iterable[float]) -> tuple[str, tuple[flo
 
 def _target(info: ModelInfo, output: str | os.PathLike[str] | None) -> Path | None:
     """The other file to write; None where that is the model itself."""
-    if output is None or (Path(output).exists() and info.path.samefile(output)):
+    if output is None or os.path.realpath(output) == os.path.realpath(info.path):
+        return None
+    if Path(output).exists() and info.path.samefile(output) and info.path.stat().st_nlink == 1:
         return None
     match = _SHARD.fullmatch(Path(output).name)
     if info.shards > 1 and not (match and int(match[2]) == 1 and int(match[3]) == info.shards):
@@ -390,12 +577,20 @@ def _entries(
     return b"".join(parts if factors_first else reversed(parts))
 
 
-def _room(gguf: GGUFFile, key: str, factors: Sequence[float], text: bytes) -> int:
-    """The string's padded length: whole pages for both keys, and room for a document twice as long."""
+def _new_entries(gguf: GGUFFile, key: str, factors: Sequence[float], text: bytes, block: int) -> bytes:
+    """Both keys for a new file: whole pages, or blocks where those are larger, with room for a longer document.
+
+    The array comes first, or last where it would otherwise lie across a page's edge: inside one page, a change in
+    place reaches it whole or not at all.
+    """
     others = len(_entries(gguf.order, key, factors, b"", 0))
-    unit = max(_PAGE, gguf.alignment)
+    unit = max(_PAGE, gguf.alignment, block)
     needed = others + len(text) + max(_SLACK, len(text))
-    return -(-needed // unit) * unit - others
+    room = -(-needed // unit) * unit - others
+    place = gguf.kv_end - sum(entry.end - entry.start for entry in _own(gguf))
+    start = (place + 24 + len(key.encode(errors="surrogateescape"))) % _PAGE
+    crosses_first, crosses_last = start + 4 * len(factors) > _PAGE, 0 < place % _PAGE < 4 * len(factors)
+    return _entries(gguf.order, key, factors, text, room, not crosses_first or crosses_last)
 
 
 def _slot(gguf: GGUFFile, key: str, n: int) -> tuple[int, int, int, bool] | None:
@@ -403,87 +598,69 @@ def _slot(gguf: GGUFFile, key: str, n: int) -> tuple[int, int, int, bool] | None
     array, curve = gguf.entries.get(key), gguf.entries.get(CURVE_KEY)
     if array is None or curve is None or (array.kind, array.item, array.length) != (ARRAY, FLOAT32, n):
         return None
+    if curve.end - curve.value > _MAX_ROOM:
+        return None
     if curve.kind != STRING or (array.end != curve.start and curve.end != array.start):
         return None
     return min(array.start, curve.start), max(array.end, curve.end), curve.end - curve.value, array.start < curve.start
 
 
-def _patch(gguf: GGUFFile, start: int, end: int, new: bytes) -> int:
-    """Overwrite the bytes from `start` to `end` where they differ, in one write; return how many it took."""
-    old = gguf.read(start, end)
-    if old == new:
-        return 0
-    differing = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
-    first, last = differing[0], differing[-1] + 1
+def _patch(gguf: GGUFFile, change: _Change) -> None:
+    """Overwrite bytes in place, in one write; put the old ones back where that fails."""
     consequence = "nothing was changed"
     try:
         with gguf.path.open("r+b", buffering=0) as file:
-            file.seek(start + first)
-            consequence = "its layer factors may be half changed, write them again"
-            write_all(file, new[first:last])
-            os.fsync(file.fileno())
+            try:
+                _overwrite(file, change.start, change.new)
+            except BaseException:
+                consequence = "its layer factors may be half changed, write them again"
+                _overwrite(file, change.start, change.old)
+                consequence = "nothing was changed"
+                raise
     except OSError as error:
         raise write_error(gguf.path, error, consequence) from error
-    return last - first
 
 
-def _rewrite(gguf: GGUFFile, target: Path | None, new: bytes, added: int) -> int:
-    """Write a file with `new` (`added` keys) after the last key instead of our old ones; return its size."""
-    own = _own(gguf)
-    shift = len(new) - sum(entry.end - entry.start for entry in own)
+def _overwrite(file: FileIO, at: int, data: bytes) -> None:
+    file.seek(at)
+    write_all(file, data)
+    os.fsync(file.fileno())
+
+
+_Pieces = list[bytes | tuple[int, int]]
+
+
+def _pieces(gguf: GGUFFile, new: bytes, added: int) -> _Pieces:
+    """A file with `new` (`added` keys) after the last key instead of our old ones: bytes, and stretches of the old."""
+    shift = len(new) - sum(entry.end - entry.start for entry in _own(gguf))
     if shift % gguf.alignment == 0 or not gguf.n_tensors:
-        rest: list[bytes | tuple[int, int]] = [(gguf.kv_end, gguf.size)]
+        rest: _Pieces = [(gguf.kv_end, gguf.size)]
     else:  # keys that another program wrote: only its padding differs
         padding = bytes(-(gguf.info_end + shift) % gguf.alignment)
         rest = [(gguf.kv_end, gguf.info_end), padding, (gguf.data_start, gguf.size)]
-    pieces = [_prefix(gguf, added), *_kept(gguf, gguf.kv_end), new, *rest]
-    size = sum(len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces)
-    path = gguf.path if target is None else target
-    _check_writable(path, size)
-    with replacing(path) as file:
+    return [_prefix(gguf, added), *_kept(gguf, gguf.kv_end), new, *rest]
+
+
+def _length(pieces: _Pieces) -> int:
+    return sum(len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces)
+
+
+def _rewrite(gguf: GGUFFile, plan: WritePlan, new: bytes, added: int, progress: Progress | None) -> WriteResult:
+    """Write the new file that `plan` describes."""
+    pieces, shared, done = _pieces(gguf, new, added), 0, 0
+    notes = list(plan.notes)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, plan.bytes_written)
+
+    with replacing(plan.path, notes) as file:
         for piece in pieces:
             if isinstance(piece, bytes):
                 write_all(file, piece)
+                advance(len(piece))
             else:
-                _copy(gguf, file, *piece)
-    return size
-
-
-def _check_writable(path: Path, size: int) -> None:
-    """Refuse early what could only fail late, or would replace a file that is write-protected."""
-    target = Path(os.path.realpath(path))
-    if target.exists() and not os.access(target, os.W_OK):
-        raise LropeError(f"{path}: is read-only; make it writable or give --output")
-    if not target.parent.is_dir():
-        raise LropeError(f"{path}: its directory does not exist; make it first")
-    free = shutil.disk_usage(target.parent).free
-    if free < size:
-        raise LropeError(
-            f"{path}: needs {size} bytes beside it, {free} are free; free some space, or write to another disk with "
-            "--output"
-        )
-
-
-def _copy(gguf: GGUFFile, file: FileIO, start: int, end: int) -> None:
-    """Append the model's bytes from `start` to `end`, inside the kernel where it can."""
-    while start < end:
-        # Page by page from the first whole one, so that file systems which share blocks can share these.
-        stop = min(end, start - start % _PAGE + (_PAGE if start % _PAGE else _CHUNK))
-        copied = _copy_in_kernel(gguf.file, file, start, stop)
-        if not copied:
-            stop = min(stop, start + _BUFFER)
-            write_all(file, gguf.read(start, stop))
-            copied = stop - start
-        start += copied
-
-
-def _copy_in_kernel(source: FileIO, file: FileIO, start: int, stop: int) -> int:
-    """Append with copy_file_range; 0 where this system or pair of files cannot."""
-    if not hasattr(os, "copy_file_range"):
-        return 0
-    try:
-        return os.copy_file_range(source.fileno(), file.fileno(), stop - start, offset_src=start)
-    except OSError as error:
-        if error.errno in _NO_KERNEL_COPY:
-            return 0
-        raise
+                shared += append_range(gguf.file, file, *piece, advance)
+    return WriteResult(plan.path, "rewritten", plan.bytes_written, plan.factors, shared, tuple(notes))

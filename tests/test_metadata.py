@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lrope_gguf
-from lrope_gguf import CurveFile, LropeError, read_factors, read_model, remove_factors, write_factors
+from lrope_gguf import CurveFile, LropeError, plan_remove, read_factors, read_model, remove_factors, write_factors
 from lrope_gguf import metadata as metadata_module
 from lrope_gguf.gguf_scan import GGUFFile
 from lrope_gguf.metadata import shortest
@@ -386,7 +386,7 @@ def test_write_protected_places(model: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(LropeError, match="is a directory"):
         write_factors(model, FACTORS, output=model.parent)
     with pytest.raises(LropeError, match=r"Permission denied.*check the permissions"):
-        monkeypatch.setattr(Path, "open", fail_with(errno.EACCES))
+        monkeypatch.setattr(os, "open", fail_with(errno.EACCES))
         write_factors(model, FACTORS)
     monkeypatch.undo()
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anything
@@ -706,3 +706,17 @@ def test_names_are_loaded_on_first_use() -> None:
         assert getattr(lrope_gguf, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         lrope_gguf.no_such_name  # noqa: B018
+
+
+def test_a_planned_removal_tells_what_a_removal_does(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m.gguf")
+    original = model.read_bytes()
+    assert (plan_remove(model).how, plan_remove(model).removed) == ("unchanged", ())
+    write_factors(model, FACTORS)
+    written = model.read_bytes()
+    plan = plan_remove(model)
+    assert (plan.path, plan.how, plan.bytes_written) == (model, "rewritten", len(original))
+    assert plan.removed == ("llama.rope.scaling.layer_factors", "lrope.curve")
+    assert model.read_bytes() == written
+    assert remove_factors(model).bytes_written == plan.bytes_written
+    assert model.read_bytes() == original
