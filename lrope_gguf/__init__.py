@@ -1,5 +1,10 @@
 """Per-layer RoPE position interpolation for GGUF models: curves, metadata and the command line.
 
+`read_factors(path)` gives a model's stored factors `s_l`, one float a layer (layer `l` rotates as at position
+`p / s_l`; 1 changes nothing), or None; `write_factors(path, factors)` stores them, `plan_write` says what that would
+do, and `remove_factors(path)` is its inverse, byte for byte. `read_model(path)` gives all that concerns RoPE in a
+model's header. Whatever goes wrong with a file or a value raises `LropeError`, and nothing is changed then.
+
 Names are loaded on first use, so that ``import lrope_gguf`` costs nothing.
 """
 
@@ -10,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lrope_gguf.curve import Curve, CurveFile
     from lrope_gguf.errors import LropeError
-    from lrope_gguf.metadata import ModelInfo, WriteResult, read_factors, read_model, remove_factors, write_factors
+    from lrope_gguf.metadata import (
+        ModelInfo,
+        WritePlan,
+        WriteResult,
+        plan_remove,
+        plan_write,
+        read_factors,
+        read_model,
+        remove_factors,
+        write_factors,
+    )
 
     __version__: str
 
@@ -19,8 +34,11 @@ __all__ = [
     "CurveFile",
     "LropeError",
     "ModelInfo",
+    "WritePlan",
     "WriteResult",
     "__version__",
+    "plan_remove",
+    "plan_write",
     "read_factors",
     "read_model",
     "remove_factors",
@@ -32,7 +50,10 @@ _MODULES = {
     "CurveFile": "curve",
     "LropeError": "errors",
     "ModelInfo": "metadata",
+    "WritePlan": "metadata",
     "WriteResult": "metadata",
+    "plan_remove": "metadata",
+    "plan_write": "metadata",
     "read_factors": "metadata",
     "read_model": "metadata",
     "remove_factors": "metadata",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": ("lrope_search.commands.evaluate", "compare base model and layer factors on a task"),
     "report": ("lrope_search.commands.report", "make the report of a search"),
     "demo": ("lrope_search.commands.demo", "search, write and serve on a small real model"),
+    "completion": ("lrope_gguf.commands.completion", "print a script that completes commands in a shell"),
 }
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a sparkline shows question marks
+            stream.reconfigure(errors="replace")  # names that the terminal cannot show get question marks
     try:
         status = _run(arguments)
         sys.stdout.flush()
@@ -47,19 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _run(arguments: Sequence[str]) -> int:
-    chosen = next((word for word in arguments if not word.startswith("-")), None)
+def build_parser(modules: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
+    """The parser of the command line, with the arguments of those commands whose modules are given."""
     parser = argparse.ArgumentParser(
         prog="lrope-gguf", description="Layer-specific RoPE scaling for GGUF models: search it, write it, serve it."
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    module = None
-    for name, (module_name, summary) in COMMANDS.items():
+    for name, (_, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        if name == chosen:
-            module = _load(name, module_name)
-            module.add_arguments(command)
+        if name in modules:
+            modules[name].add_arguments(command)
+    return parser
+
+
+def _run(arguments: Sequence[str]) -> int:
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    module = _load(chosen, COMMANDS[chosen][0]) if chosen in COMMANDS else None
+    parser = build_parser({} if module is None or chosen is None else {chosen: module})
     options = parser.parse_args(arguments)
     if options.version:
         from lrope_gguf import __version__

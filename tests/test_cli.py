@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
 from gguf_fixtures import LAYERS, names, write_model
 
-from lrope_gguf import CurveFile, read_factors
+import lrope_gguf
+from lrope_gguf import CurveFile, LropeError, plan_write, read_factors, write_factors
 from lrope_gguf.cli import COMMANDS, main
+from lrope_gguf.commands.progress import CopyProgress, size
 
 Completed = subprocess.CompletedProcess[str]
 
@@ -29,6 +34,13 @@ def run(*arguments: object, **environment: str) -> Completed:
         timeout=60,
         env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment,
     )
+
+
+def call(*arguments: object) -> Completed:
+    """As `run`, in this process: for what depends on no terminal, signal or encoding."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        status = main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess([*map(str, arguments)], status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
@@ -246,7 +258,7 @@ def test_interrupt_signal_during_a_copy(tmp_path: Path) -> None:
         text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "copying\n"
-    assert len(names(tmp_path)) == 2
+    assert len(names(tmp_path)) in (1, 2)  # the new file has no name yet where that is possible
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130 and errors == "lrope-gguf: interrupted\n"
@@ -266,4 +278,324 @@ def test_closed_pipe_is_quiet(model: Path) -> None:
 def test_a_terminal_without_unicode(model: Path) -> None:
     run("write", model, "--factors", "1,1.25,0.8,1")
     done = run("show", model, PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and "????" in done.stdout and "1.25" in done.stdout
+    assert done.returncode == 0 and "?" not in done.stdout and "1.25" in done.stdout
+    assert "layer factors   ~#_~  0.8 to 1.25" in done.stdout
+
+
+def snapshot(directory: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.iterdir()}
+
+
+def test_dry_run_of_write(model: Path, curve: Path, tmp_path: Path) -> None:
+    """It says what the real run then does, and changes nothing."""
+    keys = ("llama.rope.scaling.layer_factors", "lrope.curve")
+    copy = tmp_path / "copy.gguf"
+    for arguments, how, verbs in [
+        (("--curve", curve), "rewritten", ("add", "add")),
+        (("--curve", curve), "unchanged", ("keep", "keep")),
+        (("--uniform", "1.5"), "in place", ("replace", "replace")),
+        (("--uniform", "1.5", "--output", copy), "rewritten", ("keep", "replace")),
+    ]:
+        before = snapshot(tmp_path)
+        planned = call("write", model, *arguments, "--dry-run")
+        assert planned.returncode == 0 and planned.stderr == "" and snapshot(tmp_path) == before
+        first, *rest = planned.stdout.splitlines()
+        assert [line.split(":")[0] for line in rest] == [f"  {v} {key}" for v, key in zip(verbs, keys, strict=True)]
+        done = call("write", model, *arguments)
+        target = copy if copy in arguments else model
+        if how == "rewritten":
+            assert first.startswith(f"{target}: would be a new file of {target.stat().st_size} bytes, ")
+            assert f"({target.stat().st_size} bytes, " in done.stdout
+        elif how == "in place":
+            count = first.removeprefix(f"{model}: would be changed in place, ").removesuffix(" bytes of it")
+            assert f"written in place ({count} bytes)" in done.stdout and int(count) >= 1
+        else:
+            assert first == f"{model}: would stay unchanged" and "unchanged" in done.stdout
+    assert call("write", model, "--uniform", "2", "--dry-run", "--quiet").stdout == ""
+
+
+def test_dry_run_finds_what_would_fail(model: Path, tmp_path: Path) -> None:
+    assert_error(call("write", model, "--factors", "1,2", "--dry-run"), "2 factors for a model of 4 layers")
+    output = tmp_path / "no" / "o.gguf"
+    assert_error(call("write", model, "--uniform", "2", "--output", output, "--dry-run"), "directory does not exist")
+    assert_error(call("remove", model, "--output", output, "--dry-run"), "directory does not exist")
+
+
+def test_dry_run_of_remove(model: Path, tmp_path: Path) -> None:
+    plain = model.stat().st_size
+    done = call("remove", model, "--dry-run")
+    assert done.returncode == 0 and "would stay unchanged" in done.stdout and "holds no layer factors" in done.stdout
+    call("write", model, "--uniform", "1.5")
+    before = snapshot(tmp_path)
+    done = call("remove", model, "--dry-run")
+    first, *rest = done.stdout.splitlines()
+    assert first.startswith(f"{model}: would be a new file of {plain} bytes") and snapshot(tmp_path) == before
+    assert rest == ["  remove llama.rope.scaling.layer_factors", "  remove lrope.curve"]
+    call("remove", model)
+    assert model.stat().st_size == plain
+
+
+def test_quiet(model: Path) -> None:
+    for arguments in (("write", model, "--uniform", "1.5"), ("remove", model), ("remove", model)):
+        done = call(*arguments, "--quiet")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert_error(call("write", model, "--uniform", "0", "--quiet"), "is zero")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links")
+def test_notes_go_to_the_standard_error(model: Path) -> None:
+    model.with_name("other.gguf").hardlink_to(model)
+    for arguments in (("--dry-run",), ("--quiet",)):
+        done = call("write", model, "--uniform", "1.5", *arguments)
+        assert done.returncode == 0 and "hard links" not in done.stdout
+        assert done.stderr.startswith(f"lrope-gguf: note: {model} had 2 names (hard links)")
+        assert done.stderr.count("\n") == 1
+    assert read_factors(model.with_name("other.gguf")) is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_mapped_model(model: Path) -> None:
+    call("write", model, "--uniform", "1.5")
+    code = (
+        "import mmap, sys; file = open(sys.argv[1], 'rb')\n"
+        "view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
+        "print('mapped', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None and process.stdout.readline() == "mapped\n"
+        for extra in ((), ("--dry-run",)):
+            assert_error(call("write", model, "--uniform", "1.25", *extra), f"(process {process.pid})")
+        assert read_factors(model) == (1.5,) * LAYERS
+        assert "written in place" in call("write", model, "--uniform", "1.25", "--mapped-ok").stdout
+    assert read_factors(model) == (1.25,) * LAYERS
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_of_a_long_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    now, stream, total = 0.0, Terminal(), 40 * 10**9
+    with CopyProgress(stream=stream, clock=lambda: now) as progress:
+        progress(5 * 10**8, total)
+        now = 0.5
+        progress(10**9, total)
+        assert stream.getvalue() == ""  # not before a second
+        now = 2.0
+        progress(4 * 10**9, total)
+        now = 2.01
+        progress(4 * 10**9 + 1, total)  # not more than ten times a second
+        now = 20.0
+        progress(total, total)
+    lines = [line.removesuffix("\x1b[K") for line in stream.getvalue().split("\r")]
+    assert lines[0] == "" and lines[3] == "" and len(lines) == 4  # cleared at the end
+    assert lines[1].endswith(" 10%  4 GB of 40 GB  2 GB/s  0:18 left") and lines[1].startswith("[##")
+    assert lines[2].endswith("100%  40 GB of 40 GB  2 GB/s  to disk") and "]" in lines[2]
+    assert all(len(line) < 80 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("stream", "quiet", "seconds"), [(io.StringIO(), False, 9), (Terminal(), True, 9), (Terminal(), False, 0.9)]
+)
+def test_progress_is_not_shown_where_nobody_looks(stream: io.StringIO, quiet: bool, seconds: float) -> None:
+    now, total = 0.0, 10**10
+    with CopyProgress(quiet=quiet, stream=stream, clock=lambda: now) as progress:
+        for step in range(1, 11):
+            now = seconds * step / 10
+            progress(total * step // 10, total)
+    assert stream.getvalue() == ""
+
+
+def test_progress_of_a_nearly_done_copy() -> None:
+    """What will end within a second of the first chance to show it stays unseen."""
+    now, stream = 0.0, Terminal()
+    with CopyProgress(stream=stream, clock=lambda: now) as progress:
+        now = 1.1
+        progress(60, 100)
+        assert stream.getvalue() == ""
+        progress(40, 100)
+        assert stream.getvalue() != ""
+
+
+def test_progress_fits_any_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (1, 10, 30, 50, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        now, stream = 0.0, Terminal()
+        with CopyProgress(stream=stream, clock=lambda: now) as progress:  # noqa: B023
+            now = 2.0
+            progress(0, 10**10)
+            progress(10**9, 10**10)
+        assert all(len(line.removesuffix("\x1b[K")) < max(columns, 2) for line in stream.getvalue().split("\r"))
+
+
+def test_sizes() -> None:
+    shown = {0: "0 B", 999: "999 B", 1000: "1 kB", 253117120: "253 MB", 999_700_000: "1 GB", 4.1e10: "41 GB"}
+    assert {count: size(count) for count in shown} == shown and size(5e15) == "5000 TB"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_progress_on_a_terminal(model: Path) -> None:
+    """A slow copy shows a bar on the terminal and an error leaves none of it before its message."""
+    import pty
+
+    code = (
+        "import os, sys, time; from lrope_gguf.cli import main\n"
+        "def slow(source, target, count, **k):\n"
+        "    time.sleep(0.3)\n"
+        "    if slow.calls > 9: raise OSError(5, 'Input/output error')\n"
+        "    slow.calls += 1\n"
+        "    data = os.pread(source, min(count, 500), k['offset_src'])\n"
+        "    return os.write(target, data)\n"
+        "slow.calls = 0; os.copy_file_range = slow; sys.exit(main(sys.argv[1:]))"
+    )
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "write", str(model), "--uniform", "2"],
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        text=True,
+        env=os.environ | {"COLUMNS": "100"},
+    )
+    out, _ = process.communicate(timeout=60)
+    data = os.read(controller, 1 << 16).decode()
+    os.close(terminal)
+    os.close(controller)
+    assert process.returncode == 1 and out == ""
+    assert " kB of 12.5 kB" in data and "/s  0:0" in data
+    assert "\r\x1b[Klrope-gguf: " in data and "Input/output error" in data
+
+
+def complete(script: Path, *words: str, cwd: Path) -> set[str]:
+    code = 'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _lrope_gguf; printf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(
+        ["bash", "--norc", "-c", code, str(script), "lrope-gguf", *words], capture_output=True, text=True, cwd=cwd
+    )
+    assert done.returncode == 0 and done.stderr == "", done
+    return set(done.stdout.splitlines()) - {""}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_completion_in_bash(tmp_path: Path) -> None:
+    script = tmp_path / "complete.bash"
+    done = run("completion", "bash")
+    assert done.returncode == 0
+    script.write_text(done.stdout)
+    place = tmp_path / "place"
+    (place / "models").mkdir(parents=True)
+    for name in ("a b.gguf", "star*.GGUF", "best.json"):
+        (place / name).touch()
+    models = {"a b.gguf", "star*.GGUF", "models"}
+    for words, expected in [
+        (("",), set(COMMANDS)),
+        (("s",), {"show", "search"}),
+        (("--v",), {"--version"}),
+        (("show", ""), models),
+        (("show", "st"), {"star*.GGUF"}),
+        (("show", "--"), {"--help", "--json", "--plot"}),
+        (("remove", "m", "--d"), {"--dry-run"}),
+        (("write", "m", "--curve", ""), models | {"best.json"}),
+        (("write", "m", "--curve", "=", "b"), {"best.json"}),
+        (("write", "m", "--factors", ""), set()),
+        (("write", "m", "--mapped-ok", ""), models),
+        (("completion", ""), {"bash", "zsh", "fish"}),
+        (("search", "m", "--identifiers", "n"), {"number"}),
+        (("search", "m", "--identifiers", "="), {"uuid", "number"}),
+        (("none", ""), set()),
+    ]:
+        assert complete(script, *words, cwd=place) == expected, words
+    registered = subprocess.run(
+        ["bash", "--norc", "-c", 'source "$0"; complete -p lrope-gguf', str(script)], capture_output=True, text=True
+    )
+    assert registered.stdout == "complete -F _lrope_gguf lrope-gguf\n"
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish")
+def test_completion_in_fish(tmp_path: Path) -> None:
+    (tmp_path / "complete.fish").write_text(run("completion", "fish").stdout)
+    (tmp_path / "m.gguf").touch()
+
+    def complete(line: str) -> set[str]:
+        done = subprocess.run(
+            ["fish", "-N", "-c", f"source complete.fish; complete -C '{line}'"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"HOME": str(tmp_path)},
+        )
+        assert done.returncode == 0 and done.stderr == "", done
+        return {found.split("\t")[0] for found in done.stdout.splitlines()}
+
+    assert complete("lrope-gguf ") == set(COMMANDS)
+    assert complete("lrope-gguf show --") == {"--help", "--json", "--plot"}
+    assert "m.gguf" in complete("lrope-gguf show ")
+    assert complete("lrope-gguf completion ") == {"bash", "zsh", "fish"}
+    assert complete("lrope-gguf search --identifiers ") == {"uuid", "number"}
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
+def test_completion_in_zsh(tmp_path: Path) -> None:
+    """Typed into a shell of its own, in a pseudo-terminal."""
+    (tmp_path / "complete.zsh").write_text(run("completion", "zsh").stdout)
+    (tmp_path / "m.gguf").touch()
+    driver = r"""
+        zmodload zsh/zpty; zpty z zsh -f -i
+        wait_for() { local part all; repeat 200; do
+            if zpty -r -t z part; then all+=$part; [[ $all == *$1* ]] && break; else sleep 0.05; fi
+            done; print -r -- $all }
+        zpty -w z 'PS1=; TERM=dumb; autoload -U compinit; compinit -u -D; bindkey "^I" list-choices'
+        zpty -w z 'source ./complete.zsh'
+        zpty -w z 'print REA''DY'; wait_for READY
+        try() { zpty -w -n z "$1"$'\t'; print -r -- "<$1>"; wait_for "$2"; zpty -w -n z $'\x15' }
+        try 'lrope-gguf ' 'store layer factors'
+        try 'lrope-gguf show ' m.gguf
+        try 'lrope-gguf show --' '--plot'
+        try 'lrope-gguf completion ' zsh
+        try 'lrope-gguf search --identifiers ' uuid
+    """
+    done = subprocess.run(
+        ["zsh", "-f", "-c", driver], capture_output=True, text=True, cwd=tmp_path, timeout=60, errors="replace"
+    )
+    shown = dict(part.split(">\n", 1) for part in done.stdout.split("\n<lrope-gguf ")[1:])
+    assert all(name in shown[""] for name in COMMANDS), done
+    assert "m.gguf" in shown["show "] and "--json" in shown["show --"] and "complete.zsh" not in shown["show "]
+    assert "fish" in shown["completion "] and "number" in shown["search --identifiers "]
+
+
+def test_completion_without_the_search_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("lrope_search")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lrope_search.commands", None)
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert "--mapped-ok" in script and "search" in script and "--identifiers" not in script
+
+
+def test_python_api(model: Path) -> None:
+    assert set(lrope_gguf.__all__) <= set(dir(lrope_gguf))
+    for name in lrope_gguf.__all__:
+        value = getattr(lrope_gguf, name)
+        if name.islower() and name != "__version__":
+            assert "Raises:" in value.__doc__ and "LropeError" in value.__doc__, name
+    plan = plan_write(model, [1, 1.25, 0.8, 1])
+    assert plan.how == "rewritten" and plan.factors == pytest.approx((1, 1.25, 0.8, 1))
+    assert lrope_gguf.read_model(model).factors is None
+    result = write_factors(model, [1, 1.25, 0.8, 1])
+    assert result.bytes_written == plan.bytes_written == model.stat().st_size
+    assert read_factors(model) == result.factors == plan.factors
+    lrope_gguf.remove_factors(model)
+    assert read_factors(model) is None
+    with pytest.raises(LropeError):
+        plan_write(model, [1, 2])
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    code = "import sys, typing; before = set(sys.modules); import lrope_gguf; print(sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "['__future__', 'lrope_gguf']\n", done

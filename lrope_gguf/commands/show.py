@@ -4,32 +4,51 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lrope_gguf.curve import AGREEMENT, CurveFile
+from lrope_gguf.curve import AGREEMENT, Curve, CurveFile, Point
 from lrope_gguf.errors import LropeError
-from lrope_gguf.metadata import ModelInfo, read_model, shortest
+from lrope_gguf.metadata import ModelInfo, factors_key, read_model, shortest
 
-_WIDTH = 100
+_LABEL = 16
+_BRIEF = 100
+_LEAST = 40
+_CELL = 20
+_PROVENANCE_LINES = 40
+_LIGHT = 2048
+_ROUNDING = 2.0**-23
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_ASCII = str.maketrans({**dict(zip(_BLOCKS, "_.-~=+*#", strict=True)), "é": "e", "…": "...", "�": "?"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("model", metavar="MODEL", help="GGUF file; of a split model the first shard")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw the factors over the layers into this file, .png or .svg (matplotlib)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what the model's header says."""
+    """Print what the model's header says, and draw it where asked to."""
     info = read_model(args.model)
     document, curve_error = stored_curve(info)
-    agreement = None if document is None or info.factors is None else agrees(document, info.factors)
+    agreement = None if document is None or info.factors is None else agrees(document, info.factors, info.n_layer)
+    if args.plot is not None:
+        _plot(args.plot, info, document, agreement)
     if args.json:
         print(json.dumps(_json(info, document, curve_error, agreement), indent=2))
-    else:
-        print("\n".join(_lines(info, document, curve_error, agreement)))
+        return 0
+    # a file or a program gets whole lines
+    width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else None
+    text = "\n".join(_lines(info, document, curve_error, agreement, width))
+    print(text if _can_show(_BLOCKS + "é…") else text.translate(_ASCII))
     return 0
 
 
@@ -43,59 +62,156 @@ def stored_curve(info: ModelInfo) -> tuple[CurveFile | None, str | None]:
         return None, str(error)
 
 
-def agrees(document: CurveFile, factors: Sequence[float]) -> bool:
-    """Whether the document gives these factors within 1e-5, beyond float32's rounding; after its own layers 1."""
-    listed = document.layer_factors
-    if listed is None or len(listed) > len(factors):
-        try:
-            listed = document.factors_for(len(factors))
-        except LropeError:
+def agrees(document: CurveFile, factors: Sequence[float], n_layer: int | None = None) -> bool:
+    """Whether the document gives these factors: its list within float32's rounding, its curve within 1e-5.
+
+    The curve spans `n_layer` layers, by default all; layers after those of the list or the curve have factor 1.
+    """
+    n_layer = len(factors) if n_layer is None else n_layer
+    listed, points = document.layer_factors, document.control_points
+    if listed is not None and len(listed) in (n_layer, len(factors)):
+        if not _close(listed, factors, 0.0):
             return False
-    wanted = [*listed, *[1.0] * (len(factors) - len(listed))]
-    return all(abs(a - b) <= AGREEMENT * max(1.0, b) for a, b in zip(factors, wanted, strict=True))
+    elif points is None:
+        return False
+    return points is None or _close(_curve_factors(points, n_layer), factors, AGREEMENT)
+
+
+def _close(wanted: Sequence[float], factors: Sequence[float], tolerance: float) -> bool:
+    padded = [*wanted, *[1.0] * (len(factors) - len(wanted))]
+    return all(abs(a - b) <= tolerance + _ROUNDING * b for a, b in zip(factors, padded, strict=True))
+
+
+def _curve_factors(points: Sequence[Point], n_layer: int) -> list[float]:
+    """As `Curve.factors`, but for curves of the usual size without loading SciPy, which takes longer than all else."""
+    if len(points) * n_layer > _LIGHT:
+        return [float(s) for s in Curve(tuple(points), (1e-300, 1e300)).factors(n_layer)]
+    degree = len(points) - 1
+    weights = [math.comb(degree, i) for i in range(degree + 1)]
+
+    def at(t: float, axis: int) -> float:
+        return math.fsum(
+            w * p[axis] * t**i * (1 - t) ** (degree - i) for i, (w, p) in enumerate(zip(weights, points, strict=True))
+        )
+
+    factors = [points[0][1]]
+    low = 0.0
+    for layer in range(1, n_layer - 1):
+        x, high = layer / (n_layer - 1), 1.0
+        while (t := (low + high) / 2) not in (low, high) and high - low > 1e-12:
+            low, high = (t, high) if at(t, 0) < x else (low, t)
+        factors.append(at(low, 1))
+    return [*factors, points[-1][1]][:n_layer]
 
 
 def sparkline(values: Sequence[float]) -> str:
     """One block character a value, from the lowest to the highest."""
     low, high = min(values), max(values)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low)) if high > low else 3] for value in values)
+    return "".join(_BLOCKS[round(7 * (value - low) / (high - low)) if high > low else 3] for value in values)
 
 
-def _lines(info: ModelInfo, document: CurveFile | None, curve_error: str | None, agreement: bool | None) -> list[str]:
-    scaling = info.rope_scaling_type or "none"
-    if info.rope_scaling_factor is not None:
-        scaling += f", factor {info.rope_scaling_factor:g}"
-    head = f" ({info.nextn_predict_layers} of them multi-token prediction)" if info.nextn_predict_layers else ""
-    rows = {
-        "file": f"{info.path} ({info.file_size} bytes, GGUF version {info.version}, {info.n_tensors} tensors)",
-        "shards": str(info.shards) if info.shards > 1 else None,
-        "type": info.kind if info.kind != "model" else None,
-        "name": info.name,
-        "architecture": info.architecture or "not named",
-        "layers": "not given" if info.block_count is None else f"{info.block_count}{head}",
-        "context length": None if info.context_length is None else f"{info.context_length} tokens",
-        "RoPE base": None if info.rope_freq_base is None else f"{info.rope_freq_base:.10g}",
-        "RoPE scaling": scaling if info.has_rope else "the model uses no RoPE",
-        "layer factors": _factors_line(info),
-        "curve": _curve_line(document, curve_error, agreement),
-    }
-    if document is not None and isinstance(document.provenance, dict):
-        rows |= {f"  {key}": _brief(value) for key, value in document.provenance.items()}
-    elif document is not None and document.provenance is not None:
-        rows["  provenance"] = _brief(document.provenance)
-    lines = [f"{_printable(name):<15} {_printable(text)}" for name, text in rows.items() if text is not None]
+def _can_show(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _lines(
+    info: ModelInfo, document: CurveFile | None, curve_error: str | None, agreement: bool | None, width: int | None
+) -> list[str]:
+    rows: list[tuple[str, str | None]] = [
+        ("file", f"{info.path} ({info.file_size} bytes, GGUF version {info.version}, {info.n_tensors} tensors)"),
+        ("shards", f"{info.shards}; this is the first, which holds the metadata" if info.shards > 1 else None),
+        ("type", _kind(info)),
+        ("name", info.name),
+        ("architecture", info.architecture or "not named"),
+        ("layers", _layers(info)),
+        ("context length", None if info.context_length is None else f"{info.context_length} tokens"),
+        ("RoPE base", None if info.rope_freq_base is None else f"{info.rope_freq_base:.10g}"),
+        ("RoPE scaling", _scaling(info)),
+        ("layer factors", _factors_line(info, width)),
+        ("curve", _curve_line(document, curve_error, agreement)),
+    ]
+    if document is not None and document.provenance is not None:
+        provenance = list(_provenance(document.provenance, 1))
+        if len(provenance) > _PROVENANCE_LINES:
+            more = len(provenance) - _PROVENANCE_LINES
+            provenance = [*provenance[:_PROVENANCE_LINES], ("  …", f"{more} more lines, see --json")]
+        rows += provenance
+    lines = [
+        line for name, text in rows if text is not None for line in _row(_printable(name), _printable(text), width)
+    ]
     if info.factors is not None:
-        lines += ["", "layer  factor", *(f"{layer:5}  {shortest(s)}" for layer, s in enumerate(info.factors))]
+        lines += ["", *_table(info.factors, width)]
     return lines
 
 
-def _factors_line(info: ModelInfo) -> str:
+def _row(name: str, text: str, width: int | None) -> list[str]:
+    """A row, its text broken between words to a terminal's width."""
+    if width is None:
+        return [f"{name:<{_LABEL - 1}} {text}".rstrip()]
+    lines, line = [], f"{name:<{_LABEL - 1}}"
+    room = max(width, _LEAST)
+    for word in text.split(" "):
+        if len(line) + 1 + len(word) > room and len(line) > _LABEL:
+            lines.append(line)
+            line = " " * (_LABEL - 1)
+        line += f" {word}"
+    return [*lines, line.rstrip()]
+
+
+def _table(factors: Sequence[float], width: int | None) -> list[str]:
+    """Layer and factor, in columns on a wide terminal where they are many."""
+    cells = [f"{layer:5}  {shortest(s)}" for layer, s in enumerate(factors)]
+    columns = 1 if width is None or len(cells) <= 16 else max(1, min(4, (width + 3) // (_CELL + 3)))
+    height = -(-len(cells) // columns)
+    columns = -(-len(cells) // height)
+    heading = "   ".join([f"{'layer  factor':<{_CELL}}"] * columns).rstrip()
+    return [
+        heading,
+        *("   ".join(f"{cell:<{_CELL}}" for cell in cells[row::height]).rstrip() for row in range(height)),
+    ]
+
+
+def _kind(info: ModelInfo) -> str | None:
+    if info.kind == "adapter":
+        return "adapter (LoRA): a base model's RoPE settings and layer factors apply"
+    if info.kind not in (None, "model"):
+        return info.kind
+    return "vocabulary only, no tensors" if info.n_tensors == 0 and info.shards == 1 else None
+
+
+def _layers(info: ModelInfo) -> str:
+    if info.block_count is None:
+        return "not given"
+    head = f" ({info.nextn_predict_layers} of them multi-token prediction)" if info.nextn_predict_layers else ""
+    return f"{info.block_count}{head}"
+
+
+def _scaling(info: ModelInfo) -> str | None:
+    if info.kind == "adapter" and info.rope_scaling_type is None:
+        return None
+    if not info.has_rope:
+        return "the model uses no RoPE"
+    factor = "" if info.rope_scaling_factor is None else f", factor {info.rope_scaling_factor:g}"
+    return f"{info.rope_scaling_type or 'none'}{factor}"
+
+
+def _factors_line(info: ModelInfo, width: int | None) -> str | None:
     if info.factors_error:
-        return f"not usable: {info.factors_error}"
+        return f"not usable: {info.factors_error}; write them again or remove them"
     if info.factors is None:
-        return "none (1 in every layer)"
+        if info.kind == "adapter":
+            return None
+        return "none (1 in every layer)" if info.has_rope else "none, and none can be used"
     low, high = min(info.factors), max(info.factors)
-    return f"{sparkline(info.factors)}  {shortest(low)} to {shortest(high)}"
+    line = sparkline(info.factors)
+    if width is not None:  # break it where it is longer than the terminal is wide
+        room = max(width, _LEAST) - _LABEL
+        line = " ".join(line[i : i + room] for i in range(0, len(line), room))
+    return f"{line}  {shortest(low)} to {shortest(high)}"
 
 
 def _curve_line(document: CurveFile | None, error: str | None, agreement: bool | None) -> str | None:
@@ -105,13 +221,41 @@ def _curve_line(document: CurveFile | None, error: str | None, agreement: bool |
         return None
     points = document.control_points
     what = "a list of factors" if points is None else f"Bézier of degree {len(points) - 1}"
+    if points is not None:
+        what += f" through {points[0][1]:.4g} and {points[-1][1]:.4g}" if len(points) > 8 else " with control points "
+        what += "" if len(points) > 8 else " ".join(f"({x:.3g},{y:.4g})" for x, y in points)
     verdict = {True: "agrees with the factors", False: "DOES NOT AGREE with the factors", None: "without factors"}
-    return f"{what}, {verdict[agreement]}"
+    return f"{what}; {verdict[agreement]}"
+
+
+def _provenance(value: Any, depth: int) -> Iterator[tuple[str, str]]:
+    """Rows of nested JSON: an object of plain values on one line, other objects by key, long lists by length."""
+    indent = "  " * depth
+    if not isinstance(value, dict):
+        yield f"{indent}provenance", _brief(value)
+        return
+    for key, item in value.items():
+        if isinstance(item, dict) and any(isinstance(v, dict) for v in item.values()):
+            yield f"{indent}{key}", ""
+            yield from _provenance(item, depth + 1)
+        else:
+            yield f"{indent}{key}", _brief(item)
 
 
 def _brief(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"
+    """A JSON value in words, shortened."""
+    if isinstance(value, dict):
+        text = ", ".join(f"{key} {_brief(item)}" for key, item in value.items() if item not in (None, ""))
+        return text  # its parts are short already, and a terminal breaks it between words
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        return f"({len(value)} in all)"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        text = f"[{', '.join(map(_brief, value))}]"
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _BRIEF else f"{text[: _BRIEF - 1]}…"
 
 
 def _printable(text: str) -> str:
@@ -119,14 +263,34 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else "�" for character in text)
 
 
+def _plot(path: str, info: ModelInfo, document: CurveFile | None, agreement: bool | None) -> None:
+    if info.factors is None:
+        why = info.factors_error or "it holds no layer factors"
+        raise LropeError(f"{info.path}: nothing to plot, {why}; write factors first")
+    from lrope_gguf.plot import plot_factors
+
+    plot_factors(
+        path,
+        info.factors,
+        control_points=None if document is None else document.control_points,
+        n_layer=info.n_layer,
+        title=f"Layer factors of {info.name or info.path.name} ({info.architecture}, {info.block_count} layers)",
+        curve_label="curve" if agreement else "curve (does not agree)",
+    )
+
+
 def _json(
     info: ModelInfo, document: CurveFile | None, curve_error: str | None, agreement: bool | None
 ) -> dict[str, Any]:
     fields = asdict(info)
     del fields["curve_json"], fields["rope_switched_off"]
+    # JSON has no infinities
+    fields = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in fields.items()}
     return fields | {
         "path": str(info.path),
+        "n_layer": info.n_layer,
         "has_rope": info.has_rope,
+        "factors_key": None if info.architecture is None else factors_key(info.architecture),
         "factors": None if info.factors is None else [shortest(s) for s in info.factors],
         "curve": None if document is None else json.loads(document.dumps(compact=True)),
         "curve_error": curve_error,
