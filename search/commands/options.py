@@ -72,7 +72,7 @@ def task_config(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "name": args.task,
         "keys": args.keys,
-        "data": None if args.data is None else _named(Path(args.data)),
+        "data": None if args.data is None else file_identity(args.data),
         "identifiers": args.identifiers,
         "depths": args.depths,
         "seed": args.seed,
@@ -81,13 +81,18 @@ def task_config(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _named(path: Path) -> str:
-    """A file by name and content, not by where it lies: a study may move."""
+def file_identity(path: Path | str) -> str:
+    """Return a file's name and content's hash, not where it lies: a study may move.
+
+    Raises:
+        LropeError: the file cannot be read.
+    """
+    path = Path(path)
     try:
         with path.open("rb") as file:
             return f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
     except OSError as error:
-        raise LropeError(f"{path}: cannot be read ({error.strerror}); give a JSONL file") from None
+        raise LropeError(f"{path}: cannot be read ({error.strerror}); give another file") from None
 
 
 def positive(text: str) -> int:
