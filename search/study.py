@@ -240,7 +240,17 @@ def _parse(line: bytes) -> tuple[Job, ContextScore]:
     record = json.loads(line)
     job = Job(tuple(float(s) for s in record["factors"]), str(record["split"]), int(record["index"]))
     probes = tuple(ProbeScore(float(d), float(lp), bool(correct)) for d, lp, correct in record["probes"])
-    return job, ContextScore(job.split, job.index, probes, int(record["n_tokens"]), float(record["seconds"]))
+    score = ContextScore(job.split, job.index, probes, int(record["n_tokens"]), float(record["seconds"]))
+    sound = (
+        all(0.0 < factor < math.inf for factor in job.factors)
+        and probes
+        and all(0.0 <= probe.depth <= 1.0 for probe in probes)
+        and min(job.index, score.n_tokens, score.seconds) >= 0
+        and score.seconds < math.inf
+    )
+    if not sound:
+        raise ValueError("out of range")
+    return job, score
 
 
 _ABSENT = object()

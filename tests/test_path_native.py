@@ -162,6 +162,12 @@ def test_other_settings_on_a_study_are_refused_with_the_difference(model: Path, 
     assert second.returncode == 1
     assert "seed" in second.stderr and "0" in second.stderr and "9" in second.stderr
     assert len(second.stderr.splitlines()) == 1
+    other = tmp_path / "other.gguf"
+    other.write_bytes(model.read_bytes()[:-64] + bytes(64))
+    study = ["--study", tmp_path / "a.study", "--output", tmp_path / "a.json"]
+    third = run(["search", other, *SEARCH, *study, "--batch-size", "256"])
+    assert third.returncode == 1 and len(third.stderr.splitlines()) == 1
+    assert "model.fingerprint was " in third.stderr and "computing.batch_size was 512, is 256" in third.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from synthetic import Landscape
 from worker_evaluators import Workers, see
 
 from lrope_gguf.errors import LropeError
-from lrope_search import processes
+from lrope_search import pool, processes
 from lrope_search.executor import Executor, Job, LocalExecutor
 from lrope_search.pool import MAX_MOVES, WorkerError
 from lrope_search.processes import ProcessExecutor, free_memory, visible_gpus
@@ -69,14 +69,15 @@ def test_a_worker_killed_from_outside_is_replaced(tmp_path: Path, expected: byte
         assert search(tmp_path, executor) == expected
 
 
-def test_a_job_that_kills_every_worker_ends_in_a_clear_error(tmp_path: Path) -> None:
+def test_a_job_that_kills_every_worker_ends_in_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "MAX_MOVES", 1)
     with (
         ProcessExecutor(Workers(str(tmp_path), "kill", ("search", 0), 99), 2) as executor,
         pytest.raises(LropeError) as caught,
     ):
         search(tmp_path / "study", executor)
     message = str(caught.value)
-    assert f"--workers 2: {MAX_MOVES + 1} workers were lost over the evaluation of search 0" in message
+    assert "--workers 2: 2 workers were lost over the evaluation of search 0" in message
     assert "killed by signal 9" in message and "fewer workers" in message and "\n" not in message
     assert not any(alive(pid) for pid in executor.pids())
 
@@ -94,7 +95,8 @@ def test_mistakes_and_faults_in_a_worker_are_told_apart(tmp_path: Path) -> None:
     assert not any(alive(pid) for pid in executor.pids())
 
 
-def test_workers_that_cannot_start(tmp_path: Path) -> None:
+def test_workers_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "MAX_MOVES", 1)
     with pytest.raises(LropeError, match=r"^model.gguf: no such file$"):
         ProcessExecutor(Workers(broken="mistake"), 2)
     with pytest.raises(LropeError, match=r"workers were lost while they started, the last one killed by signal 9"):

@@ -398,6 +398,82 @@ def test_killed_at_any_instant_it_resumes_to_the_same_bytes(tmp_path: Path, whol
     )
 
 
+@pytest.mark.slow
+def test_killed_at_random_instants_with_workers_it_resumes_to_the_same_bytes(tmp_path: Path, whole: Path) -> None:
+    """Twenty kills of two workers' search, each after a random time from its first result on."""
+    random.seed(11)
+    evaluations, best = tmp_path / "evaluations.jsonl", tmp_path / "best.json"
+    program = PROCESSES.format(tests=str(Path(__file__).parent))
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path)]
+    total = len((whole / "evaluations.jsonl").read_text().splitlines())
+    n_kills = n_finished = 0
+    while n_kills < 20:
+        before = evaluations.stat().st_size if evaluations.exists() else 0
+        if before and evaluations.read_bytes().count(b"\n") > total - 8:  # begin again
+            for name in ("evaluations.jsonl", "best.json"):
+                (tmp_path / name).unlink()
+            before = 0
+        with subprocess.Popen(command) as process:
+            while process.poll() is None and (not evaluations.exists() or evaluations.stat().st_size == before):
+                time.sleep(0.001)
+            time.sleep(random.uniform(0.0, 0.08))
+            if process.poll() is None:
+                process.kill()
+                n_kills += 1
+        n_finished += process.returncode == 0
+        if best.exists():
+            CurveFile.load(best)
+    assert n_finished <= 3
+    assert subprocess.run(command).returncode == 0
+    assert best.read_bytes() == (whole / "best.json").read_bytes()
+    assert (tmp_path / "candidates.jsonl").read_bytes() == (whole / "candidates.jsonl").read_bytes()
+
+
+PROCESSES = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_search_driver as t
+from lrope_search.processes import ProcessExecutor
+from worker_evaluators import Workers
+if __name__ == "__main__":
+    with ProcessExecutor(Workers(seconds=0.002), 2) as executor:
+        t.search(Path(sys.argv[1]), executor=lambda _: executor)
+"""
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_search_driver as t
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    t.search(Path(sys.argv[1]))
+except t.LropeError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_no_more_room_for_any_file_loses_nothing(tmp_path: Path, whole: Path) -> None:
+    """Files may grow so far and no further, in mid-line too, as on a full disk; then there is room again."""
+    sizes = {path.name: path.stat().st_size for path in whole.iterdir()}
+    program = FULL.format(tests=str(Path(__file__).parent))
+    limits = [100, sizes["candidates.jsonl"] // 2, sizes["candidates.jsonl"] - 1, sizes["evaluations.jsonl"] - 200]
+    for limit in sorted(limits):
+        command = [sys.executable, "-c", program, str(tmp_path), str(limit)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 1 and "cannot be written (File too large)" in result.stderr, result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        evaluations = tmp_path / "evaluations.jsonl"
+        assert not evaluations.exists() or evaluations.read_bytes()[-1:] in (b"", b"\n")
+    search(tmp_path)
+    for name in ("best.json", "candidates.jsonl"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_interrupted_it_leaves_the_best_so_far_and_a_free_study(tmp_path: Path, whole: Path) -> None:
     class Interrupted(Recorder):
         def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,46 @@ def test_a_last_line_of_zeros_is_dropped(tmp_path: Path) -> None:
     path.write_bytes(whole + bytes(50) + b"\n")
     Study(tmp_path, CONFIG).close()
     assert path.read_bytes() == whole
+
+
+NONSENSE = [
+    result_line.replace(old, new)
+    for result_line in [study_module._line(*result(1))]
+    for old, new in [(b"[[0.0,", b"[[7.0,"), (b'"factors":[1.0', b'"factors":[-1.0'), (b'"index":1', b'"index":-1'),
+                     (b'"seconds":0.25', b'"seconds":1e999')]
+] + [b'{"factors":[1.0],"split":"search","index":0,"n_tokens":1,"seconds":0.1,"probes":[]}']  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", NONSENSE)
+def test_what_no_model_could_have_said_is_damage(tmp_path: Path, damage: bytes) -> None:
+    path = filled(tmp_path)
+    lines = path.read_bytes().splitlines()
+    assert damage.strip() not in lines
+    path.write_bytes(b"\n".join([lines[0], damage.strip(), lines[2]]) + b"\n")
+    with pytest.raises(LropeError, match=r"evaluations.jsonl: line 2 is damaged"):
+        Study(tmp_path, CONFIG)
+
+
+@given(st.data())
+def test_any_damage_is_a_torn_end_or_a_line_in_a_message(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        path = filled(directory)
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+        before = path.read_bytes()
+        try:
+            with Study(directory, CONFIG) as study:
+                for i in range(3):
+                    if study.lookup(result(i)[0]) is None:
+                        study.record(*result(i))
+        except LropeError as error:
+            assert "is damaged; delete that line" in str(error) and path.read_bytes() == before
+        else:
+            with Study(directory, CONFIG) as study:
+                assert all(study.lookup(result(i)[0]) is not None for i in range(3))
 
 
 @pytest.mark.parametrize("damage", [b"{}", b"nonsense", b"\xff\xfe", b"[1]", b'{"factors": null}', b"[" * 100_000])
@@ -159,6 +200,17 @@ def test_a_place_that_cannot_be_a_directory(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "study"):
         with pytest.raises(LropeError, match="choose another directory"):
             Study(path, CONFIG)
+
+
+def test_what_is_kept_stays(tmp_path: Path) -> None:
+    assert Study.kept(tmp_path, "guard") is None
+    with Study(tmp_path, CONFIG) as study:
+        study.keep("guard", {"long": [1, 2]})
+        study.keep("guard", {"long": [3]})
+    assert Study.kept(tmp_path, "guard") == {"long": [1, 2]}
+    (tmp_path / "guard.json").write_text('{"long": [1, ')
+    with pytest.raises(LropeError, match=r"guard.json: is not JSON .*; choose another study directory"):
+        Study.kept(tmp_path, "guard")
 
 
 def test_best_and_log(tmp_path: Path) -> None:
