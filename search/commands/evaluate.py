@@ -99,7 +99,7 @@ def _sides(args: argparse.Namespace, model: Model) -> dict[str, Factors]:
     elif args.factors is not None:
         if len(args.factors) != model.n_layer:
             raise LropeError(f"--factors: {len(args.factors)} numbers, but {args.model} has {model.n_layer} layers")
-        sides["factors"] = args.factors
+        sides["given"] = args.factors  # "factors" is another key of the JSON
     elif args.uniform is None and (stored := model.file_factors()) is not None:
         sides["file"] = stored
     if args.uniform is not None:
