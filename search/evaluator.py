@@ -218,7 +218,7 @@ class TeacherForcedEvaluator:
         return written
 
     def _calibrate(self, context: Context) -> Lead:
-        """Return the lead that the base model writes most often in an easy context."""
+        """Return the lead that the base model writes most often in an easy context, the context's own if none is."""
         self._frame = _frame([probe.question for probe in context.probes])
         encoding = self._encode_context(context, Lead("", own_tokens=True))
         self._prefill(encoding, self._base)
@@ -226,12 +226,19 @@ class TeacherForcedEvaluator:
         leads: Counter[Lead] = Counter()
         for probe, tokens in zip(context.probes, written, strict=True):
             text = self._model.text(tokens)
-            if _contains(text, probe):
-                lead = text[: text.lower().index(probe.answer.lower())]
+            wordings = (probe.answer.lower(), *(alias.lower() for alias in probe.aliases))
+            starts = [start for wording in wordings if (start := text.lower().find(wording)) >= 0]
+            if starts:
+                lead = text[: min(starts)]
                 own = any(self._model.text(tokens[:n]) == lead for n in range(len(tokens)))
                 key = self._key(probe)
                 leads[Lead(lead.replace(key, _KEY) if key else lead, own)] += 1
-        return leads.most_common(1)[0][0] if leads else Lead("" if self._answer_prefix else ' "', own_tokens=True)
+        # of free answers each may begin with words of its own, which would fit no other question
+        for common, n in leads.most_common(1):
+            if 2 * n >= leads.total():
+                return common
+        default = context.lead.lstrip() if self._model.is_chat else context.lead
+        return Lead("" if self._answer_prefix else default, own_tokens=default != " ")
 
     def _has(self, split: str, index: int) -> bool:
         size = self._task.size(split)
@@ -332,4 +339,4 @@ def _score(logits: Logits, gold: Tokens) -> tuple[NDArray[np.float64], NDArray[n
 
 
 def _contains(text: str, probe: Probe) -> bool:
-    return probe.answer.lower() in text.lower()
+    return probe.answered_by(text)

@@ -16,7 +16,7 @@ from ..progress import Progress
 from ..search import SearchOutcome, SearchSettings, run_search
 from ..study import Study
 from ..table import depth_table
-from .options import add_model_arguments, add_task_arguments, open_model, open_task, task_config
+from .options import add_model_arguments, add_task_arguments, fit_task, open_model, open_task, task_config
 
 _DEFAULTS = SearchSettings()
 
@@ -103,6 +103,7 @@ def search(
         if size is not None and wanted > size:
             raise LropeError(f"--{split}-contexts {wanted}: the data has {size} for this; ask for fewer")
     with open_model(args) as model:
+        task = fit_task(task, args, model)
         evaluator = TeacherForcedEvaluator(model, task, answer_prefix=args.answer_prefix)
         config = {
             "model": {"fingerprint": info.fingerprint(), "architecture": info.architecture, "name": info.name},
