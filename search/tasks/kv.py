@@ -138,19 +138,14 @@ class KeyValueTask:
 
     def _make(self, split: str, index: int, pairs: Pairs, depths: int) -> Context:
         asked = [(depth, *pairs[round(depth * (len(pairs) - 1))]) for depth in even_depths(depths)]
+        wording = self._identifiers.wording
         return Context(
             split=split,
             index=index,
-            prefix=_prefix(pairs),
-            probes=tuple(Probe(depth, f'Key: "{key}"\nCorresponding value:', value) for depth, key, value in asked),
-            lead=' "',
+            prefix=wording.prefix(pairs),
+            probes=tuple(Probe(depth, wording.question(key), value) for depth, key, value in asked),
+            lead=wording.lead,
         )
-
-
-def _prefix(pairs: Pairs) -> str:
-    records = ",\n ".join(f'"{key}": "{value}"' for key, value in pairs)
-    task = "Extract the value corresponding to the specified key in the JSON object below."
-    return f"{task}\n\nJSON data:\n{{{records}}}\n\n"
 
 
 def _pairs(where: str, value: Any, n_pairs: int | None) -> Pairs:
