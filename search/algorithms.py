@@ -8,9 +8,17 @@ from typing import Any
 from lrope_gguf.curve import Curve
 
 from .algorithm import Algorithm
+from .baselines import CmaEs, DifferentialEvolution, RandomSearch
 from .genetic import GeneticAlgorithm
+from .papers import PapersGeneticAlgorithm
 
-ALGORITHMS: dict[str, Callable[..., Algorithm]] = {"ga": GeneticAlgorithm}
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "ga": GeneticAlgorithm,
+    "cma-es": CmaEs,
+    "de": DifferentialEvolution,
+    "random": RandomSearch,
+    "papers-ga": PapersGeneticAlgorithm,
+}
 
 
 def make_algorithm(

@@ -11,7 +11,7 @@ import numpy as np
 from lrope_gguf.curve import Curve
 
 from .algorithm import Candidate, Score, rank
-from .space import CurveSpace, Genome, Ledger
+from .space import UNIFORM_FACTORS, CurveSpace, Genome, Ledger
 
 
 class GeneticAlgorithm:
@@ -66,7 +66,7 @@ class GeneticAlgorithm:
         population: int = 16,
         parents: int = 4,
         seed: int = 0,
-        uniform_factors: Sequence[float] = (0.95, 1.05, 1.1, 1.25),
+        uniform_factors: Sequence[float] = UNIFORM_FACTORS,
         curves: Sequence[Curve] = (),
         width: float = 0.05,
         decay: float = 0.97,
@@ -85,10 +85,7 @@ class GeneticAlgorithm:
         self._parents: list[tuple[Candidate, Score]] = []  # best first
         self._converged = False
 
-        uniform = [f for f in uniform_factors if bounds[0] <= f <= bounds[1]]
-        self._queue = deque([(self._space.uniform(1.0), "identity")])
-        self._queue += [(self._space.uniform(f), "uniform") for f in uniform]
-        self._queue += [(self._space.encode(curve), "seed") for curve in curves]
+        self._queue = deque(self._space.known_good(uniform_factors, curves))
         self._queue += [self._random() for _ in range(population - len(self._queue))]
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -18,6 +19,10 @@ Genome: TypeAlias = NDArray[np.float64]
 
 X_SCALE = 2.0
 """Useful steps of x in units of those of log y."""
+
+
+UNIFORM_FACTORS = (0.95, 1.05, 1.1, 1.25)
+"""Uniform scalings that every search tries first."""
 
 
 class CurveSpace:
@@ -38,6 +43,17 @@ class CurveSpace:
     def uniform(self, factor: float) -> Genome:
         """Return the genome that scales all layers alike (position interpolation)."""
         return np.concatenate([np.full(self.degree + 1, math.log(factor)), np.arange(1, self.degree) / self.degree])
+
+    def known_good(self, uniform_factors: Sequence[float], curves: Sequence[Curve]) -> list[tuple[Genome, str]]:
+        """Return what a search begins with, each with its origin: identity, uniform scalings in bounds, curves.
+
+        Raises:
+            ValueError: a curve of another degree.
+        """
+        low, high = self.bounds
+        first = [(self.uniform(1.0), "identity")]
+        first += [(self.uniform(factor), "uniform") for factor in uniform_factors if low <= factor <= high]
+        return first + [(self.encode(curve), "seed") for curve in curves]
 
     def smooth(self, generator: np.random.Generator, width: float) -> Genome:
         """Return a random smooth curve: a level, a slope over the layers, and a little of its own in every point."""
