@@ -185,7 +185,7 @@ def _differential_evolution(
     space: CurveSpace, first: list[tuple[Genome, str]], generator: np.random.Generator
 ) -> Generations:
     """SciPy calls its objective, so it runs in a thread of its own, which waits while scores are awaited."""
-    from scipy.optimize import differential_evolution
+    from scipy.optimize import Bounds, differential_evolution
 
     questions: queue.SimpleQueue[NDArray[np.float64] | None] = queue.SimpleQueue()
     answers: queue.SimpleQueue[list[Score] | None] = queue.SimpleQueue()
@@ -201,7 +201,7 @@ def _differential_evolution(
         try:
             differential_evolution(
                 objective,
-                [(low, high) for low, high in space.box.tolist()],
+                Bounds(*space.box.T),
                 init=np.array([genome for genome, _ in first]),
                 maxiter=np.iinfo(np.int32).max,
                 tol=0.0,

@@ -24,6 +24,8 @@ X_SCALE = 2.0
 UNIFORM_FACTORS = (0.95, 1.05, 1.1, 1.25)
 """Uniform scalings that every search tries first."""
 
+_STEPS = 65  # of a curve's parameter, where a glance is enough
+
 
 class CurveSpace:
     """Genomes of curves of ``degree`` whose control points lie in ``bounds``, for ``n_layer`` layers."""
@@ -32,13 +34,12 @@ class CurveSpace:
         """Hold the settings."""
         self.n_layer, self.degree, self.bounds = n_layer, degree, bounds
         self.size = 2 * degree
-        self.scale = np.repeat([1.0, X_SCALE], [degree + 1, degree - 1])
-
-    @property
-    def box(self) -> NDArray[np.float64]:
+        self.box = np.array([np.log(bounds)] * (degree + 1) + [[0.0, 1.0]] * (degree - 1))
         """Lowest and highest value of each coordinate, shape ``(size, 2)``."""
-        y, x = np.log(self.bounds), np.array([0.0, 1.0])
-        return np.concatenate([np.tile(y, (self.degree + 1, 1)), np.tile(x, (self.degree - 1, 1))])
+        t = np.linspace(0.0, 1.0, _STEPS)
+        powers = [math.comb(degree, i) * t**i * (1.0 - t) ** (degree - i) for i in range(degree + 1)]
+        self._bernstein = np.array(powers)  # shape (degree + 1, _STEPS)
+        self.scale = np.repeat([1.0, X_SCALE], [degree + 1, degree - 1])
 
     def uniform(self, factor: float) -> Genome:
         """Return the genome that scales all layers alike (position interpolation)."""
@@ -55,6 +56,19 @@ class CurveSpace:
         first += [(self.uniform(factor), "uniform") for factor in uniform_factors if low <= factor <= high]
         return first + [(self.encode(curve), "seed") for curve in curves]
 
+    def bumps(self, factor: float) -> list[Genome]:
+        """Return curves that reach ``factor`` in the early, the middle and the late layers, each near 1 elsewhere."""
+        t = np.linspace(0.0, 1.0, self.degree + 1)
+        bumps = []
+        for center in (0.0, 0.5, 1.0):
+            shape = np.maximum(0.0, 1.0 - 2.0 * np.abs(t - center))
+            highest = float((shape @ self._bernstein).max())
+            if highest > 0.0:  # a straight line has no middle
+                genome = self.uniform(1.0)
+                genome[: self.degree + 1] = math.log(factor) * shape / highest
+                bumps.append(self.repair(genome))
+        return bumps
+
     def smooth(self, generator: np.random.Generator, width: float) -> Genome:
         """Return a random smooth curve: a level, a slope over the layers, and a little of its own in every point."""
         level, slope, *own = generator.standard_normal(self.degree + 3)
@@ -64,13 +78,34 @@ class CurveSpace:
         genome[self.degree + 1 :] += width * X_SCALE * generator.standard_normal(self.degree - 1)
         return self.repair(genome)
 
-    def repair(self, genome: Genome) -> Genome:
-        """Clip to the bounds, and put interior control points that crossed back in the order of x."""
-        log_y, x = np.split(genome, [self.degree + 1])
-        log_y, x = np.clip(log_y, *np.log(self.bounds)), np.clip(x, 0.0, 1.0)
-        order = np.argsort(x, kind="stable")
-        log_y[1:-1] = log_y[1:-1][order]
-        return np.concatenate([log_y, x[order]])
+    def repair(self, genomes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Clip to the bounds, and put interior control points that crossed back in the order of x.
+
+        One genome of shape ``(size,)`` or many of shape ``(m, size)``.
+        """
+        repaired: NDArray[np.float64] = np.minimum(np.maximum(genomes, self.box[:, 0]), self.box[:, 1])
+        y, x = repaired[..., 1 : self.degree], repaired[..., self.degree + 1 :]  # views of the interior points
+        order = np.argsort(x, axis=-1, kind="stable")
+        y[...], x[...] = np.take_along_axis(y, order, axis=-1), np.take_along_axis(x, order, axis=-1)
+        return repaired
+
+    def log_factors(
+        self, genomes: Sequence[Genome] | NDArray[np.float64], x: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Return the logarithms of the curves' factors at positions ``x`` for many genomes, quickly, to about 1e-3.
+
+        Args:
+            genomes: Repaired genomes, shape ``(m, size)``.
+            x: Positions from 0 (first layer) to 1 (last), shape ``(k,)``.
+
+        Returns:
+            Shape ``(m, k)``.
+        """
+        y, inner = np.split(np.asarray(genomes), [self.degree + 1], axis=1)
+        ends = np.zeros((len(genomes), 1))
+        xs = np.concatenate([ends, inner, ends + 1.0], axis=1) @ self._bernstein
+        ys = np.exp(y) @ self._bernstein
+        return np.log([np.interp(x, *row) for row in zip(xs, ys, strict=True)]).reshape(len(genomes), len(x))
 
     def encode(self, curve: Curve) -> Genome:
         """Return the genome of ``curve``.
