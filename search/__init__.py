@@ -1,7 +1,9 @@
 """Search of layer factors: tasks, evaluator, genetic algorithm, executors, studies."""
 
+from .algorithm import Algorithm, Candidate
+from .algorithms import make_algorithm
 from .executor import Executor, Job, LocalExecutor
-from .genetic import Algorithm, Candidate, GeneticAlgorithm
+from .genetic import GeneticAlgorithm
 from .search import SearchOutcome, SearchSettings, run_search
 from .study import Study
 
@@ -15,5 +17,6 @@ __all__ = [
     "SearchOutcome",
     "SearchSettings",
     "Study",
+    "make_algorithm",
     "run_search",
 ]

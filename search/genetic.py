@@ -3,101 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lrope_gguf.curve import Curve
 
-Genome: TypeAlias = NDArray[np.float64]
-Score: TypeAlias = tuple[int, float]
-"""``(contexts seen, fitness)``: higher is better, compared as a tuple."""
+from .algorithm import Candidate, Score, rank
+from .space import UNIFORM_FACTORS, CurveSpace, Genome, Ledger
+from .surrogate import GaussianProcess, expected_improvement
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """One curve to evaluate: ``id`` counts from 0 in the order of asking, ``origin`` tells how it came about."""
-
-    id: int
-    curve: Curve
-    factors: tuple[float, ...]
-    origin: str
-
-
-def rank(item: tuple[Candidate, Score]) -> tuple[int, float, int]:
-    """Sort key that puts the best first and, among equals, the oldest."""
-    candidate, (contexts, fitness) = item
-    return -contexts, -fitness, candidate.id
-
-
-class Algorithm(Protocol):
-    """What the search needs of an optimizer. All of them maximise."""
-
-    def ask(self, limit: int | None = None) -> list[Candidate]:
-        """Return the next generation, at most ``limit`` candidates, none of which was returned before."""
-        ...
-
-    def tell(self, results: Iterable[tuple[Candidate, Score]]) -> None:
-        """Take the scores of candidates that were asked for; their order does not matter."""
-        ...
-
-    def should_stop(self) -> bool:
-        """Whether nothing new is to be had."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Individual:
-    genome: Genome
-    width: float  # standard deviation of its mutations
-    origin: str
+Genomes = NDArray[np.float64]
 
 
 class GeneticAlgorithm:
-    """Elitist (mu + lambda) genetic algorithm that maximises; seeded, without input or output.
+    """Elitist steady-state (mu + 1) genetic algorithm that maximises; seeded, without input or output.
 
     Example:
         >>> ga = GeneticAlgorithm(n_layer=4, seed=1)
-        >>> for _ in range(5):
-        ...     ga.tell([(c, (1, -abs(sum(c.factors) - 4.4))) for c in ga.ask()])
-        >>> ga.best[1][1] > -0.05
+        >>> for _ in range(40):
+        ...     candidate = ga.ask()
+        ...     ga.tell(candidate, (1, -abs(sum(candidate.factors) - 4.4)))
+        >>> ga.best[1][1] > -0.02
         True
 
-    A genome is the curve's free coordinates: ``log y_0 .. log y_n`` and the interior ``x_1 .. x_(n-1)``
-    (``x_0 = 0`` and ``x_n = 1`` are fixed). Generation 0 holds the identity, uniform scalings (position
-    interpolation), the caller's curves, and random smooth curves close to 1. A child has two parents, each
-    the better of two drawn (binary tournament); BLX-alpha blend crossover (Eshelman and Schaffer 1993) and
-    Gaussian mutation follow, whose width is inherited, adapts itself log-normally (Beyer and Schwefel 2002,
-    "Evolution strategies") and decays by ``decay`` a birth. The best ``parents`` of parents and children
-    survive.
+    The first candidates are the identity, uniform scalings (position interpolation), the caller's curves, a scan of
+    which layers tolerate more (one third of them raised at a time), and random smooth curves close to 1. Then every
+    birth is a contest: of many proposals, the one of which a Gaussian process on the layer factors expects the most
+    is evaluated (pre-selection by a surrogate: Jin 2011, "Surrogate-assisted evolutionary computation"). A proposal
+    has one or two parents, each the better of two drawn (binary tournament): blend crossover (BLX-alpha, Eshelman and
+    Schaffer 1993, by coordinate or along the line between the parents) and Gaussian mutation of random width and
+    number of coordinates. A few proposals are random smooth curves. The best ten are the parents of a second round of
+    proposals. Candidates that are pending count as if they had turned out as expected, so that no two births are alike.
 
-    The defaults are made for 50 to 400 evaluations. LongRoPE (arXiv 2402.13753) and the search for
-    layer-specific scaling (arXiv 2503.04355) take a population of 64, 16 mutations and 16 crossovers a
-    generation, the top 32 as parents, mutation probability 0.3 and 40 iterations: 1344 evaluations.
+    Parents are the ``parents`` best of all told. The defaults are made for 50 to 400 evaluations.
 
     Args:
         n_layer: Number of layers; candidates carry that many factors.
         degree: Degree of the curve.
         bounds: Smallest and largest y of a control point.
-        population: Size of generation 0; more if the identity, uniform scalings and curves are more.
-        parents: Survivors of a generation (mu).
-        offspring: Candidates of every later generation (lambda).
+        lag: Candidates that may be asked for before the first of them is told.
+        population: Candidates before the first birth; more if those that are not random are more.
+        parents: Survivors (mu).
         seed: Seed of the algorithm's own generator.
-        uniform_factors: Uniform scalings of generation 0; those out of bounds are left out.
-        curves: Further curves of generation 0, of the same degree.
-        width: Initial spread of log y and initial width of mutations.
-        decay: Factor on the inherited width at every birth.
-        crossover: Probability that a child has two parents rather than one.
-        max_retries: Children tried in place of one that repeats an earlier candidate (all factors equal to
-            1e-3) before the algorithm counts as converged.
+        uniform_factors: Uniform scalings to begin with; those out of bounds are left out.
+        curves: Further curves to begin with, of the same degree.
+        width: Initial spread of log y; mutations are a fifth to six times as wide.
+        crossover: Probability that a proposal has two parents rather than one.
+        proposals: Proposals a round; 1: a plain genetic algorithm without surrogate.
+        tolerance: Improvement in nats per answer token that is not worth an evaluation: where no more was to be
+            expected of ``2 * lag`` births in a row, the algorithm counts as converged.
+        max_retries: Births tried in place of one that repeats an earlier candidate (all factors equal to 1e-3)
+            before the algorithm counts as converged.
+
+    Raises:
+        ValueError: a seed curve of another degree.
     """
 
     _ALPHA = 0.3  # how far blend crossover reaches beyond the parents
-    _X_SCALE = 2.0  # mutations of x in units of the width of log y
-    _MIN_WIDTH, _MAX_WIDTH = 0.002, 0.5
+    _WIDTHS = (0.2, 6.0)  # narrowest and widest mutation, in units of `width`
+    _RANDOM = 0.1  # share of proposals without parents
+    _ROUNDS, _ELITE = 2, 10  # rounds of proposals, and how many of one round are the parents of the next
+    _REFIT = 5  # scores after which the surrogate's lengths are looked at again
+    _MEMORY = 80  # the surrogate knows so many of the best candidates and so many of the latest
 
     def __init__(
         self,
@@ -105,142 +75,163 @@ class GeneticAlgorithm:
         *,
         degree: int = 3,
         bounds: tuple[float, float] = (0.5, 4.0),
+        lag: int = 8,
         population: int = 16,
-        parents: int = 4,
-        offspring: int = 8,
+        parents: int = 8,
         seed: int = 0,
-        uniform_factors: Sequence[float] = (0.95, 1.05, 1.1, 1.25),
+        uniform_factors: Sequence[float] = UNIFORM_FACTORS,
         curves: Sequence[Curve] = (),
         width: float = 0.05,
-        decay: float = 0.97,
-        crossover: float = 0.7,
+        crossover: float = 0.5,
+        proposals: int = 150,
+        tolerance: float = 1e-4,
         max_retries: int = 50,
     ) -> None:
-        """Prepare generation 0."""
-        self._n_layer, self._degree, self._bounds = n_layer, degree, bounds
-        self._mu, self._lambda = parents, offspring
-        self._width, self._decay, self._crossover = width, decay, crossover
-        self._tau = 1.0 / math.sqrt(2.0 * (2 * degree))  # learning rate of the width: 1 / sqrt(2 N), N free coordinates
-        self._max_retries = max_retries
+        """Prepare the first candidates."""
+        self.lag = lag
+        self._space = CurveSpace(n_layer, degree=degree, bounds=bounds)
+        self._ledger = Ledger(self._space)
+        self._mu, self._width, self._crossover, self._proposals = parents, width, crossover, proposals
+        self._tolerance, self._max_retries = tolerance, max_retries
         self._rng = np.random.default_rng(seed)
+        self._queue = deque(self._space.known_good(uniform_factors, curves))
+        self._queue += [(genome, "scan") for genome in self._space.bumps(math.exp(2.0 * width))]
+        self._queue += [(self._space.smooth(self._rng, width), "random") for _ in range(population - len(self._queue))]
 
-        self._asked: dict[int, _Individual] = {}  # by candidate id
-        self._seen: set[tuple[float, ...]] = set()  # factors rounded to 1e-3
-        self._parents: list[tuple[Candidate, Score]] = []  # best first
+        self._told: list[tuple[Candidate, Score]] = []  # best first
+        self._positions = np.linspace(0.0, 1.0, min(n_layer, self._space.size))  # where the surrogate sees a curve
+        self._inputs = np.empty((0, len(self._positions)))  # of the surrogate, by candidate id
+        self._surrogate = GaussianProcess(len(self._positions), length=4.0 * width)
+        self._fitted = 0  # scores when its lengths were last looked at
+        self._hopeless = 0  # births in a row of which little was expected
         self._converged = False
-
-        uniform = [f for f in uniform_factors if bounds[0] <= f <= bounds[1]]
-        self._queue = [self._seed(self._uniform(1.0), "identity")]
-        self._queue += [self._seed(self._uniform(f), "uniform") for f in uniform]
-        self._queue += [self._seed(self._encode(curve), "seed") for curve in curves]
-        self._queue += [self._random() for _ in range(population - len(self._queue))]
 
     @property
     def best(self) -> tuple[Candidate, Score]:
         """The best candidate told so far; IndexError before any was."""
-        return self._parents[0]
+        return self._told[0]
 
     @property
     def parents(self) -> tuple[tuple[Candidate, Score], ...]:
         """The survivors, best first."""
-        return tuple(self._parents)
+        return tuple(self._told[: self._mu])
 
     def should_stop(self) -> bool:
-        """Whether fresh candidates ran out: the population has converged."""
+        """Whether the algorithm has converged."""
         return self._converged
 
-    def ask(self, limit: int | None = None) -> list[Candidate]:
-        """Return generation 0, then ``offspring`` children at a time; fewer if limited or converged."""
-        size = len(self._queue) or self._lambda
-        candidates: list[Candidate] = []
-        while len(candidates) < (size if limit is None else min(size, limit)):
-            candidate = self._fresh()
-            if candidate is None:
-                break
-            candidates.append(candidate)
-        return candidates
-
-    def tell(self, results: Iterable[tuple[Candidate, Score]]) -> None:
-        """Let parents and ``results`` compete for survival; the order of ``results`` does not matter.
-
-        Raises:
-            ValueError: a candidate that was not asked for.
-        """
-        results = list(results)
-        if any(candidate.id not in self._asked for candidate, _ in results):
-            raise ValueError("told of a candidate that was never asked for")
-        survivors = sorted([*self._parents, *results], key=rank)
-        self._parents = survivors[: self._mu]
-
-    def _fresh(self) -> Candidate | None:
-        for _ in range(self._max_retries):
-            individual = self._queue.pop(0) if self._queue else self._child() if self._parents else self._random()
-            curve = self._decode(individual.genome)
-            factors = tuple(round(float(s), 9) for s in curve.factors(self._n_layer))  # drops float noise: 1 is 1.0
-            key = tuple(round(s, 3) for s in factors)
-            if key not in self._seen:
-                self._seen.add(key)
-                candidate = Candidate(len(self._asked), curve, factors, individual.origin)
-                self._asked[candidate.id] = individual
-                return candidate
+    def ask(self) -> Candidate | None:
+        """Return the next of the first candidates, then children; None if ``lag`` are pending or at the end."""
+        if self._converged or len(self._ledger.pending) >= self.lag:
+            return None
+        if self._hopeless < 2 * self.lag:
+            for _ in range(self._max_retries):
+                genome, origin = self._next()
+                candidate = self._ledger.issue(genome, origin)
+                if candidate is not None:
+                    inputs = self._space.log_factors(self._ledger.genomes[-1:], self._positions)
+                    self._inputs = np.concatenate([self._inputs, inputs])
+                    return candidate
         self._converged = True
         return None
 
-    def _child(self) -> _Individual:
-        mother = self._tournament()
-        genome, width, origin = mother.genome, mother.width, "mutation"
-        if self._rng.random() < self._crossover:
-            father = self._tournament()
-            genome, width, origin = self._blend(genome, father.genome), math.sqrt(width * father.width), "crossover"
-        width *= self._decay * math.exp(self._tau * self._rng.standard_normal())
-        width = min(max(width, self._MIN_WIDTH), self._MAX_WIDTH)
-        return _Individual(self._mutate(genome, width), width, origin)
+    def tell(self, candidate: Candidate, score: Score) -> None:
+        """Let ``candidate`` compete for survival.
 
-    def _tournament(self) -> _Individual:
-        i, j = self._rng.integers(len(self._parents), size=2)
-        return self._asked[self._parents[min(i, j)][0].id]
+        Raises:
+            ValueError: it is not the oldest candidate that was asked for and not told.
+        """
+        self._ledger.settle(candidate, score)
+        self._told = sorted([*self._told, (candidate, score)], key=rank)
 
-    def _blend(self, a: Genome, b: Genome) -> Genome:
-        share = self._rng.uniform(-self._ALPHA, 1.0 + self._ALPHA, size=a.size)
-        return a + share * (b - a)
+    def _next(self) -> tuple[Genome, str]:
+        if self._queue:
+            return self._queue.popleft()
+        if not self._told:
+            return self._space.smooth(self._rng, self._width), "random"
+        if self._proposals == 1:
+            genomes, origins = self._children(self._pool(), 1)
+            return genomes[0], origins[0]
+        return self._contest()
 
-    def _mutate(self, genome: Genome, width: float) -> Genome:
-        scale = np.full(genome.size, width)
-        scale[self._degree + 1 :] *= self._X_SCALE
-        return self._repair(genome + scale * self._rng.standard_normal(genome.size))
+    def _pool(self) -> Genomes:
+        """The parents' genomes, best first."""
+        return np.array([self._ledger.genomes[candidate.id] for candidate, _ in self._told[: self._mu]])
 
-    def _repair(self, genome: Genome) -> Genome:
-        """Clip to the bounds, and put interior control points that crossed back in the order of x."""
-        log_y, x = np.split(genome, [self._degree + 1])
-        log_y, x = np.clip(log_y, *np.log(self._bounds)), np.clip(x, 0.0, 1.0)
-        order = np.argsort(x, kind="stable")
-        log_y[1:-1] = log_y[1:-1][order]
-        return np.concatenate([log_y, x[order]])
+    def _contest(self) -> tuple[Genome, str]:
+        """Return the most promising of many proposals."""
+        best, scale = self._learn()
+        pool = self._pool()
+        genomes, origins, promise = np.empty((0, self._space.size)), np.empty(0, np.str_), np.empty(0)
+        for _ in range(self._ROUNDS):
+            fresh, fresh_origins = self._children(pool, self._proposals)
+            mean, deviation = self._surrogate.predict(self._space.log_factors(fresh, self._positions))
+            genomes, origins = np.concatenate([genomes, fresh]), np.concatenate([origins, fresh_origins])
+            promise = np.concatenate([promise, expected_improvement(mean, deviation, best)])
+            elite = np.argsort(-promise, kind="stable")[: self._ELITE]
+            genomes, origins, promise = genomes[elite], origins[elite], promise[elite]
+            pool = genomes
+        first = next((i for i, genome in enumerate(genomes) if self._ledger.find(genome) is None), 0)
+        self._hopeless = self._hopeless + 1 if promise[first] * scale < self._tolerance else 0
+        return genomes[first], str(origins[first])
 
-    def _seed(self, genome: Genome, origin: str) -> _Individual:
-        return _Individual(self._repair(genome), self._width, origin)
+    def _learn(self) -> tuple[float, float]:
+        """Fit the surrogate to what was told, and to what is pending as if it had turned out as expected.
 
-    def _uniform(self, factor: float) -> Genome:
-        return np.concatenate([np.full(self._degree + 1, math.log(factor)), np.arange(1, self._degree) / self._degree])
+        Returns:
+            The surrogate's opinion of the best candidate, and the worth of a unit of it in nats.
+        """
+        n = len(self._ledger.scores)
+        recent = set(range(max(0, n - self._MEMORY), n))
+        known = np.array(sorted(recent | {candidate.id for candidate, _ in self._told[: self._MEMORY]}))
+        contexts, fitness = np.array(self._ledger.scores, dtype=np.float64)[known].T
+        observed, scale = _flatten(fitness, self.best[1][1])
+        weight = contexts / contexts.max()
+        refit = self._fitted == 0 or n - self._fitted >= self._REFIT
+        sweeps = 0 if not refit else 4 if self._fitted == 0 else 1
+        if refit:
+            self._fitted = n
+        inputs = self._inputs[known]
+        self._surrogate.fit(inputs, observed, weight, sweeps=sweeps)
+        best = float(self._surrogate.predict(inputs)[0].max())
+        pending = self._inputs[n:]
+        if len(pending):
+            expected, _ = self._surrogate.predict(pending)
+            self._surrogate.fit(
+                np.concatenate([inputs, pending]),
+                np.concatenate([observed, expected]),
+                np.concatenate([weight, np.ones(len(pending))]),
+            )
+        return best, scale
 
-    def _random(self) -> _Individual:
-        """A random smooth curve: a level, a slope over the layers, and a little of its own in every point."""
-        level, slope, *own = self._rng.standard_normal(self._degree + 3)
-        genome = self._uniform(1.0)
-        t = np.linspace(-1.0, 1.0, self._degree + 1)
-        genome[: self._degree + 1] = self._width * (level + slope * t + np.array(own) / 2.0)
-        genome[self._degree + 1 :] += self._width * self._X_SCALE * self._rng.standard_normal(self._degree - 1)
-        return self._seed(genome, "random")
+    def _children(self, pool: Genomes, n: int) -> tuple[Genomes, NDArray[np.str_]]:
+        """Return ``n`` repaired genomes and their origins; ``pool`` holds possible parents, best first."""
+        rng, size = self._rng, self._space.size
+        mother, father = pool[rng.integers(len(pool), size=(2, 2, n)).min(axis=0)]
+        line = rng.random((n, 1)) < 0.5
+        share = np.where(line, rng.random((n, 1)), rng.random((n, size))) * (1.0 + 2.0 * self._ALPHA) - self._ALPHA
+        crossed = rng.random((n, 1)) < self._crossover
+        genomes = np.where(crossed, mother + share * (father - mother), mother)
+        low, high = np.log(self._WIDTHS)
+        width = self._width * np.exp(rng.uniform(low, high, (n, 1)))
+        mutated = rng.random((n, size)) < rng.uniform(0.5, 1.0, (n, 1))
+        genomes += width * self._space.scale * mutated * rng.standard_normal((n, size))
+        origins = np.where(crossed[:, 0], "crossover", "mutation")
+        for i in range(int(self._RANDOM * n)):
+            genomes[i], origins[i] = self._space.smooth(rng, 2.0 * self._width), "random"
+        return self._space.repair(genomes), origins
 
-    def _encode(self, curve: Curve) -> Genome:
-        x, y = np.array(curve.control_points, dtype=np.float64).T
-        if len(x) != self._degree + 1:
-            raise ValueError(f"a seed curve of degree {len(x) - 1} in a search of degree {self._degree}")
-        return np.concatenate([np.log(y), x[1:-1]])
 
-    def _decode(self, genome: Genome) -> Curve:
-        """Round to 1e-4, so that what is evaluated is what a curve file says."""
-        log_y, x = np.split(genome, [self._degree + 1])
-        y = [min(max(round(math.exp(v), 4), self._bounds[0]), self._bounds[1]) for v in log_y]
-        points = zip([0.0, *(round(float(v), 4) for v in x), 1.0], y, strict=True)
-        return Curve(tuple(points), bounds=self._bounds)
+def _flatten(fitness: NDArray[np.float64], best: float) -> tuple[NDArray[np.float64], float]:
+    """Return the fitness on a scale that shows the best in detail and ruined models as much the same, and its unit.
+
+    ``-log(1 + (best - fitness) / unit)``, at most 0; the unit in nats is what the third best tenth lacks to the best.
+    """
+    lack = np.maximum(best - fitness, 0.0)
+    finite = np.isfinite(lack)
+    if not finite.any():
+        return np.zeros(len(fitness)), math.inf
+    unit = float(np.quantile(lack[finite], 0.3))
+    if unit == 0.0:  # a plateau: nothing is known about what an improvement could be
+        return -(lack > 0.0).astype(np.float64), math.inf
+    return -np.log1p(np.where(finite, lack, lack[finite].max()) / unit), unit

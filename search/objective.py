@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from .algorithm import Candidate, Score, rank
 from .executor import Job
-from .genetic import Candidate, Score, rank
 from .types import ContextScore
 
 

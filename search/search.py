@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -12,8 +13,9 @@ from typing import Any, TypeAlias
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 
+from .algorithm import Algorithm, Candidate, Score, rank
 from .executor import Executor, Job
-from .genetic import Algorithm, Candidate, GeneticAlgorithm, Score, rank
+from .genetic import GeneticAlgorithm
 from .objective import Objective, Racing
 from .progress import Progress
 from .statistics import Comparison, Interval, Verdict, compare, verdict
@@ -184,7 +186,7 @@ def run_search(
             bounds=settings.bounds,
             population=settings.population,
             parents=settings.parents,
-            offspring=settings.offspring,
+            lag=settings.offspring,
             seed=settings.seed,
             uniform_factors=settings.uniform_factors,
             curves=curves,
@@ -261,13 +263,14 @@ class _Search:
         while (left := settings.max_evaluations - len(ranking)) > 0:
             if settings.max_hours is not None and time.monotonic() - self.start > 3600.0 * settings.max_hours:
                 return ranking, "hours"
-            candidates = [] if algorithm.should_stop() else algorithm.ask(left)
+            candidates = list(itertools.islice(iter(algorithm.ask, None), left))
             if not candidates:
                 return ranking, "converged"
             racers = [c for c in candidates if c.factors != self.identity]
             scores = racing.run(racers, self.evaluate, objective) if racers else []
             scores += [(c, (settings.search_contexts, 0.0)) for c in candidates if c.factors == self.identity]
-            algorithm.tell(scores)
+            for candidate, score in sorted(scores, key=lambda item: item[0].id):
+                algorithm.tell(candidate, score)
             ranking = sorted([*ranking, *scores], key=rank)
             best, fitness = self.keep_best(ranking)
             text = f"best {fitness:+.4f} nats"

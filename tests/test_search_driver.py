@@ -19,8 +19,8 @@ from synthetic import Landscape
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_search import objective as objective_module
+from lrope_search.algorithm import Algorithm, Candidate, Score
 from lrope_search.executor import Job, LocalExecutor
-from lrope_search.genetic import Algorithm, Candidate, Score
 from lrope_search.objective import Objective, Racing
 from lrope_search.progress import Progress
 from lrope_search.search import SearchOutcome, SearchSettings, run_search
