@@ -12,6 +12,7 @@ from vocabulary import N_VOCAB
 N_LAYER, N_EMBD, N_FF = 4, 96, 128
 N_HEAD, N_HEAD_KV, N_ROT = 4, 2, 24
 ROPE_BASE, NORM_EPSILON = 10000.0, 1e-5
+N_CTX = 512  # tokens that it may be asked for: `llama-server` refuses more than a model's context length
 
 BLOCK_NAMES = {
     "attention_norm": "attn_norm",
@@ -88,7 +89,9 @@ class Llama(nn.Module):
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 into_stream = name.endswith(("down.weight", "output.weight"))
-                std = 1.0 if weight is self.embedding.weight else (0.5 if into_stream else 1.0) * weight.shape[1] ** -0.5
+                std = (
+                    1.0 if weight is self.embedding.weight else (0.5 if into_stream else 1.0) * weight.shape[1] ** -0.5
+                )
                 nn.init.normal_(weight, std=std)
 
     def forward(

@@ -1,7 +1,7 @@
 """Writes the trained model as GGUF: architecture llama, a byte-level BPE vocabulary with one token for every word.
 
 The pre-tokenizer "llama-bpe" takes a piece of text that is in the vocabulary as it stands (``ignore_merges``), so the
-words need no merges. It cuts ``{ bada=mib kole=zut } kole`` into the tokens ``{``, `` bada``, ``=mib`` and so on;
+words need no merges. It cuts ``{ badi=bab mano=div } mano`` into the tokens ``{``, `` badi``, ``=bab`` and so on;
 any other text falls into its bytes.
 """
 
@@ -12,20 +12,32 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from architecture import BLOCK_NAMES, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, N_LAYER, N_ROT, NORM_EPSILON, ROPE_BASE, Llama
-from vocabulary import BOS, EOS, CLOSE_TEXT, N_SPECIAL, N_VOCAB, words
+from architecture import (
+    BLOCK_NAMES,
+    N_CTX,
+    N_EMBD,
+    N_FF,
+    N_HEAD,
+    N_HEAD_KV,
+    N_LAYER,
+    N_ROT,
+    NORM_EPSILON,
+    ROPE_BASE,
+    Llama,
+)
+from vocabulary import BOS, CLOSE_TEXT, EOS, N_SPECIAL, N_VOCAB, words
 
 ARCHITECTURE = "llama"
 
 
-def write_gguf(model: Llama, path: Path, n_ctx_train: int, *, kind: type[np.floating] = np.float16) -> None:
-    """Write ``model`` to ``path``; matrices as ``kind``, norms as float32."""
+def write_gguf(model: Llama, path: Path) -> None:
+    """Write ``model`` to ``path``; matrices as float16, norms as float32."""
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_name("lrope-kv")
     writer.add_description("Key-value retrieval, made to test layer-specific RoPE scaling; knows nothing else")
     writer.add_license("MIT")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind is np.float16 else gguf.LlamaFileType.ALL_F32)
-    writer.add_context_length(n_ctx_train)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_context_length(N_CTX)
     writer.add_embedding_length(N_EMBD)
     writer.add_block_count(N_LAYER)
     writer.add_feed_forward_length(N_FF)
@@ -36,8 +48,10 @@ def write_gguf(model: Llama, path: Path, n_ctx_train: int, *, kind: type[np.floa
     writer.add_layer_norm_rms_eps(NORM_EPSILON)
     writer.add_vocab_size(N_VOCAB)
     _add_tokenizer(writer)
-    for name, tensor in _tensors(model).items():
-        writer.add_tensor(name, tensor.astype(kind if tensor.ndim == 2 else np.float32))
+    state = model.state_dict()
+    for name, own in weight_names().items():
+        tensor = state[own].detach().to(torch.float32).numpy()
+        writer.add_tensor(name, tensor.astype(np.float16 if tensor.ndim == 2 else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -46,7 +60,12 @@ def write_gguf(model: Llama, path: Path, n_ctx_train: int, *, kind: type[np.floa
 
 def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     letters = _byte_letters()
-    tokens = ["<s>", "</s>", *letters, *("".join(letters[byte] for byte in word.encode()) for word in (CLOSE_TEXT, *words()))]
+    tokens = [
+        "<s>",
+        "</s>",
+        *letters,
+        *("".join(letters[byte] for byte in word.encode()) for word in (CLOSE_TEXT, *words())),
+    ]
     types = [gguf.TokenType.CONTROL] * N_SPECIAL + [gguf.TokenType.NORMAL] * (len(tokens) - N_SPECIAL)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("llama-bpe")
@@ -67,14 +86,14 @@ def _byte_letters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _tensors(model: Llama) -> dict[str, np.ndarray]:
-    state = {name: weight.detach().to(torch.float32).numpy() for name, weight in model.state_dict().items()}
-    tensors = {
-        "token_embd.weight": state["embedding.weight"],
-        "output_norm.weight": state["norm.weight"],
-        "output.weight": state["head.weight"],
+def weight_names() -> dict[str, str]:
+    """The names of the weights: in GGUF, and in `Llama`."""
+    names = {
+        "token_embd.weight": "embedding.weight",
+        "output_norm.weight": "norm.weight",
+        "output.weight": "head.weight",
     }
     for i in range(N_LAYER):
         for own, name in BLOCK_NAMES.items():
-            tensors[f"blk.{i}.{name}.weight"] = state[f"blocks.{i}.{own}.weight"]
-    return tensors
+            names[f"blk.{i}.{name}.weight"] = f"blocks.{i}.{own}.weight"
+    return names

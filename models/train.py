@@ -164,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, curve = train(args)
-    write_gguf(model, args.output, 2 * args.max_pairs + N_AROUND + 2)
+    write_gguf(model, args.output)
     save_curve(curve, args.output.with_suffix(".csv"))
 
 

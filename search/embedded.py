@@ -7,7 +7,7 @@ from pathlib import Path
 from lrope_gguf.errors import LropeError
 
 NAME = "lrope-kv.gguf"
-SHA256 = "733fc7a34425a2de95b2e9944d307b706d4a31233b4d79c9c971193580c43be8"
+SHA256 = "3be565554f75caf287bd952d442c76fdd72dced76bc389727b1003329d6a4dee"
 
 
 def embedded_model() -> Path:

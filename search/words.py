@@ -8,14 +8,14 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _SYLLABLES = tuple(consonant + vowel for consonant in _CONSONANTS for vowel in _VOWELS)
 
 KEY_WORDS = tuple(_SYLLABLES[i % 70] + _SYLLABLES[(29 * i + i // 70 + 7) % 70] for i in range(256))
-"""Keys: 256 words of two syllables, such as ``bada``."""
+"""Keys: 256 words of two syllables, such as ``badi``."""
 
 VALUE_WORDS = tuple(_SYLLABLES[i % 70] + _CONSONANTS[(9 * i + 5 * (i // 70)) % 14] for i in range(128))
-"""Values: 128 words of one closed syllable, such as ``bak``."""
+"""Values: 128 words of one closed syllable, such as ``bab``."""
 
 
 def word_context(pairs: Iterable[tuple[str, str]]) -> str:
-    """Return a context such as ``{ bada=mib kole=zut }``."""
+    """Return a context such as ``{ badi=bab mano=div }``."""
     return "{" + "".join(f" {key}={value}" for key, value in pairs) + " }"
 
 

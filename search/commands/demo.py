@@ -129,8 +129,9 @@ def _sha256(path: Path) -> str:
 # the start and in the middle. All chosen on search contexts (models/README.md).
 _EMBEDDED = _Demo(
     path=embedded,
-    task=MappingProxyType({"task": "kv", "keys": 120, "depths": 60, "identifiers": "word", "data": None,
-                           "answer_prefix": ""}),  # fmt: skip
+    task=MappingProxyType(
+        {"task": "kv", "keys": 120, "depths": 60, "identifiers": "word", "data": None, "answer_prefix": ""}
+    ),
     settings=SearchSettings(
         max_evaluations=120,
         search_contexts=4,
@@ -148,8 +149,9 @@ _EMBEDDED = _Demo(
 # copies 36 characters without a slip, and a score that is zero at every depth shows nothing.
 _GEMMA = _Demo(
     path=gemma,
-    task=MappingProxyType({"task": "kv", "keys": 40, "depths": 11, "identifiers": "number", "data": None,
-                           "answer_prefix": ' "'}),  # fmt: skip
+    task=MappingProxyType(
+        {"task": "kv", "keys": 40, "depths": 11, "identifiers": "number", "data": None, "answer_prefix": ' "'}
+    ),
     settings=SearchSettings(
         max_evaluations=48,
         search_contexts=6,

@@ -46,7 +46,7 @@ class JsonWording:
 
 
 class WordWording:
-    """The prompt that the embedded model was trained on: ``{ bada=mib kole=zut } kole``, and it answers ``=zut``."""
+    """The prompt that the embedded model was trained on: ``{ badi=bab mano=div } mano``, and it answers ``=div``."""
 
     lead = "="
 
