@@ -314,12 +314,9 @@ def fidelity(args: argparse.Namespace) -> None:
     factors = [tuple(space.decode(curve).factors(full.n_layer).tolist()) for curve in curves]
     worth = np.array([full.true_gain(f) for f in factors])
     near = np.argsort(-worth)[: len(worth) // 2]  # the better half: where a search spends its time
-    print(
-        f"{Path(args.model).name}: {args.curves} random curves; Spearman correlation of their mean gain on few search"
-    )
-    print(
-        f"contexts with that on {args.true_contexts} validation contexts of {full.n_tokens()} tokens, for all and for the better half\n"
-    )
+    print(f"{Path(args.model).name}: {args.curves} random curves; Spearman correlation of their mean gain on search")
+    print(f"contexts with that on {args.true_contexts} validation contexts of {full.n_tokens()} tokens:")
+    print("all curves, and the better half of them\n")
     print(f"{'tokens':>8} {'contexts':>9} {'cost in tokens':>15} {'all':>8} {'better half':>12}")
     for keys in [*args.short_keys, args.keys]:
         problem = ModelProblem(argparse.Namespace(**{**vars(args), "keys": keys}), 0)

@@ -13,7 +13,7 @@ from lrope_gguf.curve import Curve
 
 from .algorithm import Candidate, Score, rank
 from .space import UNIFORM_FACTORS, CurveSpace, Genome, Ledger
-from .surrogate import GaussianProcess, expected_improvement
+from .surrogate import GaussianProcess, expected_improvement, one_thread
 
 Genomes = NDArray[np.float64]
 
@@ -67,7 +67,7 @@ class GeneticAlgorithm:
     _RANDOM = 0.1  # share of proposals without parents
     _ROUNDS, _ELITE = 2, 10  # rounds of proposals, and how many of one round are the parents of the next
     _REFIT = 5  # scores after which the surrogate's lengths are looked at again
-    _MEMORY = 80  # the surrogate knows so many of the best candidates and so many of the latest
+    _MEMORY = 60  # the surrogate knows so many of the best candidates and so many of the latest
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class GeneticAlgorithm:
         self._tolerance, self._max_retries = tolerance, max_retries
         self._rng = np.random.default_rng(seed)
         self._queue = deque(self._space.known_good(uniform_factors, curves))
-        self._queue += [(genome, "scan") for genome in self._space.bumps(math.exp(2.0 * width))]
+        self._queue += [(genome, "scan") for genome in self._space.bumps(math.exp(1.5 * width))]
         self._queue += [(self._space.smooth(self._rng, width), "random") for _ in range(population - len(self._queue))]
 
         self._told: list[tuple[Candidate, Score]] = []  # best first
@@ -152,7 +152,8 @@ class GeneticAlgorithm:
         if self._proposals == 1:
             genomes, origins = self._children(self._pool(), 1)
             return genomes[0], origins[0]
-        return self._contest()
+        with one_thread():
+            return self._contest()
 
     def _pool(self) -> Genomes:
         """The parents' genomes, best first."""
@@ -165,7 +166,8 @@ class GeneticAlgorithm:
         genomes, origins, promise = np.empty((0, self._space.size)), np.empty(0, np.str_), np.empty(0)
         for _ in range(self._ROUNDS):
             fresh, fresh_origins = self._children(pool, self._proposals)
-            mean, deviation = self._surrogate.predict(self._space.log_factors(fresh, self._positions))
+            inputs = self._space.log_factors(fresh, self._positions)
+            mean, deviation = self._surrogate.predict(inputs, pending=self._inputs[len(self._told) :])
             genomes, origins = np.concatenate([genomes, fresh]), np.concatenate([origins, fresh_origins])
             promise = np.concatenate([promise, expected_improvement(mean, deviation, best)])
             elite = np.argsort(-promise, kind="stable")[: self._ELITE]
@@ -176,7 +178,7 @@ class GeneticAlgorithm:
         return genomes[first], str(origins[first])
 
     def _learn(self) -> tuple[float, float]:
-        """Fit the surrogate to what was told, and to what is pending as if it had turned out as expected.
+        """Fit the surrogate to what was told.
 
         Returns:
             The surrogate's opinion of the best candidate, and the worth of a unit of it in nats.
@@ -191,17 +193,8 @@ class GeneticAlgorithm:
         sweeps = 0 if not refit else 4 if self._fitted == 0 else 1
         if refit:
             self._fitted = n
-        inputs = self._inputs[known]
-        self._surrogate.fit(inputs, observed, weight, sweeps=sweeps)
-        best = float(self._surrogate.predict(inputs)[0].max())
-        pending = self._inputs[n:]
-        if len(pending):
-            expected, _ = self._surrogate.predict(pending)
-            self._surrogate.fit(
-                np.concatenate([inputs, pending]),
-                np.concatenate([observed, expected]),
-                np.concatenate([weight, np.ones(len(pending))]),
-            )
+        self._surrogate.fit(self._inputs[known], observed, weight, sweeps=sweeps)
+        best = float(self._surrogate.predict(self._inputs[known])[0].max())
         return best, scale
 
     def _children(self, pool: Genomes, n: int) -> tuple[Genomes, NDArray[np.str_]]:
@@ -227,8 +220,9 @@ def _flatten(fitness: NDArray[np.float64], best: float) -> tuple[NDArray[np.floa
 
     ``-log(1 + (best - fitness) / unit)``, at most 0; the unit in nats is what the third best tenth lacks to the best.
     """
-    lack = np.maximum(best - fitness, 0.0)
-    finite = np.isfinite(lack)
+    finite = np.isfinite(fitness)
+    lack = np.full(len(fitness), math.inf)
+    lack[finite] = np.maximum(best - fitness[finite], 0.0)
     if not finite.any():
         return np.zeros(len(fitness)), math.inf
     unit = float(np.quantile(lack[finite], 0.3))

@@ -65,7 +65,8 @@ class CurveSpace:
             highest = float((shape @ self._bernstein).max())
             if highest > 0.0:  # a straight line has no middle
                 genome = self.uniform(1.0)
-                genome[: self.degree + 1] = math.log(factor) * shape / highest
+                y = 1.0 + (factor - 1.0) * shape / highest  # the curve is linear in y, not in its logarithm
+                genome[: self.degree + 1] = np.log(np.maximum(y, self.bounds[0]))
                 bumps.append(self.repair(genome))
         return bumps
 

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 Floats = NDArray[np.float64]
+
+_JITTER = 1e-9  # in units of the variance; keeps covariances definite
+
+_libraries = ThreadpoolController()
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Keep NumPy's linear algebra to this thread meanwhile.
+
+    These matrices are small: more threads would only wait for each other, long where evaluations keep all cores busy.
+    """
+    limit: AbstractContextManager[object] = _libraries.limit(limits=1, user_api="blas")
+    return limit
 
 
 def expected_improvement(mean: Floats, deviation: Floats, best: float) -> Floats:
@@ -45,49 +60,59 @@ class GaussianProcess:
         Args:
             x: Inputs, shape ``(n, d)``.
             y: Observations, shape ``(n,)``.
-            weight: An observation's noise variance is ``1 / weight``; shape ``(n,)``.
+            weight: An observation's noise variance is that of weight 1 over its weight; shape ``(n,)``.
             sweeps: How often each length and the noise may move by an octave.
         """
         self._x, self._weight = x, weight
         for _ in range(sweeps):
-            moved = False
-            best = self._evidence(self._steps, y)
+            start, best = self._steps, self._evidence(self._steps, y)
             for i in range(len(self._steps)):
                 for step in (-1, 1):
                     steps = self._steps.copy()
                     steps[i] += step
-                    if abs(steps[i]) > self._OCTAVES:
-                        continue
-                    evidence = self._evidence(steps, y)
+                    evidence = self._evidence(steps, y) if abs(steps[i]) <= self._OCTAVES else -math.inf
                     if evidence > best:
-                        best, self._steps, moved = evidence, steps, True
+                        best, self._steps = evidence, steps
                         break
-            if not moved:
+            if self._steps is start:
                 break
-        self._solve(self._steps, y)
+        _, factor, white, self._mean, self._variance = self._solve(self._steps, y)
+        self._whitener = np.linalg.inv(factor)
+        self._alpha = self._whitener.T @ white
 
-    def predict(self, x: Floats) -> tuple[Floats, Floats]:
-        """Return mean and standard deviation of the noiseless function at ``x``, each of shape ``(m,)``."""
+    def predict(self, x: Floats, pending: Floats | None = None) -> tuple[Floats, Floats]:
+        """Return mean and standard deviation of the noiseless function at ``x``, each of shape ``(m,)``.
+
+        ``pending``, shape ``(p, d)``: inputs whose observations, of weight 1, will come. Seen from now they are
+        expected to be what the mean says there: the mean stays as it is, the doubt shrinks.
+        """
         k = self._kernel(x, self._x, self._steps)
-        mean = self._mean + k @ self._alpha
-        variance = 1.0 - np.einsum("ij,jk,ik->i", k, self._inverse, k, optimize=True)
-        return mean, np.sqrt(self._variance * np.maximum(variance, 1e-9))
+        white = k @ self._whitener.T
+        variance = 1.0 - (white**2).sum(axis=1)
+        if pending is not None and len(pending):
+            theirs = self._kernel(pending, self._x, self._steps) @ self._whitener.T
+            noise = np.diag(np.full(len(pending), self._noise(self._steps) + _JITTER))
+            own = self._kernel(pending, pending, self._steps) - theirs @ theirs.T + noise
+            cross = self._kernel(x, pending, self._steps) - white @ theirs.T
+            variance -= ((cross @ np.linalg.inv(np.linalg.cholesky(own)).T) ** 2).sum(axis=1)
+        return self._mean + k @ self._alpha, np.sqrt(self._variance * np.maximum(variance, _JITTER))
 
-    def _solve(self, steps: NDArray[np.int64], y: Floats) -> float:
-        """Fit mean and variance in closed form; return the log evidence."""
-        noise = math.exp(self._start[-1] + math.log(2.0) * steps[-1])
-        covariance = self._kernel(self._x, self._x, steps) + np.diag(noise / self._weight + 1e-9)
-        factor = np.linalg.cholesky(covariance)
-        inverse_factor = np.linalg.inv(factor)
-        self._inverse = inverse_factor.T @ inverse_factor
-        ones = self._inverse.sum(axis=1)
-        self._mean = float(ones @ y / ones.sum())
-        self._alpha = self._inverse @ (y - self._mean)
-        self._variance = max(float((y - self._mean) @ self._alpha) / len(y), 1e-12)
-        return -0.5 * len(y) * math.log(self._variance) - float(np.log(np.diag(factor)).sum())
+    def _solve(self, steps: NDArray[np.int64], y: Floats) -> tuple[float, Floats, Floats, float, float]:
+        """Return log evidence, Cholesky factor, whitened residuals, mean and variance, the latter in closed form."""
+        noise = np.diag(self._noise(steps) / self._weight + _JITTER)
+        factor: Floats = np.linalg.cholesky(self._kernel(self._x, self._x, steps) + noise)
+        white_y, white_one = np.linalg.solve(factor, np.stack([y, np.ones(len(y))], axis=1)).T
+        mean = float(white_one @ white_y / (white_one @ white_one))
+        white = white_y - mean * white_one
+        variance = max(float(white @ white) / len(y), 1e-12)
+        evidence = -0.5 * len(y) * math.log(variance) - float(np.log(np.diag(factor)).sum())
+        return evidence, factor, white, mean, variance
+
+    def _noise(self, steps: NDArray[np.int64]) -> float:
+        return math.exp(self._start[-1] + math.log(2.0) * steps[-1])
 
     def _evidence(self, steps: NDArray[np.int64], y: Floats) -> float:
-        return self._solve(steps, y) - 0.5 * float((steps**2).sum()) * (math.log(2.0) / self._PRIOR) ** 2
+        return self._solve(steps, y)[0] - 0.5 * float((steps**2).sum()) * (math.log(2.0) / self._PRIOR) ** 2
 
     def _kernel(self, a: Floats, b: Floats, steps: NDArray[np.int64]) -> Floats:
         length = np.exp(self._start[:-1] + math.log(2.0) * steps[:-1])

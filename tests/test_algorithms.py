@@ -1,0 +1,273 @@
+"""What every algorithm must keep of the protocol, and what the search relies on."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import math
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import Landscape, noise
+
+from lrope_gguf.curve import Curve
+from lrope_search.algorithm import Algorithm, Candidate, Score, rank
+from lrope_search.algorithms import ALGORITHMS, make_algorithm
+from lrope_search.space import CurveSpace, Ledger
+
+pytest.importorskip("cmaes")
+NAMES = pytest.mark.parametrize("name", ALGORITHMS)
+BOUNDS = [(0.5, 4.0), (0.98, 1.02), (1.0, 1.3), (0.7, 1.0), (0.123456, 1.00001)]
+
+
+def key(candidate: Candidate) -> tuple[float, ...]:
+    return tuple(round(s, 3) for s in candidate.factors)
+
+
+def play(algorithm: Algorithm, budget: int, score: Callable[[Candidate], Score]) -> list[tuple[Candidate, Score]]:
+    """Drive an algorithm as the search does; at the end all that was asked for is told."""
+    told: list[tuple[Candidate, Score]] = []
+    pending: list[Candidate] = []
+    while len(told) < budget:
+        room = len(told) + len(pending) < budget and len(pending) < algorithm.lag
+        candidate = algorithm.ask() if room else None
+        if candidate is not None:
+            pending.append(candidate)
+        elif pending:
+            told.append((pending[0], score(pending[0])))
+            algorithm.tell(*told[-1])
+            del pending[0]
+        else:
+            assert algorithm.should_stop()
+            break
+    return told
+
+
+def bumpy(candidate: Candidate) -> Score:
+    return 2, Landscape(len(candidate.factors)).log_probability(candidate.factors, 0)
+
+
+@pytest.mark.parametrize("module", ["algorithm", "baselines", "genetic", "papers", "space", "surrogate"])
+def test_docstring_examples(module: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"lrope_search.{module}")).failed == 0
+
+
+def test_every_algorithm_has_an_example_that_runs() -> None:
+    for algorithm in ALGORITHMS.values():
+        assert doctest.DocTestFinder().find(algorithm)[0].examples
+
+
+@NAMES
+@settings(max_examples=6, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n_layer=st.integers(1, 40),
+    degree=st.integers(1, 5),
+    bounds=st.sampled_from(BOUNDS),
+    width=st.sampled_from([0.01, 0.05, 1.0]),
+)
+def test_candidates_are_legal_and_never_repeat(
+    name: str, seed: int, n_layer: int, degree: int, bounds: tuple[float, float], width: float
+) -> None:
+    algorithm = make_algorithm(name, n_layer, degree=degree, bounds=bounds, seed=seed, width=width)
+    told = play(algorithm, 36, lambda c: (1, noise(seed, c.factors)))
+    for candidate, _ in told:
+        x, y = zip(*candidate.curve.control_points, strict=True)
+        assert len(x) == degree + 1 and x[0] == 0.0 and x[-1] == 1.0 and list(x) == sorted(x)
+        assert all(bounds[0] <= v <= bounds[1] for v in y)
+        assert all(bounds[0] <= v <= bounds[1] for v in candidate.factors)
+        np.testing.assert_allclose(candidate.factors, candidate.curve.factors(n_layer), rtol=0, atol=1e-8)
+    keys = [key(c) for c, _ in told]
+    assert len(set(keys)) == len(keys)
+    assert [c.id for c, _ in told] == list(range(len(told)))
+    assert told[0][0].factors == (1.0,) * n_layer and told[0][0].origin == "identity"
+    assert len(told) == 36 or algorithm.should_stop()
+
+
+@NAMES
+def test_same_seed_same_candidates(name: str) -> None:
+    first = play(make_algorithm(name, 12, seed=3), 75, bumpy)
+    assert play(make_algorithm(name, 12, seed=3), 75, bumpy) == first
+    assert play(make_algorithm(name, 12, seed=4), 75, bumpy) != first
+
+
+@NAMES
+def test_asking_in_vain_changes_nothing(name: str) -> None:
+    def pestered(algorithm: Algorithm) -> list[Candidate]:
+        asked, pending = [], []
+        while len(asked) < 90:
+            candidate = algorithm.ask()
+            if candidate is None:
+                assert algorithm.ask() is None and algorithm.ask() is None and not algorithm.should_stop()
+                algorithm.tell(pending[0], bumpy(pending[0]))
+                del pending[0]
+            else:
+                asked.append(candidate)
+                pending.append(candidate)
+                assert len(pending) <= algorithm.lag
+        return asked
+
+    told = play(make_algorithm(name, 12, seed=5), 90, bumpy)
+    assert [c for c, _ in told] == pestered(make_algorithm(name, 12, seed=5))
+
+
+@NAMES
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_candidates_do_not_depend_on_which_result_comes_first(name: str, workers: int) -> None:
+    """The driver's rule: ask for k when all up to k - lag are told; workers finish in an order nobody foresees."""
+    algorithm = make_algorithm(name, 12, seed=6)
+    asked: list[Candidate] = []
+    waiting: list[Candidate] = []  # in order of ids
+    done: dict[int, Score] = {}
+    order = random.Random(workers)
+    while len(asked) < 50:
+        candidate = algorithm.ask() if len(waiting) < algorithm.lag else None
+        if candidate is not None:
+            asked.append(candidate)
+            waiting.append(candidate)
+            continue
+        while waiting[0].id not in done:
+            running = [c for c in waiting if c.id not in done][:workers]
+            finished = order.choice(running)
+            done[finished.id] = bumpy(finished)
+        algorithm.tell(waiting[0], done[waiting[0].id])
+        del waiting[0]
+    told = play(make_algorithm(name, 12, seed=6), 50, bumpy)
+    assert [c for c, _ in told] == asked
+
+
+@NAMES
+def test_scores_are_told_in_order(name: str) -> None:
+    algorithm = make_algorithm(name, 8, seed=1)
+    first, second = algorithm.ask(), algorithm.ask()
+    with pytest.raises(ValueError, match="candidate 0 is next"):
+        algorithm.tell(second, (1, 0.0))
+    stranger = Candidate(0, Curve(((0.0, 1.0), (1.0, 1.0))), (1.0,), "random")
+    with pytest.raises(ValueError, match="candidate 0 is next"):
+        algorithm.tell(stranger, (1, 0.0))
+    algorithm.tell(first, (1, 0.0))
+    algorithm.tell(second, (1, 0.0))
+    with pytest.raises(ValueError, match="none is pending"):
+        algorithm.tell(second, (1, 0.0))
+
+
+@NAMES
+def test_global_random_state_is_neither_used_nor_touched(name: str) -> None:
+    np.random.seed(1)
+    state = np.random.get_state()[1].tolist()
+    first = play(make_algorithm(name, 8), 40, bumpy)
+    assert np.random.get_state()[1].tolist() == state
+    np.random.seed(2)
+    assert play(make_algorithm(name, 8), 40, bumpy) == first
+
+
+@NAMES
+def test_useless_candidates_do_no_harm(name: str) -> None:
+    """A model that yields NaN gives a fitness of -inf."""
+
+    def score(c: Candidate) -> Score:
+        return (1, -math.inf) if max(c.factors) > 1.06 else (2, -abs(sum(c.factors) - 8.2))
+
+    told = play(make_algorithm(name, 8, seed=1), 120, score)
+    best = min(told, key=rank)
+    assert max(best[0].factors) <= 1.06 and best[1][1] > -0.12
+    play(make_algorithm(name, 8, seed=1), 40, lambda c: (1, -math.inf))
+
+
+@NAMES
+def test_a_space_of_few_curves_is_exhausted(name: str) -> None:
+    algorithm = make_algorithm(name, 1, bounds=(0.998, 1.002), uniform_factors=(), width=0.001)
+    told = play(algorithm, 1000, lambda c: (1, -abs(c.factors[0] - 1.001)))
+    assert {key(c) for c, _ in told} <= {(0.998,), (0.999,), (1.0,), (1.001,), (1.002,)}
+    assert algorithm.should_stop() and algorithm.ask() is None
+
+
+@NAMES
+def test_callers_curves_come_early_and_of_the_right_degree(name: str) -> None:
+    curve = Curve(((0.0, 1.0), (0.2, 1.1), (0.7, 1.2), (1.0, 0.9)))
+    told = play(make_algorithm(name, 9, uniform_factors=(0.9, 5.0), curves=(curve,)), 3, bumpy)
+    assert [c.origin for c, _ in told] == ["identity", "uniform", "seed"]
+    np.testing.assert_allclose(told[2][0].factors, curve.factors(9), atol=1e-4)
+    with pytest.raises(ValueError, match="degree 1 in a search of degree 3"):
+        make_algorithm(name, 4, curves=(Curve(((0.0, 1.0), (1.0, 1.1))),))
+
+
+@pytest.mark.parametrize("name", ["ga", "cma-es", "de", "papers-ga"])
+def test_learns_from_scores(name: str) -> None:
+    """The latest candidates are better than the first random ones; random search alone learns nothing."""
+
+    def score(c: Candidate) -> Score:
+        return 1, -float(np.sum(np.abs(np.log(c.factors) - np.linspace(0.0, 0.15, 8))))
+
+    values = [fitness for _, (_, fitness) in play(make_algorithm(name, 8, seed=2), 100 if name == "ga" else 240, score)]
+    assert np.median(values[-30:]) > np.median(values[8:16]) + 0.2
+
+
+def test_an_unknown_algorithm_or_option_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        make_algorithm("simulated-annealing", 4)
+    with pytest.raises(TypeError):
+        make_algorithm("ga", 4, temperature=1.0)
+
+
+def test_an_abandoned_differential_evolution_leaves_no_thread() -> None:
+    def threads() -> int:
+        return sum(thread.name == "differential evolution" for thread in threading.enumerate())
+
+    before = threads()
+    algorithm: Any = make_algorithm("de", 8)
+    play(algorithm, 20, bumpy)
+    assert threads() == before + 1
+    del algorithm
+    deadline = time.monotonic() + 10.0
+    while threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threads() == before
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), degree=st.integers(1, 6), bounds=st.sampled_from(BOUNDS))
+def test_repair_is_idempotent_and_alike_for_one_and_many(
+    data: st.DataObject, degree: int, bounds: tuple[float, float]
+) -> None:
+    space = CurveSpace(9, degree=degree, bounds=bounds)
+    values = st.lists(st.floats(-3.0, 3.0), min_size=2 * degree, max_size=2 * degree)
+    genomes = np.array(data.draw(st.lists(values, min_size=1, max_size=4)))
+    repaired = space.repair(genomes)
+    assert np.array_equal(space.repair(repaired), repaired)
+    assert np.array_equal(repaired, [space.repair(genome) for genome in genomes])
+    x = repaired[:, degree + 1 :]
+    assert np.all(np.diff(x, axis=1) >= 0.0) and np.all((repaired >= space.box[:, 0]) & (repaired <= space.box[:, 1]))
+    # points move as pairs: each y goes where its x goes
+    before = sorted(
+        zip(np.clip(genomes[0, degree + 1 :], 0, 1), np.clip(genomes[0, 1:degree], *np.log(bounds)), strict=True)
+    )
+    assert before == sorted(zip(x[0], repaired[0, 1:degree], strict=True))
+    for genome in repaired:
+        np.testing.assert_allclose(space.encode(space.decode(genome)), genome, atol=5e-4)
+        exact = np.log(space.decode(genome).factors(9))
+        np.testing.assert_allclose(space.log_factors([genome], np.linspace(0, 1, 9))[0], exact, atol=0.05)
+
+
+def test_quick_factors_are_close_for_smooth_curves() -> None:
+    space, generator = CurveSpace(24), np.random.default_rng(0)
+    genomes = [space.smooth(generator, 0.2) for _ in range(30)]
+    exact = np.log([space.decode(genome).factors(24) for genome in genomes])
+    np.testing.assert_allclose(space.log_factors(genomes, np.linspace(0, 1, 24)), exact, atol=1e-3)
+
+
+def test_the_ledger_knows_repeated_factors() -> None:
+    space = CurveSpace(4)
+    ledger = Ledger(space)
+    one = ledger.issue(space.uniform(1.1), "uniform")
+    assert one is not None and ledger.find(space.uniform(1.1)) == 0
+    assert ledger.issue(space.uniform(1.1003), "uniform") is None  # equal to 1e-3
+    other = ledger.issue(space.uniform(1.102), "uniform")
+    assert other is not None and other.id == 1 and ledger.find(space.uniform(1.2)) is None
