@@ -429,10 +429,8 @@ def block_size(path: str | os.PathLike[str]) -> int:
         os.close(handle)
 
 
-def may_share_blocks(source: str | os.PathLike[str], directory: Path) -> bool | None:
-    """Whether a new file in `directory` could share blocks with `source`; None where only trying tells."""
-    if not sys.platform.startswith("linux"):
-        return False
+def file_system(directory: str | os.PathLike[str]) -> str:
+    """Kind of the file system of a directory, such as `"ext4"`, as Linux names it; empty where that is unknown."""
     real = os.path.realpath(directory)
     mount, kind = "", ""
     with suppress(OSError):
@@ -441,8 +439,16 @@ def may_share_blocks(source: str | os.PathLike[str], directory: Path) -> bool | 
             point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
             if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(mount):
                 mount, kind = point, fields[fields.index("-") + 1]
+    return kind
+
+
+def may_share_blocks(source: str | os.PathLike[str], directory: Path) -> bool | None:
+    """Whether a new file in `directory` could share blocks with `source`; None where only trying tells."""
+    if not sys.platform.startswith("linux"):
+        return False
+    kind = file_system(directory)
     answer = _SHARING.get(kind, False)
-    if answer is not False and Path(source).stat().st_dev != Path(real).stat().st_dev:
+    if answer is not False and Path(source).stat().st_dev != directory.stat().st_dev:
         return None if kind == "btrfs" else False  # its subvolumes have devices of their own
     return answer
 

@@ -89,6 +89,19 @@ def test_killed_or_failing_at_every_system_call(name: str, tmp_path: Path) -> No
     assert {"old", "new"} <= states
 
 
+@pytest.mark.skipif(not kill_points.can_trace(), reason="processes cannot be traced here")
+@pytest.mark.parametrize("name", ["copy over another file", "longer document", "removal"])
+def test_full_disk_of_any_size(name: str) -> None:
+    with kill_points.small_disk() as disk:
+        if disk is None:
+            pytest.skip("cannot mount here")
+        for bench in kill_points.benches((CASES[name],), disk):
+            for seen in (True, False):
+                results = list(bench.full(disk, seen=seen))
+                assert not [problem for _, problems in results for problem in problems]
+                assert {state for state, _ in results} == {"old, refused", "new, done"}
+
+
 def test_a_killed_writers_file_is_removed_by_the_next_and_nothing_else(model: Path) -> None:
     stale = model.with_name(".lrope-0123456789abcdef.tmp")
     stale.write_bytes(b"half")
