@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 
 from lrope_search.tasks import TokenLimit
 
+STEPS = st.lists(st.integers(0, 30), min_size=1, max_size=80)
 
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=80), st.integers(1, 5), st.integers(0, 900))
-def test_the_largest_size_that_fits_is_found(steps: list[int], low: int, limit: int) -> None:
+
+@given(STEPS, st.integers(1, 5), st.integers(0, 85), st.integers(-3, 3))
+def test_the_largest_size_that_fits_is_found(steps: list[int], low: int, near: int, beside: int) -> None:
     tokens = [0] * low + [5 + total for total in itertools.accumulate(steps)]  # of sizes 0, 1, ...
     high = len(tokens) - 1
+    limit = tokens[min(near, high)] + beside
     found = TokenLimit(limit, len).largest(lambda size: "x" * tokens[size], low, high)
     fitting = [size for size in range(low, high + 1) if tokens[size] <= limit]
     assert found == ((fitting[-1], tokens[fitting[-1]]) if fitting else (0, tokens[low]))
