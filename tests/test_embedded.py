@@ -11,7 +11,7 @@ import pytest
 from lrope_gguf import read_model
 from lrope_gguf.errors import LropeError
 from lrope_search import embedded
-from lrope_search.tasks import KeyValueTask
+from lrope_search.tasks import KeyValueTask, TokenLimit
 from lrope_search.words import KEY_WORDS, VALUE_WORDS
 
 CARD = Path(__file__).resolve().parent.parent / "models" / "README.md"
@@ -51,3 +51,13 @@ def test_prompts_are_of_words() -> None:
 def test_there_are_no_more_keys_than_words() -> None:
     with pytest.raises(LropeError, match="--keys 257: there are 256 such keys"):
         KeyValueTask(257, identifiers="word")
+
+
+def test_as_many_words_as_fit() -> None:
+    def count(text: str) -> int:
+        return len(text.replace("=", " =").split())
+
+    context = KeyValueTask(depths=3, identifiers="word", limit=TokenLimit(102, count)).context("test", 0)
+    assert count(context.prefix + context.probes[0].question) == 101
+    with pytest.raises(LropeError, match="256 pairs take only 515, and there are no more such keys"):
+        KeyValueTask(depths=3, identifiers="word", limit=TokenLimit(600, count)).context("test", 0)
