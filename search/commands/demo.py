@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     demo = _DEMOS[args.model]
     args.dir.mkdir(parents=True, exist_ok=True)
     base = demo.path(args.dir)
-    args = argparse.Namespace(**vars(args) | demo.task | {"model": str(base)})
+    args = argparse.Namespace(**{**vars(args), **demo.task, "model": str(base)})
 
     print(f"1. search: {base}, {args.keys} keys and values a context, {args.depths} of them asked for", flush=True)
     outcome = search(args, replace(demo.settings, seed=args.seed), args.dir / f"{base.stem}.study")
