@@ -167,7 +167,7 @@ def draw_factors(
         clip_on=False,
     )  # fmt: skip
     layer_axis(axes, len(factors))
-    axes.set_ylabel(r"factor $s_l$")
+    axes.set_ylabel("factor")
     values = [1.0, *factors, *also, *(py for _, py in control_points or ())]
     margin = max(0.06 * (max(values) - min(values)), 0.02)
     axes.set_ylim(min(values) - margin, max(values) + margin)

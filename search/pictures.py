@@ -82,7 +82,7 @@ def _themed(svg: str) -> str:
     svg = re.sub(r"\s*<metadata>.*?</metadata>|<!--.*?-->\n?", "", svg, flags=re.DOTALL)
     svg = re.sub(r"\s*<defs>\s*<style type=\"text/css\">.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg .*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1">', svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[a-zA-Z]+[\d._]*"', "<g", svg)  # names of groups, the same in every picture
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # names of groups, the same in every picture
     svg = re.sub(r"(?:'[^']*', )*(?:'[^']*'|sans-serif)(?=[\";])", "var(--font)", svg)
     svg = re.sub(r"\n\s*", "\n", svg)
     names = {colour: name for name, colour in COLOURS.items()} | {c: f"order-{i}" for i, c in enumerate(ORDER)}
@@ -214,7 +214,7 @@ def _population(figure: Figure, study: StudySummary) -> None:
     values = [1.0]
     for i, trials in sorted(bins.items()):
         vertices: list[Point] = []
-        codes: list[int] = []
+        codes: list[Any] = []
         for trial in trials:
             points = _vertices(trial)
             vertices += points
@@ -234,7 +234,7 @@ def _population(figure: Figure, study: StudySummary) -> None:
     margin = max(0.05 * (high - low), 0.02)
     axes.set_ylim(low - margin, high + margin)
     axes.ticklabel_format(axis="y", useOffset=False)
-    axes.set_ylabel(r"factor $s_l$")
+    axes.set_ylabel("factor")
     edges = [0.5 + n * i / len(ORDER) for i in range(len(ORDER) + 1)]
     ticks = sorted({round(1 + (n - 1) * i / 4) for i in range(5)})
     shades = ScalarMappable(BoundaryNorm(edges, len(ORDER)), ListedColormap(ORDER))
