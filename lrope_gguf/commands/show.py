@@ -15,6 +15,7 @@ from typing import Any
 from lrope_gguf.curve import AGREEMENT, Curve, CurveFile, Point
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import ModelInfo, factors_key, read_model, shortest
+from lrope_gguf.text import printable
 
 _LABEL = 16
 _BRIEF = 100
@@ -143,9 +144,7 @@ def _lines(
         rows += islice(provenance, _PROVENANCE_LINES)
         if more := sum(1 for _ in provenance):
             rows.append(("  …", f"{more} more lines, see --json"))
-    lines = [
-        line for name, text in rows if text is not None for line in _row(_printable(name), _printable(text), width)
-    ]
+    lines = [line for name, text in rows if text is not None for line in _row(printable(name), printable(text), width)]
     if info.factors is not None:
         lines += ["", *_table(info.factors, width)]
     return lines
@@ -260,11 +259,6 @@ def _brief(value: Any) -> str:
     else:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _BRIEF else f"{text[: _BRIEF - 1]}…"
-
-
-def _printable(text: str) -> str:
-    """`text` without control characters: a file must not steer the terminal."""
-    return "".join(character if character.isprintable() else "�" for character in text)
 
 
 def _plot(path: str, info: ModelInfo, document: CurveFile | None, agreement: bool | None) -> None:
