@@ -30,7 +30,7 @@ Logits = NDArray[np.float32]
 
 _ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ, llama-cparams.h
-_MAX_OUTPUTS = 128  # rows of logits a decode may return: bounds memory where the vocabulary is large
+MAX_OUTPUTS = 128  # rows of logits a decode may return: bounds memory where the vocabulary is large
 
 
 class Rows(NamedTuple):
@@ -338,7 +338,7 @@ class Model:
         parameters.n_ctx = n_ctx
         parameters.n_batch = parameters.n_ubatch = self.n_batch
         parameters.n_seq_max = n_seq
-        parameters.n_outputs_max = max(_MAX_OUTPUTS, n_seq)
+        parameters.n_outputs_max = max(MAX_OUTPUTS, n_seq)
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
         parameters.kv_unified = True
         parameters.swa_full = swa_full

@@ -99,7 +99,7 @@ def reference(model: Model, lead: str, context: Context, factors: tuple[float, .
 def test_a_shared_prefix_scores_as_prompts_of_their_own(
     model: Model, factors: tuple[float, ...], n_batch: int, max_outputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_module, "_MAX_OUTPUTS", max_outputs)
+    monkeypatch.setattr(model_module, "MAX_OUTPUTS", max_outputs)
     task = KeyValueTask(6, depths=4, seed=3)
     with Model(model.path, n_threads=1, n_batch=n_batch, flash_attention=False) as other:
         evaluator = TeacherForcedEvaluator(other, task)

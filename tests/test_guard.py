@@ -90,7 +90,7 @@ def reference(model: Model, text: tuple[int, ...], factors: tuple[float, ...]) -
 
 @native
 def test_guard_measures_kl_between_base_and_curve(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "_MAX_OUTPUTS", 24)
+    monkeypatch.setattr(model_module, "MAX_OUTPUTS", 24)
     rng = np.random.default_rng(1)
     short = tuple((BOS, *rng.integers(0, 90, n).tolist()) for n in (40, 30))
     long = (BOS, *rng.integers(0, 90, 150).tolist())
