@@ -17,6 +17,7 @@ from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import atomic_write_text, write_all, write_error
 
+from .algorithm import Candidate, Score
 from .executor import Job
 from .types import ContextScore, ProbeScore
 
@@ -26,9 +27,10 @@ _KEPT = "what was recorded is kept: the same command resumes"
 class Study:
     """Config, results and best curve of one search, for one process at a time.
 
-    ``config.json`` holds all that decides the results and is written once. ``evaluations.jsonl`` gets one
-    line a result, on disk before `record` returns. ``best.json`` is a curve file, replaced atomically.
-    ``log.txt`` is for people. Resume is replay: a search that starts again finds every result that was
+    ``config.json`` holds all that decides the results and is written once. ``evaluations.jsonl`` gets one line a
+    result, on disk before `record` returns. ``best.json`` is a curve file, replaced atomically. ``candidates.jsonl``
+    gets one line a candidate and is written anew by every run, replay included: it is for reports, and no search
+    reads it. ``log.txt`` is for people. Resume is replay: a search that starts again finds every result that was
     recorded through `lookup`, so that a kill costs at most what was in flight.
 
     Args:
@@ -103,6 +105,52 @@ class Study:
             raise write_error(self.directory / "evaluations.jsonl", error, _KEPT) from None
         self._end = self._evaluations.tell()
         self._results[job] = score
+
+    @staticmethod
+    def kept(directory: Path, name: str) -> Any:
+        """Return what an earlier run in ``directory`` kept as ``name``; None if there is no such thing.
+
+        Raises:
+            LropeError: the file is damaged.
+        """
+        path = Path(directory) / f"{name}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            return None
+        except (ValueError, RecursionError) as error:
+            raise LropeError(f"{path}: is not JSON ({error}); choose another study directory") from None
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep what another machine might find otherwise, unless it was kept before."""
+        path = self.directory / f"{name}.json"
+        if not path.exists():
+            atomic_write_text(path, json.dumps(value) + "\n")
+
+    def begin_candidates(self) -> None:
+        """Forget the candidates of an earlier run: replay tells them again."""
+        self._write_candidates("w", "")
+
+    def record_candidate(self, candidate: Candidate, score: Score) -> None:
+        """Note a candidate whose score is final."""
+        contexts, fitness = score
+        record = {
+            "id": candidate.id,
+            "origin": candidate.origin,
+            "control_points": candidate.curve.control_points,
+            "factors": candidate.factors,
+            "contexts": contexts,
+            "fitness": _encode(fitness),
+        }
+        self._write_candidates("a", json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
+
+    def _write_candidates(self, mode: str, text: str) -> None:
+        path = self.directory / "candidates.jsonl"
+        try:
+            with path.open(mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise write_error(path, error, _KEPT) from None
 
     def save_best(self, best: CurveFile) -> None:
         """Replace ``best.json`` in one atomic step."""

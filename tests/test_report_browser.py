@@ -90,7 +90,8 @@ def test_text_in_pictures_is_inside_them_and_readable_on_a_telephone(browser: Pa
     browser.open(report, width=400)
     smallest = browser.evaluate("Math.min(...[...document.querySelectorAll('svg text')].map(e =>"
                                 " parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a ||"
-                                " parseFloat(getComputedStyle(e).fontSize) * Math.abs(e.getScreenCTM().b)))")  # fmt: skip
+                                " parseFloat(getComputedStyle(e).fontSize) * Math.abs(e.getScreenCTM().b)))"
+                                )  # fmt: skip
     assert smallest > 6.5
     outside = browser.evaluate(
         "[...document.querySelectorAll('svg')].flatMap(s => { const b = s.getBoundingClientRect();"

@@ -140,6 +140,7 @@ _EMBEDDED = _Demo(
         bounds=(0.5, 4.0),
         uniform_factors=(0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0),
         width=0.3,
+        max_kl=100.0,  # ordinary text means nothing to this model
     ),
     n_asked=4,
     n_predict=4,

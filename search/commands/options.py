@@ -149,7 +149,7 @@ def task_config(args: argparse.Namespace) -> dict[str, Any]:
                 "prompt_template": escaped(DEFAULT_TEMPLATE)}  # fmt: skip
     own = {name: getattr(args, name) for name in sorted(_OPTIONS[args.task])}
     own |= {name: value for name, value in defaults.items() if name in own and own[name] is None}
-    own["data"] = None if args.data is None else _named(Path(args.data))
+    own["data"] = None if args.data is None else file_identity(args.data)
     return {
         "name": args.task,
         **own,
@@ -170,13 +170,18 @@ def escaped(text: str) -> str:
     return text.replace("\n", "\\n")
 
 
-def _named(path: Path) -> str:
-    """A file by name and content, not by where it lies: a study may move."""
+def file_identity(path: Path | str) -> str:
+    """Return a file's name and content's hash, not where it lies: a study may move.
+
+    Raises:
+        LropeError: the file cannot be read.
+    """
+    path = Path(path)
     try:
         with path.open("rb") as file:
             return f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
     except OSError as error:
-        raise LropeError(f"{path}: cannot be read ({error.strerror}); give a JSONL file") from None
+        raise LropeError(f"{path}: cannot be read ({error.strerror}); give another file") from None
 
 
 def positive(text: str) -> int:
