@@ -20,6 +20,7 @@ from ..model import binding_version, physical_cores
 from ..processes import ProcessExecutor, free_memory, visible_gpus
 from ..progress import Progress
 from ..ray_executor import RayExecutor
+from ..report import write_report
 from ..search import SearchOutcome, SearchSettings, run_search
 from ..study import Study
 from ..table import depth_table
@@ -156,7 +157,7 @@ def search(
             if dry_run:
                 return None
             executor = _workers(args, dataclasses.replace(spec, guard_texts=facts.guard_texts), scout, stack)
-            return run_search(
+            outcome = run_search(
                 executor,
                 study,
                 settings,
@@ -165,6 +166,16 @@ def search(
                 block_count=info.block_count,
                 guard_contexts=1,
             )
+            progress.line(_report(directory))
+            return outcome
+
+
+def _report(directory: Path) -> str:
+    """Make the study's report and say where it is, or why there is none: a search does not fail for want of a picture."""
+    try:
+        return f"report: {write_report(directory)}"
+    except LropeError as error:
+        return f"no report: {error}"
 
 
 _OPTIONAL: dict[str, Any] = {
