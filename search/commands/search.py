@@ -171,7 +171,7 @@ def search(
 
 
 def _report(directory: Path) -> str:
-    """Make the study's report and say where it is, or why there is none: a search does not fail for want of a picture."""
+    """Make the study's report; say where it is, or why there is none, for want of which no search fails."""
     try:
         return f"report: {write_report(directory)}"
     except LropeError as error:
