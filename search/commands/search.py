@@ -227,9 +227,9 @@ def _estimate(
     n_workers = args.workers or 1
     gpus = () if args.executor == "ray" else args.gpus or visible_gpus()
     if args.executor == "local":
-        progress.line(memory_text(facts.memory, n_workers))
         if not gpus:
             check_memory(facts.memory, n_workers, memory)
+        progress.line(memory_text(facts.memory, n_workers))
     job = Job((1.0,) * scout.n_layer, "search", 0)
     score = study.lookup(job)
     if score is None:
@@ -253,7 +253,7 @@ def _estimate(
 def memory_text(memory: MemoryNeeded, n_workers: int) -> str:
     """Say what the workers will take."""
     return (
-        f"memory: {_gib(memory.weights)} for the model and {_gib(memory.per_worker)} for each worker, "
+        f"memory: {_size(memory.weights)} for the model and {_size(memory.per_worker)} for each worker, "
         f"{n_workers} of them"
     )
 
@@ -266,8 +266,8 @@ def check_memory(memory: MemoryNeeded, n_workers: int, free: int | None) -> None
     most = (free - memory.weights) // max(memory.per_worker, 1)
     advice = f"give at most {most}" if most >= 1 else "give smaller contexts or free some memory"
     raise LropeError(
-        f"--workers {n_workers}: need {_gib(needed)} ({_gib(memory.weights)} for the model, "
-        f"{_gib(memory.per_worker)} for each worker), but {_gib(free)} are free; {advice}"
+        f"--workers {n_workers}: need {_size(needed)} ({_size(memory.weights)} for the model, "
+        f"{_size(memory.per_worker)} for each worker), but {_size(free)} are free; {advice}"
     )
 
 
@@ -281,8 +281,8 @@ def outcome_text(outcome: SearchOutcome) -> str:
     return f"{depth_table(sides)}\n\n{outcome.verdict.text}"
 
 
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB"
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
 
 
 def _names(text: str) -> tuple[str, ...]:
