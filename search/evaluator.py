@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -17,7 +16,9 @@ from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
 
-from .model import Logits, Model, Tokens
+from .guard import GUARD, Guard
+from .logits import RowWorkers, gold_scores
+from .model import MAX_SEQUENCES, Model, Tokens
 from .tasks import SPLITS, Task
 from .types import Context, ContextScore, Probe, ProbeScore
 
@@ -78,6 +79,11 @@ class _Encoding:
         return int(self.positions.max()) + 2
 
     @property
+    def n_seq(self) -> int:
+        """Sequences: one for the prefix, one for each probe."""
+        return 1 + len(self.questions)
+
+    @property
     def n_cells(self) -> int:
         """Cells of the KV cache that scoring or generating takes."""
         return self.n_tokens + MAX_NEW_TOKENS * len(self.questions)
@@ -91,24 +97,33 @@ class TeacherForcedEvaluator:
     write it.
     """
 
-    def __init__(self, model: Model, task: Task, *, answer_prefix: str = "") -> None:
+    def __init__(
+        self, model: Model, task: Task, *, answer_prefix: str = "", guard: Guard | None = None, pack_tokens: int = 0
+    ) -> None:
         """Hold ``model``, whose context is made here and whose lifetime stays the caller's concern.
 
         ``answer_prefix``: text that begins the answer and is given to the model as part of the prompt, for base
-        models that would not answer in the wanted form by themselves.
+        models that would not answer in the wanted form by themselves. ``guard`` scores the split ``guard``.
+        ``pack_tokens``: `evaluate_many` computes contexts together until they have so many tokens. A GPU that short
+        contexts would starve wants some thousands; 0, one after the other, is best for a CPU.
         """
         self._model = model
         self._task = task
         self._answer_prefix = answer_prefix
+        self._guard = guard
+        self._pack_tokens = pack_tokens
+        self._workers = RowWorkers(model.n_threads)
         self._base = (1.0,) * model.n_layer
         self._encodings: dict[tuple[str, int], _Encoding] = {}
-        self._n_seq = 0
+        self._n_cells = self._n_seq = 0
         self._warned = False
         self._prefilled: tuple[tuple[float, ...], str, int] | None = None
         self._lead = self._calibrate(task.calibration())
         # From the task alone, never from what was asked for first: the size of a cache can sway rounding.
         first = (self._encode(split, i) for split in SPLITS for i in range(2) if self._has(split, i))
-        self._reserve(max(first, key=lambda encoding: encoding.n_cells))
+        largest = max(first, key=lambda encoding: encoding.n_cells)
+        n_packed = max(1, min(pack_tokens // largest.n_tokens, MAX_SEQUENCES // largest.n_seq))
+        self._reserve(n_packed * largest.n_cells, n_packed * largest.n_seq)
 
     @property
     def lead(self) -> str:
@@ -127,26 +142,87 @@ class TeacherForcedEvaluator:
     def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
         """Score context ``index`` of ``split`` under ``factors``.
 
-        The log-probability is that of the value, after its lead; ``correct`` asks for the lead's tokens too.
-        Raises `LropeError` if the factors are refused or the model computes something else than numbers.
+        The log-probability is that of the value, after its lead; ``correct`` asks for the lead's tokens too. Where
+        the model computes something else than numbers, all log-probabilities are -inf. Split ``guard``: see `Guard`.
+        Raises `LropeError` if the factors are refused.
         """
+        return self.evaluate_many(factors, [(split, index)])[0]
+
+    def evaluate_many(self, factors: tuple[float, ...], jobs: Sequence[tuple[str, int]]) -> list[ContextScore]:
+        """Score contexts, each given as split and index, as `evaluate` does; in their order.
+
+        Consecutive contexts share batches as far as ``pack_tokens`` allows. That changes scores by rounding, so that
+        whoever wants the same bits again must ask for the same contexts in the same order. Seconds are shared by
+        tokens.
+        """
+        scores: list[ContextScore] = []
+        for guarded, group in itertools.groupby(jobs, lambda job: job[0] == GUARD):
+            if guarded:
+                scores += [self._evaluate_guard(factors, index) for _, index in group]
+            else:
+                for pack in self._packs(list(group)):
+                    scores += self._evaluate_pack(factors, pack)
+        return scores
+
+    def _packs(self, jobs: Sequence[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+        pack: list[tuple[str, int]] = []
+        n_tokens = n_seq = 0
+        for job in jobs:
+            encoding = self._encode(*job)
+            n_tokens += encoding.n_tokens
+            n_seq += encoding.n_seq
+            if pack and (n_tokens > self._pack_tokens or n_seq > MAX_SEQUENCES):
+                yield pack
+                pack, n_tokens, n_seq = [], encoding.n_tokens, encoding.n_seq
+            pack.append(job)
+        if pack:
+            yield pack
+
+    def _evaluate_pack(self, factors: tuple[float, ...], jobs: Sequence[tuple[str, int]]) -> list[ContextScore]:
         start = time.perf_counter()
-        encoding = self._encode(split, index)
-        self._prefill(encoding, factors)
-        log_p = np.empty(len(encoding.gold))
-        hit = np.empty(len(encoding.gold), np.bool_)
-        rows_of_tokens = self._model.decode(encoding.tokens, encoding.positions, encoding.sequences, encoding.wanted)
-        for rows, logits in rows_of_tokens:
-            log_p[rows], hit[rows] = _score(logits, encoding.gold[rows])
-        if not np.isfinite(log_p).all():
-            self._fail(factors)
-        self._prefilled = (factors, split, index)
+        encodings = [self._encode(*job) for job in jobs]
+        firsts = self._prefill(encodings, factors)
+        gold = np.concatenate([encoding.gold for encoding in encodings])
+        log_p = np.empty(len(gold))
+        hit = np.empty(len(gold), np.bool_)
+        decoding = self._model.decode(
+            np.concatenate([encoding.tokens for encoding in encodings]),
+            np.concatenate([encoding.positions for encoding in encodings]),
+            np.concatenate([encoding.sequences + first for encoding, first in zip(encodings, firsts, strict=True)]),
+            np.concatenate([encoding.wanted for encoding in encodings]),
+        )
+        for rows, logits in decoding:
+            log_p[rows], hit[rows] = gold_scores(logits, gold[rows], self._workers)
+        broken = not np.isfinite(log_p).all()
+        if broken:
+            self._model.clear(data=True)  # a NaN outlives the token that it belongs to
+            if len(jobs) > 1:  # and reaches its neighbours
+                return [score for job in jobs for score in self._evaluate_pack(factors, [job])]
+        elif len(jobs) == 1:
+            self._prefilled = (factors, *jobs[0])
+        seconds = (time.perf_counter() - start) / sum(encoding.n_tokens for encoding in encodings)
+        ends = np.cumsum([len(encoding.gold) for encoding in encodings])[:-1]
+        scores = []
+        for job, encoding, own, right in zip(jobs, encodings, np.split(log_p, ends), np.split(hit, ends), strict=True):
+            n, probes = encoding.n_tokens, self._probe_scores(job, encoding, own, right)
+            scores.append(ContextScore(*job, probes, n, seconds * n))
+        return scores
+
+    def _probe_scores(
+        self, job: tuple[str, int], encoding: _Encoding, log_p: NDArray[np.float64], hit: NDArray[np.bool_]
+    ) -> tuple[ProbeScore, ...]:
         owner, scored = encoding.owner, encoding.scored
         means = np.bincount(owner, log_p * scored) / np.bincount(owner, scored)
         correct = np.bincount(owner, ~hit) == 0
-        depths = (probe.depth for probe in self._task.context(split, index).probes)
-        scores = tuple(map(ProbeScore, depths, means.tolist(), correct.tolist()))
-        return ContextScore(split, index, scores, encoding.n_tokens, time.perf_counter() - start)
+        if not np.isfinite(log_p).all():  # masked, a NaN may still reach the other probes: it depends on the kernel
+            means[:], correct[:] = -np.inf, False
+        depths = (probe.depth for probe in self._task.context(*job).probes)
+        return tuple(map(ProbeScore, depths, means.tolist(), correct.tolist()))
+
+    def _evaluate_guard(self, factors: tuple[float, ...], index: int) -> ContextScore:
+        if self._guard is None:
+            raise LropeError("the evaluator was made without a guard; give it one to score ordinary text")
+        return self._guard.score(factors, index)
 
     def generate(self, factors: tuple[float, ...], split: str, index: int) -> tuple[Generation, ...]:
         """Answer all probes of a context by greedy decoding, side by side.
@@ -156,34 +232,43 @@ class TeacherForcedEvaluator:
         """
         encoding = self._encode(split, index)
         if self._prefilled != (factors, split, index):
-            self._prefill(encoding, factors)
+            self._prefill([encoding], factors)
         context = self._task.context(split, index)
         written = self._write(encoding, context.probes, factors)
         texts = (self._model.text(tokens) for tokens in written)
         return tuple(Generation(p.depth, t, _contains(t, p)) for p, t in zip(context.probes, texts, strict=True))
 
-    def _prefill(self, encoding: _Encoding, factors: tuple[float, ...]) -> None:
-        """Compute the shared prefix under ``factors`` and give each probe's sequence a copy of it."""
+    def _prefill(self, encodings: Sequence[_Encoding], factors: tuple[float, ...]) -> list[int]:
+        """Compute the shared prefixes under ``factors`` and give each probe's sequence a copy of its own.
+
+        Returns each context's first sequence, which holds its prefix; those of its probes follow.
+        """
         self._prefilled = None
-        if encoding.length > self._model.n_ctx_train and not self._warned:
+        longest = max(encoding.length for encoding in encodings)
+        if longest > self._model.n_ctx_train and not self._warned:
             self._warned = True
             message = "%s: a prompt of %d tokens, longer than the %d that the model was trained on"
-            _logger.warning(message, self._model.path, encoding.length, self._model.n_ctx_train)
-        if encoding.n_cells > self._model.n_ctx or len(encoding.questions) >= self._n_seq:
-            self._reserve(encoding)
+            _logger.warning(message, self._model.path, longest, self._model.n_ctx_train)
+        n_cells = sum(encoding.n_cells for encoding in encodings)
+        n_seq = sum(encoding.n_seq for encoding in encodings)
+        if n_cells > self._model.n_ctx or n_seq > self._n_seq:
+            self._reserve(max(n_cells, self._n_cells), max(n_seq, self._n_seq))
         self._model.clear()
         self._model.set_factors(factors)
-        self._model.prefill(encoding.prefix)
-        self._fork(encoding)
+        firsts = list(itertools.accumulate((encoding.n_seq for encoding in encodings[:-1]), initial=0))
+        self._model.prefill([encoding.prefix for encoding in encodings], firsts)
+        for encoding, first in zip(encodings, firsts, strict=True):
+            self._fork(encoding, first)
+        return firsts
 
-    def _fork(self, encoding: _Encoding) -> None:
-        for sequence in range(1, len(encoding.questions) + 1):
-            self._model.copy_sequence(0, sequence)
+    def _fork(self, encoding: _Encoding, first: int = 0) -> None:
+        for sequence in range(1, encoding.n_seq):
+            self._model.copy_sequence(first, first + sequence)
 
-    def _reserve(self, largest: _Encoding) -> None:
-        """Make room for contexts like ``largest``, and a tenth more: identifiers differ in their tokens."""
-        self._n_seq = len(largest.questions) + 1
-        self._model.reserve(largest.n_cells * 11 // 10, self._n_seq)
+    def _reserve(self, n_cells: int, n_seq: int) -> None:
+        """Make room for contexts that need so much, and a tenth more: identifiers differ in their tokens."""
+        self._n_cells, self._n_seq = n_cells, n_seq
+        self._model.reserve(n_cells * 11 // 10, n_seq)
 
     def _write(self, encoding: _Encoding, probes: Sequence[Probe], factors: tuple[float, ...]) -> list[list[int]]:
         """Return the tokens that greedy decoding writes after each question; the prefix is there already."""
@@ -218,20 +303,27 @@ class TeacherForcedEvaluator:
         return written
 
     def _calibrate(self, context: Context) -> Lead:
-        """Return the lead that the base model writes most often in an easy context."""
+        """Return the lead that the base model writes most often in an easy context, the context's own if none is."""
         self._frame = _frame([probe.question for probe in context.probes])
         encoding = self._encode_context(context, Lead("", own_tokens=True))
-        self._prefill(encoding, self._base)
+        self._prefill([encoding], self._base)
         written = self._write(encoding, context.probes, self._base)
         leads: Counter[Lead] = Counter()
         for probe, tokens in zip(context.probes, written, strict=True):
             text = self._model.text(tokens)
-            if _contains(text, probe):
-                lead = text[: text.lower().index(probe.answer.lower())]
+            wordings = (probe.answer.lower(), *(alias.lower() for alias in probe.aliases))
+            starts = [start for wording in wordings if (start := text.lower().find(wording)) >= 0]
+            if starts:
+                lead = text[: min(starts)]
                 own = any(self._model.text(tokens[:n]) == lead for n in range(len(tokens)))
                 key = self._key(probe)
                 leads[Lead(lead.replace(key, _KEY) if key else lead, own)] += 1
-        return leads.most_common(1)[0][0] if leads else Lead("" if self._answer_prefix else ' "', own_tokens=True)
+        # of free answers each may begin with words of its own, which would fit no other question
+        for common, n in leads.most_common(1):
+            if 2 * n >= leads.total():
+                return common
+        default = context.lead.lstrip() if self._model.is_chat else context.lead
+        return Lead("" if self._answer_prefix else default, own_tokens=default != " ")
 
     def _has(self, split: str, index: int) -> bool:
         size = self._task.size(split)
@@ -314,22 +406,5 @@ def _common_prefix(texts: Sequence[Tokens]) -> int:
     return n if same.all() else int(same.argmin())
 
 
-def _score(logits: Logits, gold: Tokens) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return the gold tokens' log-probabilities and whether they are the most likely; overwrites ``logits``.
-
-    Row by row, so that a large vocabulary's row stays in the processor's cache.
-    """
-    log_p = np.empty(len(gold))
-    hit = np.empty(len(gold), np.bool_)
-    for i, (row, token) in enumerate(zip(logits, gold.tolist(), strict=True)):
-        best = int(row.argmax())
-        hit[i] = best == token
-        np.subtract(row, row[best], out=row)
-        own = float(row[token])
-        np.exp(row, out=row)
-        log_p[i] = own - math.log(row.sum(dtype=np.float64))
-    return log_p, hit
-
-
 def _contains(text: str, probe: Probe) -> bool:
-    return probe.answer.lower() in text.lower()
+    return probe.answered_by(text)

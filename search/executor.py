@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias, TypeVar
 
 from .types import ContextScore, Evaluator
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +22,18 @@ class Job:
     index: int
 
 
-class Executor(Protocol):
-    """Runs jobs anywhere and yields each result, tagged by its job, as soon as it is there.
+EvaluatorFactory: TypeAlias = Callable[[int | None], AbstractContextManager[Evaluator]]
+"""Makes an evaluator in the worker that will use it, given the number of CPU threads it may take (None: its choice).
 
-    The order of results is free: who consumes them must not depend on it.
+It travels to other processes and machines: it must be picklable, so hold a model's path and options, not a model.
+"""
+
+
+class Executor(Protocol):
+    """Runs jobs anywhere and gives each result, tagged by its job, as soon as it is there.
+
+    The order of results is free: who consumes them must not depend on it. A worker that is lost (killed, out of
+    memory) costs a repetition, not a result.
     """
 
     @property
@@ -29,31 +41,60 @@ class Executor(Protocol):
         """Number of layers of the model that the workers hold."""
         ...
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, ContextScore]]:
-        """Yield exactly one result for every job, in order of completion."""
+    @property
+    def n_workers(self) -> int:
+        """How many jobs can run at once."""
+        ...
+
+    def submit(self, job: Job) -> None:
+        """Take one more job. More than ``n_workers`` at once wait for their turn."""
+        ...
+
+    def next(self) -> tuple[Job, ContextScore]:
+        """Wait for any of the jobs submitted and return its result, each once.
+
+        Raises:
+            LropeError: an evaluation that failed for a reason its evaluator names, or whose workers were lost time
+                after time.
+        """
+        ...
+
+    def ask(self, function: Callable[[Evaluator], T]) -> T:
+        """Return what ``function``, which must be picklable, finds out from a worker's evaluator. Not between jobs."""
         ...
 
     def close(self) -> None:
-        """Release the workers; no job may follow."""
+        """Release the workers, whatever they are doing; no job may follow. Idempotent."""
         ...
 
 
 class LocalExecutor:
     """One evaluator in this process, one job after the other."""
 
+    n_workers = 1
+
     def __init__(self, evaluator: Evaluator) -> None:
         """Hold ``evaluator``, whose lifetime stays the caller's concern."""
         self._evaluator = evaluator
+        self._jobs: deque[Job] = deque()
 
     @property
     def n_layer(self) -> int:
         """Number of layers of the evaluator's model."""
         return self._evaluator.n_layer
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, ContextScore]]:
-        """Yield the results in the order of the jobs."""
-        for job in jobs:
-            yield job, self._evaluator.evaluate(job.factors, job.split, job.index)
+    def submit(self, job: Job) -> None:
+        """Take one more job."""
+        self._jobs.append(job)
+
+    def next(self) -> tuple[Job, ContextScore]:
+        """Evaluate the oldest job."""
+        job = self._jobs.popleft()
+        return job, self._evaluator.evaluate(job.factors, job.split, job.index)
+
+    def ask(self, function: Callable[[Evaluator], T]) -> T:
+        """Return what ``function`` finds out from the evaluator."""
+        return function(self._evaluator)
 
     def close(self) -> None:
         """Nothing to release."""

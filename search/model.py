@@ -6,6 +6,7 @@ KV cache, logits of chosen tokens only, and the patched library's layer factors 
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import os
@@ -28,7 +29,8 @@ Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
 
 _ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
-_MAX_OUTPUTS = 128  # rows of logits a decode may return: bounds memory where the vocabulary is large
+MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ, llama-cparams.h
+MAX_OUTPUTS = 128  # rows of logits a decode may return: bounds memory where the vocabulary is large
 
 
 class Rows(NamedTuple):
@@ -171,9 +173,10 @@ class Model:
         self._llama = llama = _llama()
         self._model: Any = None
         self._context: Any = None
+        self._owns_model = True
         self.path = Path(path)
-        self._n_batch = n_batch
-        self._n_threads = n_threads or physical_cores()
+        self.n_batch = n_batch
+        self.n_threads = n_threads or physical_cores()
         self._flash_attention = flash_attention
         if not self.path.is_file():
             raise LropeError(f"{path}: no such file")
@@ -212,9 +215,18 @@ class Model:
         """Free the context and the model; idempotent."""
         if self._context:
             self._llama.llama_free(self._context)
-        if self._model:
+        if self._model and self._owns_model:
             self._llama.llama_model_free(self._model)
         self._context = self._model = None
+
+    def twin(self) -> Model:
+        """Return the same loaded model with a context of its own, to be closed before this one."""
+        other = copy.copy(self)
+        other._context = None
+        other._owns_model = False
+        other.n_ctx = 0
+        other._batch = _Batch(self._llama, self.n_batch)
+        return other
 
     def _metadata(self, key: str) -> str:
         buffer = ctypes.create_string_buffer(256)
@@ -276,6 +288,11 @@ class Model:
             pieces.append(buffer.raw[: max(n, 0)])
         return b"".join(pieces).decode("utf-8", "replace")
 
+    def text_start(self) -> tuple[int, ...]:
+        """Return the token that begins a text, if the model wants one."""
+        bos = int(self._llama.llama_vocab_bos(self._vocab))
+        return (bos,) if bos >= 0 and self._llama.llama_vocab_get_add_bos(self._vocab) else ()
+
     def is_end(self, token: int) -> bool:
         """Whether ``token`` ends a generation."""
         return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
@@ -319,10 +336,10 @@ class Model:
             self._context = None
         parameters = llama.llama_context_default_params()
         parameters.n_ctx = n_ctx
-        parameters.n_batch = parameters.n_ubatch = self._n_batch
+        parameters.n_batch = parameters.n_ubatch = self.n_batch
         parameters.n_seq_max = n_seq
-        parameters.n_outputs_max = max(_MAX_OUTPUTS, n_seq)
-        parameters.n_threads = parameters.n_threads_batch = self._n_threads
+        parameters.n_outputs_max = max(MAX_OUTPUTS, n_seq)
+        parameters.n_threads = parameters.n_threads_batch = self.n_threads
         parameters.kv_unified = True
         parameters.swa_full = swa_full
         if self._flash_attention is not None:
@@ -344,10 +361,11 @@ class Model:
         self._llama.llama_memory_seq_rm(self._memory, target, -1, -1)
         self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
-    def prefill(self, tokens: Tokens, sequence: int = 0) -> None:
-        """Append ``tokens`` to an empty ``sequence``, without logits."""
-        n = len(tokens)
-        for _ in self.decode(tokens, np.arange(n), np.full(n, sequence), np.zeros(n, np.bool_)):
+    def prefill(self, texts: Sequence[Tokens], sequences: Sequence[int] = (0,)) -> None:
+        """Append each of ``texts`` to its own, empty sequence, without logits."""
+        positions = np.concatenate([np.arange(len(tokens)) for tokens in texts])
+        owners = np.repeat(sequences, [len(tokens) for tokens in texts])
+        for _ in self.decode(np.concatenate(texts), positions, owners, np.zeros(len(owners), np.bool_)):
             raise AssertionError("no logits were asked for")
 
     def decode(
@@ -362,7 +380,9 @@ class Model:
         start = 0
         while start < len(tokens):
             fits = int(np.searchsorted(seen, seen[start] + self._max_outputs, side="right")) - 1
-            stop = min(start + self._n_batch, fits, len(tokens))
+            stop = min(start + self.n_batch, fits, len(tokens))
+            if stop == len(tokens) - 1 and stop > start + 1:
+                stop -= 1  # ggml's attention on a CPU rounds a lone token by the number of threads
             n = stop - start
             batch.token[:n] = tokens[start:stop]
             batch.pos[:n] = positions[start:stop]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from .types import ContextScore
 
@@ -71,6 +73,18 @@ def contexts_needed(confidence: float) -> int:
     return math.ceil(1.0 - math.log2(1.0 - confidence))
 
 
+def wilson(share: float, n: int, confidence: float = 0.95) -> Interval:
+    """Return the score interval of a share seen in ``n`` independent trials (Wilson 1927).
+
+    Unlike a bootstrap interval it keeps a width where all trials agree: 16 right answers of 16 do not show that
+    every answer is right.
+    """
+    z2 = NormalDist().inv_cdf(0.5 + confidence / 2.0) ** 2
+    centre = (share + z2 / (2.0 * n)) / (1.0 + z2 / n)
+    half = math.sqrt(z2 / n * (share * (1.0 - share) + z2 / (4.0 * n))) / (1.0 + z2 / n)
+    return Interval(share, max(centre - half, 0.0), min(centre + half, 1.0))
+
+
 def compare(
     base: Sequence[ContextScore],
     other: Sequence[ContextScore],
@@ -80,11 +94,13 @@ def compare(
     confidence: float = 0.95,
     max_depths: int = 11,
 ) -> Comparison:
-    """Compare ``other`` with ``base``, context by context, with percentile bootstrap intervals.
+    """Compare ``other`` with ``base``, context by context, with expanded percentile bootstrap intervals.
 
     Contexts are resampled, not probes: probes of one context share its prefix and are dependent
-    (cluster bootstrap; Davison and Hinkley 1997, section 3.8). Probes are grouped by depth, and by the
-    nearest of ``max_depths`` evenly spaced depths where there are more of them than that.
+    (cluster bootstrap; Davison and Hinkley 1997, section 3.8). Few contexts make plain percentile intervals too
+    narrow (of six normal differences, 86 % cover instead of 95 %): the percentiles are those that would give Student's
+    t interval if the means were normal ("expanded" in Hesterberg, arXiv 1411.5279). Probes are grouped by depth, and by
+    the nearest of ``max_depths`` evenly spaced depths where there are more of them than that.
 
     Raises:
         ValueError: no contexts, or the two sides are not of the same contexts and probes.
@@ -132,27 +148,45 @@ def compare(
     )
 
 
-def verdict(curve: Comparison | None, uniform: tuple[float, Comparison] | None = None) -> Verdict:
-    """Say whether the curve is worth using.
+def verdict(
+    curve: Comparison | None,
+    uniform: tuple[float, Comparison] | None = None,
+    kl: float | None = None,
+    *,
+    over_uniform: Comparison | None = None,
+) -> Verdict:
+    """Say whether the curve is worth using: its accuracy must lie above the base model's, interval and all.
 
     Args:
         curve: The curve against the base model on contexts that neither search nor validation saw;
             None if no curve beat the base model on validation.
-        uniform: The best uniform factor, and its comparison on the same contexts.
+        uniform: The best uniform factor, and its comparison with the base model on the same contexts.
+        kl: KL divergence from the base model on ordinary text, in nats per token; None if not measured.
+        over_uniform: The curve against the best uniform factor (`compare` with that as the base), on the same
+            contexts; says how much of the gain is owed to the layers' different factors.
     """
     beside = ""
     if uniform is not None:
         beside = f"; best uniform factor {uniform[0]:g} gains {_points(uniform[1].accuracy_gain.mean)}"
+        if over_uniform is not None and curve is not None:
+            more = _gain(over_uniform.accuracy_gain)
+            beside += f"; {more} above it" if over_uniform.significant else f"; not significantly better: {more}"
+    if kl is not None:
+        size = f"{kl:.3f}" if not 0.0 < kl < 0.0005 else "under 0.001"
+        beside += f"; KL on ordinary text {size}"
     if curve is None:
         return Verdict(False, f"no curve beat the base model on validation: no gain, not recommended{beside}")
-    gain, n, needed = curve.accuracy_gain, curve.n_contexts, contexts_needed(curve.confidence)
-    interval = f"[{_points(gain.low)}, {_points(gain.high)}]"
-    text = f"gain {_points(gain.mean)} points {interval} on {n} unseen contexts{beside}"
+    n, needed = curve.n_contexts, contexts_needed(curve.confidence)
+    text = f"gain {_gain(curve.accuracy_gain)} on {n} unseen contexts{beside}"
     if curve.significant:
         return Verdict(True, text)
     if n < needed:
         return Verdict(False, f"too few contexts to tell, at least {needed} are needed, not recommended: {text}")
     return Verdict(False, f"no significant gain, not recommended: {text}")
+
+
+def _gain(gain: Interval) -> str:
+    return f"{_points(gain.mean)} points [{_points(gain.low)}, {_points(gain.high)}]"
 
 
 def _points(share: float) -> str:
@@ -168,10 +202,21 @@ def _depth_groups(depths: Sequence[float], max_depths: int) -> tuple[NDArray[np.
     return groups, index
 
 
+def _tail(n: int, confidence: float) -> float:
+    """Return what an interval leaves out at each end of ``n`` differences' resampled means.
+
+    Their spread is that of the sample with divisor n, and normal quantiles are too near: both are made good.
+    """
+    if n == 1:
+        return 0.0
+    quantile = stats.t.ppf(0.5 + confidence / 2.0, n - 1) * math.sqrt(n / (n - 1))
+    return float(stats.norm.sf(quantile))
+
+
 def _interval(
     differences: NDArray[np.float64], context: NDArray[np.int_], counts: NDArray[np.float64], confidence: float
 ) -> Interval:
-    """Percentile interval of the mean over contexts of each context's mean difference; NaN if one is not finite.
+    """Bootstrap interval of the mean over contexts of each context's mean difference; NaN if one is not finite.
 
     ``counts`` has shape (resamples, contexts): how often each context was drawn.
     """
@@ -182,7 +227,7 @@ def _interval(
     drawn = counts[:, present]
     with np.errstate(invalid="ignore"):  # 0 / 0 where a resample has none of them
         resampled = drawn @ means / drawn.sum(axis=1)
-    tail = 50.0 * (1.0 - confidence)
+    tail = 100.0 * _tail(len(means), confidence)
     ends = np.nanpercentile(resampled, [tail, 100.0 - tail])
     low, high = np.round(ends, 12)  # differences that cancel give 0, not 1e-17
     return Interval(float(means.mean()), float(low), float(high))

@@ -17,6 +17,7 @@ from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import atomic_write_text, write_all, write_error
 
+from .algorithm import Candidate, Score
 from .executor import Job
 from .types import ContextScore, ProbeScore
 
@@ -26,9 +27,10 @@ _KEPT = "what was recorded is kept: the same command resumes"
 class Study:
     """Config, results and best curve of one search, for one process at a time.
 
-    ``config.json`` holds all that decides the results and is written once. ``evaluations.jsonl`` gets one
-    line a result, on disk before `record` returns. ``best.json`` is a curve file, replaced atomically.
-    ``log.txt`` is for people. Resume is replay: a search that starts again finds every result that was
+    ``config.json`` holds all that decides the results and is written once. ``evaluations.jsonl`` gets one line a
+    result, on disk before `record` returns. ``best.json`` is a curve file, replaced atomically. ``candidates.jsonl``
+    gets one line a candidate and is written anew by every run, replay included: it is for reports, and no search
+    reads it. ``log.txt`` is for people. Resume is replay: a search that starts again finds every result that was
     recorded through `lookup`, so that a kill costs at most what was in flight.
 
     Args:
@@ -104,6 +106,52 @@ class Study:
         self._end = self._evaluations.tell()
         self._results[job] = score
 
+    @staticmethod
+    def kept(directory: Path, name: str) -> Any:
+        """Return what an earlier run in ``directory`` kept as ``name``; None if there is no such thing.
+
+        Raises:
+            LropeError: the file is damaged.
+        """
+        path = Path(directory) / f"{name}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            return None
+        except (ValueError, RecursionError) as error:
+            raise LropeError(f"{path}: is not JSON ({error}); choose another study directory") from None
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep what another machine might find otherwise, unless it was kept before."""
+        path = self.directory / f"{name}.json"
+        if not path.exists():
+            atomic_write_text(path, json.dumps(value) + "\n")
+
+    def begin_candidates(self) -> None:
+        """Forget the candidates of an earlier run: replay tells them again."""
+        self._write_candidates("w", "")
+
+    def record_candidate(self, candidate: Candidate, score: Score) -> None:
+        """Note a candidate whose score is final."""
+        contexts, fitness = score
+        record = {
+            "id": candidate.id,
+            "origin": candidate.origin,
+            "control_points": candidate.curve.control_points,
+            "factors": candidate.factors,
+            "contexts": contexts,
+            "fitness": _encode(fitness),
+        }
+        self._write_candidates("a", json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
+
+    def _write_candidates(self, mode: str, text: str) -> None:
+        path = self.directory / "candidates.jsonl"
+        try:
+            with path.open(mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise write_error(path, error, _KEPT) from None
+
     def save_best(self, best: CurveFile) -> None:
         """Replace ``best.json`` in one atomic step."""
         best.save(self.directory / "best.json")
@@ -151,24 +199,41 @@ class Study:
     def _read_evaluations(self) -> None:
         path = self.directory / "evaluations.jsonl"
         self._evaluations.seek(0)
-        lines = self._evaluations.read().splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("torn")
-                job, score = _parse(line)
-            except (ValueError, TypeError, KeyError, RecursionError):
-                if number < len(lines):
-                    raise LropeError(
-                        f"{path}: line {number} is damaged; delete that line (its evaluation is then made again) "
-                        "or choose another study directory"
-                    ) from None
-                self._evaluations.truncate(self._end)
-                os.fsync(self._evaluations.fileno())
-                self.log(f"dropped the torn last line of evaluations.jsonl (line {number})")
-            else:
-                self._results.setdefault(job, score)
-                self._end += len(line)
+        data = self._evaluations.read()
+        results, self._end = parse_evaluations(data, path)
+        if self._end < len(data):
+            self._evaluations.truncate(self._end)
+            os.fsync(self._evaluations.fileno())
+            self.log(f"dropped the torn last line of evaluations.jsonl (line {len(results) + 1})")
+        for job, score in results:
+            self._results.setdefault(job, score)
+
+
+def parse_evaluations(data: bytes, path: Path) -> tuple[list[tuple[Job, ContextScore]], int]:
+    """Return the results in the bytes of an ``evaluations.jsonl``, line by line, and the length of the whole lines.
+
+    A last line that is torn is left out.
+
+    Raises:
+        LropeError: another line is damaged; ``path`` stands for the file in the message.
+    """
+    lines = data.splitlines(keepends=True)
+    results: list[tuple[Job, ContextScore]] = []
+    end = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("torn")
+            results.append(_parse(line))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number < len(lines):
+                raise LropeError(
+                    f"{path}: line {number} is damaged; delete that line (its evaluation is then made again) "
+                    "or choose another study directory"
+                ) from None
+        else:
+            end += len(line)
+    return results, end
 
 
 def _line(job: Job, score: ContextScore) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from lrope_gguf.native import native_dir
 GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q4_0, GGML_TYPE_Q8_0 = 0, 1, 2, 8
 
 
+@functools.cache  # once: whoever sets llama.cpp's log callback later keeps it
 def library() -> Any:
     """The binding on the patched library, or None where there is none."""
     own = native_dir()

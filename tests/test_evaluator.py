@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rope_models import GEMMA3, LLAMA
-from tiny_models import BOS, CHAT_TEMPLATE, EOS, TOKENS, USER, write_readable, write_without_rope
+from tiny_models import BOS, CHAT_TEMPLATE, EOS, TOKENS, USER, readable, write_readable, write_without_rope
 
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
@@ -99,7 +99,7 @@ def reference(model: Model, lead: str, context: Context, factors: tuple[float, .
 def test_a_shared_prefix_scores_as_prompts_of_their_own(
     model: Model, factors: tuple[float, ...], n_batch: int, max_outputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_module, "_MAX_OUTPUTS", max_outputs)
+    monkeypatch.setattr(model_module, "MAX_OUTPUTS", max_outputs)
     task = KeyValueTask(6, depths=4, seed=3)
     with Model(model.path, n_threads=1, n_batch=n_batch, flash_attention=False) as other:
         evaluator = TeacherForcedEvaluator(other, task)
@@ -157,7 +157,7 @@ def continuation(model: Model) -> tuple[Probe, ...]:
     asked = tuple(Probe(i / 20, f"Question {i}:", "impossible") for i in range(20))
     evaluator = TeacherForcedEvaluator(model, OneContext(asked))
     encoding = evaluator._encode("test", 0)
-    evaluator._prefill(encoding, CURVE)
+    evaluator._prefill([encoding], CURVE)
     found = []
     for probe, tokens in zip(asked, evaluator._write(encoding, asked, CURVE), strict=True):
         text = model.text(tokens[:12])
@@ -296,7 +296,7 @@ def test_factors_at_run_time(tmp_path: Path) -> None:
                 model.set_factors(bad)
             assert "\n" not in str(caught.value)
         assert model.get_factors() == pytest.approx(CURVE)
-        model.prefill(np.array([BOS, 5, 6], np.int32))
+        model.prefill([np.array([BOS, 5, 6], np.int32)])
         with pytest.raises(LropeError, match="memory is not empty"):
             model.set_factors(ONES)
     with Model(write_readable(tmp_path / "without.gguf"), n_threads=1) as model:
@@ -320,6 +320,93 @@ def test_nan_is_an_error_that_names_the_factors_and_leaves_the_rest_usable(tmp_p
     path = write_readable(tmp_path / "nan.gguf", poison="blk.3.ffn_down.weight")
     with Model(path, n_threads=1) as model, pytest.raises(LropeError, match="NaN with factors 1,1,1,1,1,1; "):
         TeacherForcedEvaluator(model, KeyValueTask(6, depths=4))
+
+
+class TildeTask(OneContext):
+    """Context 1 has a tilde in its prefix, context 2 in one question."""
+
+    def size(self, split: str) -> int | None:
+        return 3
+
+    def context(self, split: str, index: int) -> Context:
+        first, *others = self.probes
+        marked = replace(first, question="~" + first.question) if index == 2 else first
+        return Context(split, index, self.prefix + "~" * (index == 1), (marked, *others))
+
+
+@native
+def test_nan_is_the_worst_of_scores_and_reaches_no_other(tmp_path: Path) -> None:
+    tensors = {name: readable(LLAMA).weights()[name] for name in ("token_embd.weight", "output.weight")}
+    for tensor, value in zip(tensors.values(), (np.nan, 0.0), strict=True):  # never the likeliest: it writes none
+        tensor[TOKENS.index("~")] = value
+    path = write_readable(tmp_path / "tilde.gguf", replace(LLAMA, tensors=tensors))
+    task = TildeTask(tuple(Probe(i / 2, f"Question {i}:", f"answer{i}") for i in range(3)))
+    with Model(path, n_threads=1, flash_attention=False) as model:
+        evaluator = TeacherForcedEvaluator(model, task)
+        clean, lost, partly = (evaluator.evaluate(CURVE, "test", i) for i in range(3))
+        again = evaluator.evaluate(CURVE, "test", 0)
+        packed = TeacherForcedEvaluator(model, task, pack_tokens=10_000)
+        together = packed.evaluate_many(CURVE, [("test", i) for i in range(3)])
+    assert again.probes == clean.probes
+    assert math.isfinite(clean.log_probability)
+    for score in (lost, partly):
+        assert [(p.log_probability, p.correct) for p in score.probes] == [(-math.inf, False)] * 3
+        assert [p.depth for p in score.probes] == [0.0, 0.5, 1.0]
+        assert score.log_probability == -math.inf
+    assert [score.probes for score in together] == [clean.probes, lost.probes, partly.probes]
+
+
+@native
+def test_contexts_packed_in_one_batch_score_as_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = KeyValueTask(6, depths=4, seed=3)
+    alone = TeacherForcedEvaluator(model, task)
+    jobs = [("test", 3), ("search", 0), ("validation", 2), ("test", 1), ("search", 1)]
+    expected = [alone.evaluate(CURVE, *job) for job in jobs]
+    assert [s.probes for s in alone.evaluate_many(CURVE, jobs)] == [s.probes for s in expected]  # off by default
+
+    n_tokens = alone.n_tokens("test", 0)
+    packed = TeacherForcedEvaluator(model, task, pack_tokens=int(2.5 * n_tokens))
+    n_ctx, sizes = model.n_ctx, []
+    evaluate_pack = packed._evaluate_pack
+    monkeypatch.setattr(packed, "_evaluate_pack", lambda f, pack: sizes.append(len(pack)) or evaluate_pack(f, pack))
+    found = packed.evaluate_many(CURVE, jobs)
+    assert sizes == [2, 2, 1]
+    assert model.n_ctx == n_ctx  # room was made beforehand
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.split, ours.index, ours.n_tokens) == (theirs.split, theirs.index, theirs.n_tokens)
+        assert [p.depth for p in ours.probes] == [p.depth for p in theirs.probes]
+        assert [p.correct for p in ours.probes] == [p.correct for p in theirs.probes]
+        assert [p.log_probability for p in ours.probes] == pytest.approx(
+            [p.log_probability for p in theirs.probes], abs=5e-5
+        )
+    assert found[-1].probes == expected[-1].probes  # alone in its pack: the same batches, the same bits
+    assert [s.probes for s in packed.evaluate_many(CURVE, jobs)] == [s.probes for s in found]
+
+
+@native
+def test_no_token_is_left_to_a_batch_of_its_own(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    decode = model._llama.llama_decode
+    monkeypatch.setattr(model._llama, "llama_decode", lambda c, batch: sizes.append(batch.n_tokens) or decode(c, batch))
+    model.reserve(2048)
+    for n in (model.n_batch + 1, 2 * model.n_batch + 1, 1, 2, model.n_batch):
+        model.clear()
+        model.prefill([np.full(n, 5, np.int32)])
+    assert sizes == [511, 2, 512, 511, 2, 1, 2, 512]
+
+
+@native
+def test_a_twin_has_the_weights_and_a_context_of_its_own(model: Model) -> None:
+    model.reserve(64)
+    model.set_factors(CURVE)
+    with model.twin() as twin:
+        twin.reserve(32)
+        twin.set_factors(ONES)
+        twin.prefill([np.array([BOS, 5, 6], np.int32)])
+        assert model.get_factors() == pytest.approx(CURVE)
+        model.set_factors(ONES)  # whose memory is empty
+    model.prefill([np.array([BOS, 5, 6], np.int32)])
+    assert model.text([5]) == TOKENS[5]
 
 
 @native

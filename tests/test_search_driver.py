@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,11 @@ from synthetic import Landscape
 
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
-from lrope_search import objective as objective_module
 from lrope_search.algorithm import Algorithm, Candidate, Score
 from lrope_search.executor import Job, LocalExecutor
-from lrope_search.objective import Objective, Racing
+from lrope_search.objective import Objective
 from lrope_search.progress import Progress
+from lrope_search.racing import Racing
 from lrope_search.search import SearchOutcome, SearchSettings, run_search
 from lrope_search.study import Study
 from lrope_search.types import ContextScore, Evaluator, ProbeScore
@@ -53,13 +55,35 @@ class Recorder:
         return self._evaluator.evaluate(factors, split, index)
 
 
-class ShufflingExecutor(LocalExecutor):
-    """Completes jobs in an order that nobody can foresee."""
+class VirtualExecutor(LocalExecutor):
+    """``n_workers`` in virtual time: a job takes what ``duration`` says, results come in the order of their ends."""
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, ContextScore]]:
-        jobs = list(jobs)
-        random.shuffle(jobs)
-        yield from super().run(jobs)
+    def __init__(
+        self, evaluator: Evaluator, n_workers: int = 4, duration: Callable[[Job], float] = lambda job: random.random()
+    ) -> None:
+        super().__init__(evaluator)
+        self.n_workers = n_workers  # type: ignore[misc]
+        self.duration = duration
+        self.now = 0.0
+        self.idle_since = dict.fromkeys(range(n_workers), 0.0)
+        self.running: list[tuple[float, int, int, Job]] = []
+        self.n = 0
+        self.gaps: list[tuple[float, float]] = []  # when a worker idled, from and to
+        self.log: list[tuple[float, float, Job]] = []
+
+    def submit(self, job: Job) -> None:
+        worker = min(self.idle_since, key=lambda w: self.idle_since[w])
+        self.gaps.append((self.idle_since.pop(worker), self.now))
+        end = self.now + self.duration(job)
+        self.n += 1
+        self.running.append((end, self.n, worker, job))
+        self.log.append((self.now, end, job))
+
+    def next(self) -> tuple[Job, ContextScore]:
+        self.running.sort()
+        self.now, _, worker, job = self.running.pop(0)
+        self.idle_since[worker] = self.now
+        return job, self._evaluator.evaluate(job.factors, job.split, job.index)
 
 
 def search(
@@ -119,7 +143,7 @@ def test_splits_stay_apart_and_nothing_is_evaluated_twice(tmp_path: Path) -> Non
     recorder = Recorder(Landscape())
     outcome = search(tmp_path, recorder)
     splits = [job.split for job in recorder.jobs]
-    assert splits == sorted(splits, key=["search", "validation", "test"].index)
+    assert splits == sorted(splits, key=["search", "validation", "test"].index)  # one worker does nothing early
     assert len(set(recorder.jobs)) == len(recorder.jobs)
     searched = {job.factors for job in recorder.jobs if job.split == "search"}
     assert len(searched) == 44 == len(outcome.candidates)
@@ -131,7 +155,7 @@ def test_splits_stay_apart_and_nothing_is_evaluated_twice(tmp_path: Path) -> Non
     }
 
 
-def test_the_plan_is_what_a_search_takes(tmp_path: Path) -> None:
+def test_the_plan_is_about_what_a_search_takes(tmp_path: Path) -> None:
     for settings in (
         SETTINGS,
         dataclasses.replace(SETTINGS, racing_fraction=1.0, uniform_factors=(1.05,), finalists=1),
@@ -140,7 +164,7 @@ def test_the_plan_is_what_a_search_takes(tmp_path: Path) -> None:
         outcome = search(tmp_path / f"{settings.racing_fraction}", recorder, settings)
         taken = {s: sum(job.split == s for job in recorder.jobs) for s in ("search", "validation", "test")}
         planned = settings.planned_evaluations()
-        assert planned["search"] == taken["search"]
+        assert planned["search"] == pytest.approx(taken["search"], rel=0.35 if settings.racing_fraction < 1.0 else 0.0)
         assert planned["test"] == taken["test"]
         assert planned["validation"] >= taken["validation"]
         assert outcome.stopped_by == "evaluations"
@@ -177,12 +201,16 @@ def test_a_gain_on_search_contexts_only_is_not_recommended(tmp_path: Path) -> No
     assert sum(outcome.verdict.recommended for outcome in outcomes) <= 1  # 2.5 % each by the interval
 
 
-def test_the_order_of_results_does_not_matter(tmp_path: Path, whole: Path) -> None:
+@pytest.mark.parametrize("n_workers", [2, 4, 30])
+def test_neither_workers_nor_the_order_of_results_matter(tmp_path: Path, whole: Path, n_workers: int) -> None:
     random.seed(5)
-    search(tmp_path, executor=ShufflingExecutor)
-    assert (tmp_path / "best.json").read_bytes() == (whole / "best.json").read_bytes()
+    search(tmp_path, executor=functools.partial(VirtualExecutor, n_workers=n_workers))
+    for name in ("best.json", "candidates.jsonl"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    # what was evaluated too is only what might have been needed
     lines = [(d / "evaluations.jsonl").read_text().splitlines() for d in (tmp_path, whole)]
-    assert sorted(lines[0]) == sorted(lines[1]) and lines[0] != lines[1]
+    assert set(lines[0]) >= set(lines[1]) and lines[0] != lines[1]
+    assert all('"split":"search"' not in line for line in set(lines[0]) - set(lines[1]))
 
 
 def test_a_finished_search_runs_again_without_evaluating(tmp_path: Path) -> None:
@@ -275,7 +303,7 @@ def test_best_json_never_gets_worse(tmp_path: Path) -> None:
     assert fitness[:-1] == sorted(fitness[:-1])  # the last one was chosen on validation
 
 
-def test_hours_end_the_search_between_generations(tmp_path: Path) -> None:
+def test_hours_end_the_search(tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, max_hours=1e-9)
     outcome = search(tmp_path, settings=settings)
     assert outcome.stopped_by == "hours" and outcome.candidates == () and outcome.winner is None
@@ -320,16 +348,21 @@ def test_another_algorithm_fits_in(tmp_path: Path) -> None:
     class Slopes:
         """Straight lines, steeper and steeper: has no identity and no uniform factors."""
 
+        lag = 2
+
         def __init__(self, n_layer: int) -> None:
             self.n_layer, self.n, self.told = n_layer, 0, 0
 
-        def ask(self, limit: int | None = None) -> list[Candidate]:
+        def ask(self) -> Candidate | None:
+            if self.n == 9 or self.n - self.told == self.lag:
+                return None
             curve = Curve(((0.0, 1.0), (1.0, 1.01 + self.n / 100.0)))
             self.n += 1
-            return [Candidate(self.n - 1, curve, tuple(curve.factors(self.n_layer).tolist()), "slope")]
+            return Candidate(self.n - 1, curve, tuple(curve.factors(self.n_layer).tolist()), "slope")
 
-        def tell(self, results: Iterable[tuple[Candidate, Score]]) -> None:
-            self.told += len(list(results))
+        def tell(self, candidate: Candidate, score: Score) -> None:
+            assert candidate.id == self.told
+            self.told += 1
 
         def should_stop(self) -> bool:
             return self.told == 9
@@ -354,7 +387,10 @@ def test_another_algorithm_fits_in(tmp_path: Path) -> None:
     [
         ("max_evaluations", 0),
         ("test_contexts", 0),
-        ("offspring", -1),
+        ("lag", 0),
+        ("population", -1),
+        ("max_kl", -0.1),
+        ("algorithm", "annealing"),
         ("seed", -1),
         ("max_hours", 0.0),
         ("racing_fraction", 0.0),
@@ -388,29 +424,12 @@ def test_fitness_is_the_paired_difference() -> None:
 
 
 def test_racing_rungs() -> None:
-    assert Racing(4).rungs(16) == [(16, range(0, 1)), (8, range(1, 2)), (4, range(2, 4))]
-    assert Racing(4, fraction=1.0).rungs(16) == [(16, range(0, 4))]
-    assert Racing(1).rungs(3) == [(3, range(0, 1))]
-    assert Racing(7, first=2, fraction=0.3).rungs(5) == [(5, range(0, 2)), (2, range(2, 7))]
-    assert Racing(4).evaluations(16) == 32
-
-
-def test_racing_drops_the_worse_and_ranks_them_below() -> None:
-    """The one that leads on context 0 fails on context 1; the one dropped there never returns."""
-    levels = {0: (0.9, -9.0, 0.0), 1: (0.8, 0.1, 0.1), 2: (0.7, 9.0, 9.0), 3: (0.0, 9.0, 9.0)}
-    curve = Curve(((0.0, 1.0), (1.0, 1.0)))
-    candidates = [Candidate(i, curve, (1.0 + i,), "random") for i in levels]
-    asked: list[Job] = []
-
-    def evaluate(jobs: Iterable[Job]) -> dict[Job, ContextScore]:
-        jobs = list(jobs)
-        asked.extend(jobs)
-        return {job: context(job.index, *[levels[round(job.factors[0]) - 1][job.index]] * 2) for job in jobs}
-
-    objective = objective_module.Objective([context(i, 0.0, 0.0) for i in range(3)])
-    ranked = Racing(3).run(candidates, evaluate, objective)
-    assert [(c.id, contexts) for c, (contexts, _) in ranked] == [(1, 3), (0, 2), (2, 1), (3, 1)]
-    assert len(asked) == len(set(asked)) == 4 + 2 + 1
+    assert Racing(4).stops() == (1, 2, 4)
+    assert Racing(4, fraction=1.0).stops() == (4,)
+    assert Racing(1).stops() == (1,)
+    assert Racing(7, first=2, fraction=0.3).stops() == (2, 7)
+    assert Racing(4).expected_evaluations(16) == 16 + 8 + 8
+    assert Racing(4, fraction=1.0).expected_evaluations(16) == 64
 
 
 class Terminal(io.StringIO):
@@ -460,5 +479,5 @@ def test_replay_does_not_distort_the_bars_rate() -> None:
 def test_the_log_tells_the_story(whole: Path) -> None:
     lines = [line.split(" ", 1)[1] for line in (whole / "log.txt").read_text().splitlines()]
     assert lines[0].startswith("up to 44 candidates: ")
-    assert any(line.startswith("generation 1: 24/44 candidates, best +0.") for line in lines)
+    assert any(re.match(r"\d+/44 candidates, best \+0\.\d+ nats \(\w+\), \d+/\d+ evaluations", line) for line in lines)
     assert lines[-1].startswith("gain ")

@@ -6,6 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 from lrope_search.statistics import Comparison, Interval, _interval, compare, contexts_needed, verdict
 from lrope_search.types import ContextScore, ProbeScore
@@ -23,16 +26,86 @@ def scores(
     ]
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+@pytest.mark.parametrize("n", [6, 12, 40])
+@pytest.mark.parametrize("skewed", [False, True])
+def test_intervals_cover_the_truth_as_often_as_they_say(n: int, skewed: bool) -> None:
+    """95 % of them, however few the contexts; a skew costs some where there are few."""
     rng = np.random.default_rng(7)
-    covered, trials, truth = 0, 300, 0.3
+    covered, trials, truth = 0, 400, 0.3
     for trial in range(trials):
-        base = rng.normal(-2.0, 5.0, size=(40, 1))  # much wider than the difference: pairing must remove it
-        other = base + truth + rng.exponential(0.5, size=(40, 1)) - 0.5
-        gain = compare(scores(base), scores(other), seed=trial, resamples=600).log_probability_gain
-        assert gain.high - gain.low < 0.6
+        base = rng.normal(-2.0, 5.0, size=(n, 1))  # much wider than the difference: pairing must remove it
+        noise = rng.exponential(0.5, size=(n, 1)) - 0.5 if skewed else rng.normal(0.0, 0.5, size=(n, 1))
+        gain = compare(scores(base), scores(base + truth + noise), seed=trial, resamples=1000).log_probability_gain
+        assert gain.high - gain.low < 5.0
         covered += gain.low <= truth <= gain.high
-    assert 0.88 < covered / trials < 0.98
+    least = {6: 0.83, 12: 0.88, 40: 0.90}[n] if skewed else 0.90
+    assert least < covered / trials < 0.98
+
+
+def answers(rng: np.random.Generator, n: int, up: float, down: float) -> tuple[list[ContextScore], list[ContextScore]]:
+    """Two models on ``n`` contexts of 11 questions: of those the first gets wrong, the second gets ``up`` right."""
+    hard = rng.beta(2.0, 2.0, size=(n, 1))  # contexts differ in how hard they are
+    base = rng.random((n, 11)) < hard
+    chance = rng.random((n, 11))
+    other = np.where(base, chance >= down, chance < up)
+    zeros = np.zeros((n, 11))
+    return scores(zeros, base), scores(zeros, other)
+
+
+@pytest.mark.parametrize("n", [6, 16, 40])
+@pytest.mark.parametrize("change", [0.02, 0.3])
+def test_equal_models_are_seldom_called_different(n: int, change: float) -> None:
+    """Models that answer as well, though not the same questions: above zero in 2.5 % of all cases, by design."""
+    rng = np.random.default_rng(n)
+    trials, found = 250, 0
+    for trial in range(trials):
+        found += compare(*answers(rng, n, change, change), seed=trial, resamples=1000).significant
+    assert found / trials <= 0.05
+
+
+@pytest.mark.parametrize(("n", "up", "power"), [(40, 0.2, 0.95), (16, 0.3, 0.9)])
+def test_a_real_gain_is_found(n: int, up: float, power: float) -> None:
+    rng = np.random.default_rng(3)
+    found = [compare(*answers(rng, n, up, 0.02), seed=i, resamples=1000).significant for i in range(100)]
+    assert np.mean(found) >= power
+
+
+def test_few_contexts_make_the_interval_students() -> None:
+    """Of differences that are normal by their looks, the interval is Student's t."""
+    for n in (6, 10, 30):
+        differences = stats.norm.ppf((np.arange(n) + 0.5) / n)[:, None]
+        gain = compare(scores(0.0 * differences), scores(differences), resamples=100_000).log_probability_gain
+        error = float(differences.std(ddof=1)) / math.sqrt(n)
+        assert (gain.low, gain.high) == pytest.approx(stats.t.interval(0.95, n - 1, scale=error), abs=0.08)
+
+
+ARRAYS = st.integers(1, 9).flatmap(
+    lambda n: st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=n, max_size=n)
+)
+
+
+@given(ARRAYS, st.integers(0, 2**32))
+def test_a_comparison_turned_round_is_its_negative(rows: list[list[bool]], seed: int) -> None:
+    hits = np.array(rows)
+    base, other = (scores(0.0 - side, side) for side in (hits[:, :3], hits[:, 3:]))
+    there, back = compare(base, other, seed=seed, resamples=200), compare(other, base, seed=seed, resamples=200)
+    assert there.accuracy_gain.mean == pytest.approx(there.accuracy - there.base_accuracy, abs=1e-12)
+    for gain, loss in (
+        (there.accuracy_gain, back.accuracy_gain),
+        (there.log_probability_gain, back.log_probability_gain),
+    ):
+        assert (gain.mean, gain.low, gain.high) == pytest.approx((-loss.mean, -loss.high, -loss.low), abs=1e-9)
+        assert gain.low - 1e-9 <= gain.mean <= gain.high + 1e-9 or len(rows) > 1
+    assert compare(base, base, seed=seed, resamples=200).accuracy_gain == Interval(0.0, 0.0, 0.0)
+
+
+@given(st.integers(1, 8), st.integers(0, 2**32))
+def test_more_confidence_is_a_wider_interval(n: int, seed: int) -> None:
+    base, other = np.random.default_rng(seed).normal(size=(2, n, 2))
+    gains = [
+        compare(scores(base), scores(other), confidence=c, resamples=300).log_probability_gain for c in (0.8, 0.95)
+    ]
+    assert gains[1].low <= gains[0].low <= gains[0].high <= gains[1].high
 
 
 def test_probes_of_a_context_are_not_independent_evidence() -> None:
@@ -124,8 +197,26 @@ def test_verdicts() -> None:
     assert not verdict(comparison(0.02, 0.0, 0.05)).recommended  # an interval that touches zero includes it
     base = verdict(None, (1.1, comparison(0.04, -0.01, 0.08)))
     assert not base.recommended and "not recommended; best uniform factor 1.1 gains 4.0" in base.text
+    kl = verdict(comparison(0.121, 0.06, 0.183), (1.1, comparison(0.04, -0.01, 0.08)), 0.00412)
+    assert kl.text == f"{good.text}; KL on ordinary text 0.004"
+    assert verdict(comparison(0.121, 0.06, 0.183), kl=0.0).text.endswith("unseen contexts; KL on ordinary text 0.000")
+    assert verdict(comparison(0.121, 0.06, 0.183), kl=3e-5).text.endswith("; KL on ordinary text under 0.001")
     few = verdict(comparison(0.5, 0.4, 0.6, n=5))
     assert not few.recommended and few.text.startswith("too few contexts to tell, at least 6 are needed")
+
+
+def test_the_verdict_says_whether_one_factor_would_do() -> None:
+    curve, uniform = comparison(0.121, 0.06, 0.183), (1.1, comparison(0.04, -0.01, 0.08))
+    above = verdict(curve, uniform, 0.004, over_uniform=comparison(0.081, 0.02, 0.145))
+    assert above.recommended
+    assert above.text == (
+        "gain 12.1 points [6.0, 18.3] on 40 unseen contexts; best uniform factor 1.1 gains 4.0; "
+        "8.1 points [2.0, 14.5] above it; KL on ordinary text 0.004"
+    )
+    beside = verdict(curve, uniform, over_uniform=comparison(0.01, -0.02, 0.04))
+    assert beside.recommended  # it is better than the base model all the same
+    assert beside.text.endswith("factor 1.1 gains 4.0; not significantly better: 1.0 points [-2.0, 4.0]")
+    assert "better" not in verdict(None, uniform, over_uniform=comparison(0.0, 0.0, 0.0)).text
 
 
 def test_contexts_needed() -> None:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from lrope_gguf import __version__
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import read_model
 
-from ..evaluator import TeacherForcedEvaluator
-from ..executor import Job, LocalExecutor
-from ..model import binding_version
+from ..algorithms import ALGORITHMS
+from ..executor import Executor, Job, LocalExecutor
+from ..interrupt import one_interrupt
+from ..memory import MemoryNeeded
+from ..model import binding_version, physical_cores
+from ..processes import ProcessExecutor, free_memory, visible_gpus
 from ..progress import Progress
+from ..ray_executor import RayExecutor
 from ..search import SearchOutcome, SearchSettings, run_search
 from ..study import Study
 from ..table import depth_table
-from .options import add_model_arguments, add_task_arguments, open_model, open_task, task_config
+from .options import add_model_arguments, add_task_arguments, file_identity, open_task, positive, task_config
+from .spec import EvaluatorSpec, Facts, find_out, read_guard_texts
+
+NO_GAIN = 3
+"""Exit status of ``--require-gain`` where there is none to recommend."""
 
 _DEFAULTS = SearchSettings()
 
@@ -30,26 +41,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--study", metavar="DIR", help="keep results here, and resume from them (OUTPUT's name + .study)"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what the search would cost, and stop")
+    parser.add_argument("--require-gain", action="store_true",
+                        help=f"end with status {NO_GAIN} unless the gain is significant")  # fmt: skip
     cost = parser.add_argument_group("cost")
     cost.add_argument("--max-evaluations", metavar="N", type=int, default=_DEFAULTS.max_evaluations,
                       help="candidates to try (%(default)s); a finished study continues with more")  # fmt: skip
-    cost.add_argument("--max-hours", metavar="H", type=float, help="begin no generation after so many hours")
+    cost.add_argument("--max-hours", metavar="H", type=float, help="begin no candidate after so many hours")
     for split, use in (("search", "compare candidates"), ("validation", "choose the winner"), ("test", "measure")):
         cost.add_argument(f"--{split}-contexts", metavar="N", type=int, default=getattr(_DEFAULTS, f"{split}_contexts"),
                           help=f"contexts to {use} on (%(default)s)")  # fmt: skip
     cost.add_argument("--finalists", metavar="N", type=int, default=_DEFAULTS.finalists,
                       help="best candidates that go on to validation (%(default)s)")  # fmt: skip
     cost.add_argument("--racing-fraction", metavar="F", type=float, default=_DEFAULTS.racing_fraction,
-                      help="share of a generation that sees further contexts; 1: all (%(default)s)")  # fmt: skip
+                      help="share of the candidates that sees further contexts; 1: all (%(default)s)")  # fmt: skip
+    guard = parser.add_argument_group("guard")
+    guard.add_argument("--max-kl", metavar="NATS", type=float, default=_DEFAULTS.max_kl,
+                       help="pass over curves that diverge more on ordinary text, per token (%(default)s)")  # fmt: skip
+    guard.add_argument("--guard-text", metavar="FILE", help="ordinary text (the base model writes some)")
+    workers = parser.add_argument_group("workers")
+    workers.add_argument("--workers", metavar="N", type=positive,
+                         help="models at work side by side (1; with ray one a GPU, or one a node)")  # fmt: skip
+    workers.add_argument("--gpus", metavar="ID,...", type=_names,
+                         help="GPUs to hand out to local workers in turn (all of CUDA_VISIBLE_DEVICES)")  # fmt: skip
+    workers.add_argument("--executor", choices=["local", "ray"], default="local",
+                         help="where workers live: processes here, or a Ray cluster (%(default)s)")  # fmt: skip
+    workers.add_argument("--ray-address", metavar="ADDRESS", help="the cluster's (of the environment, or a new one)")
     algorithm = parser.add_argument_group("algorithm")
+    algorithm.add_argument("--algorithm", choices=list(ALGORITHMS), default=_DEFAULTS.algorithm,
+                           help="what proposes candidates (%(default)s)")  # fmt: skip
+    algorithm.add_argument("--lag", metavar="N", type=int, default=_DEFAULTS.lag,
+                           help="candidates out at once; more than twice the workers keeps them busy, "
+                                "fewer learn faster (%(default)s)")  # fmt: skip
     algorithm.add_argument("--bounds", metavar="LOW,HIGH", type=_pair, default=_DEFAULTS.bounds,
                            help="range of the factors ({:g},{:g})".format(*_DEFAULTS.bounds))  # fmt: skip
     algorithm.add_argument("--degree", metavar="N", type=int, default=_DEFAULTS.degree,
                            help="degree of the Bézier curve (%(default)s)")  # fmt: skip
-    algorithm.add_argument("--population", metavar="N", type=int, default=_DEFAULTS.population,
-                           help="candidates of the first generation (%(default)s)")  # fmt: skip
-    algorithm.add_argument("--offspring", metavar="N", type=int, default=_DEFAULTS.offspring,
-                           help="candidates of each later generation (%(default)s)")  # fmt: skip
+    algorithm.add_argument("--population", metavar="N", type=int,
+                           help="first candidates, or those of a generation (the algorithm's own)")  # fmt: skip
     algorithm.add_argument("--width", metavar="W", type=float, default=_DEFAULTS.width,
                            help="first width of mutation, as a logarithm of the factors (%(default)s)")  # fmt: skip
     algorithm.add_argument("--middle-weight", metavar="W", type=float, default=_DEFAULTS.middle_weight,
@@ -70,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
         degree=args.degree,
         bounds=args.bounds,
         population=args.population,
-        offspring=args.offspring,
+        algorithm=args.algorithm,
+        lag=args.lag,
+        max_kl=args.max_kl,
         width=args.width,
         middle_weight=args.middle_weight,
     )
@@ -85,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{output}: holds the base model's factors, all 1")
     else:
         print(f"{output}: written; next: lrope-gguf write {args.model} --curve {output}")
-    return 0
+    return NO_GAIN if args.require_gain and not outcome.verdict.recommended else 0
 
 
 def search(
@@ -93,51 +123,141 @@ def search(
 ) -> SearchOutcome | None:
     """Run a study on the model and the task of the options; None after a dry run.
 
+    Of the options of workers and guard, ``args`` may lack any: they have their defaults.
+
     Raises:
         LropeError: see `run_search`, `Study` and the options.
     """
+    args = argparse.Namespace(**_OPTIONAL | vars(args))
     info = read_model(args.model)
     task = open_task(args)
     for split in ("search", "validation", "test"):
         size, wanted = task.size(split), getattr(settings, f"{split}_contexts")
         if size is not None and wanted > size:
             raise LropeError(f"--{split}-contexts {wanted}: the data has {size} for this; ask for fewer")
-    with open_model(args) as model:
-        evaluator = TeacherForcedEvaluator(model, task, answer_prefix=args.answer_prefix)
+    guard = {"text": None if args.guard_text is None else file_identity(args.guard_text)}
+    memory = free_memory()
+    spec = EvaluatorSpec(args, args.guard_text, read_guard_texts(Study.kept(directory, "guard"), directory))
+    with one_interrupt(), ExitStack() as stack:
+        scout = _scout(args, spec, stack)
+        facts = scout.ask(find_out)
         config = {
             "model": {"fingerprint": info.fingerprint(), "architecture": info.architecture, "name": info.name},
-            "task": task_config(args) | {"answer_lead": evaluator.lead},
+            "task": task_config(args) | {"answer_lead": facts.lead},
             "search": settings.config(),
+            "guard": guard,
+            "computing": {"batch_size": args.batch_size, "n_gpu_layers": args.n_gpu_layers},
             "versions": {"lrope-gguf": __version__, "llama-cpp-python": binding_version()},
         }
         with Study(directory, config) as study:
+            study.keep("guard", dataclasses.asdict(facts.guard_texts))
             progress = Progress(study.log)
-            # the base model on the first search context: needed anyway, and shows how fast this machine is
-            job = Job((1.0,) * evaluator.n_layer, "search", 0)
-            score = study.lookup(job)
-            if score is None:
-                score = evaluator.evaluate(job.factors, job.split, job.index)
-                study.record(job, score)
-            n_evaluations = sum(settings.planned_evaluations().values())
-            hours = n_evaluations * score.seconds / 3600.0
-            progress.line(
-                f"at most {n_evaluations} evaluations of {score.n_tokens} tokens: about {_duration(hours)} at "
-                f"{score.n_tokens / score.seconds:.0f} tokens/s; results go to {directory}"
-            )
+            _estimate(args, settings, study, scout, facts, memory, progress)
             if dry_run:
                 return None
-            try:
-                return run_search(
-                    LocalExecutor(evaluator),
-                    study,
-                    settings,
-                    progress,
-                    architecture=info.architecture,
-                    block_count=info.block_count,
-                )
-            except KeyboardInterrupt:
-                progress.line(f"stopped; the best curve so far is {directory / 'best.json'}; the same command resumes")
-                raise
+            executor = _workers(args, dataclasses.replace(spec, guard_texts=facts.guard_texts), scout, stack)
+            return run_search(
+                executor,
+                study,
+                settings,
+                progress,
+                architecture=info.architecture,
+                block_count=info.block_count,
+                guard_contexts=1,
+            )
+
+
+_OPTIONAL: dict[str, Any] = {
+    "guard_text": None,
+    "workers": None,
+    "gpus": None,
+    "executor": "local",
+    "ray_address": None,
+}
+
+
+def _scout(args: argparse.Namespace, spec: EvaluatorSpec, stack: ExitStack) -> Executor:
+    """Return an executor of one worker, which sees what the others will need."""
+    if args.executor == "ray":
+        return stack.enter_context(RayExecutor(spec, 1, address=args.ray_address, n_threads=args.threads))
+    if (args.workers or 1) == 1 and not args.gpus:
+        return LocalExecutor(stack.enter_context(spec(args.threads)))
+    gpus = args.gpus or visible_gpus()
+    return stack.enter_context(ProcessExecutor(spec, 1, n_threads=args.threads, gpus=gpus[:1]))
+
+
+def _workers(args: argparse.Namespace, spec: EvaluatorSpec, scout: Executor, stack: ExitStack) -> Executor:
+    """Return the executor of the search: the scout itself if one worker is all."""
+    if args.executor == "ray":
+        scout.close()
+        return stack.enter_context(RayExecutor(spec, args.workers, address=args.ray_address, n_threads=args.threads))
+    n_workers = args.workers or 1
+    if n_workers == 1:
+        return scout
+    scout.close()
+    n_threads = max(1, (args.threads or physical_cores()) // n_workers)
+    return stack.enter_context(ProcessExecutor(spec, n_workers, n_threads=n_threads, gpus=args.gpus or visible_gpus()))
+
+
+def _estimate(
+    args: argparse.Namespace,
+    settings: SearchSettings,
+    study: Study,
+    scout: Executor,
+    facts: Facts,
+    memory: int | None,
+    progress: Progress,
+) -> None:
+    """Say what the search will cost, by the base model on the first search context, which is needed anyway.
+
+    Raises:
+        LropeError: the workers do not fit into memory.
+    """
+    n_workers = args.workers or 1
+    gpus = () if args.executor == "ray" else args.gpus or visible_gpus()
+    if args.executor == "local":
+        progress.line(memory_text(facts.memory, n_workers))
+        if not gpus:
+            check_memory(facts.memory, n_workers, memory)
+    job = Job((1.0,) * scout.n_layer, "search", 0)
+    score = study.lookup(job)
+    if score is None:
+        scout.submit(job)
+        _, score = scout.next()
+        study.record(job, score)
+    # processors are divided between local workers: more of them are no faster in all
+    side_by_side = n_workers if args.executor == "ray" else min(n_workers, max(len(gpus), 1))
+    n_evaluations = sum(settings.planned_evaluations(guard=True).values())
+    hours = n_evaluations * score.seconds / 3600.0 / side_by_side
+    progress.line(
+        f"about {n_evaluations} evaluations of {score.n_tokens} tokens: about {_duration(hours)} at "
+        f"{side_by_side * score.n_tokens / max(score.seconds, 1e-9):.0f} tokens/s; results go to {study.directory}"
+    )
+    if args.executor == "local" and n_workers > settings.lag:
+        progress.line(
+            f"{n_workers} workers, but --lag {settings.lag}: some will idle; give a --lag of twice the workers"
+        )
+
+
+def memory_text(memory: MemoryNeeded, n_workers: int) -> str:
+    """Say what the workers will take."""
+    return (
+        f"memory: {_gib(memory.weights)} for the model and {_gib(memory.per_worker)} for each worker, "
+        f"{n_workers} of them"
+    )
+
+
+def check_memory(memory: MemoryNeeded, n_workers: int, free: int | None) -> None:
+    """Refuse workers on processors, who share the weights, if they need more than is ``free`` (None: unknown)."""
+    needed = memory.of_workers(n_workers)
+    if free is None or needed <= free:
+        return
+    most = (free - memory.weights) // max(memory.per_worker, 1)
+    advice = f"give at most {most}" if most >= 1 else "give smaller contexts or free some memory"
+    raise LropeError(
+        f"--workers {n_workers}: need {_gib(needed)} ({_gib(memory.weights)} for the model, "
+        f"{_gib(memory.per_worker)} for each worker), but {_gib(free)} are free; {advice}"
+    )
 
 
 def outcome_text(outcome: SearchOutcome) -> str:
@@ -148,6 +268,17 @@ def outcome_text(outcome: SearchOutcome) -> str:
     if outcome.winner_test is not None:
         sides["curve"] = outcome.winner_test
     return f"{depth_table(sides)}\n\n{outcome.verdict.text}"
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of GPUs such as 0,1")
+    return names
 
 
 def _pair(text: str) -> tuple[float, float]:

@@ -1,0 +1,161 @@
+"""How much memory a model with its context will take, from the file's header alone, before anything is loaded."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrope_gguf.errors import LropeError
+from lrope_gguf.gguf_scan import ARRAY, INTEGERS, SCALARS, GGUFFile
+
+from .model import MAX_OUTPUTS
+
+_F16, _F32 = 2, 4  # bytes: the cache's numbers, and all that is computed
+_CELLS = 256  # llama_context pads a context to as many
+_GEMMA3N_KV_LAYERS = 20  # src/models/gemma3n.cpp: no key says so
+
+
+@dataclass(frozen=True)
+class MemoryNeeded:
+    """Bytes, predicted. ``weights`` are the file's pages, which processes on one machine share on a CPU."""
+
+    weights: int
+    kv_cache: int
+    compute: int
+
+    @property
+    def per_worker(self) -> int:
+        """What each process needs for itself where the weights are shared."""
+        return self.kv_cache + self.compute
+
+    @property
+    def total(self) -> int:
+        """What one process needs in all."""
+        return self.weights + self.per_worker
+
+    def of_workers(self, n_workers: int, *, shared_weights: bool = True) -> int:
+        """What ``n_workers`` processes need together; on GPUs weights are not shared."""
+        return n_workers * self.per_worker + self.weights * (1 if shared_weights else n_workers)
+
+
+def memory_needed(
+    path: Path | str, n_ctx: int, *, n_seq: int = 12, n_batch: int = 512, flash_attention: bool = True
+) -> MemoryNeeded:
+    """Predict what `Model` on ``path`` takes with a context of ``n_ctx`` tokens for ``n_seq`` sequences.
+
+    Keys and values are float16, and sliding-window layers keep all tokens (``swa_full``), as `Model.reserve` has it.
+    The cache is exact for attention (llama_kv_cache); of recurrent layers and indexers, and of the buffers for
+    computing, it is an estimate, rather too large than too small.
+
+    Raises:
+        LropeError: the file is missing, damaged or no model, or a shard of it is missing.
+    """
+    with GGUFFile(path) as gguf:
+        header = _Header(gguf)
+        cells = -(-n_ctx // _CELLS) * _CELLS
+        return MemoryNeeded(
+            weights=_weights(gguf),
+            kv_cache=header.cache(cells, n_seq, flash_attention),
+            compute=header.compute(cells, max(n_seq, MAX_OUTPUTS), n_batch, n_seq, flash_attention),
+        )
+
+
+class _Header:
+    def __init__(self, gguf: GGUFFile) -> None:
+        self._gguf = gguf
+        self._arch = gguf.text("general.architecture") or ""
+        self.n_layer = self._number("block_count", 0)
+        if not self.n_layer:
+            raise LropeError(f"{gguf.path}: its header names no number of layers; is it a model?")
+        self.n_embd = self._number("embedding_length", 0)
+        self.heads = self._layers("attention.head_count", 1)
+        self.kv_heads = self._layers("attention.head_count_kv", self.heads)
+        self.n_ff = max(self._layers("feed_forward_length", 4 * self.n_embd))
+        tokens = gguf.entries.get("tokenizer.ggml.tokens")
+        self.n_vocab = self._number("vocab_size", 0) if tokens is None else tokens.length
+        # heads of windowed layers may be smaller or larger; where both occur, the larger counts
+        whole = self.n_embd // max(1, *self.heads)
+        self.k_length = max(self._number("attention.key_length", whole), self._number("attention.key_length_swa", 0))
+        self.v_length = max(
+            self._number("attention.value_length", whole), self._number("attention.value_length_swa", 0)
+        )
+        self.latent = self._number("attention.key_length_mla", 0) > 0  # values are views of the keys
+
+    def cache(self, cells: int, n_seq: int, flash_attention: bool) -> int:
+        rows_k = [heads * self.k_length for heads in self.kv_heads]
+        rows_v = [heads * self.v_length for heads in self.kv_heads]
+        if not flash_attention:  # transposed values are as wide in all layers
+            rows_v = [max(rows_v)] * self.n_layer
+        if self.latent:
+            rows_v = [0] * self.n_layer
+        indexer = self._number("attention.indexer.key_length", 0)
+        every = self._number("full_attention_interval", 0)
+        shared = _GEMMA3N_KV_LAYERS if self._arch == "gemma3n" else self.n_layer
+        own = min(self.n_layer - self._number("attention.shared_kv_layers", 0), shared)
+        per_cell = state = 0
+        for layer in range(self.n_layer):
+            if self.kv_heads[layer] == 0 or (every and (layer + 1) % every):
+                state += self._state()
+            elif layer < own:
+                per_cell += rows_k[layer] + rows_v[layer] + indexer
+        return cells * per_cell * _F16 + n_seq * state * _F32
+
+    def _state(self) -> int:
+        """Numbers of one sequence that a recurrent layer keeps (llama_hparams::n_embd_r and n_embd_s)."""
+        inner, size = self._number("ssm.inner_size", 0), self._number("ssm.state_size", 0)
+        groups = self._number("ssm.group_count", 0)
+        convolution = max(self._number("ssm.conv_kernel", 1) - 1, 0) * (inner + 2 * groups * size)
+        short = self.n_embd * max(self._number("shortconv.l_cache", 1) - 1, 0)
+        return convolution + inner * size + short
+
+    def compute(self, cells: int, n_outputs: int, n_batch: int, n_seq: int, flash_attention: bool) -> int:
+        """Bytes of the compute and output buffers.
+
+        Memory is used again from layer to layer, so that the largest moment counts: either some layer, or the logits,
+        which llama.cpp then copies to a buffer of their own.
+        """
+        n_outputs = min(n_outputs, n_batch)
+        experts = self._number("expert_used_count", 0) * self._number("expert_feed_forward_length", self.n_ff)
+        shared = self._number("expert_shared_feed_forward_length", 0)
+        heads = max(self.heads)
+        attention = heads * (self.k_length + 2 * self.v_length) + max(self.kv_heads) * (self.k_length + self.v_length)
+        wide = max(self.n_ff, experts + shared, self._number("ssm.inner_size", 0) * 4)
+        masks = cells * (_F16 if flash_attention else _F32) * (2 if self._number("attention.sliding_window", 0) else 1)
+        scores = 0 if flash_attention else heads * cells * _F32
+        a_layer = n_batch * (_F32 * (4 * self.n_embd + max(attention, 3 * wide)) + masks + scores)
+        logits = n_outputs * _F32 * self.n_vocab
+        a_row = n_batch * _F32 * 3 * self.n_embd
+        largest = max(a_layer, logits + a_row) + max(logits, n_seq * _F32 * self.n_vocab)
+        return largest * 21 // 20  # the small inputs of the graph
+
+    def _number(self, key: str, default: int) -> int:
+        value = self._gguf.integer(f"{self._arch}.{key}")
+        return default if value is None else value
+
+    def _layers(self, key: str, default: int | list[int]) -> list[int]:
+        """The values of a key that is one number or one for each layer."""
+        values = default if isinstance(default, list) else [default] * self.n_layer
+        entry = self._gguf.entries.get(f"{self._arch}.{key}")
+        if entry is not None and entry.kind == ARRAY and entry.item in INTEGERS and entry.length >= self.n_layer:
+            code = SCALARS[entry.item]
+            size = struct.calcsize(f"{self._gguf.order}{self.n_layer}{code}")
+            data = self._gguf.read(entry.value, entry.value + size)
+            return list(struct.unpack(f"{self._gguf.order}{self.n_layer}{code}", data))
+        number = self._gguf.integer(f"{self._arch}.{key}")
+        return values if number is None else [number] * self.n_layer
+
+
+def _weights(gguf: GGUFFile) -> int:
+    """Bytes of tensor data in all shards."""
+    total = gguf.size - gguf.data_start
+    n_shards = gguf.integer("split.count") or 1
+    first = f"-00001-of-{n_shards:05}.gguf"
+    if n_shards > 1 and gguf.path.name.endswith(first):
+        stem = gguf.path.name.removesuffix(first)
+        for shard in range(2, n_shards + 1):
+            other = gguf.path.with_name(f"{stem}-{shard:05}-of-{n_shards:05}.gguf")
+            if not other.is_file():
+                raise LropeError(f"{other}: no such file, but {gguf.path} is the first of {n_shards} shards; get it")
+            total += other.stat().st_size
+    return total
