@@ -8,7 +8,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import numpy as np
@@ -18,6 +18,7 @@ from lrope_gguf.errors import LropeError
 
 from .guard import GUARD, Guard
 from .logits import RowWorkers, gold_scores
+from .memory import MemoryNeeded, memory_needed
 from .model import MAX_SEQUENCES, Model, Tokens
 from .tasks import SPLITS, Task
 from .types import Context, ContextScore, Probe, ProbeScore
@@ -138,6 +139,24 @@ class TeacherForcedEvaluator:
     def n_tokens(self, split: str, index: int) -> int:
         """Return how many tokens scoring this context computes."""
         return self._encode(split, index).n_tokens
+
+    def n_tokens_alone(self, split: str, index: int) -> int:
+        """Return how many tokens it would be with a whole prompt for each probe."""
+        encoding = self._encode(split, index)
+        return encoding.n_tokens + (len(encoding.questions) - 1) * len(encoding.prefix)
+
+    def n_rows(self, split: str, index: int) -> int:
+        """Return how many rows of logits scoring this context takes: one for each token of an answer."""
+        return len(self._encode(split, index).gold)
+
+    def memory_needed(self) -> MemoryNeeded:
+        """Predict the memory of the model, its context as it is now, and the guard's two contexts while it looks."""
+        model = self._model
+        needed = memory_needed(model.path, model.n_ctx, n_seq=self._n_seq, n_batch=model.n_batch)
+        if self._guard is None:
+            return needed
+        one = memory_needed(model.path, self._guard.n_cells, n_seq=self._guard.n_seq, n_batch=model.n_batch)
+        return replace(needed, kv_cache=needed.kv_cache + 2 * one.kv_cache, compute=needed.compute + 2 * one.compute)
 
     def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
         """Score context ``index`` of ``split`` under ``factors``.

@@ -15,7 +15,7 @@ _INTERRUPTED = 130  # a shell's exit status for it
 
 @contextmanager
 def one_interrupt() -> Iterator[None]:
-    """Let the first Ctrl-C raise `KeyboardInterrupt`, and nothing disturb what it sets going.
+    """Let the first Ctrl-C raise `KeyboardInterrupt`, and nothing disturb what it sets going: the program's end.
 
     The second one only says that the end is near; the third ends the process at once, which costs no more than a kill:
     what is in flight. Does nothing outside the main thread, or where the program already does something else.
@@ -40,4 +40,5 @@ def one_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # after the first, Python is on its way out, which a late second one must not turn into a death by signal
+        signal.signal(signal.SIGINT, signal.SIG_IGN if count else signal.default_int_handler)

@@ -240,7 +240,8 @@ class Library:
         try:
             yield kept
         finally:
-            self.llama.llama_log_set(llama_direct._log, ctypes.c_void_p(0))
+            # back to whoever had it: lrope_search.model, where that was loaded
+            self.llama.llama_log_set(getattr(self.llama, "lrope_log_callback", llama_direct._log), ctypes.c_void_p(0))
 
 
 @functools.cache

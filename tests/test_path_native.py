@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +22,9 @@ from tiny_models import write_readable
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import read_factors, remove_factors, write_factors
 from lrope_gguf.native import tool_path
+from lrope_search.commands.search import add_arguments
+from lrope_search.commands.spec import EvaluatorSpec
+from lrope_search.guard import GuardTexts
 from lrope_search.server import LlamaServer
 
 pytestmark = pytest.mark.native
@@ -27,7 +32,8 @@ pytestmark = pytest.mark.native
 FACTORS = [1.0, 1.3, 0.8, 2.5, 1.07, 3.1]
 PROMPT = 'Key: "4711" has the value "123" and Key: "815" has another value, so what is it? '
 SEARCH = ["--identifiers", "number", "--keys", "12", "--depths", "4", "--max-evaluations", "20", "--population", "8",
-          "--search-contexts", "2", "--validation-contexts", "3", "--test-contexts", "6", "--threads", "1"]  # fmt: skip
+          "--search-contexts", "2", "--validation-contexts", "3", "--test-contexts", "6", "--threads", "1",
+          "--max-kl", "100"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -151,18 +157,92 @@ def test_a_killed_search_resumes_to_the_same_curve(model: Path, tmp_path: Path) 
 
 def test_other_settings_on_a_study_are_refused_with_the_difference(model: Path, tmp_path: Path) -> None:
     first = run(["search", model, *SEARCH, "--output", tmp_path / "a.json", "--dry-run"])
-    assert first.returncode == 0 and "at most" in first.stderr and not (tmp_path / "a.json").exists()
+    assert first.returncode == 0 and "about 68 evaluations of " in first.stderr and not (tmp_path / "a.json").exists()
     second = run(["search", model, *SEARCH, "--output", tmp_path / "a.json", "--seed", "9"])
     assert second.returncode == 1
     assert "seed" in second.stderr and "0" in second.stderr and "9" in second.stderr
     assert len(second.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments", [["--search-contexts", "0"], ["--bounds", "2,4"], ["--finalists", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--search-contexts", "0"],
+        ["--bounds", "2,4"],
+        ["--finalists", "0"],
+        ["--population", "9", "--algorithm", "random"],
+        ["--guard-text", "none.txt"],
+        ["--workers", "100000"],
+    ],
+)
 def test_search_refuses_bad_options_in_one_line(arguments: list[str], model: Path, tmp_path: Path) -> None:
     result = run(["search", model, *SEARCH, *arguments, "--output", tmp_path / "b.json"])
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert arguments[0] in result.stderr
+    assert arguments[0] in result.stderr or arguments[1] in result.stderr
+
+
+def test_a_verdict_without_a_gain_has_a_status_of_its_own_if_asked(model: Path, tmp_path: Path) -> None:
+    arguments = ["search", model, *SEARCH, "--max-evaluations", "1", "--output", tmp_path / "none.json"]
+    assert run(arguments).returncode == 0
+    required = run([*arguments, "--require-gain"])
+    assert required.returncode == 3 and "not recommended" in required.stdout
+
+
+def test_the_number_of_workers_does_not_matter(model: Path, tmp_path: Path) -> None:
+    outputs = [tmp_path / f"{n}.json" for n in (1, 2, 4)]
+    for n, output in zip((1, 2, 4), outputs, strict=True):
+        result = run(["search", model, *SEARCH, "--workers", n, "--output", output])
+        assert result.returncode == 0, result.stderr
+    assert len({output.read_bytes() for output in outputs}) == 1
+    scores: dict[str, set[str]] = {}
+    for output in outputs:
+        for line in (output.with_suffix(".study") / "evaluations.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            job = json.dumps([record["factors"], record["split"], record["index"]])
+            scores.setdefault(job, set()).add(json.dumps(record["probes"]))
+    assert all(len(probes) == 1 for probes in scores.values())
+
+
+def test_the_number_of_threads_does_not_matter(model: Path) -> None:
+    """Which is why workers may share the threads that one would have: scores are equal bit by bit."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args([str(model), *SEARCH])
+    text = tuple(range(10, 74))
+    scores = []
+    for n_threads in (1, 2):
+        with EvaluatorSpec(args, guard_texts=GuardTexts((text[:16], text[16:32]), text))(n_threads) as evaluator:
+            jobs = [("search", 0), ("test", 1), ("guard", 0)]
+            scores.append([evaluator.evaluate(tuple(FACTORS), *job).probes for job in jobs])
+    assert scores[0] == scores[1]
+
+
+def test_ctrl_c_stops_cleanly_with_the_best_so_far(model: Path, tmp_path: Path) -> None:
+    """Also when it reaches the workers, as in a terminal, and when it comes twice."""
+    output = tmp_path / "stopped.json"
+    evaluations = tmp_path / "stopped.study" / "evaluations.jsonl"
+    more = [*SEARCH, "--max-evaluations", "400", "--output", str(output)]
+    for workers in ("1", "2"):
+        command = [sys.executable, "-m", "lrope_gguf", "search", str(model), *more, "--workers", workers]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+            wanted = lines(evaluations) + 12
+            while process.poll() is None and lines(evaluations) < wanted:
+                time.sleep(0.002)
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.01)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+            assert process.stderr is not None
+            said = process.stderr.read().splitlines()
+            assert process.wait(20) == 130, said
+        assert "Traceback" not in "\n".join(said)
+        assert said[-1] == "lrope-gguf: interrupted" and any(line.startswith("stopped after ") for line in said)
+        assert evaluations.read_bytes().endswith(b"\n") and not output.exists()
+        deadline = time.monotonic() + 10.0
+        with pytest.raises(ProcessLookupError):  # no worker is left
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
 
 
 def test_search_refuses_a_missing_model_and_an_unwritable_place(model: Path, tmp_path: Path) -> None:

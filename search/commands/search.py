@@ -20,6 +20,7 @@ from ..model import binding_version, physical_cores
 from ..processes import ProcessExecutor, free_memory, visible_gpus
 from ..progress import Progress
 from ..ray_executor import RayExecutor
+from ..report import write_report
 from ..search import SearchOutcome, SearchSettings, run_search
 from ..study import Study
 from ..table import depth_table
@@ -156,7 +157,7 @@ def search(
             if dry_run:
                 return None
             executor = _workers(args, dataclasses.replace(spec, guard_texts=facts.guard_texts), scout, stack)
-            return run_search(
+            outcome = run_search(
                 executor,
                 study,
                 settings,
@@ -165,6 +166,16 @@ def search(
                 block_count=info.block_count,
                 guard_contexts=1,
             )
+            progress.line(_report(directory))
+            return outcome
+
+
+def _report(directory: Path) -> str:
+    """Make the study's report; say where it is, or why there is none, for want of which no search fails."""
+    try:
+        return f"report: {write_report(directory)}"
+    except LropeError as error:
+        return f"no report: {error}"
 
 
 _OPTIONAL: dict[str, Any] = {
@@ -216,9 +227,9 @@ def _estimate(
     n_workers = args.workers or 1
     gpus = () if args.executor == "ray" else args.gpus or visible_gpus()
     if args.executor == "local":
-        progress.line(memory_text(facts.memory, n_workers))
         if not gpus:
             check_memory(facts.memory, n_workers, memory)
+        progress.line(memory_text(facts.memory, n_workers))
     job = Job((1.0,) * scout.n_layer, "search", 0)
     score = study.lookup(job)
     if score is None:
@@ -242,7 +253,7 @@ def _estimate(
 def memory_text(memory: MemoryNeeded, n_workers: int) -> str:
     """Say what the workers will take."""
     return (
-        f"memory: {_gib(memory.weights)} for the model and {_gib(memory.per_worker)} for each worker, "
+        f"memory: {_size(memory.weights)} for the model and {_size(memory.per_worker)} for each worker, "
         f"{n_workers} of them"
     )
 
@@ -255,8 +266,8 @@ def check_memory(memory: MemoryNeeded, n_workers: int, free: int | None) -> None
     most = (free - memory.weights) // max(memory.per_worker, 1)
     advice = f"give at most {most}" if most >= 1 else "give smaller contexts or free some memory"
     raise LropeError(
-        f"--workers {n_workers}: need {_gib(needed)} ({_gib(memory.weights)} for the model, "
-        f"{_gib(memory.per_worker)} for each worker), but {_gib(free)} are free; {advice}"
+        f"--workers {n_workers}: need {_size(needed)} ({_size(memory.weights)} for the model, "
+        f"{_size(memory.per_worker)} for each worker), but {_size(free)} are free; {advice}"
     )
 
 
@@ -270,8 +281,8 @@ def outcome_text(outcome: SearchOutcome) -> str:
     return f"{depth_table(sides)}\n\n{outcome.verdict.text}"
 
 
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB"
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
 
 
 def _names(text: str) -> tuple[str, ...]:
