@@ -23,6 +23,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -31,18 +32,20 @@ from landscapes import HELD_OUT, TUNING, Landscape
 from scipy.stats import spearmanr
 
 from lrope_gguf import LropeError
-from lrope_search.algorithm import Algorithm, Candidate
+from lrope_search.algorithm import Algorithm, Candidate, Score
 from lrope_search.algorithms import ALGORITHMS, make_algorithm
 from lrope_search.commands.options import (
     add_model_options,
     add_task_arguments,
+    fit_task,
     open_model,
     open_task,
     positive,
     task_config,
 )
 from lrope_search.evaluator import TeacherForcedEvaluator
-from lrope_search.space import CurveSpace
+from lrope_search.racing import Race, Racing
+from lrope_search.space import UNIFORM_FACTORS, CurveSpace
 
 Factors = tuple[float, ...]
 
@@ -66,7 +69,9 @@ class ModelProblem:
 
     def __init__(self, args: argparse.Namespace, n_true: int) -> None:
         """Load the model; ``n_true`` validation contexts decide what a curve is worth."""
-        self._evaluator = TeacherForcedEvaluator(open_model(args), open_task(args), answer_prefix=args.answer_prefix)
+        loaded = open_model(args)
+        task = fit_task(open_task(args), args, loaded)
+        self._evaluator = TeacherForcedEvaluator(loaded, task, answer_prefix=args.answer_prefix)
         self.n_layer, self._n_true = self._evaluator.n_layer, n_true
         self._key = json.dumps([Path(args.model).name, task_config(args)])
         self._known: dict[tuple[Factors, str, int], float] = {}
@@ -103,23 +108,11 @@ class ModelProblem:
         return self._known[key]
 
 
-@dataclass(frozen=True)
-class Rungs:
-    """Asynchronous successive halving: who is in the better ``fraction`` so far goes on to twice the contexts."""
-
-    contexts: int
-    fraction: float = 1.0
-
-    def __str__(self) -> str:
-        """For the table."""
-        return f"{self.contexts} contexts" + (f", best {self.fraction:g} go on" if self.fraction < 1.0 else "")
-
-
-def play(problem: Problem, algorithm: Algorithm, rungs: Rungs, budget: int) -> Iterator[tuple[Candidate, int]]:
+def play(problem: Problem, algorithm: Algorithm, racing: Racing, budget: int) -> Iterator[tuple[Candidate, int]]:
     """Drive ``algorithm`` for ``budget`` candidates; after each yield the best so far and the contexts it all cost."""
     pending: deque[Candidate] = deque()
-    seen: dict[int, list[float]] = {}  # fitness of every candidate so far that came to a rung
-    best: tuple[tuple[int, float], Candidate] | None = None
+    best: tuple[Score, Candidate] | None = None
+    race = Race(racing)
     n_asked = cost = 0
     while n_asked < budget or pending:
         candidate = algorithm.ask() if n_asked < budget and len(pending) < algorithm.lag else None
@@ -130,23 +123,22 @@ def play(problem: Problem, algorithm: Algorithm, rungs: Rungs, budget: int) -> I
         if not pending:
             return
         candidate = pending.popleft()
-        n = rungs.contexts if rungs.fraction == 1.0 else 1
         gains: list[float] = []
-        while True:
-            gains += [problem.gain(candidate.factors, i) for i in range(len(gains), n)]
-            fitness = statistics.mean(gains)
-            others = seen.setdefault(n, [])
-            better = sum(value > fitness for value in others)
-            others.append(fitness)
-            if n == rungs.contexts or better >= math.ceil(rungs.fraction * len(others)):
-                break
-            n = min(2 * n, rungs.contexts)
+        contexts: range | None = race.enter(candidate.id)
+        while contexts is not None:
+            gains += [problem.gain(candidate.factors, i) for i in contexts]
+            further = race.advance(partial(_mean, gains))
+            contexts = next((more for _, more in further), None)
         cost += len(gains)
-        score = (len(gains), fitness)
+        score = race.scores.pop(candidate.id)
         algorithm.tell(candidate, score)
         if best is None or score > best[0]:
             best = score, candidate
         yield best[1], cost
+
+
+def _mean(gains: list[float], _: int, n: int) -> float:
+    return statistics.mean(gains[:n])
 
 
 @dataclass(frozen=True)
@@ -170,11 +162,11 @@ class Run:
         return next((n for n, gain in enumerate(self.gains, 1) if gain >= target), math.inf)
 
 
-def run(problem: Problem, algorithm: Algorithm, rungs: Rungs, budget: int) -> Run:
+def run(problem: Problem, algorithm: Algorithm, racing: Racing, budget: int) -> Run:
     """One run, judged."""
     worth: dict[int, float] = {}
     gains, costs = [], []
-    for best, cost in play(problem, algorithm, rungs, budget):
+    for best, cost in play(problem, algorithm, racing, budget):
         if best.id not in worth:
             worth[best.id] = problem.true_gain(best.factors)
         gains.append(worth[best.id])
@@ -182,18 +174,18 @@ def run(problem: Problem, algorithm: Algorithm, rungs: Rungs, budget: int) -> Ru
     return Run(tuple(gains), tuple(costs))
 
 
-def synthetic_run(kind: str, seed: int, name: str, rungs: Rungs, budget: int) -> tuple[Run, float]:
+def synthetic_run(kind: str, seed: int, name: str, racing: Racing, budget: int) -> tuple[Run, float]:
     """A run on a landscape, and what its optimum is worth."""
     landscape = Landscape(kind, seed)
     algorithm = make_algorithm(name, landscape.n_layer, seed=seed)
     optimum = landscape.true_gain(tuple(np.exp(landscape.target).tolist()))
-    return run(landscape, algorithm, rungs, budget), optimum
+    return run(landscape, algorithm, racing, budget), optimum
 
 
-def synthetic_runs(args: argparse.Namespace, name: str, rungs: Rungs) -> dict[str, list[Run]]:
+def synthetic_runs(args: argparse.Namespace, name: str, racing: Racing) -> dict[str, list[Run]]:
     """All runs of an algorithm by kind of landscape; gains in percent of the optimum's."""
     jobs = [
-        (kind, seed, name, rungs, max(args.budgets))
+        (kind, seed, name, racing, max(args.budgets))
         for kind in args.kinds
         for seed in range(args.first_seed, args.first_seed + args.seeds)
     ]
@@ -208,7 +200,7 @@ def synthetic_runs(args: argparse.Namespace, name: str, rungs: Rungs) -> dict[st
 def synthetic(args: argparse.Namespace) -> None:
     """Tables on landscapes."""
     for name in args.algorithms:
-        runs = synthetic_runs(args, name, Rungs(args.contexts))
+        runs = synthetic_runs(args, name, Racing(args.contexts, fraction=1.0))
         if name == args.algorithms[0]:
             print(
                 f"{args.contexts} contexts an evaluation, seeds {args.first_seed} to {args.first_seed + args.seeds - 1}"
@@ -222,12 +214,18 @@ def synthetic(args: argparse.Namespace) -> None:
         print(flush=True)
 
 
+def make(args: argparse.Namespace, name: str, problem: Problem, seed: int) -> Algorithm:
+    """An algorithm for a model, all with the same first curves and widths."""
+    uniform = args.uniform_factors
+    return make_algorithm(name, problem.n_layer, seed=seed, width=args.width, uniform_factors=uniform)
+
+
 def model(args: argparse.Namespace) -> None:
     """Tables on a model."""
     problem = ModelProblem(args, args.true_contexts)
     runs = {
         name: [
-            run(problem, make_algorithm(name, problem.n_layer, seed=seed), Rungs(args.contexts), max(args.budgets))
+            run(problem, make(args, name, problem, seed), Racing(args.contexts, fraction=1.0), max(args.budgets))
             for seed in range(args.seeds)
         ]
         for name in args.algorithms
@@ -263,12 +261,14 @@ def print_row(name: str, kind: str, runs: Sequence[Run], budgets: Sequence[int],
     print(f"{name:<10} {kind:<10}" + "".join(f"{cell:>16}" for cell in cells[:-1]) + f"{cells[-1]:>18}", flush=True)
 
 
-def racing(args: argparse.Namespace) -> None:
+def compare_racing(args: argparse.Namespace) -> None:
     """Contexts and rates of successive halving at equal cost."""
-    settings = [Rungs(n) for n in (1, 2, 4, 8)] + [Rungs(n, f) for n in (4, 8) for f in (0.5, 0.3)]
+    settings = [Racing(n, fraction=1.0) for n in (1, 2, 4, 8)] + [
+        Racing(n, fraction=f) for n in (4, 8) for f in (0.5, 0.3)
+    ]
     budgets = args.context_budgets
     args.budgets = [max(budgets)]
-    runner: Callable[[Rungs], list[Run]]
+    runner: Callable[[Racing], list[Run]]
     form = "{:.0f}"
     if args.model:
         problem, form = ModelProblem(args, args.true_contexts), "{:.4f}"
@@ -276,33 +276,34 @@ def racing(args: argparse.Namespace) -> None:
             f"{Path(args.model).name}: gain on {args.true_contexts} contexts never searched on, nats per answer token,"
         )
 
-        def runner(rungs: Rungs) -> list[Run]:
+        def runner(racing: Racing) -> list[Run]:
             return [
-                run(problem, make_algorithm("ga", problem.n_layer, seed=seed), rungs, most(rungs, max(budgets)))
+                run(problem, make(args, "ga", problem, seed), racing, most(racing, max(budgets)))
                 for seed in range(args.seeds)
             ]
     else:
         print("synthetic landscapes: gain in percent of the optimum's,")
 
-        def runner(rungs: Rungs) -> list[Run]:
-            args.budgets = [most(rungs, max(budgets))]
-            return [one for group in synthetic_runs(args, "ga", rungs).values() for one in group]
+        def runner(racing: Racing) -> list[Run]:
+            args.budgets = [most(racing, max(budgets))]
+            return [one for group in synthetic_runs(args, "ga", racing).values() for one in group]
 
     print(f"algorithm ga, {args.seeds} seeds (mean, standard error), by contexts evaluated in all\n")
     print(f"{'an evaluation':<28}" + "".join(f"{n:>16}" for n in budgets))
-    for rungs in settings:
-        runs = runner(rungs)
+    for racing in settings:
+        name = f"{racing.n_contexts} contexts" + (f", best {racing.fraction:g} go on" if racing.fraction < 1.0 else "")
+        runs = runner(racing)
         cells = []
         for budget in budgets:
             gains = [one.after_cost(budget) for one in runs]
             error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
             cells.append(f"{form.format(statistics.mean(gains))} ± {form.format(error)}")
-        print(f"{rungs!s:<28}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
+        print(f"{name:<28}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
 
 
-def most(rungs: Rungs, contexts: int) -> int:
+def most(racing: Racing, contexts: int) -> int:
     """Candidates that so many contexts can pay for at most."""
-    return contexts // rungs.contexts if rungs.fraction == 1.0 else contexts
+    return contexts // racing.n_contexts if racing.fraction == 1.0 else contexts
 
 
 def fidelity(args: argparse.Namespace) -> None:
@@ -341,7 +342,7 @@ def main() -> None:
     """Parse the command and print its tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    functions = {"synthetic": synthetic, "model": model, "racing": racing, "fidelity": fidelity}
+    functions = {"synthetic": synthetic, "model": model, "racing": compare_racing, "fidelity": fidelity}
     for name, function in functions.items():
         command = commands.add_parser(name, help=(function.__doc__ or "").rstrip("."))
         command.add_argument("--seeds", metavar="N", type=positive, default=10, help="runs (%(default)s)")
@@ -354,6 +355,9 @@ def main() -> None:
             command.add_argument("model", metavar="MODEL", nargs=nargs, help="GGUF file")
             add_model_options(command)
             add_task_arguments(command)
+            command.add_argument("--width", metavar="W", type=float, default=0.05, help="as of search (%(default)s)")
+            command.add_argument("--uniform-factors", metavar="F,...", default=UNIFORM_FACTORS,
+                                 type=lambda text: tuple(map(float, text.split(","))))  # fmt: skip
             command.add_argument("--cache", metavar="FILE", help="results, kept and used again")
             command.add_argument("--true-contexts", metavar="N", type=positive, default=16)
             command.add_argument("--short-keys", metavar="N,...", type=numbers, default=[11])
