@@ -325,7 +325,7 @@ def _details(study: StudySummary) -> Iterator[str]:
         if len(study.factors) > _MOST_LAYERS:
             yield f'<p class="note">and {len(study.factors) - _MOST_LAYERS} more, see best.json</p>'
         yield "</details>"
-    rows = list(_flat(study.config))
+    rows = list(flat(study.config))
     yield "<details open><summary>Settings of the study</summary>"
     yield '<div class="scroll" tabindex="0"><table><caption>From config.json; with these the search can be made again.'
     yield '</caption><thead><tr><th scope="col">setting</th><th scope="col" class="text">value</th></tr></thead><tbody>'
@@ -337,11 +337,11 @@ def _details(study: StudySummary) -> Iterator[str]:
     yield "</details></section>"
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Rows of nested JSON: dotted key, and value in words."""
+def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield rows of nested JSON: dotted key, and value in words."""
     if isinstance(value, dict) and value:
         for name, item in value.items():
-            yield from _flat(item, f"{key}.{name}" if key else str(name))
+            yield from flat(item, f"{key}.{name}" if key else str(name))
     else:
         yield key, _value(value)
 

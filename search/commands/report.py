@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="STUDY", help="directory of a search, such as best.study")
     parser.add_argument("--output", metavar="FILE", type=Path, help=f"page to write (STUDY/{NAME}); PNGs go beside it")
     parser.add_argument("--json", action="store_true", help="print JSON; write a page only if --output is given")
+    parser.add_argument(
+        "--mlflow", action="store_true", help="log the study to MLflow as a run (where MLFLOW_TRACKING_URI says)"
+    )
     parser.add_argument("--open", action="store_true", help="show the page in a browser")
 
 
@@ -29,9 +32,19 @@ def run(args: argparse.Namespace) -> int:
     directory = Path(args.study)
     study = summarise(directory)
     print(json.dumps(_json(study), indent=2) if args.json else "\n".join(summary_lines(study)))
-    if args.json and args.output is None and not args.open:
-        return 0
     sys.stdout.flush()
+    if not args.json or args.output is not None or args.open:
+        status = _page(args, directory, study)
+        if status != 0:
+            return status
+    if args.mlflow:
+        from ..tracking import log_study
+
+        print(f"mlflow: run {log_study(directory)}", file=sys.stderr if args.json else sys.stdout)
+    return 0
+
+
+def _page(args: argparse.Namespace, directory: Path, study: StudySummary) -> int:
     try:
         page = write_report(directory, args.output)
     except PlotUnavailableError as error:
