@@ -203,6 +203,16 @@ def test_the_number_of_workers_does_not_matter(model: Path, tmp_path: Path) -> N
     assert all(len(probes) == 1 for probes in scores.values())
 
 
+@pytest.mark.slow
+def test_ray_finds_the_same(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    outputs = [tmp_path / f"{name}.json" for name in ("local", "ray")]
+    for output, options in zip(outputs, ([], ["--executor", "ray", "--workers", "2"]), strict=True):
+        result = run(["search", model, *SEARCH, *options, "--output", output])
+        assert result.returncode == 0, result.stderr
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
 def test_the_number_of_threads_does_not_matter(model: Path) -> None:
     """Which is why workers may share the threads that one would have: scores are equal bit by bit."""
     parser = argparse.ArgumentParser()

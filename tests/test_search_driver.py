@@ -16,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from synthetic import Landscape
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic import Landscape, noise
 
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
@@ -24,7 +26,7 @@ from lrope_search.algorithm import Algorithm, Candidate, Score
 from lrope_search.executor import Job, LocalExecutor
 from lrope_search.objective import Objective
 from lrope_search.progress import Progress
-from lrope_search.racing import Racing
+from lrope_search.racing import Race, Racing
 from lrope_search.search import SearchOutcome, SearchSettings, run_search
 from lrope_search.study import Study
 from lrope_search.types import ContextScore, Evaluator, ProbeScore
@@ -211,6 +213,129 @@ def test_neither_workers_nor_the_order_of_results_matter(tmp_path: Path, whole: 
     lines = [(d / "evaluations.jsonl").read_text().splitlines() for d in (tmp_path, whole)]
     assert set(lines[0]) >= set(lines[1]) and lines[0] != lines[1]
     assert all('"split":"search"' not in line for line in set(lines[0]) - set(lines[1]))
+
+
+def uneven(job: Job) -> float:
+    """Log-normal around 1 with a spread of e: one evaluation in twenty takes five times as long as the median."""
+    return math.exp(noise("duration", job))
+
+
+@pytest.mark.parametrize(("lag", "utilisation"), [(8, 0.93), (16, 0.98)])
+def test_no_worker_idles_longer_than_one_evaluation(tmp_path: Path, lag: int, utilisation: float) -> None:
+    settings = dataclasses.replace(SETTINGS, max_evaluations=120, search_contexts=4, lag=lag)
+    executor = VirtualExecutor(Landscape(), 4, uneven)
+    search(tmp_path, settings=settings, executor=lambda evaluator: executor)
+    ends = [end for _, end, job in executor.log if job.split == "search"]
+    last = max(start for start, _, job in executor.log if job.split == "search")
+    gaps = [end - start for start, end in executor.gaps if end <= last]
+    assert max(gaps) <= max(end - start for start, end, _ in executor.log)
+    busy = sum(min(end, last) - start for start, end, _ in executor.log if start < last)
+    assert busy / (4 * last) > utilisation
+    # validation and test begin while the last candidates are out
+    assert min(start for start, _, job in executor.log if job.split != "search") < max(ends)
+
+
+def test_what_is_needed_goes_before_what_may_be(tmp_path: Path) -> None:
+    """A worker with something urgent to do never does something else; so one worker does nothing in vain."""
+    executor = VirtualExecutor(Landscape(), 1, uneven)
+    search(tmp_path, executor=lambda evaluator: executor)
+    alone = {job for _, _, job in executor.log}
+    recorder = Recorder(Landscape())
+    search(tmp_path / "local", recorder)
+    assert alone == set(recorder.jobs)
+
+
+class Guarded(Landscape):
+    """Diverges from the base model by what the factors differ from 1; ``limit``: beyond that, NaN."""
+
+    limit = math.inf
+
+    def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
+        if split != "guard":
+            return super().evaluate(factors, split, index)
+        kl = max(abs(math.log(s)) for s in factors)
+        probes = (ProbeScore(0.0, -kl / 2.0, True), ProbeScore(1.0, -kl if kl < self.limit else math.nan, True))
+        return ContextScore("guard", index, probes, 512, 0.0)
+
+
+def test_the_guard_passes_over_who_strays(tmp_path: Path) -> None:
+    free = search(tmp_path / "free", Guarded(), dataclasses.replace(SETTINGS, max_kl=9.0), guard_contexts=1)
+    assert free.winner is not None and free.kl is not None
+    assert free.kl == pytest.approx(max(abs(math.log(s)) for s in free.winner.factors))
+    results = free.best.provenance["results"]["guard"]
+    assert results == {"max_kl": 9.0, "passed_over": 0, "short": round(free.kl / 2.0, 6), "long": round(free.kl, 6)}
+    assert "; KL on ordinary text 0." in free.verdict.text
+
+    # just below the winner's: the next best that stays within takes its place
+    tight = dataclasses.replace(SETTINGS, max_kl=free.kl - 1e-6)
+    bounded = search(tmp_path / "bounded", Guarded(), tight, guard_contexts=1)
+    assert bounded.winner != free.winner
+    if bounded.winner is not None:
+        assert bounded.kl is not None and bounded.kl <= tight.max_kl
+    assert bounded.best.provenance["results"]["guard"]["passed_over"] >= 1
+    assert "is passed over: KL divergence" in (tmp_path / "bounded" / "log.txt").read_text()
+
+    nobody = search(tmp_path / "none", Guarded(), dataclasses.replace(SETTINGS, max_kl=0.0), guard_contexts=1)
+    assert nobody.winner is None and not nobody.verdict.recommended
+    assert "stays within 0 nats a token of it on ordinary text (--max-kl), not recommended" in nobody.verdict.text
+
+    class Broken(Guarded):
+        limit = 0.0
+
+    broken = search(tmp_path / "nan", Broken(), dataclasses.replace(SETTINGS, max_kl=9.0), guard_contexts=1)
+    assert broken.winner is None
+    json.loads((tmp_path / "nan" / "best.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+
+
+def test_the_guard_looks_at_the_winner_alone(tmp_path: Path) -> None:
+    recorder = Recorder(Guarded())
+    outcome = search(tmp_path, recorder, dataclasses.replace(SETTINGS, max_kl=9.0), guard_contexts=1)
+    assert outcome.winner is not None
+    assert [job for job in recorder.jobs if job.split == "guard"] == [Job(outcome.winner.factors, "guard", 0)]
+    random.seed(1)
+    search(
+        tmp_path / "many",
+        settings=dataclasses.replace(SETTINGS, max_kl=9.0),
+        executor=lambda _: VirtualExecutor(Guarded(), 6),
+        guard_contexts=1,
+    )
+    assert (tmp_path / "many" / "best.json").read_bytes() == (tmp_path / "best.json").read_bytes()
+
+
+def test_candidates_are_listed_in_the_order_of_asking(tmp_path: Path) -> None:
+    class Fragile(Landscape):
+        def log_probability(self, factors: tuple[float, ...], context: object) -> float:
+            return math.nan if max(factors) > 1.06 else super().log_probability(factors, context)
+
+    outcome = search(tmp_path, Fragile())
+    records = [json.loads(line) for line in (tmp_path / "candidates.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == list(range(44))
+    scores = {candidate.id: (candidate, score) for candidate, score in outcome.candidates}
+    for record in records:
+        candidate, (contexts, fitness) = scores[record["id"]]
+        assert (record["contexts"], float(record["fitness"])) == (contexts, fitness)
+        assert record["origin"] == candidate.origin and tuple(record["factors"]) == candidate.factors
+        assert [tuple(point) for point in record["control_points"]] == list(candidate.curve.control_points)
+    assert any(record["fitness"] == "-inf" for record in records)
+
+
+def test_the_other_algorithms_search_too(tmp_path: Path) -> None:
+    for name in ("random", "de", "papers-ga"):
+        random.seed(2)
+        settings = dataclasses.replace(SETTINGS, algorithm=name)
+        alone = search(tmp_path / name, settings=settings)
+        assert len(alone.candidates) == 44
+        search(tmp_path / f"{name}4", settings=settings, executor=VirtualExecutor)
+        best = [(tmp_path / directory / "best.json").read_bytes() for directory in (name, f"{name}4")]
+        assert best[0] == best[1]
+
+
+def test_a_setting_that_the_algorithm_lacks_is_refused() -> None:
+    with pytest.raises(LropeError, match=r"^--population: means nothing to --algorithm random; leave it out$"):
+        SearchSettings(algorithm="random", population=12)
+    with pytest.raises(LropeError, match=r"^--lag: means nothing to --algorithm de"):
+        SearchSettings(algorithm="de", lag=20)
+    assert SearchSettings(population=12).algorithm_for(4).lag == 8
 
 
 def test_a_finished_search_runs_again_without_evaluating(tmp_path: Path) -> None:
@@ -430,6 +555,40 @@ def test_racing_rungs() -> None:
     assert Racing(7, first=2, fraction=0.3).stops() == (2, 7)
     assert Racing(4).expected_evaluations(16) == 16 + 8 + 8
     assert Racing(4, fraction=1.0).expected_evaluations(16) == 64
+
+
+@given(st.data(), st.sampled_from([(1, 1, 0.5), (4, 1, 0.5), (7, 2, 0.3), (4, 1, 1.0)]))
+def test_who_goes_on_depends_on_no_order(data: st.DataObject, rule: tuple[int, int, float]) -> None:
+    """And it is what the rule says, worked out candidate by candidate from all scores."""
+    racing = Racing(*rule, window=5)
+    stops = racing.stops()
+    n = data.draw(st.integers(1, 12))
+    levels = st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 1.0])
+    table = {(i, stop): data.draw(levels) for i in range(n) for stop in stops}
+
+    expected: dict[int, tuple[int, float]] = {}
+    climbing = list(range(n))
+    for stop in stops:
+        above = []
+        for place, i in enumerate(climbing):
+            window = [table[j, stop] for j in climbing[max(0, place - 4) : place + 1]]
+            better = sum(value > table[i, stop] for value in window)
+            top = better < math.ceil(racing.fraction * len(window)) and table[i, stop] > -math.inf
+            if stop == stops[-1] or not top:
+                expected[i] = (stop, table[i, stop])
+            else:
+                above.append(i)
+        climbing = above
+
+    race = Race(racing)
+    known, unseen = set(), [(i, race.enter(i).stop) for i in range(n)]
+    assert {stop for _, stop in unseen} == {stops[0]}
+    while unseen:
+        known.add(unseen.pop(data.draw(st.integers(0, len(unseen) - 1))))
+        for i, contexts in race.advance(lambda i, stop: table[i, stop] if (i, stop) in known else None):
+            assert contexts.start in stops
+            unseen.append((i, contexts.stop))
+    assert race.scores == expected
 
 
 class Terminal(io.StringIO):
