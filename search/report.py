@@ -274,7 +274,9 @@ def _row(label: str, cells: dict[str, Cell], gains: dict[str, Interval], table: 
     for name, cell in cells.items():
         text += f"<td>{100 * cell.accuracy:.1f}</td>"
         if name in gains:
-            text += f"<td>{100 * gains[name].mean:+.1f} <small>{_interval(gains[name], table, study)}</small></td>"
+            kind = "" if name == "curve" else " class=uniform"
+            interval = _interval(gains[name], table, study)
+            text += f"<td{kind}>{100 * gains[name].mean:+.1f} <small>{interval}</small></td>"
     return f"<tr{' class=sum' if label == 'all' else ''}>{text}</tr>"
 
 

@@ -65,6 +65,8 @@ def test_it_fits_the_width(browser: Page, report: Path, width: int) -> None:
         " e.getBoundingClientRect().right > innerWidth).length"
     )
     assert outside == 0
+    if width >= 400:  # tables need no scrolling
+        assert browser.evaluate("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
 
 
 @pytest.mark.parametrize("dark", [False, True])
