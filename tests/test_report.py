@@ -118,6 +118,9 @@ def test_the_summary_is_what_was_measured(whole: tuple[Path, SearchOutcome]) -> 
     assert outcome.winner_comparison == summary.table.comparisons["curve"]
     trials = {trial.factors: (trial.contexts, trial.fitness) for trial in summary.trials}
     assert trials == {candidate.factors: score for candidate, score in outcome.candidates}
+    seen = sorted(outcome.candidates, key=lambda item: item[0].id)
+    whole_scores = [fitness if contexts == SETTINGS.search_contexts else 0.0 for _, (contexts, fitness) in seen]
+    assert summary.best_so_far() == [max(0.0, *whole_scores[: i + 1]) for i in range(len(seen))]
     lines = [json.loads(line) for line in (study / "evaluations.jsonl").read_text().splitlines()]
     assert summary.total.evaluations == len(lines) and summary.total.tokens == sum(r["n_tokens"] for r in lines)
     assert [cost.phase for cost in summary.costs] == [
