@@ -62,11 +62,12 @@ def run(args: argparse.Namespace) -> int:
     args = argparse.Namespace(**{**vars(args), **demo.task, "model": str(base)})
 
     print(f"1. search: {base}, {args.keys} keys and values a context, {args.depths} of them asked for", flush=True)
-    outcome = search(args, replace(demo.settings, seed=args.seed), args.dir / f"{base.stem}.study")
+    settings = replace(demo.settings, seed=args.seed)
+    outcome = search(args, settings, args.dir / f"{base.stem}.study")
     assert outcome is not None  # not a dry run
     curve = args.dir / f"{base.stem}.json"
     outcome.best.save(curve)
-    print(f"\n{outcome_text(outcome)}\n", flush=True)
+    print(f"\n{outcome_text(outcome, settings)}\n", flush=True)
 
     written = base.with_name(f"{base.stem}-lrope.gguf")
     factors = outcome.best.factors_for(len(outcome.identity))

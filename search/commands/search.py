@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if outcome is None:
         return 0
     outcome.best.save(output)
-    print(outcome_text(outcome))
+    print(outcome_text(outcome, settings))
     if outcome.winner is None:
         print(f"{output}: holds the base model's factors, all 1")
     else:
@@ -271,14 +271,15 @@ def check_memory(memory: MemoryNeeded, n_workers: int, free: int | None) -> None
     )
 
 
-def outcome_text(outcome: SearchOutcome) -> str:
+def outcome_text(outcome: SearchOutcome, settings: SearchSettings) -> str:
     """The test in words and by depth, and the factors found."""
     sides = {"base": outcome.base_test}
     if outcome.uniform is not None and outcome.uniform_test is not None:
         sides[f"uniform {outcome.uniform.factors[0]:g}"] = outcome.uniform_test
     if outcome.winner_test is not None:
         sides["curve"] = outcome.winner_test
-    return f"{depth_table(sides)}\n\n{outcome.verdict.text}"
+    table = depth_table(sides, seed=settings.seed, confidence=settings.confidence)
+    return f"{table}\n\n{outcome.verdict.text}"
 
 
 def _size(n_bytes: int) -> str:
