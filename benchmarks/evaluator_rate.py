@@ -1,57 +1,133 @@
-"""Tokens per second of the evaluator against `llama-bench` prefill, side by side on one model and length.
+"""Tokens per second of the evaluator against `llama-bench` prefill, side by side: same model, length, batch, threads.
 
-The floor of an evaluation is its tokens over the prefill rate. Usage:
+Runs of the two take turns, so that a busy machine slows both. `llama-bench` projects one row to the vocabulary; an
+evaluation needs a row for every token of an answer. What these cost is measured apart: the floor is the ratio that an
+evaluator would reach that added nothing else to the prefill. Usage:
 
-    python benchmarks/evaluator_rate.py MODEL [--keys 40] [--pairs 5] [--threads N] [--answer-prefix TEXT]
+    python benchmarks/evaluator_rate.py MODEL... [--keys 40 100] [--pairs 5] [--threads N] [--cpu-time]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
+import shlex
 import statistics
 import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
+import numpy as np
+from patch_speed import cpu_model, spread
+
+from lrope_gguf import LropeError
 from lrope_gguf.native import tool_path
 from lrope_search.evaluator import TeacherForcedEvaluator
 from lrope_search.model import Model, physical_cores
 from lrope_search.tasks import IDENTIFIERS, KeyValueTask
 
+_ROWS = 128  # of logits, to measure what one costs
 
-def bench(model: str, n_tokens: int, n_threads: int) -> float:
-    """Prefill rate of one `llama-bench` run, tokens a second."""
-    command = [tool_path("llama-bench"), "-m", model, "-p", n_tokens, "-n", 0, "-t", n_threads, "-r", 1, "-o", "json"]
-    output = subprocess.run([*map(str, command), "-fa", "1"], check=True, capture_output=True, text=True).stdout
-    return float(json.loads(output)[0]["avg_ts"])
+
+def bench(path: str, n_tokens: int, n_threads: int, n_batch: int) -> float:
+    """Seconds of one `llama-bench` prefill of ``n_tokens``."""
+    command = [tool_path("llama-bench"), "-m", path, "-p", n_tokens, "-n", 0, "-t", n_threads, "-r", 1, "-o", "json"]
+    options = ["-fa", 1, "-b", n_batch, "-ub", n_batch]
+    done = subprocess.run([str(word) for word in (*command, *options)], check=True, capture_output=True, text=True)
+    return n_tokens / float(json.loads(done.stdout)[0]["avg_ts"])
+
+
+def seconds_of(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    """What ``work`` takes on ``clock``."""
+    start = clock()
+    work()
+    return clock() - start
+
+
+def prefill(model: Model, n_tokens: int, n_rows: int = 0) -> None:
+    """Compute so many tokens and the logits of the last ``n_rows``."""
+    model.clear()
+    tokens = np.arange(n_tokens, dtype=np.int32) % 1000 + 100
+    wanted = np.arange(n_tokens) >= n_tokens - n_rows
+    for _ in model.decode(tokens, np.arange(n_tokens), np.zeros(n_tokens, np.int64), wanted):
+        pass
+    model.synchronize()
+
+
+def measure(path: str, n_keys: int, args: argparse.Namespace) -> dict[str, str]:
+    """One row of the table."""
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    task = KeyValueTask(n_keys, identifiers=args.identifiers)
+    with Model(path, n_threads=args.threads, n_batch=args.batch_size) as model:
+        evaluator = TeacherForcedEvaluator(model, task, answer_prefix=args.answer_prefix)
+        base = (1.0,) * evaluator.n_layer
+        evaluator.evaluate(base, "search", 0)  # warm
+        n_tokens, n_rows, n_alone = (
+            evaluator.n_tokens("search", 0),
+            evaluator.n_rows("search", 0),
+            evaluator.n_tokens_alone("search", 0),
+        )
+        ours, theirs, rows = [], [], []
+        for _ in range(args.pairs):
+            ours.append(seconds_of(partial(evaluator.evaluate, base, "search", 0), clock))
+            if args.cpu_time:
+                theirs.append(seconds_of(partial(prefill, model, n_tokens), clock))
+            else:
+                theirs.append(bench(path, n_tokens, args.threads, args.batch_size))
+            with_rows, without = (seconds_of(partial(prefill, model, 256, n), clock) for n in (_ROWS, 0))
+            rows.append((with_rows - without) / _ROWS)
+        changes = []
+        for i in range(101):
+            model.clear()
+            factors = tuple(1.0 + 0.01 * ((i + layer) % 7) for layer in range(evaluator.n_layer))
+            changes.append(seconds_of(partial(model.set_factors, factors), time.perf_counter))
+    row = statistics.median(rows)
+    floor = statistics.median(b / (b + n_rows * row) for b in theirs)
+    ratio = spread([b / a for a, b in zip(ours, theirs, strict=True)])
+    return {
+        "model": Path(path).name,
+        "keys": str(n_keys),
+        "tokens": str(n_tokens),
+        "evaluator, tokens/s": f"{n_tokens / statistics.median(ours):.0f}",
+        "prefill, tokens/s": f"{n_tokens / statistics.median(theirs):.0f}",
+        "ratio (range)": ratio,
+        "rows of logits": f"{n_rows} of {1e3 * row:.1f} ms",
+        "floor": f"{floor:.3f}",
+        "one prompt a probe": f"{n_alone} tokens, {n_alone / n_tokens:.1f} times",
+        "factor change": f"{1e3 * statistics.median(changes):.3f} ms",
+    }
 
 
 def main() -> None:
-    """Run pairs in turn and print the medians."""
+    """Measure all models at all lengths and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--keys", type=int, default=40)
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--keys", type=int, nargs="+", default=[40], metavar="N", help="pairs a context (40)")
     parser.add_argument("--identifiers", choices=IDENTIFIERS, default="uuid")
     parser.add_argument("--answer-prefix", default="")
-    parser.add_argument("--pairs", type=int, default=5, help="runs of each")
-    parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--pairs", type=int, default=5, help="runs of each (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=512, metavar="N", help="tokens (%(default)s)")
+    parser.add_argument("--threads", type=int, default=physical_cores(), metavar="N")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time against a prefill in this process: "
+                        "on a busy machine, with --threads 1, since waiting threads spin")  # fmt: skip
     args = parser.parse_args()
-    task = KeyValueTask(args.keys, identifiers=args.identifiers)
-    with Model(args.model, n_threads=args.threads) as model:
-        evaluator = TeacherForcedEvaluator(model, task, answer_prefix=args.answer_prefix)
-        base = (1.0,) * evaluator.n_layer
-        n_tokens = evaluator.evaluate(base, "search", 0).n_tokens  # warm
-        rows = []
-        for _ in range(args.pairs):
-            score = evaluator.evaluate(base, "search", 0)
-            rows.append((score.n_tokens / score.seconds, bench(args.model, n_tokens, args.threads)))
-    ours, theirs = (statistics.median(column) for column in zip(*rows, strict=True))
-    ratio = statistics.median(a / b for a, b in rows)
-    print(f"{platform.machine()}, {args.threads} threads, {args.pairs} pairs, medians; {args.model}")
-    print(f"evaluator   {ours:7.0f} tokens/s  ({n_tokens} tokens: {args.keys} pairs, 11 questions with their answers)")
-    print(f"llama-bench {theirs:7.0f} tokens/s  (-p {n_tokens} -n 0 -fa 1)")
-    print(f"ratio       {ratio:7.2f}")
+    rows = [measure(model, n_keys, args) for model in args.models for n_keys in args.keys]
+    print(f"`{shlex.join(['python', 'benchmarks/evaluator_rate.py', *sys.argv[1:]])}`\n")
+    what = "processor time, against prefill in this process" if args.cpu_time else "against llama-bench -fa 1"
+    print(
+        f"{cpu_model()}, {os.cpu_count()} cores, {args.threads} threads, batch {args.batch_size}, 11 probes; {what}\n"
+    )
+    print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
+    for row in rows:
+        print(f"| {' | '.join(row.values())} |")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LropeError as error:
+        sys.exit(f"error: {error}")

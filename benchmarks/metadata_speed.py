@@ -1,11 +1,12 @@
 """Speed of `lrope-gguf show` and `write` beside the `gguf` package's scripts and `cp`, interpreter start included.
 
-    python benchmarks/metadata_speed.py --model MODEL [--rounds 7] [--folder DIR] [--loop xfs,btrfs] [--sizes 250,1000]
+    python benchmarks/metadata_speed.py [--model MODEL] [--rounds 7] [--folder DIR] [--loop xfs,btrfs] [--sizes 250,1000]
 
-Every command is a process of its own, its file is in the page cache, what was written before is on the disk, and the
-order is reversed from round to round. With root, the first write is also measured on file systems that share blocks,
-mounted from an image in the folder, for models of several sizes.
-"""
+Without a model, one of 1.1 GB with a vocabulary of 152 thousand tokens is made. Every command is a process of its own,
+its file is in the page cache, what was written before is on the disk, and the order is reversed from round to round.
+With root, the first write is also measured on file systems that share blocks, mounted from an image in the folder, for
+models of several sizes.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -32,6 +33,8 @@ from typing import NamedTuple, NoReturn
 PROJECT = Path(__file__).resolve().parent.parent
 MKFS = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"], "ext4": ["mkfs.ext4", "-q", "-F"]}
 LAYERS = 32
+MEGABYTES, VOCABULARY = 1100, 151_936  # the model that is made where none is given
+HEADER, COSTS = ("command", "seconds, median (range)"), ("processor, s", "peak memory, MiB")
 SLOW = 3  # rounds of what takes many seconds
 
 
@@ -40,9 +43,10 @@ class BenchmarkError(Exception):
 
 
 class Run(NamedTuple):
-    """Wall time and peak memory of a process."""
+    """Wall time, processor time and peak memory of a process."""
 
     seconds: float
+    processor: float
     peak: int
 
 
@@ -72,7 +76,7 @@ def measure(command: Sequence[str]) -> Run:
             output.seek(0)
             text = output.read().decode(errors="replace").strip()[-2000:]
             raise BenchmarkError(f"{shlex.join(command)} failed:\n{text}")
-    return Run(seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
 def compare(arms: Sequence[Arm], rounds: int, what: str) -> dict[str, list[Run]]:
@@ -99,6 +103,11 @@ def spread(runs: Sequence[Run]) -> str:
     """Median and range of the times in seconds."""
     times = [run.seconds for run in runs]
     return f"{statistics.median(times):.3f} ({min(times):.3f} to {max(times):.3f})"
+
+
+def processor(runs: Sequence[Run]) -> str:
+    """Median of the processor times in seconds: what a busy machine does not change much."""
+    return f"{statistics.median(run.processor for run in runs):.3f}"
 
 
 def peak(runs: Sequence[Run]) -> str:
@@ -177,8 +186,8 @@ def reading(model: Path, rounds: int) -> str:
             goal = verdict(median(runs) / base, 20, least=True)
         elif name in (show.name, text.name):
             goal = verdict(median(runs), 0.15).replace("0.15", "0.15 s")
-        rows.append([name, spread(runs), f"{median(runs) / base:.2f}", peak(runs), goal])
-    result = table(["command", "seconds, median (range)", "ratio to show --json", "peak memory, MiB", "goal"], rows)
+        rows.append([name, spread(runs), f"{median(runs) / base:.2f}", processor(runs), peak(runs), goal])
+    result = table([*HEADER, "ratio to show --json", *COSTS, "goal"], rows)
     return result if dump else f"{result}\n\ngguf-dump: skipped, the gguf package is not installed"
 
 
@@ -230,10 +239,10 @@ def writing(model: Path, folder: Path, rounds: int) -> str:
         theirs_median = median(results["`gguf-new-metadata`"])
         goals["`gguf-new-metadata`"] = verdict(theirs_median / base, 3, least=True)
     rows = [
-        [name, spread(runs), f"{median(runs) / base:.2f}", peak(runs), goals.get(name, "")]
+        [name, spread(runs), f"{median(runs) / base:.2f}", processor(runs), peak(runs), goals.get(name, "")]
         for name, runs in results.items()
     ]
-    result = table(["command", "seconds, median (range)", "ratio to first write", "peak memory, MiB", "goal"], rows)
+    result = table([*HEADER, "ratio to first write", *COSTS, "goal"], rows)
     lines = []
     for mine, yours in ((first, cp), (output, cp), (first, replace)):
         ratios = [a.seconds / b.seconds for a, b in zip(results[mine.name], results[yours.name], strict=True)]
@@ -245,20 +254,33 @@ def writing(model: Path, folder: Path, rounds: int) -> str:
     return result if script else f"{result}\n- gguf-new-metadata: skipped, the gguf package is not installed"
 
 
-def synthetic(path: Path, megabytes: int) -> None:
-    """A model of one large tensor, of data that no file system can compress or leave out."""
+def synthetic(path: Path, megabytes: int, vocabulary: int = 0) -> None:
+    """A model of one large tensor, of data that no file system can compress or leave out, and of so many tokens."""
 
     def string(data: bytes) -> bytes:
         return struct.pack("<Q", len(data)) + data
 
+    def array(key: str, item: int) -> bytes:
+        return string(f"tokenizer.ggml.{key}".encode()) + struct.pack("<IIQ", 9, item, vocabulary)
+
+    def words() -> Iterator[str]:
+        letters = random.Random(2)
+        for number in range(vocabulary):
+            yield f"{''.join(letters.choices('etaoinshr', k=letters.randint(1, 12)))}{number % 1000}"
+
     items = megabytes * 1_000_000 // 4
-    pairs = string(b"general.architecture") + struct.pack("<I", 8) + string(b"llama")
-    pairs += string(b"llama.block_count") + struct.pack("<II", 4, LAYERS)
-    tensor = string(b"t") + struct.pack("<IQIQ", 1, items, 0, 0)
-    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 2) + pairs + tensor
     block = random.Random(1).randbytes(1 << 20)
-    with path.open("wb") as file:
-        file.write(head + bytes(-len(head) % 32))
+    with path.open("wb") as file:  # little by little: the peak memory of the commands begins with that of this process
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, 1, 6 if vocabulary else 2))
+        file.write(string(b"general.architecture") + struct.pack("<I", 8) + string(b"llama"))
+        file.write(string(b"llama.block_count") + struct.pack("<II", 4, LAYERS))
+        if vocabulary:
+            file.write(string(b"tokenizer.ggml.model") + struct.pack("<I", 8) + string(b"gpt2") + array("tokens", 8))
+            file.writelines(string(word.encode()) for word in words())
+            file.write(array("token_type", 5) + struct.pack("<i", 1) * vocabulary + array("merges", 8))
+            file.writelines(string(f"{word[:1]} {word[1:]}".encode()) for word in words())
+        file.write(string(b"t") + struct.pack("<IQIQ", 1, items, 0, 0))
+        file.write(bytes(-file.tell() % 32))
         for start in range(0, 4 * items, len(block)):
             file.write(block[: 4 * items - start])
 
@@ -409,7 +431,9 @@ def _terminate(*_: object) -> NoReturn:
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="GGUF file with layers and RoPE; it is not changed")
+    parser.add_argument(
+        "--model", type=Path, help="GGUF file with layers and RoPE, which is not changed (default: made)"
+    )
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of every command (default: 7)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     parser.add_argument("--loop", type=file_systems, default=["xfs", "btrfs"], help="xfs, btrfs, ext4; '' for none")
@@ -419,17 +443,21 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
-    if not args.model.is_file():
+    if args.model is not None and not args.model.is_file():
         parser.error(f"{args.model}: no such file")
     signal.signal(signal.SIGTERM, _terminate)
-    model = args.model.resolve()
     with tempfile.TemporaryDirectory(prefix="metadata-speed-", dir=args.folder) as name:
         folder = Path(name)
+        if args.model is None:
+            model = folder / "made.gguf"
+            if args.only != "loop":
+                synthetic(model, MEGABYTES, VOCABULARY)
+        else:
+            model = args.model.resolve()
         print(f"`{shlex.join(['python', 'benchmarks/metadata_speed.py', *sys.argv[1:]])}`\n")
         print(f"{cpu_model()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python ", end="")
-        print(
-            f"{platform.python_version()}; model {model.name}, {model.stat().st_size / 1e6:.0f} MB; files on ", end=""
-        )
+        size = f"{model.name}, {model.stat().st_size / 1e6:.0f} MB" if model.exists() else "none"
+        print(f"{platform.python_version()}; model {size}; files on ", end="")
         print(f"{file_system(folder)}; load {math.ceil(os.getloadavg()[0] * 10) / 10:g} at the start; ", end="")
         print(f"peak memory below {own_peak() >> 20} MiB, that of this process, cannot be seen\n", flush=True)
         if args.only in (None, "show"):

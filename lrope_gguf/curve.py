@@ -29,6 +29,7 @@ VERSION = 1
 DEFAULT_BOUNDS = (0.5, 4.0)
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
+MAX_CONTAINERS = 1 << 16
 MAX_POINTS = 64
 AGREEMENT = 1e-5
 """How far `layer_factors` may lie from the curve of `control_points` in the same file."""
@@ -264,8 +265,8 @@ class CurveFile:
                     f"layer_factors[{layer}] is {given:g}, but control_points give {made:g}; remove one of the two"
                 )
 
-    def dumps(self, compact: bool = False) -> str:
-        """The document as JSON, on one line or indented (then with a newline at the end)."""
+    def document(self) -> dict[str, Any]:
+        """The document as what JSON is made of."""
         document: dict[str, Any] = {"format": FORMAT, "version": VERSION}
         if self.control_points is not None:
             document["control_points"] = self.control_points
@@ -273,7 +274,11 @@ class CurveFile:
         for name in ("layer_factors", "architecture", "block_count", "provenance"):
             if getattr(self, name) is not None:
                 document[name] = getattr(self, name)
-        document.update(self.extra)
+        return document | self.extra
+
+    def dumps(self, compact: bool = False) -> str:
+        """The document as JSON, on one line or indented (then with a newline at the end)."""
+        document = self.document()
         try:
             if compact:
                 return json.dumps(document, allow_nan=False, separators=(",", ":"))
@@ -302,15 +307,19 @@ class CurveFile:
 
 
 def _parse(text: str) -> Any:
-    """Strict JSON of bounded size and depth: no NaN, infinities, overflowing numbers or repeated keys."""
+    """Strict JSON of bounded size, depth and memory: no NaN, infinities, overflowing numbers or repeated keys."""
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise LropeError("is above 1 MiB; is it a curve file?")
-    depth = 0
+    depth = containers = 0
     # The closing quote is optional, so that an open string is passed over once and not tried from every quote in it.
     for match in re.finditer(r'"(?:[^"\\]|\\.)*"?|[][{}]', text, re.DOTALL):
-        depth += (match[0] in "[{") - (match[0] in "]}")
+        opens = match[0] in "[{"
+        depth += opens - (match[0] in "]}")
+        containers += opens
         if depth > MAX_DEPTH:
             raise LropeError(f"is nested deeper than {MAX_DEPTH} levels; is it a curve file?")
+        if containers > MAX_CONTAINERS:  # each takes up to 50 times its text in memory
+            raise LropeError(f"holds more than {MAX_CONTAINERS} lists and objects; is it a curve file?")
 
     def constant(word: str) -> Any:
         raise LropeError(f"holds {word}; give finite numbers")

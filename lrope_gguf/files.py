@@ -51,6 +51,8 @@ def write_error(path: Path, error: OSError, consequence: str) -> LropeError:
         errno.EACCES: "check the permissions of the file and its directory",
         errno.EPERM: "check the permissions of the file and its directory",
         errno.EROFS: "write to another place",
+        errno.EFBIG: "the file system or a limit of this process (ulimit -f) takes no file of this size",
+        errno.ENAMETOOLONG: "give a shorter name",
         errno.ENOENT: "check that the directory exists",
     }.get(error.errno or 0, "check the disk")
     return LropeError(f"{path}: cannot be written ({error.strerror or error}), {consequence}; {advice}")
@@ -81,27 +83,26 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str], notes: list[str] | None = None) -> Iterator[FileIO]:
+def replacing(path: str | os.PathLike[str], notes: list[str] | None = None, *, mode: int = 0o666) -> Iterator[FileIO]:
     """Yield an empty unbuffered file that becomes `path` when the block ends without an error.
 
     The file is synced and moved over `path` in one step, and the directory is synced. On any error, an interrupt
     included, it is gone and `path` stays as it was. A symbolic link stays and its target is replaced. Of an existing
     file the mode is kept, and the owner and extended attributes (access control lists among them) where permitted;
-    where not, `notes` gets a sentence.
+    where not, `notes` gets a sentence. A new one gets `mode` less the umask. Devices, pipes and the like stay.
 
     Raises:
-        LropeError: for every `OSError`.
+        LropeError: for every `OSError`, and where something else than a regular file is there.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".lrope-{os.urandom(8).hex()}.tmp")
     consequence = "nothing was changed"
     try:
-        if target.is_dir():
-            raise LropeError(f"{path}: is a directory; name a file")
+        check_replaceable(path)
         remove_stale(target.parent)
         before = target.stat() if target.exists() else None
         # nobody else may read the content of a private model meanwhile
-        handle, named = _create(temporary, 0o666 if before is None else 0o600)
+        handle, named = _create(temporary, mode if before is None else 0o600)
         with FileIO(handle, "r+b") as file:
             yield file
             if before is not None:
@@ -120,6 +121,15 @@ def replacing(path: str | os.PathLike[str], notes: list[str] | None = None) -> I
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def check_replaceable(path: str | os.PathLike[str]) -> None:
+    """Raise `LropeError` where `path` leads to anything but a regular file or nothing."""
+    target = Path(path)
+    if target.is_dir():
+        raise LropeError(f"{path}: is a directory; name a file")
+    if target.exists() and not target.is_file():  # such as /dev/null
+        raise LropeError(f"{path}: is not a regular file; name another")
 
 
 def _create(temporary: Path, mode: int) -> tuple[int, bool]:
@@ -283,6 +293,8 @@ def _lock(path: Path, shared: bool) -> int | None:
 
 
 def _open_regular(path: Path, flags: int) -> int | None:
+    if not stat.S_ISREG(path.stat().st_mode):  # sockets cannot be opened, devices may do something
+        return None
     handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     if stat.S_ISREG(os.fstat(handle).st_mode):
         return handle
@@ -417,10 +429,8 @@ def block_size(path: str | os.PathLike[str]) -> int:
         os.close(handle)
 
 
-def may_share_blocks(source: str | os.PathLike[str], directory: Path) -> bool | None:
-    """Whether a new file in `directory` could share blocks with `source`; None where only trying tells."""
-    if not sys.platform.startswith("linux"):
-        return False
+def file_system(directory: str | os.PathLike[str]) -> str:
+    """Kind of the file system of a directory, such as `"ext4"`, as Linux names it; empty where that is unknown."""
     real = os.path.realpath(directory)
     mount, kind = "", ""
     with suppress(OSError):
@@ -429,18 +439,29 @@ def may_share_blocks(source: str | os.PathLike[str], directory: Path) -> bool | 
             point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
             if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(mount):
                 mount, kind = point, fields[fields.index("-") + 1]
+    return kind
+
+
+def may_share_blocks(source: str | os.PathLike[str], directory: Path) -> bool | None:
+    """Whether a new file in `directory` could share blocks with `source`; None where only trying tells."""
+    if not sys.platform.startswith("linux"):
+        return False
+    kind = file_system(directory)
     answer = _SHARING.get(kind, False)
-    if answer is not False and Path(source).stat().st_dev != Path(real).stat().st_dev:
+    if answer is not False and Path(source).stat().st_dev != directory.stat().st_dev:
         return None if kind == "btrfs" else False  # its subvolumes have devices of their own
     return answer
 
 
-def can_share_blocks(source: FileIO, directory: Path) -> bool:
-    """Whether a new file in `directory` can share blocks with `source`, tried on one that never gets a name."""
+def can_share_blocks(source: FileIO, directory: Path) -> bool | None:
+    """Whether a new file in `directory` can share blocks with `source`, tried on one that never gets a name.
+
+    None where there are no such files.
+    """
     try:
         handle = os.open(directory, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
     except (OSError, AttributeError):
-        return False
+        return None
     try:
         block = block_of(handle)
         return os.fstat(source.fileno()).st_size >= block and _clone(source.fileno(), handle, 0, block, 0)

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ from lrope_gguf.files import (
     append_range,
     block_size,
     can_share_blocks,
+    check_replaceable,
     locked,
     mapped_by,
     may_share_blocks,
@@ -382,19 +384,19 @@ def _plan_write(
 
 def _plan_rewrite(gguf: GGUFFile, target: Path | None, new: bytes, factors: tuple[float, ...]) -> WritePlan:
     path = gguf.path if target is None else target
-    size = _length(_pieces(gguf, new, 0))
+    pieces = _pieces(gguf, new, 0)
+    size = _length(pieces)
     place = Path(os.path.realpath(path))
     _check_permission(path)
     if not place.parent.is_dir():
         raise LropeError(f"{path}: its directory does not exist; make it first")
-    if place.is_dir():
-        raise LropeError(f"{path}: is a directory; name a file")
+    check_replaceable(path)
     if not os.access(place.parent, os.W_OK | os.X_OK):
         raise LropeError(f"{path}: its directory is read-only; make it writable or give --output")
     shares = may_share_blocks(gguf.path, place.parent)
+    if shares is not False:
+        shares = _keeps_blocks(pieces, block_size(place)) and can_share_blocks(gguf.file, place.parent)
     free = shutil.disk_usage(place.parent).free
-    if free < size and shares is None:
-        shares = can_share_blocks(gguf.file, place.parent)
     if free < size and not shares:
         raise LropeError(
             f"{path}: needs {size} bytes beside it, {free} are free; free some space, or write to another disk with "
@@ -614,11 +616,24 @@ def _patch(gguf: GGUFFile, change: _Change) -> None:
                 _overwrite(file, change.start, change.new)
             except BaseException:
                 consequence = "its layer factors may be half changed, write them again"
-                _overwrite(file, change.start, change.old)
-                consequence = "nothing was changed"
+                if _take_back(file, change):
+                    consequence = "nothing was changed"
                 raise
     except OSError as error:
         raise write_error(gguf.path, error, consequence) from error
+
+
+def _take_back(file: FileIO, change: _Change) -> bool:
+    """Write the old bytes again; whether they stand there."""
+    file.seek(change.start)
+    try:
+        write_all(file, change.old)
+    except OSError:  # no block is free for these either: then most likely nothing has been written
+        file.seek(change.start)
+        if file.read(len(change.old)) != change.old:
+            return False
+    os.fsync(file.fileno())
+    return True
 
 
 def _overwrite(file: FileIO, at: int, data: bytes) -> None:
@@ -645,6 +660,15 @@ def _length(pieces: _Pieces) -> int:
     return sum(len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces)
 
 
+def _keeps_blocks(pieces: _Pieces, block: int) -> bool:
+    """Whether the last piece, the tensor data, keeps its place in the blocks of the disk and has a whole one."""
+    *before, last = pieces
+    if isinstance(last, bytes):
+        return False
+    start, end = last
+    return (start - _length(before)) % block == 0 and start + -start % block < end
+
+
 def _rewrite(gguf: GGUFFile, plan: WritePlan, new: bytes, added: int, progress: Progress | None) -> WriteResult:
     """Write the new file that `plan` describes."""
     pieces, shared, done = _pieces(gguf, new, added), 0, 0
@@ -656,7 +680,8 @@ def _rewrite(gguf: GGUFFile, plan: WritePlan, new: bytes, added: int, progress: 
         if progress is not None:
             progress(done, plan.bytes_written)
 
-    with replacing(plan.path, notes) as file:
+    mode = stat.S_IMODE(os.fstat(gguf.file.fileno()).st_mode) & 0o777  # a new copy is as private as its model
+    with replacing(plan.path, notes, mode=mode) as file:
         for piece in pieces:
             if isinstance(piece, bytes):
                 write_all(file, piece)

@@ -1,20 +1,98 @@
-"""A picture of layer factors over the layers, with the curve that they come from and its control polygon."""
+"""Pictures: how all of them look, and the one of layer factors with the curve that they come from."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lrope_gguf.curve import Point
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import atomic_write_bytes
+from lrope_gguf.text import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
+COLOURS = {
+    "ink": "#24292f",
+    "muted": "#646d76",
+    "grid": "#e3e6ea",
+    "paper": "#ffffff",
+    "base": "#5d6670",
+    "uniform": "#0072b2",
+    "curve": "#d55e00",
+}
+"""By what they stand for; blue and vermilion of Okabe and Ito's palette, apart for colour-blind eyes too."""
+
 _STEPS = 400
+
+
+class PlotUnavailableError(LropeError):
+    """Matplotlib is not installed."""
+
+
+def require_matplotlib(path: str | os.PathLike[str]) -> None:
+    """Raise `PlotUnavailableError`, which says how to get it, where matplotlib is missing; `path` is what needs it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise PlotUnavailableError(
+            f"{path}: drawing needs the Python package matplotlib; pip install 'lrope-gguf[plot]'"
+        ) from None
+
+
+@contextmanager
+def drawing(name: str = "lrope", *, font_size: float = 10.0) -> Iterator[None]:
+    """The look of every picture drawn inside; the same picture has the same bytes.
+
+    Args:
+        name: sets the identifiers in an SVG apart from those of pictures with other names.
+        font_size: of all text, in points.
+    """
+    import matplotlib
+
+    style: Any = {
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": name,
+        "font.size": font_size,
+        "axes.titlesize": font_size + 1,
+        "legend.fontsize": font_size - 1,
+        "legend.frameon": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": COLOURS["muted"],
+        "axes.facecolor": "none",
+        "axes.labelcolor": COLOURS["ink"],
+        "figure.facecolor": COLOURS["paper"],
+        "grid.color": COLOURS["grid"],
+        "text.color": COLOURS["ink"],
+        "xtick.color": COLOURS["muted"],
+        "ytick.color": COLOURS["muted"],
+        "xtick.labelcolor": COLOURS["ink"],
+        "ytick.labelcolor": COLOURS["ink"],
+    }
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # characters that the font does not have
+        yield
+
+
+def rendered(figure: Figure, kind: str) -> bytes:
+    """The bytes of `figure` as ``png`` or ``svg``, the same for the same picture: without a date."""
+    picture = BytesIO()
+    figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    return picture.getvalue()
 
 
 def plot_factors(
@@ -44,66 +122,72 @@ def plot_factors(
         raise LropeError(f"{path}: give the picture a name that ends in .png or .svg")
     if not Path(path).absolute().parent.is_dir():
         raise LropeError(f"{path}: its directory does not exist; make it first")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        raise LropeError(
-            f"{path}: drawing needs the Python package matplotlib; pip install 'lrope-gguf[plot]'"
-        ) from None
+    require_matplotlib(path)
+    from matplotlib.figure import Figure
 
-    # text stays text, and the same picture has the same bytes
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lrope"}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # characters that the font does not have
+    with drawing():
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        axes.axhline(1, color="0.6", linewidth=1, linestyle="--", zorder=1)
-        layers = range(len(factors))
+        draw_factors(axes, factors, control_points=control_points, n_layer=n_layer, curve_label=curve_label)
+        axes.set_title(printable(title, 90), parse_math=False)
         if control_points is not None:
-            span = max((len(factors) if n_layer is None else n_layer) - 1, 0)
-            x, y = _bezier(control_points)
-            axes.plot(
-                [span * px for px, _ in control_points],
-                [py for _, py in control_points],
-                color="tab:orange", linewidth=1, linestyle=":", marker="s", markersize=5, label="control points",
-                zorder=2, clip_on=False,
-            )  # fmt: skip
-            axes.plot([span * value for value in x], y, color="tab:orange", linewidth=1.8, label=curve_label, zorder=3)
+            axes.legend()
+        picture = rendered(figure, suffix[1:])
+    atomic_write_bytes(path, picture)
+
+
+def draw_factors(
+    axes: Axes,
+    factors: Sequence[float],
+    *,
+    control_points: Sequence[Point] | None = None,
+    n_layer: int | None = None,
+    curve_label: str = "curve",
+    factors_label: str = "stored factors",
+    also: Sequence[float] = (),
+) -> None:
+    """Draw factors, and the curve with its control polygon where there is one, into `axes`; see `plot_factors`.
+
+    `also` are further values that the vertical axis must show.
+    """
+    axes.axhline(1, color=COLOURS["base"], linewidth=1, linestyle="--", zorder=1)
+    if control_points is not None:
+        span = max((len(factors) if n_layer is None else n_layer) - 1, 0)
+        x, y = bezier(control_points)
         axes.plot(
-            layers, factors, color="tab:blue", linestyle="none" if control_points is not None else "-", linewidth=0.8,
-            marker="o", markersize=5 if len(factors) <= 64 else 2.5, label="stored factors", zorder=4, clip_on=False,
+            [span * px for px, _ in control_points],
+            [py for _, py in control_points],
+            color=COLOURS["curve"], linewidth=1, linestyle=":", marker="s", markersize=5, label="control points",
+            zorder=2, clip_on=False,
         )  # fmt: skip
-        axes.set_xlabel("layer")
-        axes.set_ylabel(r"factor $s_l$")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.set_xlim(-0.5, max(len(factors) - 0.5, 0.5))
-        values = [1.0, *factors, *(py for _, py in control_points or ())]
-        margin = max(0.06 * (max(values) - min(values)), 0.02)
-        axes.set_ylim(min(values) - margin, max(values) + margin)
-        axes.ticklabel_format(axis="y", useOffset=False)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(_title(title), fontsize=11, parse_math=False)
-        if control_points is not None:
-            axes.legend(frameon=False, fontsize=9)
-        picture = BytesIO()
-        figure.savefig(picture, format=suffix[1:], dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
-    atomic_write_bytes(path, picture.getvalue())
+        axes.plot([span * value for value in x], y, color=COLOURS["curve"], linewidth=1.8, label=curve_label, zorder=3)
+    axes.plot(
+        range(len(factors)), factors, color=COLOURS["ink"], linestyle="none" if control_points is not None else "-",
+        linewidth=0.8, marker="o", markersize=4 if len(factors) <= 64 else 2.5, label=factors_label, zorder=4,
+        clip_on=False,
+    )  # fmt: skip
+    layer_axis(axes, len(factors))
+    axes.set_ylabel("factor")
+    values = [1.0, *factors, *also, *(py for _, py in control_points or ())]
+    margin = max(0.06 * (max(values) - min(values)), 0.02)
+    axes.set_ylim(min(values) - margin, max(values) + margin)
+    axes.ticklabel_format(axis="y", useOffset=False)
 
 
-def _title(text: str) -> str:
-    text = "".join(character if character.isprintable() else "�" for character in text)
-    return text if len(text) <= 90 else f"{text[:89]}…"
+def layer_axis(axes: Axes, n_layer: int) -> None:
+    """Make the horizontal axis that of `n_layer` layers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(-0.5, max(n_layer - 0.5, 0.5))
 
 
-def _bezier(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    """Points along a Bézier curve, by de Casteljau's construction."""
+def bezier(points: Sequence[Point], steps: int = _STEPS) -> tuple[list[float], list[float]]:
+    """`steps + 1` points along a Bézier curve, by de Casteljau's construction: their x and their y."""
     xs, ys = [], []
-    for step in range(_STEPS + 1):
-        t, row = step / _STEPS, list(points)
+    for step in range(steps + 1):
+        t, row = step / steps, list(points)
         while len(row) > 1:
             row = [((1 - t) * a + t * c, (1 - t) * b + t * d) for (a, b), (c, d) in pairwise(row)]
         xs.append(row[0][0])

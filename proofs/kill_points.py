@@ -1,12 +1,14 @@
 """Kill a writer at every system call, and make every system call fail: the old file or the new one, whole.
 
-    python proofs/kill_points.py [--every N]
+    python proofs/kill_points.py [--every N] [--folder DIR]
 
 Each case forks a process that writes a small model and stops it by ptrace(2) before and after every system call. One
 run for each such stop kills it there (SIGKILL) and then looks: every file must be the old or the new one byte for
 byte, nothing else may lie beside it but a temporary file, and a second, undisturbed run must give the new file and
 leave nothing else. A second series makes each system call that takes a file fail with ENOSPC or EIO instead
-(x86-64 only): then nothing but the files may be left, and the message must be one line. Linux only; needs no rights.
+(x86-64 only): then nothing but the files may be left, and the message must be one line. A third runs each case on a
+file system in memory of every size from too small to large enough, and once more with the free space seen too late;
+that needs the right to mount. Linux only.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +37,10 @@ for folder in ("tests", "."):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / folder))
 
 from gguf_fixtures import write_model  # noqa: E402
+from native import ProofError, script, table  # noqa: E402
 
 from lrope_gguf import CurveFile, LropeError, remove_factors, write_factors  # noqa: E402
+from lrope_gguf.files import file_system  # noqa: E402
 
 TRACEME, CONT, POKEUSER, SYSCALL, SETOPTIONS, SYSCALL_INFO = 0, 7, 6, 24, 0x4200, 0x420E
 SYSGOOD, EXITKILL = 1, 1 << 20
@@ -52,6 +58,7 @@ NAMES = {
 FACTORS = (1.0, 1.25, 0.75, 1.1)
 LONG = CurveFile(layer_factors=FACTORS, provenance="long " * 2000).dumps(compact=True)
 TEMPORARY = re.compile(r"\.lrope-[0-9a-f]{16}\.tmp")
+DISK, PAGE = 1 << 20, 4096
 Files = dict[str, bytes]
 
 
@@ -283,10 +290,34 @@ class Bench:
         """Let one system call fail: which file was found and how the writer ended, and what is wrong."""
         self.reset()
         done = trace(self._act, fail_at=entry, error=error)
+        where = f"{NAMES[number]} (entry {entry}) fails with {errno.errorcode[error]}"
+        return self._judge(done, where, litter_allowed=NAMES[number] == "unlink")
+
+    def full(self, disk: Path, *, seen: bool) -> Iterator[tuple[str, list[str]]]:
+        """Run the case on the small disk of its folder, at each size from that of its files to one that suffices."""
+
+        def act() -> object:
+            if not seen:
+                vars(shutil)["disk_usage"] = lambda _: usage  # in the child alone
+            return self._act()
+
+        usage = shutil.disk_usage("/")
+        resize(disk, DISK)
+        self.reset()
+        least = shutil.disk_usage(disk).used
+        for size in range(least, least + 2 * sum(map(len, self.new.values())) + 5 * PAGE, PAGE):
+            resize(disk, DISK)
+            self.reset()
+            resize(disk, size)
+            yield self._judge(trace(act), f"{size} bytes of space, {'seen' if seen else 'not seen'} before")
+        resize(disk, DISK)
+
+    def _judge(self, done: Trace, where: str, litter_allowed: bool = False) -> tuple[str, list[str]]:
+        """Which file was found after a failure and how the writer ended, and what is wrong."""
         found = contents(self.folder)
         problems = []
         temporary = [name for name in found if TEMPORARY.fullmatch(name)]
-        if temporary and NAMES[number] != "unlink":
+        if temporary and not litter_allowed:
             problems.append("a temporary file is left")
         state, more = self._state({name: data for name, data in found.items() if name not in temporary})
         problems += more
@@ -296,8 +327,8 @@ class Bench:
             problems.append("reported as done, but it is not")
         elif done.code == 1 and ("half changed" in done.message or (state == "new") != ("in place" in done.message)):
             problems.append(f"{state} file, but the message is: {done.message}")
-        where = f"{self.case.name}, {NAMES[number]} (entry {entry}) fails with {errno.errorcode[error]}"
-        return f"{state}, {'done' if done.code == 0 else 'refused'}", [f"{where}: {problem}" for problem in problems]
+        ended = "done" if done.code == 0 else "refused"
+        return f"{state}, {ended}", [f"{self.case.name}, {where}: {problem}" for problem in problems]
 
     def _state(self, found: Files) -> tuple[str, list[str]]:
         if found == self.old:
@@ -307,42 +338,83 @@ class Bench:
         return "neither", [f"neither the old files nor the new: { {name: len(data) for name, data in found.items()} }"]
 
 
-def benches(cases: tuple[Case, ...] = CASES) -> Iterator[Bench]:
+def benches(cases: tuple[Case, ...] = CASES, parent: Path | None = None) -> Iterator[Bench]:
     """A bench for each case, in a folder that is removed after use."""
     for case in cases:
-        folder = Path(tempfile.mkdtemp(prefix="kill-points-"))
+        folder = Path(tempfile.mkdtemp(prefix="kill-points-", dir=parent))
         try:
             yield Bench(case, folder)
         finally:
             shutil.rmtree(folder)
 
 
+@contextmanager
+def small_disk() -> Iterator[Path | None]:
+    """A file system in memory, for `resize`; None where it cannot be mounted."""
+    with tempfile.TemporaryDirectory(prefix="kill-points-") as name:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "kill-points", name]
+        try:
+            mounted = not subprocess.run(command, check=False, capture_output=True).returncode
+        except OSError:
+            mounted = False
+        try:
+            yield Path(name) if mounted else None
+        finally:
+            if mounted:
+                subprocess.run(["umount", name], check=True)
+
+
+def resize(disk: Path, size: int) -> None:
+    """Give a file system in memory another size in bytes."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
+Row = list[tuple[str, list[str]]]
+
+
+def series(bench: Bench, every: int) -> Iterator[tuple[str, Row]]:
+    """Each way to break a case, with what came of it at each point."""
+    yield "killed", [bench.kill(stop) for stop in range(1, bench.whole.stops + 1, every)]
+    for error in (errno.ENOSPC, errno.EIO) if can_fail() else ():
+        yield errno.errorcode[error], [bench.fail(*fault, error) for fault in bench.faults()[::every]]
+
+
 def main() -> int:
     """Print a table of all points of all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth point")
-    every = parser.parse_args().every
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write (default: the temporary folder)")
+    options = parser.parse_args()
     if not can_trace():
-        print("processes cannot be traced here", file=sys.stderr)
-        return 1
+        raise ProofError("processes cannot be traced here")
+    parent = options.folder or Path(tempfile.gettempdir())
     problems: list[str] = []
-    total = 0
-    begin = time.monotonic()
-    print(f"{'case':30} {'what':10} {'points':>6}  found")
-    for bench in benches():
-        kills = [bench.kill(stop) for stop in range(1, bench.whole.stops + 1, every)]
-        rows = {"killed": kills}
-        for error in (errno.ENOSPC, errno.EIO) if can_fail() else ():
-            rows[errno.errorcode[error]] = [bench.fail(*fault, error) for fault in bench.faults()[::every]]
-        for what, row in rows.items():
-            total += len(row)
-            problems += [problem for _, found in row for problem in found]
-            states = ", ".join(f"{n} {state}" for state, n in sorted(Counter(state for state, _ in row).items()))
-            print(f"{bench.case.name:30} {what:10} {len(row):6}  {states}", flush=True)
-    print(f"{total} points in {time.monotonic() - begin:.0f} s; wrong: {len(problems)}")
+    total, begin = 0, time.monotonic()
+    print(
+        f"Files on {file_system(parent)}, the small disk on tmpfs.\n\n{table(['case', 'what', 'points', 'found'], [])}"
+    )
+
+    def show(case: Case, what: str, row: Row) -> None:
+        nonlocal total
+        total += len(row)
+        problems.extend(problem for _, found in row for problem in found)
+        states = ", ".join(f"{n} {state}" for state, n in sorted(Counter(state for state, _ in row).items()))
+        print(f"| {case.name} | {what} | {len(row)} | {states} |", flush=True)
+
+    for bench in benches(parent=parent):
+        for what, row in series(bench, options.every):
+            show(bench.case, what, row)
+    with small_disk() as disk:
+        if disk is None:
+            print("full disk: skipped, cannot mount here", file=sys.stderr)
+        else:
+            for bench in benches(parent=disk):
+                show(bench.case, "full disk", list(bench.full(disk, seen=True)))
+                show(bench.case, "full disk, seen too late", list(bench.full(disk, seen=False)))
+    print(f"\n{total} points in {time.monotonic() - begin:.0f} s; wrong: {len(problems)}")
     print(*problems, sep="\n", end="\n" if problems else "")
     return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main)

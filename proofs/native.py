@@ -217,16 +217,16 @@ def build(
     return bin_dir
 
 
-def stock_library(folder: Path = WORK, targets: Sequence[str] = LIBRARY) -> Path:
+def stock_library(folder: Path = WORK, targets: Sequence[str] = LIBRARY, options: Sequence[str] = ()) -> Path:
     """Return the folder of the unpatched library of the pinned source; builds it where it is missing."""
     source = fetch_source(folder)
-    return build(source, source.parent / "build", targets)
+    return build(source, source.parent / "build", targets, options)
 
 
-def patched_library(folder: Path = WORK, targets: Sequence[str] = LIBRARY) -> Path:
+def patched_library(folder: Path = WORK, targets: Sequence[str] = LIBRARY, options: Sequence[str] = ()) -> Path:
     """Return the folder of the patched library of the pinned source; builds it where it is missing or old."""
     source = patched_source(folder)
-    return build(source, source.parent / "build", targets)
+    return build(source, source.parent / "build", targets, options)
 
 
 def main() -> None:
@@ -235,9 +235,10 @@ def main() -> None:
     parser.add_argument("kind", choices=("stock", "patched"))
     parser.add_argument("--output", type=Path, default=WORK, help="work folder (default: build/proofs)")
     parser.add_argument("--tools", action="store_true", help="build the tools too: " + ", ".join(TOOLS))
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="for CMake, repeatable")
     args = parser.parse_args()
     make = stock_library if args.kind == "stock" else patched_library
-    print(make(args.output, LIBRARY + TOOLS * args.tools))
+    print(make(args.output, LIBRARY + TOOLS * args.tools, args.option))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import numpy as np
@@ -18,6 +18,7 @@ from lrope_gguf.errors import LropeError
 
 from .guard import GUARD, Guard
 from .logits import RowWorkers, gold_scores
+from .memory import MemoryNeeded, memory_needed
 from .model import MAX_SEQUENCES, Model, Tokens
 from .tasks import SPLITS, Task
 from .types import Context, ContextScore, Probe, ProbeScore
@@ -138,6 +139,24 @@ class TeacherForcedEvaluator:
     def n_tokens(self, split: str, index: int) -> int:
         """Return how many tokens scoring this context computes."""
         return self._encode(split, index).n_tokens
+
+    def n_tokens_alone(self, split: str, index: int) -> int:
+        """Return how many tokens it would be with a whole prompt for each probe."""
+        encoding = self._encode(split, index)
+        return encoding.n_tokens + (len(encoding.questions) - 1) * len(encoding.prefix)
+
+    def n_rows(self, split: str, index: int) -> int:
+        """Return how many rows of logits scoring this context takes: one for each token of an answer."""
+        return len(self._encode(split, index).gold)
+
+    def memory_needed(self) -> MemoryNeeded:
+        """Predict the memory of the model, its context as it is now, and the guard's two contexts while it looks."""
+        model = self._model
+        needed = memory_needed(model.path, model.n_ctx, n_seq=self._n_seq, n_batch=model.n_batch)
+        if self._guard is None:
+            return needed
+        one = memory_needed(model.path, self._guard.n_cells, n_seq=self._guard.n_seq, n_batch=model.n_batch)
+        return replace(needed, kv_cache=needed.kv_cache + 2 * one.kv_cache, compute=needed.compute + 2 * one.compute)
 
     def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
         """Score context ``index`` of ``split`` under ``factors``.
@@ -303,7 +322,7 @@ class TeacherForcedEvaluator:
         return written
 
     def _calibrate(self, context: Context) -> Lead:
-        """Return the lead that the base model writes most often in an easy context."""
+        """Return the lead that the base model writes most often in an easy context, the context's own if none is."""
         self._frame = _frame([probe.question for probe in context.probes])
         encoding = self._encode_context(context, Lead("", own_tokens=True))
         self._prefill([encoding], self._base)
@@ -311,12 +330,19 @@ class TeacherForcedEvaluator:
         leads: Counter[Lead] = Counter()
         for probe, tokens in zip(context.probes, written, strict=True):
             text = self._model.text(tokens)
-            if _contains(text, probe):
-                lead = text[: text.lower().index(probe.answer.lower())]
+            wordings = (probe.answer.lower(), *(alias.lower() for alias in probe.aliases))
+            starts = [start for wording in wordings if (start := text.lower().find(wording)) >= 0]
+            if starts:
+                lead = text[: min(starts)]
                 own = any(self._model.text(tokens[:n]) == lead for n in range(len(tokens)))
                 key = self._key(probe)
                 leads[Lead(lead.replace(key, _KEY) if key else lead, own)] += 1
-        return leads.most_common(1)[0][0] if leads else Lead("" if self._answer_prefix else ' "', own_tokens=True)
+        # of free answers each may begin with words of its own, which would fit no other question
+        for common, n in leads.most_common(1):
+            if 2 * n >= leads.total():
+                return common
+        default = context.lead.lstrip() if self._model.is_chat else context.lead
+        return Lead("" if self._answer_prefix else default, own_tokens=default != " ")
 
     def _has(self, split: str, index: int) -> bool:
         size = self._task.size(split)
@@ -400,4 +426,4 @@ def _common_prefix(texts: Sequence[Tokens]) -> int:
 
 
 def _contains(text: str, probe: Probe) -> bool:
-    return probe.answer.lower() in text.lower()
+    return probe.answered_by(text)

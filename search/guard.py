@@ -158,17 +158,25 @@ class Guard:
         """Tokens that a call of `kl` computes: each twice."""
         return 2 * sum(len(text) for texts, _ in self._jobs for text in texts)
 
+    @property
+    def n_cells(self) -> int:
+        """Tokens that each of its two contexts holds."""
+        return max(sum(map(len, texts)) for texts, _ in self._jobs)
+
+    @property
+    def n_seq(self) -> int:
+        """Sequences in each of its two contexts."""
+        return max(len(texts) for texts, _ in self._jobs)
+
     def kl(self, factors: tuple[float, ...]) -> GuardResult:
         """Compare ``factors`` with the base model. Where they lead to NaN, the divergence is inf.
 
         Raises `LropeError` if the factors are refused or the base model computes something else than numbers.
         """
         begin = time.perf_counter()
-        n_cells = max(sum(map(len, texts)) for texts, _ in self._jobs)
-        n_seq = max(len(texts) for texts, _ in self._jobs)
         with self._model.twin() as base, self._model.twin() as curve:
             for side, of_side in ((base, (1.0,) * self._model.n_layer), (curve, factors)):
-                side.reserve(n_cells, n_seq)
+                side.reserve(self.n_cells, self.n_seq)
                 side.set_factors(of_side)
             short, long = (self._diverge(base, curve, texts, rows) for texts, rows in self._jobs)
         return GuardResult(short, long, self.n_tokens, time.perf_counter() - begin)

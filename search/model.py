@@ -368,6 +368,10 @@ class Model:
         for _ in self.decode(np.concatenate(texts), positions, owners, np.zeros(len(owners), np.bool_)):
             raise AssertionError("no logits were asked for")
 
+    def synchronize(self) -> None:
+        """Wait until all that was given to the devices is computed."""
+        self._llama.llama_synchronize(self._context)
+
     def decode(
         self, tokens: Tokens, positions: NDArray[Any], sequences: NDArray[Any], wanted: NDArray[np.bool_]
     ) -> Iterator[Rows]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lrope_gguf.curve import Curve
 
@@ -69,14 +70,18 @@ class PapersGeneticAlgorithm(Generational):
             survivors = sorted(survivors, key=lambda item: item[0], reverse=True)[: self._parents]
             genomes = [genome for _, genome in survivors]
             members = [(self._mutate(self._draw(genomes)), "mutation") for _ in range(self._mutations)]
-            pairs = [(self._draw(genomes), self._draw(genomes)) for _ in range(self._crossovers)]
-            members += [(np.where(self._chosen(), b, a), "crossover") for a, b in pairs]
+            for _ in range(self._crossovers):
+                i, j = self._rng.choice(len(genomes), min(2, len(genomes)), replace=False)[[0, -1]]
+                members.append((np.where(self._chosen(), genomes[j], genomes[i]), "crossover"))
 
     def _draw(self, genomes: list[Genome]) -> Genome:
         return genomes[int(self._rng.integers(len(genomes)))]
 
-    def _chosen(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-        return self._rng.random(self._space.size) < self._probability
+    def _chosen(self) -> NDArray[np.bool_]:
+        """The coordinates that change, at least one."""
+        while not (chosen := self._rng.random(self._space.size) < self._probability).any():
+            pass
+        return chosen
 
     def _mutate(self, genome: Genome) -> Genome:
         fresh = self._space.uniform(1.0) + 2.0 * self._width * self._space.scale * self._rng.uniform(

@@ -199,24 +199,41 @@ class Study:
     def _read_evaluations(self) -> None:
         path = self.directory / "evaluations.jsonl"
         self._evaluations.seek(0)
-        lines = self._evaluations.read().splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("torn")
-                job, score = _parse(line)
-            except (ValueError, TypeError, KeyError, RecursionError):
-                if number < len(lines):
-                    raise LropeError(
-                        f"{path}: line {number} is damaged; delete that line (its evaluation is then made again) "
-                        "or choose another study directory"
-                    ) from None
-                self._evaluations.truncate(self._end)
-                os.fsync(self._evaluations.fileno())
-                self.log(f"dropped the torn last line of evaluations.jsonl (line {number})")
-            else:
-                self._results.setdefault(job, score)
-                self._end += len(line)
+        data = self._evaluations.read()
+        results, self._end = parse_evaluations(data, path)
+        if self._end < len(data):
+            self._evaluations.truncate(self._end)
+            os.fsync(self._evaluations.fileno())
+            self.log(f"dropped the torn last line of evaluations.jsonl (line {len(results) + 1})")
+        for job, score in results:
+            self._results.setdefault(job, score)
+
+
+def parse_evaluations(data: bytes, path: Path) -> tuple[list[tuple[Job, ContextScore]], int]:
+    """Return the results in the bytes of an ``evaluations.jsonl``, line by line, and the length of the whole lines.
+
+    A last line that is torn is left out.
+
+    Raises:
+        LropeError: another line is damaged; ``path`` stands for the file in the message.
+    """
+    lines = data.splitlines(keepends=True)
+    results: list[tuple[Job, ContextScore]] = []
+    end = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("torn")
+            results.append(_parse(line))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number < len(lines):
+                raise LropeError(
+                    f"{path}: line {number} is damaged; delete that line (its evaluation is then made again) "
+                    "or choose another study directory"
+                ) from None
+        else:
+            end += len(line)
+    return results, end
 
 
 def _line(job: Job, score: ContextScore) -> bytes:

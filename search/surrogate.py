@@ -100,8 +100,9 @@ class GaussianProcess:
     def _solve(self, steps: NDArray[np.int64], y: Floats) -> tuple[float, Floats, Floats, float, float]:
         """Return log evidence, Cholesky factor, whitened residuals, mean and variance, the latter in closed form."""
         noise = np.diag(self._noise(steps) / self._weight + _JITTER)
-        factor: Floats = np.linalg.cholesky(self._kernel(self._x, self._x, steps) + noise)
-        white_y, white_one = np.linalg.solve(factor, np.stack([y, np.ones(len(y))], axis=1)).T
+        factor: Floats = np.asarray(np.linalg.cholesky(self._kernel(self._x, self._x, steps) + noise), np.float64)
+        both: Floats = np.asarray(np.linalg.solve(factor, np.stack([y, np.ones(len(y))], axis=1)), np.float64)
+        white_y, white_one = both.T
         mean = float(white_one @ white_y / (white_one @ white_one))
         white = white_y - mean * white_one
         variance = max(float(white @ white) / len(y), 1e-12)

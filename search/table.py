@@ -99,14 +99,19 @@ class DepthTable:
         return lines
 
 
-def depth_table(sides: Mapping[str, Sequence[ContextScore]]) -> DepthTable:
+def depth_table(sides: Mapping[str, Sequence[ContextScore]], *, seed: int = 0, confidence: float = 0.95) -> DepthTable:
     """Tabulate ``sides``, the first of which is the base; all are of the same contexts and probes.
+
+    Args:
+        sides: the scores of each, by name.
+        seed: of the bootstrap, see `compare`.
+        confidence: of its intervals.
 
     Raises:
         ValueError: no contexts, or not the same ones.
     """
     base = next(iter(sides.values()))
-    against = {name: compare(base, scores) for name, scores in sides.items()}
+    against = {name: compare(base, scores, seed=seed, confidence=confidence) for name, scores in sides.items()}
     depths = np.array([row.depth for row in next(iter(against.values())).by_depth])
     # each probe belongs to the nearest of the depths that `compare` chose
     asked = np.array([probe.depth for score in base for probe in score.probes])

@@ -5,24 +5,41 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from .answers import holds
+
 
 @dataclass(frozen=True)
 class Probe:
-    """One question about a context; its answer stands at ``depth`` (0 first, 1 last)."""
+    """One question about a context; its answer stands at ``depth`` (0 first, 1 last).
+
+    ``answer`` is what teacher forcing feeds; of a generated text, ``aliases`` are as right. ``normalized``: punctuation
+    and articles do not count (`normalize`).
+    """
 
     depth: float
     question: str
     answer: str
+    aliases: tuple[str, ...] = ()
+    normalized: bool = False
+
+    def answered_by(self, text: str) -> bool:
+        """Whether a generated ``text`` contains the answer, or an alias of it."""
+        return holds(text, (self.answer, *self.aliases), normalized=self.normalized)
 
 
 @dataclass(frozen=True)
 class Context:
-    """One long prompt prefix with its probes; ``split`` is ``search``, ``validation`` or ``test``."""
+    """One long prompt prefix with its probes; ``split`` is ``search``, ``validation`` or ``test``.
+
+    ``lead``, of a calibration context: what stands between a question and its answer unless a model shows that it
+    writes something else.
+    """
 
     split: str
     index: int
     prefix: str
     probes: tuple[Probe, ...]
+    lead: str = ""
 
 
 @dataclass(frozen=True)

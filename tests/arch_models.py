@@ -226,22 +226,6 @@ class Library:
             suffix, argument = GGUF_TYPES[type(value)]
             getattr(self.raw, f"gguf_set_val_{suffix}")(ctx, name, argument(value))
 
-    @contextmanager
-    def errors(self) -> Iterator[list[str]]:
-        """Keep the errors that the library logs instead of printing them."""
-        kept: list[str] = []
-
-        def keep(level: int, text: bytes, _: object) -> None:
-            if level == 4:  # GGML_LOG_LEVEL_ERROR
-                kept.append(text.decode())
-
-        log = type(llama_direct._log)(keep)
-        self.llama.llama_log_set(log, ctypes.c_void_p(0))
-        try:
-            yield kept
-        finally:
-            self.llama.llama_log_set(llama_direct._log, ctypes.c_void_p(0))
-
 
 @functools.cache
 def library() -> Library:
@@ -274,7 +258,7 @@ class Model:
             values = _values(name, math.prod(tensor.ne))
             ctypes.memmove(tensor.data, values.ctypes.data, values.nbytes)
 
-        with self.lib.metadata(fixture, factors) as metadata, self.lib.errors() as errors:
+        with self.lib.metadata(fixture, factors) as metadata, llama_direct.errors() as errors:
             callback = llama.llama_model_set_tensor_data_t(fill)
             self.handle: Any = llama.llama_model_init_from_user(metadata, callback, None, params)
         self._check(errors)
@@ -325,7 +309,7 @@ class LeanModel(Model):
         llama = self.lib.llama
         params = llama.llama_model_default_params()
         params.load_mtp = True
-        with self.lib.metadata(self.fixture, factors) as metadata, self.lib.errors() as errors:
+        with self.lib.metadata(self.fixture, factors) as metadata, llama_direct.errors() as errors:
             kept = self.lib.add_tensors(metadata, self.tensors)
             assert self.lib.raw.gguf_write_to_file(metadata, str(path).encode(), False), kept
             self.handle = llama.llama_model_load_from_file(str(path).encode(), params)
@@ -362,7 +346,7 @@ class Session:
         params.cb_eval = self.recorder.callback
         for name, value in extra.items():
             setattr(params, name, value)
-        with self.lib.errors() as errors:
+        with llama_direct.errors() as errors:
             self.handle: Any = llama.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise OSError("".join(errors))
@@ -868,7 +852,7 @@ def _open_target(stack: ExitStack, fixture: Fixture, **extra: Any) -> Session:
 
 
 def _set(s: Session, factors: Factors) -> None:
-    with s.lib.errors() as errors:
+    with llama_direct.errors() as errors:
         status = s.set_factors(factors)
     if status != 0:
         raise RefusedError("".join(errors).strip().removeprefix("set_rope_layer_factors: "))

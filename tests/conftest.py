@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import llama_direct
 import pytest
 
 # `python -m lrope_gguf` must run the installed package, not the sources in the current folder
 os.environ["PYTHONSAFEPATH"] = "1"
+
+# a shell's background job ignores Ctrl-C, and so would all that the tests start
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

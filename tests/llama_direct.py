@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from lrope_gguf.native import native_dir
 GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q4_0, GGML_TYPE_Q8_0 = 0, 1, 2, 8
 
 
+@functools.cache  # once: whoever sets llama.cpp's log callback later keeps it
 def library() -> Any:
     """The binding on the patched library, or None where there is none."""
     own = native_dir()
@@ -54,6 +57,24 @@ def _write_error(level: int, text: bytes, _: object) -> None:
 
 # kept here because the library stores just the address
 _log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_write_error)
+
+
+@contextlib.contextmanager
+def errors() -> Iterator[list[str]]:
+    """Keep the errors that the library logs instead of printing them."""
+    kept: list[str] = []
+
+    def keep(level: int, text: bytes, _: object) -> None:
+        if level == 4:  # GGML_LOG_LEVEL_ERROR
+            kept.append(text.decode())
+
+    lib, log = library(), type(_log)(keep)
+    lib.llama_log_set(log, ctypes.c_void_p(0))
+    try:
+        yield kept
+    finally:
+        # back to whoever had it: lrope_search.model, where that was loaded
+        lib.llama_log_set(getattr(lib, "lrope_log_callback", _log), ctypes.c_void_p(0))
 
 
 class RopeTrace:

@@ -20,6 +20,8 @@ from synthetic import Landscape, noise
 from lrope_gguf.curve import Curve
 from lrope_search.algorithm import Algorithm, Candidate, Score, rank
 from lrope_search.algorithms import ALGORITHMS, make_algorithm
+from lrope_search.baselines import _cost
+from lrope_search.generational import Generational, Generations
 from lrope_search.space import CurveSpace, Ledger
 
 pytest.importorskip("cmaes")
@@ -208,6 +210,46 @@ def test_learns_from_scores(name: str) -> None:
 
     values = [fitness for _, (_, fitness) in play(make_algorithm(name, 8, seed=2), 100 if name == "ga" else 240, score)]
     assert np.median(values[-30:]) > np.median(values[8:16]) + 0.2
+
+
+def test_the_papers_setting() -> None:
+    """64, then 16 mutations and 16 crossovers of the best 32, each coordinate changed with probability 0.3."""
+    algorithm: Any = make_algorithm("papers-ga", 12, seed=1)
+    told = play(algorithm, 86, bumpy)
+    space = CurveSpace(12)
+    genomes = np.array([space.encode(c.curve) for c, _ in told])
+    crossed = [c.id for c, _ in told if c.origin == "crossover"]
+    mutated = list(range(crossed[0] - 16, crossed[0]))
+    assert 58 <= mutated[0] <= 64 and crossed == list(range(crossed[0], crossed[-1] + 1))  # a few may repeat others
+    best = [c.id for c, _ in sorted(told[: mutated[0]], key=rank)[:32]]
+    changed = [np.min(np.sum(np.abs(genomes[best] - genomes[i]) > 1e-9, axis=1)) for i in mutated]
+    assert 0.2 < np.mean(changed) / space.size < 0.4
+    inherited = [np.min(np.abs(genomes[best] - genome), axis=0)[: space.degree + 1] for genome in genomes[crossed]]
+    np.testing.assert_allclose(inherited, 0.0, atol=1e-9)
+
+
+def test_costs_order_as_scores_do() -> None:
+    scores = [(1, -math.inf), (1, -1e9), (1, -0.1), (1, 0.0), (1, 1e-6), (1, 50.0), (2, -math.inf), (2, -3.0), (8, 0.0)]
+    costs = [_cost(score) for score in scores]
+    assert all(map(math.isfinite, costs)) and costs == sorted(costs, reverse=True)
+    assert len(set(costs)) == len(costs) - 1  # -inf and absurdly bad are the same
+
+
+def test_a_repeated_genome_has_its_first_score() -> None:
+    """Within a generation and from an earlier one; the optimizer sees all scores in the order of its genomes."""
+    space = CurveSpace(4)
+    a, b, c = (space.uniform(factor) for factor in (1.0, 1.1, 1.2))
+    sent: list[list[Score]] = []
+
+    def generations() -> Generations:
+        for genomes in ([a, b, b], [b, c, a], [c, a]):
+            sent.append((yield [(genome, "test") for genome in genomes]))
+
+    algorithm = Generational(space, generations(), lag=3)
+    told = play(algorithm, 10, lambda candidate: (1, -candidate.factors[0]))
+    assert [c.factors[0] for c, _ in told] == [1.0, 1.1, 1.2] and algorithm.should_stop()
+    first, second, third = (score for _, score in told)
+    assert sent == [[first, second, second], [second, third, first], [third, first]]
 
 
 def test_an_unknown_algorithm_or_option_is_an_error() -> None:

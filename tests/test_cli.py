@@ -504,7 +504,7 @@ def test_completion_in_bash(tmp_path: Path) -> None:
         (("write", "m", "--mapped-ok", ""), models),
         (("completion", ""), {"bash", "zsh", "fish"}),
         (("search", "m", "--identifiers", "n"), {"number"}),
-        (("search", "m", "--identifiers", "="), {"uuid", "number"}),
+        (("search", "m", "--identifiers", "="), {"uuid", "number", "word"}),
         (("none", ""), set()),
     ]:
         assert complete(script, *words, cwd=place) == expected, words
@@ -534,7 +534,7 @@ def test_completion_in_fish(tmp_path: Path) -> None:
     assert complete("lrope-gguf show --") == {"--help", "--json", "--plot"}
     assert "m.gguf" in complete("lrope-gguf show ")
     assert complete("lrope-gguf completion ") == {"bash", "zsh", "fish"}
-    assert complete("lrope-gguf search --identifiers ") == {"uuid", "number"}
+    assert complete("lrope-gguf search --identifiers ") == {"uuid", "number", "word"}
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")

@@ -142,6 +142,7 @@ BAD_DOCUMENTS = {
     "holds the key 'version' twice": '{"format": "lrope-curve", "version": 1, "version": 1}',
     "holds the key 'a' twice": '{"format": "lrope-curve", "version": 1, "provenance": {"a": 1, "a": 2}}',
     "nested deeper than 32 levels": '{"provenance": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "holds more than 65536 lists and objects": json.dumps(LIST | {"provenance": [[]] * 70_000}),
     "is above 1 MiB": json.dumps(LIST | {"provenance": "x" * (1 << 20)}),
     "architecture is 3, not a string": json.dumps(LIST | {"architecture": 3}),
     "block_count is 0": json.dumps(LIST | {"block_count": 0}),

@@ -25,6 +25,8 @@ from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
 from lrope_search import model as model_module
 from lrope_search.evaluator import Lead, TeacherForcedEvaluator, _frame
+from lrope_search.guard import Guard, GuardTexts
+from lrope_search.memory import memory_needed
 from lrope_search.model import Model
 from lrope_search.table import depth_table
 from lrope_search.tasks import KeyValueTask
@@ -381,6 +383,32 @@ def test_contexts_packed_in_one_batch_score_as_alone(model: Model, monkeypatch: 
         )
     assert found[-1].probes == expected[-1].probes  # alone in its pack: the same batches, the same bits
     assert [s.probes for s in packed.evaluate_many(CURVE, jobs)] == [s.probes for s in found]
+
+
+@native
+def test_eleven_depths_cost_an_eighth_of_a_prompt_each(model: Model) -> None:
+    """With 40 pairs of UUIDs, as the benchmark has; counted against the tokens of the whole prompts."""
+    task = KeyValueTask(40)
+    evaluator = TeacherForcedEvaluator(model, task, answer_prefix=' "')
+    context = task.context("search", 0)
+    alone = sum(
+        len(model.tokenize_prompt(context.prefix + probe.question + ' "' + probe.answer)) - 1
+        for probe in context.probes
+    )
+    assert evaluator.n_tokens_alone("search", 0) == pytest.approx(alone, abs=len(context.probes))
+    assert evaluator.evaluate(ONES, "search", 0).n_tokens * 8 <= alone
+
+
+@native
+def test_the_evaluator_foresees_its_memory(model: Model) -> None:
+    plain = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4))
+    alone = plain.memory_needed()
+    assert alone == memory_needed(model.path, model.n_ctx, n_seq=5, n_batch=model.n_batch)
+    guard = Guard(model, GuardTexts(((1, 2, 3),), tuple(range(1, 90)) * 10))
+    both = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4), guard=guard).memory_needed()
+    assert (both.weights, both.kv_cache > alone.kv_cache, both.compute > alone.compute) == (alone.weights, True, True)
+    packed = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4), pack_tokens=5_000).memory_needed()
+    assert packed.kv_cache > 3 * alone.kv_cache
 
 
 @native

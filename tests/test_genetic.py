@@ -12,10 +12,12 @@ from synthetic import Landscape, noise
 from test_algorithms import key, play
 
 from lrope_gguf.curve import Curve
+from lrope_search import genetic
 from lrope_search.algorithm import Candidate, Score
 from lrope_search.baselines import RandomSearch
 from lrope_search.genetic import GeneticAlgorithm
 from lrope_search.space import CurveSpace
+from lrope_search.surrogate import GaussianProcess
 
 
 def test_begins_with_the_known_good_points() -> None:
@@ -163,3 +165,27 @@ def test_fewer_contexts_count_less() -> None:
     ga = GeneticAlgorithm(land.n_layer, seed=0)
     play(ga, 80, raced)
     assert ga.best[1][0] == 3 and ga.best[1][1] > 0.05
+
+
+def test_the_surrogate_is_told_of_noise_and_of_what_is_pending(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, seen = [], []
+
+    class Spy(GaussianProcess):
+        def fit(self, x, y, weight, *, sweeps=0):
+            weights.append(weight)
+            super().fit(x, y, weight, sweeps=sweeps)
+
+        def predict(self, x, pending=None):
+            seen.append(pending)
+            return super().predict(x, pending)
+
+    monkeypatch.setattr(genetic, "GaussianProcess", Spy)
+    ga = GeneticAlgorithm(6, seed=1, population=12)
+    told = play(ga, 12, lambda c: (4, 1.0 - c.id) if c.id % 3 == 0 else (1, -float(c.id)))
+    asked = [ga.ask() for _ in range(3)]
+    assert len(weights) == 3
+    np.testing.assert_array_equal(weights[0], [1.0 if c.id % 3 == 0 else 0.25 for c, _ in told])
+    assert seen[0] is None  # what the told are worth
+    proposals = [inputs for inputs in seen if inputs is not None]
+    assert [len(inputs) for inputs in proposals] == [0, 0, 1, 1, 2, 2]  # two rounds a birth
+    np.testing.assert_allclose(proposals[-1], np.log([c.factors for c in asked[:2]]), atol=1e-3)

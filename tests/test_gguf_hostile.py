@@ -298,6 +298,48 @@ def test_a_large_curve_takes_little_memory(tmp_path: Path) -> None:
         read_model(path)
 
 
+DOCUMENT = b'{"format":"lrope-curve","version":1,"layer_factors":[1.0,1.0,1.0,1.0],"provenance":%s}'
+ROOM = (1 << 20) - len(DOCUMENT)
+
+
+def listed(item: bytes) -> bytes:
+    return b"[" + b",".join([item] * ((ROOM - 2) // (len(item) + 1))) + b"]"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        *(listed(b"[]"), listed(b"[" * 28 + b"]" * 28), listed(b"{}"), listed(b'{"":{"":{}}}'), listed(b"1.5")),
+        *(listed(b'""'), b"{" + b",".join(b'"%x":{}' % i for i in range(ROOM // 11)) + b"}"),
+        b'"' + ("\U0001f600" * (ROOM // 4 - 1)).encode() + b'"',
+        b'1}, "layer_factors": [' + b",".join([b"1.5"] * 1000) + b"]",
+    ],
+    ids=["lists", "deep", "objects", "deep objects", "numbers", "strings", "keys", "text", "damaged"],
+)
+def test_show_takes_little_memory_whatever_the_curve_holds(
+    tmp_path: Path, provenance: bytes, options: list[str]
+) -> None:
+    """The whole process, interpreter included."""
+    path = tmp_path / "m.gguf"
+    document = DOCUMENT % provenance
+    assert len(document) <= 1 << 20
+    pairs = text_pair("general.architecture", "llama") + number_pair("llama.block_count", 4)
+    pairs += string(b"lrope.curve") + struct.pack("<I", 8) + string(document)
+    path.write_bytes(header(pairs, 3))
+    code = (
+        "import os, resource, sys; from lrope_gguf.cli import main; assert main(sys.argv[1:]) == 0; sys.stdout.flush()"
+    )
+    code += "; os.write(2, str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss).encode())"
+    # through a small process: on Linux, a child's peak begins with its parent's
+    small = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
+    done = subprocess.run(
+        [sys.executable, "-c", small, "-c", code, "show", *options, str(path)], capture_output=True, check=True
+    )
+    assert int(done.stderr) < 60 << 10
+    assert b"lrope" in done.stdout or b"curve" in done.stdout
+
+
 # Mutants
 
 

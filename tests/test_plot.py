@@ -14,7 +14,7 @@ from gguf_fixtures import LAYERS, names, write_model
 
 from lrope_gguf import CurveFile, LropeError, write_factors
 from lrope_gguf.cli import main
-from lrope_gguf.plot import _bezier, plot_factors
+from lrope_gguf.plot import bezier, plot_factors
 
 POINTS = ((0.0, 1.0), (0.3, 1.4), (1.0, 1.1))
 
@@ -78,7 +78,7 @@ def test_a_title_from_a_hostile_file(tmp_path: Path, recwarn: pytest.WarningsRec
 
 
 def test_the_drawn_curve_is_the_evaluated_one() -> None:
-    x, y = _bezier(POINTS)
+    x, y = bezier(POINTS)
     layers = np.linspace(0, 1, 33)
     drawn = np.interp(layers, x, y)
     assert drawn == pytest.approx(CurveFile(POINTS).factors_for(33), abs=1e-5)

@@ -1,8 +1,7 @@
-"""Key-value retrieval contexts: the benchmark's prompt, splits, files and their mistakes."""
+"""Key-value retrieval contexts: the benchmark's prompt, splits, sizes, files and their mistakes."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from pathlib import Path
@@ -11,21 +10,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from task_files import words, write
 
 from lrope_gguf.errors import LropeError
-from lrope_search.tasks import SPLITS, KeyValueTask
+from lrope_search.tasks import SPLITS, KeyValueTask, TokenLimit
 from lrope_search.types import Context
 
 
 def record(n: int, n_pairs: int = 12) -> dict[str, Any]:
     pairs = [[f"key-{n}-{i}", f"value-{n}-{i}"] for i in range(n_pairs)]
     return {"ordered_kv_records": pairs, "key": pairs[3][0], "value": pairs[3][1]}
-
-
-def write(path: Path, lines: list[Any]) -> Path:
-    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
 
 
 def pairs_of(context: Context) -> list[tuple[str, str]]:
@@ -193,3 +187,48 @@ def test_number_identifiers_have_limits(tmp_path: Path) -> None:
         KeyValueTask(10, depths=1, identifiers="number", data=tmp_path / "x.jsonl")
     with pytest.raises(LropeError, match="--identifiers words"):
         KeyValueTask(20, identifiers="words")
+
+
+def test_a_file_is_refused_that_splits_cannot_share(tmp_path: Path) -> None:
+    with pytest.raises(LropeError, match=r"kv\.jsonl: holds 2 contexts .* one each"):
+        KeyValueTask(data=write(tmp_path / "kv.jsonl", [record(0), record(1)]))
+    task = KeyValueTask(data=write(tmp_path / "kv.jsonl", [record(n) for n in range(3)]))
+    assert [task.size(split) for split in SPLITS] == [1, 1, 1]
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    line = '{"ordered_kv_records": [["a\\ud800", "b"]]}'
+    with pytest.raises(LropeError, match=r"kv\.jsonl:1: not a key-value record"):
+        KeyValueTask(data=write(tmp_path / "kv.jsonl", [line] * 3), depths=1)
+    line = '{"ordered_kv_records": [["a\\ud83d\\ude00", "b"]]}'
+    assert KeyValueTask(data=write(tmp_path / "kv.jsonl", [line] * 3), depths=1).context("test", 0).probes[0].answer
+
+
+def size(context: Context) -> int:
+    return max(words(context.prefix + probe.question) for probe in context.probes)
+
+
+@given(st.integers(120, 3000), st.integers(0, 2**32), st.sampled_from(["uuid", "number"]), st.sampled_from(SPLITS))
+def test_as_many_pairs_as_fit_into_the_tokens(tokens: int, seed: int, kind: str, split: str) -> None:
+    limit = TokenLimit(tokens, words)
+    task = KeyValueTask(depths=5, seed=seed, identifiers=kind, limit=limit)
+    context = task.context(split, 1)
+    n = len(pairs_of(context))
+    more = KeyValueTask(n + 1, depths=5, seed=seed, identifiers=kind).context(split, 1)
+    assert size(context) <= tokens < size(more)
+    assert context == KeyValueTask(n, depths=5, seed=seed, identifiers=kind).context(split, 1)
+    assert context == KeyValueTask(depths=5, seed=seed, identifiers=kind, limit=limit).context(split, 1)
+
+
+def test_tokens_that_no_context_has(tmp_path: Path) -> None:
+    with pytest.raises(LropeError, match="--context-tokens 50: 11 pairs alone take"):
+        KeyValueTask(limit=TokenLimit(50, words)).context("test", 0)
+    data = write(tmp_path / "kv.jsonl", [record(n) for n in range(10)])
+    part = KeyValueTask(data=data, depths=4, limit=TokenLimit(100, words)).context("search", 0)
+    assert size(part) <= 100 and 4 < len(pairs_of(part)) < 12
+    with pytest.raises(
+        LropeError, match=r"--context-tokens 400: 12 pairs take only .* record of .*kv\.jsonl has no more"
+    ):
+        KeyValueTask(data=data, depths=4, limit=TokenLimit(400, words)).context("search", 0)
+    with pytest.raises(LropeError, match=r"--context-tokens 200000: 9000 pairs .* no more such keys"):
+        KeyValueTask(identifiers="number", limit=TokenLimit(200_000, words)).context("search", 0)

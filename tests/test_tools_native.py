@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from llama_direct import Context
+from llama_direct import Context, errors
 from rope_models import FACTORS, GEMMA3, LLAMA, N_LAYER
 from tiny_models import write_readable
 
@@ -31,10 +31,10 @@ def run(tool: str, *arguments: str | Path) -> str:
     return result.stdout + result.stderr
 
 
-def refusal(path: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(OSError, match="not loaded"):
+def refusal(path: Path) -> str:
+    with errors() as logged, pytest.raises(OSError, match="not loaded"):
         Context(path)
-    return capfd.readouterr().err
+    return "".join(logged)
 
 
 @pytest.mark.parametrize("source", [LLAMA, GEMMA3], ids=lambda m: m.name)
@@ -67,11 +67,9 @@ def test_splitting_and_merging_keep_the_array(model: Path, tmp_path: Path) -> No
     assert read_factors(tmp_path / "merged.gguf") == pytest.approx(FACTORS)
 
 
-def test_a_pruned_model_says_that_its_factors_do_not_fit(
-    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pruned_model_says_that_its_factors_do_not_fit(model: Path, tmp_path: Path) -> None:
     pruned = tmp_path / "pruned.gguf"
     run("llama-quantize", "--allow-requantize", "--prune-layers", "2,3", model, pruned, "Q8_0", "1")
     assert read_model(pruned).block_count == N_LAYER - 2
-    message = refusal(pruned, capfd)
+    message = refusal(pruned)
     assert "llama.rope.scaling.layer_factors has 6 factors, but the model has 4 layers" in message

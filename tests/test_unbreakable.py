@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -13,15 +14,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import kill_points
 import pytest
+from gguf import GGUFWriter
 from gguf_fixtures import LAYERS, header, names, number_pair, text_pair, write_model
 
-from lrope_gguf import LropeError, files, read_factors, read_model, remove_factors, write_factors
+from lrope_gguf import LropeError, files, metadata, read_factors, read_model, remove_factors, write_factors
 from lrope_gguf.files import locked
-from lrope_gguf.metadata import plan_write
+from lrope_gguf.metadata import plan_remove, plan_write
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
 
@@ -84,6 +87,19 @@ def test_killed_or_failing_at_every_system_call(name: str, tmp_path: Path) -> No
     states, problems = kill_and_fail(CASES[name], tmp_path, 1, 0)
     assert not problems
     assert {"old", "new"} <= states
+
+
+@pytest.mark.skipif(not kill_points.can_trace(), reason="processes cannot be traced here")
+@pytest.mark.parametrize("name", ["copy over another file", "longer document", "removal"])
+def test_full_disk_of_any_size(name: str) -> None:
+    with kill_points.small_disk() as disk:
+        if disk is None:
+            pytest.skip("cannot mount here")
+        for bench in kill_points.benches((CASES[name],), disk):
+            for seen in (True, False):
+                results = list(bench.full(disk, seen=seen))
+                assert not [problem for _, problems in results for problem in problems]
+                assert {state for state, _ in results} == {"old, refused", "new, done"}
 
 
 def test_a_killed_writers_file_is_removed_by_the_next_and_nothing_else(model: Path) -> None:
@@ -161,6 +177,33 @@ def test_output_on_another_device(model: Path, small_disk: Callable[[int], Path]
     assert plan_write(model, FACTORS, output=disk / "o.gguf").shares is False
     remove_factors(disk / "o.gguf", output=model.with_name("back.gguf"))
     assert model.with_name("back.gguf").read_bytes() == original
+
+
+@pytest.mark.parametrize("chunk", [0, 50])
+def test_no_space_for_a_change_in_place(model: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """As where the blocks are shared: no write succeeds, or only the first part of one; taking it back fails too."""
+    write_factors(model, FACTORS)
+    before, room = model.read_bytes(), chunk
+
+    def write_what_fits(file: files.FileIO, data: bytes) -> None:
+        file.write(data[:room])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metadata, "write_all", write_what_fits)
+    with pytest.raises(LropeError, match=r"No space left on device\), nothing was changed; free some space"):
+        write_factors(model, FACTORS[::-1])
+    assert model.read_bytes() == before
+
+    def write_once(file: files.FileIO, data: bytes) -> None:
+        nonlocal room
+        room, now = -1, room
+        if now >= 0:
+            file.write(data)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(metadata, "write_all", write_once)
+    with pytest.raises(LropeError, match=r"Input/output error\), its layer factors may be half changed"):
+        write_factors(model, FACTORS[::-1])
 
 
 def test_failed_change_in_place_is_taken_back(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +385,48 @@ def test_mapped_model(model: Path) -> None:
 # What a file has besides its content
 
 
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_only_regular_files_are_replaced(model: Path, tmp_path: Path, kind: str) -> None:
+    """`--output /dev/null` must not make a file of it."""
+    output = tmp_path / "o.gguf"
+    if kind == "pipe":
+        os.mkfifo(output)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(output))
+    else:
+        try:
+            os.mknod(output, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+        except OSError:
+            pytest.skip("needs the right to make devices")
+    link = tmp_path / "link.gguf"
+    link.symlink_to(output)
+    before = output.stat()
+    for path in (output, link):
+        for call in (
+            lambda path: write_factors(model, FACTORS, output=path),
+            lambda path: plan_write(model, FACTORS, output=path),
+            lambda path: remove_factors(model, output=path),
+            lambda path: files.atomic_write_bytes(path, b"x"),
+        ):
+            with pytest.raises(LropeError, match=rf"{path}: is not a regular file; name another"):
+                call(path)
+    assert output.stat() == before and names(tmp_path) == ["link.gguf", "m.gguf", "o.gguf"]
+
+
+def test_a_copy_is_as_private_as_its_model(model: Path) -> None:
+    output = model.with_name("o.gguf")
+    for mode, umask, expected in ((0o600, 0o022, 0o600), (0o664, 0o022, 0o644), (0o640, 0o077, 0o600)):
+        model.chmod(mode)
+        before = os.umask(umask)
+        try:
+            write_factors(model, FACTORS, output=output)
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(output.stat().st_mode) == expected
+        output.unlink()
+
+
 def test_hard_links_are_separated_and_that_is_said(model: Path) -> None:
     original, other = model.read_bytes(), model.with_name("other.gguf")
     other.hardlink_to(model)
@@ -466,6 +551,23 @@ def test_shared_blocks(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert remove_factors(model).bytes_shared == sum(cloned) > 0 and model.read_bytes() == original
 
 
+def test_plans_know_whether_blocks_will_be_shared(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer, clones, expected in [
+        *((False, True, False), (True, True, True), (None, True, True)),
+        *((True, False, False), (None, False, False), (None, None, None)),
+    ]:
+        monkeypatch.setattr(metadata, "may_share_blocks", lambda *_, answer=answer: answer)
+        monkeypatch.setattr(metadata, "can_share_blocks", lambda *_, clones=clones: clones)
+        assert plan_write(model, FACTORS).shares is expected
+
+    def unaligned(writer: GGUFWriter) -> None:
+        writer.add_array("llama.rope.scaling.layer_factors", [2.0] * LAYERS)
+
+    monkeypatch.setattr(metadata, "can_share_blocks", lambda *_: True)
+    other = write_model(tmp_path / "other.gguf", add=unaligned)  # without these keys, all that follows moves
+    assert plan_remove(other).shares is False and plan_write(other, FACTORS).shares is False
+
+
 @pytest.fixture(params=["xfs", "btrfs"])
 def sharing_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """An empty file system that shares blocks."""
@@ -500,6 +602,41 @@ def test_a_file_system_that_shares(model: Path, sharing_disk: Path) -> None:
     assert read_factors(copy) == FACTORS and names(sharing_disk) == ["m.gguf"]
     assert remove_factors(copy, output=output).bytes_shared > size - 3 * 4096
     assert output.read_bytes() == original["m.gguf"]
+
+
+def fill(folder: Path) -> None:
+    """Leave no block free, as far as that can be done."""
+    with suppress(OSError), (folder / "fill").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free * 15 // 16)
+    for size in (1 << 20, 1 << 12):
+        grown = 1
+        while grown:  # what the system has set aside for a file comes back when that is closed
+            grown = 0
+            with suppress(OSError), (folder / f"fill{size}").open("ab", buffering=0) as file:
+                while True:
+                    grown += file.write(os.urandom(size))
+                    os.fsync(file.fileno())
+
+
+def test_a_change_in_place_where_blocks_are_shared_and_none_are_free(model: Path, sharing_disk: Path) -> None:
+    """Even a few bytes need a new block then."""
+    place, twin = sharing_disk / "m.gguf", sharing_disk / "twin.gguf"
+    write_factors(model, FACTORS)
+    shutil.copyfile(model, place)
+    subprocess.run(["cp", "--reflink=always", place, twin], check=True)
+    before = place.read_bytes()
+    fill(sharing_disk)
+    refused = 0
+    for number in range(2, 5):
+        try:
+            write_factors(place, (number,) * LAYERS)
+            before = place.read_bytes()
+        except LropeError as error:
+            assert "No space left on device), nothing was changed; free some space there" in str(error)
+            refused += 1
+        assert place.read_bytes() == before
+    assert refused
+    assert twin.read_bytes() == model.read_bytes()
 
 
 MEASURED = """

@@ -9,14 +9,17 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 from lrope_gguf.curve import AGREEMENT, Curve, CurveFile, Point
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import ModelInfo, factors_key, read_model, shortest
+from lrope_gguf.text import printable
 
 _LABEL = 16
 _BRIEF = 100
+_MOST_PARTS = 50
 _LEAST = 40
 _CELL = 20
 _PROVENANCE_LINES = 40
@@ -43,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         _plot(args.plot, info, document, agreement)
     if args.json:
-        print(json.dumps(_json(info, document, curve_error, agreement), indent=2))
+        # in pieces: a hostile document's text would take many times its size in memory
+        json.dump(_json(info, document, curve_error, agreement), sys.stdout, indent=2)
+        print()
         return 0
     # a file or a program gets whole lines
     width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else None
@@ -135,14 +140,11 @@ def _lines(
         ("curve", _curve_line(document, curve_error, agreement)),
     ]
     if document is not None and document.provenance is not None:
-        provenance = list(_provenance(document.provenance, 1))
-        if len(provenance) > _PROVENANCE_LINES:
-            more = len(provenance) - _PROVENANCE_LINES
-            provenance = [*provenance[:_PROVENANCE_LINES], ("  …", f"{more} more lines, see --json")]
-        rows += provenance
-    lines = [
-        line for name, text in rows if text is not None for line in _row(_printable(name), _printable(text), width)
-    ]
+        provenance = _provenance(document.provenance, 1)
+        rows += islice(provenance, _PROVENANCE_LINES)
+        if more := sum(1 for _ in provenance):
+            rows.append(("  …", f"{more} more lines, see --json"))
+    lines = [line for name, text in rows if text is not None for line in _row(printable(name), printable(text), width)]
     if info.factors is not None:
         lines += ["", *_table(info.factors, width)]
     return lines
@@ -236,31 +238,27 @@ def _provenance(value: Any, depth: int) -> Iterator[tuple[str, str]]:
         return
     for key, item in value.items():
         if isinstance(item, dict) and any(isinstance(v, dict) for v in item.values()):
-            yield f"{indent}{key}", ""
+            yield f"{indent}{key[:_BRIEF]}", ""
             yield from _provenance(item, depth + 1)
         else:
-            yield f"{indent}{key}", _brief(item)
+            yield f"{indent}{key[:_BRIEF]}", _brief(item)
 
 
 def _brief(value: Any) -> str:
     """A JSON value in words, shortened."""
     if isinstance(value, dict):
-        text = ", ".join(f"{key} {_brief(item)}" for key, item in value.items() if item not in (None, ""))
-        return text  # its parts are short already, and a terminal breaks it between words
+        # its parts are short already, and a terminal breaks it between words
+        parts = (f"{key[:_BRIEF]} {_brief(item)}" for key, item in value.items() if item not in (None, ""))
+        return ", ".join([*islice(parts, _MOST_PARTS), *(["…"] if any(True for _ in parts) else [])])
     if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
         return f"({len(value)} in all)"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):
-        text = f"[{', '.join(map(_brief, value))}]"
+        text = f"[{', '.join(map(_brief, value[:_BRIEF]))}]"
     else:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _BRIEF else f"{text[: _BRIEF - 1]}…"
-
-
-def _printable(text: str) -> str:
-    """`text` without control characters: a file must not steer the terminal."""
-    return "".join(character if character.isprintable() else "�" for character in text)
 
 
 def _plot(path: str, info: ModelInfo, document: CurveFile | None, agreement: bool | None) -> None:
@@ -292,7 +290,7 @@ def _json(
         "has_rope": info.has_rope,
         "factors_key": None if info.architecture is None else factors_key(info.architecture),
         "factors": None if info.factors is None else [shortest(s) for s in info.factors],
-        "curve": None if document is None else json.loads(document.dumps(compact=True)),
+        "curve": None if document is None else document.document(),
         "curve_error": curve_error,
         "curve_agrees": agreement,
     }

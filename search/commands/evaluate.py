@@ -18,7 +18,7 @@ from ..progress import Progress
 from ..table import DepthTable, depth_table
 from ..tasks import SPLITS
 from ..types import ContextScore
-from .options import add_model_arguments, add_task_arguments, open_model, open_task, positive, task_config
+from .options import add_model_arguments, add_task_arguments, fit_task, open_model, open_task, positive, task_config
 
 Factors = tuple[float, ...]
 
@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--curve", metavar="FILE", help="curve file (the factors in MODEL, if it has any)")
     what.add_argument("--factors", metavar="F0,F1,...", type=numbers, help="one factor a layer")
+    parser.add_argument(
+        "--uniform", metavar="S", type=float, help="the same factor for all layers, as a side of its own"
+    )
     add_task_arguments(parser)
     parser.add_argument("--contexts", metavar="N", type=positive, default=8, help="contexts to ask (%(default)s)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which contexts (%(default)s)")
@@ -42,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     task.context(args.split, args.contexts - 1)  # too few records are better known now
     read_model(args.model)  # its messages on damaged files are the plainer ones
     with open_model(args) as model:
+        task = fit_task(task, args, model)
         sides = _sides(args, model)
         evaluator = TeacherForcedEvaluator(model, task, answer_prefix=args.answer_prefix)
         for factors in sides.values():
@@ -95,9 +99,11 @@ def _sides(args: argparse.Namespace, model: Model) -> dict[str, Factors]:
     elif args.factors is not None:
         if len(args.factors) != model.n_layer:
             raise LropeError(f"--factors: {len(args.factors)} numbers, but {args.model} has {model.n_layer} layers")
-        sides["factors"] = args.factors
-    elif (stored := model.file_factors()) is not None:
+        sides["given"] = args.factors  # "factors" is another key of the JSON
+    elif args.uniform is None and (stored := model.file_factors()) is not None:
         sides["file"] = stored
+    if args.uniform is not None:
+        sides[f"uniform {args.uniform:g}"] = (args.uniform,) * model.n_layer
     return sides
 
 

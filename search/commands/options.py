@@ -10,7 +10,26 @@ from typing import Any
 from lrope_gguf.errors import LropeError
 
 from ..model import Model
-from ..tasks import DEFAULT_PAIRS, IDENTIFIERS, KeyValueTask, Task
+from ..tasks import (
+    DEFAULT_DEPTHS,
+    DEFAULT_DOCUMENTS,
+    DEFAULT_PAIRS,
+    DEFAULT_TEMPLATE,
+    IDENTIFIERS,
+    JsonlTask,
+    KeyValueTask,
+    MultiDocumentTask,
+    Task,
+    TokenLimit,
+)
+
+_OPTIONS = {
+    "kv": {"data", "context_tokens", "keys", "identifiers", "depths"},
+    "mdqa": {"data", "context_tokens", "documents", "depths"},
+    "jsonl": {"data", "prompt_template"},
+}
+_ALL_OPTIONS = set().union(*_OPTIONS.values())
+_UUID = next(iter(IDENTIFIERS))
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,18 +51,34 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the task's options."""
     group = parser.add_argument_group("task")
-    group.add_argument("--task", choices=["kv"], default="kv", help="kv: key-value retrieval (%(default)s)")
     group.add_argument(
-        "--keys", metavar="N", type=positive, help=f"pairs a context ({DEFAULT_PAIRS}; with --data all of a record)"
+        "--task",
+        choices=list(_OPTIONS),
+        default="kv",
+        help="kv: key-value retrieval; mdqa: multi-document question answering; jsonl: your own (%(default)s)",
     )
-    group.add_argument("--data", metavar="FILE", help="kv-retrieval-*_keys.jsonl[.gz] (contexts made from the seed)")
     group.add_argument(
-        "--identifiers",
-        choices=IDENTIFIERS,
-        default="uuid",
-        help="what keys and values are; number: three and four digits, for small models (%(default)s)",
+        "--data",
+        metavar="FILE",
+        help="JSONL, plain or gzipped. kv: kv-retrieval-*_keys (contexts made from the seed); mdqa: nq-open-* of the "
+        "same benchmark; jsonl: a line {context, question, answer: text or list of texts, depth: 0 to 1, optional}",
     )
-    group.add_argument("--depths", metavar="N", type=positive, default=11, help="questions a context (%(default)s)")
+    group.add_argument(
+        "--context-tokens", metavar="N", type=positive, help="kv, mdqa: as many keys or documents as fit into N tokens"
+    )
+    group.add_argument(
+        "--keys", metavar="N", type=positive, help=f"kv: pairs a context ({DEFAULT_PAIRS}; with --data all of a record)"
+    )
+    group.add_argument("--documents", metavar="N", type=positive,
+                       help=f"mdqa: documents a context ({DEFAULT_DOCUMENTS})")  # fmt: skip
+    kinds = "; ".join(f"{name}: {kind.description}" for name, kind in IDENTIFIERS.items())
+    group.add_argument("--identifiers", choices=list(IDENTIFIERS),
+                       help=f"kv without --data: what keys and values are; {kinds} ({_UUID})")  # fmt: skip
+    group.add_argument("--depths", metavar="N", type=positive,
+                       help=f"kv, mdqa: questions a context ({DEFAULT_DEPTHS})")  # fmt: skip
+    group.add_argument(
+        "--prompt-template", metavar="TEXT", help=f"jsonl: the prompt, \\n a new line ({escaped(DEFAULT_TEMPLATE)})"
+    )
     group.add_argument(
         "--answer-prefix", metavar="TEXT", default="", help="begin all answers with this, for base models: ' \"'"
     )
@@ -62,23 +97,77 @@ def open_model(args: argparse.Namespace) -> Model:
     )
 
 
-def open_task(args: argparse.Namespace) -> Task:
-    """Make the task of the options."""
-    return KeyValueTask(args.keys, depths=args.depths, seed=args.seed, data=args.data, identifiers=args.identifiers)
+def fit_task(task: Task, args: argparse.Namespace, model: Model) -> Task:
+    """Return the task with contexts of ``--context-tokens``, if that was given, by the model's tokenizer."""
+    tokens = _with_defaults(args).context_tokens
+    if tokens is None:
+        return task
+    return open_task(args, TokenLimit(tokens, lambda text: len(model.tokenize_prompt(text, args.answer_prefix))))
+
+
+def open_task(args: argparse.Namespace, limit: TokenLimit | None = None) -> Task:
+    """Make the task of the options, of which those that ``args`` lacks have their defaults.
+
+    What is wrong with them shows without a model: contexts to be sized by tokens are as small as they can be until
+    `fit_task` does it.
+
+    Raises:
+        LropeError: options that do not go together, or a file that cannot be used.
+    """
+    args = _with_defaults(args)
+    for name in sorted(_ALL_OPTIONS - _OPTIONS[args.task]):
+        if getattr(args, name) is not None:
+            tasks = " and ".join(f"--task {task}" for task, own in _OPTIONS.items() if name in own)
+            raise LropeError(f"--{name.replace('_', '-')}: means nothing to --task {args.task}; it is for {tasks}")
+    if args.context_tokens is not None:
+        for name in ("keys", "documents"):
+            if getattr(args, name) is not None:
+                raise LropeError(f"--{name}, --context-tokens: both give a context's size; leave out one of them")
+    depths = DEFAULT_DEPTHS if args.depths is None else args.depths
+    keys, documents = args.keys, args.documents
+    if args.context_tokens is not None and limit is None:
+        keys = documents = depths
+    if args.task == "kv":
+        identifiers = args.identifiers or _UUID
+        return KeyValueTask(keys, depths=depths, seed=args.seed, data=args.data, identifiers=identifiers, limit=limit)
+    if args.data is None:
+        what = "an nq-open file" if args.task == "mdqa" else "your file of questions"
+        raise LropeError(f"--task {args.task}: needs {what}; give --data FILE")
+    if args.task == "mdqa":
+        return MultiDocumentTask(args.data, documents, depths=depths, seed=args.seed, limit=limit)
+    template = DEFAULT_TEMPLATE if args.prompt_template is None else args.prompt_template.replace("\\n", "\n")
+    return JsonlTask(args.data, seed=args.seed, template=template)
 
 
 def task_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that decide what is asked and how, for a study's configuration."""
+    """Return the options that decide what is asked and how, for a study's configuration.
+
+    The tokenizer, by which ``context_tokens`` counts, is the model's, whose fingerprint stands beside this.
+    """
+    args = _with_defaults(args)
+    defaults = {"identifiers": None if args.data else _UUID, "depths": DEFAULT_DEPTHS,
+                "prompt_template": escaped(DEFAULT_TEMPLATE)}  # fmt: skip
+    own = {name: getattr(args, name) for name in sorted(_OPTIONS[args.task])}
+    own |= {name: value for name, value in defaults.items() if name in own and own[name] is None}
+    own["data"] = None if args.data is None else file_identity(args.data)
     return {
         "name": args.task,
-        "keys": args.keys,
-        "data": None if args.data is None else file_identity(args.data),
-        "identifiers": args.identifiers,
-        "depths": args.depths,
+        **own,
         "seed": args.seed,
         "answer_prefix": args.answer_prefix,
         "chat_template": not args.no_chat_template,
     }
+
+
+def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_task_arguments(parser)
+    return argparse.Namespace(**vars(parser.parse_args([])) | vars(args))
+
+
+def escaped(text: str) -> str:
+    """A text with its new lines as the command line takes them."""
+    return text.replace("\n", "\\n")
 
 
 def file_identity(path: Path | str) -> str:

@@ -20,6 +20,7 @@ from ..model import binding_version, physical_cores
 from ..processes import ProcessExecutor, free_memory, visible_gpus
 from ..progress import Progress
 from ..ray_executor import RayExecutor
+from ..report import write_report
 from ..search import SearchOutcome, SearchSettings, run_search
 from ..study import Study
 from ..table import depth_table
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if outcome is None:
         return 0
     outcome.best.save(output)
-    print(outcome_text(outcome))
+    print(outcome_text(outcome, settings))
     if outcome.winner is None:
         print(f"{output}: holds the base model's factors, all 1")
     else:
@@ -156,7 +157,7 @@ def search(
             if dry_run:
                 return None
             executor = _workers(args, dataclasses.replace(spec, guard_texts=facts.guard_texts), scout, stack)
-            return run_search(
+            outcome = run_search(
                 executor,
                 study,
                 settings,
@@ -165,6 +166,16 @@ def search(
                 block_count=info.block_count,
                 guard_contexts=1,
             )
+            progress.line(_report(directory))
+            return outcome
+
+
+def _report(directory: Path) -> str:
+    """Make the study's report; say where it is, or why there is none, for want of which no search fails."""
+    try:
+        return f"report: {write_report(directory)}"
+    except LropeError as error:
+        return f"no report: {error}"
 
 
 _OPTIONAL: dict[str, Any] = {
@@ -260,14 +271,15 @@ def check_memory(memory: MemoryNeeded, n_workers: int, free: int | None) -> None
     )
 
 
-def outcome_text(outcome: SearchOutcome) -> str:
+def outcome_text(outcome: SearchOutcome, settings: SearchSettings) -> str:
     """The test in words and by depth, and the factors found."""
     sides = {"base": outcome.base_test}
     if outcome.uniform is not None and outcome.uniform_test is not None:
         sides[f"uniform {outcome.uniform.factors[0]:g}"] = outcome.uniform_test
     if outcome.winner_test is not None:
         sides["curve"] = outcome.winner_test
-    return f"{depth_table(sides)}\n\n{outcome.verdict.text}"
+    table = depth_table(sides, seed=settings.seed, confidence=settings.confidence)
+    return f"{table}\n\n{outcome.verdict.text}"
 
 
 def _size(n_bytes: int) -> str:

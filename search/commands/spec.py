@@ -17,7 +17,7 @@ from ..memory import MemoryNeeded, memory_needed
 from ..model import Model
 from ..tasks import Task
 from ..types import Evaluator
-from .options import open_model, open_task
+from .options import fit_task, open_model, open_task
 
 
 class _Evaluator(TeacherForcedEvaluator):
@@ -54,6 +54,7 @@ class EvaluatorSpec:
         args.threads = n_threads or args.threads
         task = open_task(args)
         with open_model(args) as model:
+            task = fit_task(task, args, model)
             texts = self.guard_texts or self._texts(model)
             yield _Evaluator(model, task, texts, answer_prefix=args.answer_prefix)
 

@@ -1,0 +1,61 @@
+"""Studies for tests of what reads them, made by the real search on a synthetic model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from synthetic import Landscape, noise
+
+from lrope_search.executor import LocalExecutor
+from lrope_search.progress import Progress
+from lrope_search.search import SearchOutcome, SearchSettings, run_search
+from lrope_search.study import Study
+from lrope_search.types import ContextScore
+
+SETTINGS = SearchSettings(seed=3, max_evaluations=60, search_contexts=4, validation_contexts=6, test_contexts=24)
+CONFIG = {
+    "model": {"fingerprint": "sha256:0f3c", "architecture": "synthetic", "name": "Landscape 24 layers"},
+    "task": {"task": "kv", "keys": 100, "identifiers": "uuid", "depths": 5, "seed": 3, "data": None},
+    "versions": {"lrope-gguf": "0.1.0", "llama-cpp-python": "0.3.36"},
+}
+
+
+class Timed(Landscape):
+    """A landscape whose evaluations have a cost."""
+
+    def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
+        score = super().evaluate(factors, split, index)
+        seconds = 26.4 + 0.8 * noise(factors, split, index)
+        return dataclasses.replace(score, n_tokens=6800 + 7 * index, seconds=round(seconds, 3))
+
+
+def make_study(
+    directory: Path,
+    settings: SearchSettings = SETTINGS,
+    *,
+    n_layer: int = 24,
+    evaluator: Landscape | None = None,
+    config: dict[str, Any] | None = None,
+) -> SearchOutcome:
+    """Run a whole search in ``directory``."""
+    executor = LocalExecutor(evaluator or Timed(n_layer))
+    with Study(directory, (CONFIG if config is None else config) | {"search": settings.config()}) as study:
+        return run_search(executor, study, settings, Progress(study.log, quiet=True), architecture="synthetic")
+
+
+def write_candidates(directory: Path, outcome: SearchOutcome) -> None:
+    """Write ``candidates.jsonl``, which tells of each candidate in order of asking."""
+    with (directory / "candidates.jsonl").open("w", encoding="utf-8") as file:
+        for candidate, (contexts, fitness) in sorted(outcome.candidates, key=lambda item: item[0].id):
+            record = {
+                "id": candidate.id,
+                "origin": candidate.origin,
+                "control_points": candidate.curve.control_points,
+                "factors": candidate.factors,
+                "contexts": contexts,
+                "fitness": fitness if abs(fitness) < 1e300 else None,
+            }
+            file.write(json.dumps(record) + "\n")

@@ -1,0 +1,337 @@
+"""The report of a study: any study, whole, unfinished or damaged, always the same bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study_fixtures import CONFIG, SETTINGS, Timed, make_study, write_candidates
+from synthetic import Landscape
+
+from lrope_gguf.cli import main
+from lrope_gguf.errors import LropeError
+from lrope_gguf.plot import PlotUnavailableError
+from lrope_search.report import page_text, summary_lines, write_report
+from lrope_search.search import SearchOutcome
+from lrope_search.statistics import wilson
+from lrope_search.study_summary import StudySummary, summarise
+from lrope_search.table import depth_table
+from lrope_search.types import ContextScore
+
+PICTURES = ["accuracy", "cost", "factors", "fitness", "population"]
+SMALL = dataclasses.replace(SETTINGS, max_evaluations=20, search_contexts=2, validation_contexts=2, test_contexts=8)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchOutcome]:
+    directory = tmp_path_factory.mktemp("whole") / "best.study"
+    outcome = make_study(directory)
+    write_candidates(directory, outcome)
+    return directory, outcome
+
+
+@pytest.fixture
+def copy(whole: tuple[Path, SearchOutcome], tmp_path: Path) -> Path:
+    shutil.copytree(whole[0], tmp_path / "copy", ignore=shutil.ignore_patterns("report*"))
+    return tmp_path / "copy"
+
+
+def cut(study: Path, lines: int, rest: bytes = b"") -> None:
+    """Leave the first ``lines`` evaluations, and no verdict."""
+    path = study / "evaluations.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:lines]) + rest)
+    (study / "candidates.jsonl").unlink()
+    best = json.loads((study / "best.json").read_text())
+    best["provenance"]["results"] = {"search": {"contexts": 4, "fitness": 0.01}}
+    (study / "best.json").write_text(json.dumps(best))
+
+
+class _Text(HTMLParser):
+    """The text of a page, and what it would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.links, self.open = "", [], []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "br", "img", "link"):
+            self.open.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read(page: Path) -> str:
+    """The page's text; every element is closed in order and nothing outside is named."""
+    source = page.read_text(encoding="utf-8")
+    parser = _Text()
+    parser.feed(source)
+    assert parser.open == [] and all(link.startswith("#") for link in parser.links)
+    assert "url(http" not in source and "@import" not in source
+    return re.sub(r"\s+", " ", parser.text)
+
+
+def pictures(page: Path) -> list[str]:
+    return sorted(re.findall(r'<figure class="card" id="(\w+)"', page.read_text(encoding="utf-8")))
+
+
+def test_a_finished_study(whole: tuple[Path, SearchOutcome]) -> None:
+    study, outcome = whole
+    page = write_report(study)
+    assert page == study / "report.html" and pictures(page) == PICTURES
+    assert [path.name for path in sorted(study.glob("*.png"))] == [f"report-{name}.png" for name in PICTURES]
+    text = read(page)
+    sentence = outcome.verdict.text
+    assert outcome.verdict.recommended and sentence[1:] in text
+    assert "Recommended" in text and "lrope-gguf write MODEL --curve best.json" in text
+    assert "Landscape 24 layers" in text and "search.racing_fraction" in text
+    assert page.stat().st_size < 400_000
+
+
+def test_the_summary_is_what_was_measured(whole: tuple[Path, SearchOutcome]) -> None:
+    study, outcome = whole
+    summary = summarise(study)
+    assert outcome.winner is not None and outcome.uniform is not None
+    assert outcome.winner_test is not None and outcome.uniform_test is not None
+    assert summary.factors == outcome.winner.factors and summary.uniform == outcome.uniform.factors[0]
+    sides = {
+        "base": outcome.base_test, f"uniform {outcome.uniform.factors[0]:g}": outcome.uniform_test,
+        "curve": outcome.winner_test,
+    }  # fmt: skip
+    assert summary.table == depth_table(sides, seed=SETTINGS.seed, confidence=SETTINGS.confidence)
+    assert outcome.winner_comparison == summary.table.comparisons["curve"]
+    trials = {trial.factors: (trial.contexts, trial.fitness) for trial in summary.trials}
+    assert trials == {candidate.factors: score for candidate, score in outcome.candidates}
+    seen = sorted(outcome.candidates, key=lambda item: item[0].id)
+    whole_scores = [fitness if contexts == SETTINGS.search_contexts else 0.0 for _, (contexts, fitness) in seen]
+    assert summary.best_so_far() == [max(0.0, *whole_scores[: i + 1]) for i in range(len(seen))]
+    lines = [json.loads(line) for line in (study / "evaluations.jsonl").read_text().splitlines()]
+    assert summary.total.evaluations == len(lines) and summary.total.tokens == sum(r["n_tokens"] for r in lines)
+    assert [cost.phase for cost in summary.costs] == [
+        "search, first context", "search, further contexts", "validation", "test"
+    ]  # fmt: skip
+    assert 240 < summary.total.rate < 280
+
+
+def test_without_candidates_the_evaluations_tell_the_same(whole: tuple[Path, SearchOutcome], copy: Path) -> None:
+    with_file = summarise(copy)
+    (copy / "candidates.jsonl").unlink()
+    without = summarise(copy)
+
+    def scores(study: StudySummary) -> dict[Any, Any]:
+        return {trial.factors: (trial.contexts, round(trial.fitness, 12)) for trial in study.trials}
+
+    assert scores(without) == scores(with_file) and len(without.trials) == SETTINGS.max_evaluations
+    assert max(without.best_so_far()) == max(with_file.best_so_far())
+    assert pictures(write_report(copy)) == PICTURES
+
+
+def test_the_same_study_gives_the_same_bytes(whole: tuple[Path, SearchOutcome], copy: Path) -> None:
+    first = write_report(whole[0])
+    second = write_report(copy)
+    assert first.read_bytes() == second.read_bytes()
+    for name in PICTURES:
+        assert (whole[0] / f"report-{name}.png").read_bytes() == (copy / f"report-{name}.png").read_bytes()
+
+
+def test_reading_changes_nothing(copy: Path, tmp_path: Path) -> None:
+    with (copy / "evaluations.jsonl").open("ab") as file:
+        file.write(b'{"factors":[1.0,1.0')  # a search is writing just now
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    write_report(copy, tmp_path / "elsewhere.html")
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.glob("elsewhere*")) == [
+        *(f"elsewhere-{name}.png" for name in PICTURES), "elsewhere.html"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("lines", [0, 3, 5, 60, 150])
+def test_an_unfinished_study(copy: Path, lines: int, capsys: pytest.CaptureFixture[str]) -> None:
+    cut(copy, lines, b'{"factors"')
+    if lines < 5:
+        (copy / "best.json").unlink()
+    assert main(["report", str(copy)]) == 0
+    assert "the search has not ended" in capsys.readouterr().out
+    text = read(copy / "report.html")
+    assert "Not finished" in text and "the same command resumes it" in text and "Recommended" not in text
+    assert "write MODEL" not in text
+    if lines >= 60:
+        assert pictures(copy / "report.html") == PICTURES and "no evidence" in text
+
+
+def test_a_study_killed_before_its_first_result(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert pictures(write_report(tmp_path)) == []
+    assert "0 candidates so far, none better than the base model" in read(tmp_path / "report.html")
+
+
+def test_nothing_gained(tmp_path: Path) -> None:
+    class Flat(Timed):
+        def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
+            score = super().evaluate((1.0,) * self.n_layer, split, index)
+            worse = 0.0 if set(factors) == {1.0} else 0.1
+            probes = [dataclasses.replace(p, log_probability=p.log_probability - worse) for p in score.probes]
+            return dataclasses.replace(score, probes=tuple(probes))
+
+    make_study(tmp_path, SMALL, evaluator=Flat(6))
+    text = read(write_report(tmp_path))
+    assert "Not recommended" in text and "write MODEL" not in text and "all factors are 1" in text
+
+
+@pytest.mark.parametrize(("n_layer", "listed"), [(1, True), (1, False), (2, True), (128, False)])
+def test_any_number_of_layers(n_layer: int, listed: bool, tmp_path: Path) -> None:
+    outcome = make_study(tmp_path, SMALL, n_layer=n_layer)
+    if listed:
+        write_candidates(tmp_path, outcome)
+    page = write_report(tmp_path)
+    assert pictures(page) == PICTURES
+    assert "nan" not in re.sub(r"[^\W_]*nan[^\W_]+", "", read(page))
+
+
+@pytest.mark.parametrize(("bad", "listed"), [(math.nan, True), (-math.inf, False)])
+def test_scores_that_are_not_finite(bad: float, listed: bool, tmp_path: Path) -> None:
+    class Broken(Timed):
+        def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
+            score = super().evaluate(factors, split, index)
+            if min(factors) > 1.0:  # the uniform factors above 1 among them, which are tested in the end
+                probes = [dataclasses.replace(p, log_probability=bad, correct=False) for p in score.probes]
+                score = dataclasses.replace(score, probes=tuple(probes))
+            return score
+
+    outcome = make_study(tmp_path, SMALL, evaluator=Broken(8))
+    if listed:
+        write_candidates(tmp_path, outcome)
+    summary = summarise(tmp_path)
+    assert any(trial.fitness == -math.inf for trial in summary.trials)
+    assert pictures(write_report(tmp_path)) == PICTURES
+    assert "not a finite number" in read(tmp_path / "report.html")
+
+
+def test_thousands_of_candidates_stay_small(copy: Path) -> None:
+    lines = (copy / "candidates.jsonl").read_text().splitlines()
+    for points in (True, False):
+        with (copy / "candidates.jsonl").open("w") as file:
+            for i in range(2100):
+                record = json.loads(lines[i % len(lines)]) | {"id": i}
+                record |= {} if points else {"control_points": None}
+                file.write(json.dumps(record) + "\n")
+        page = write_report(copy)
+        assert page.stat().st_size < 2_000_000
+        assert "of 2100 candidates, evenly chosen" in read(page)
+
+
+def test_guard(copy: Path) -> None:
+    factors = summarise(copy).factors
+    with (copy / "evaluations.jsonl").open("a") as file:
+        for i, (short, long) in enumerate([(0.002, 0.01), (0.004, 0.03)]):
+            record = {"factors": factors, "split": "guard", "index": i, "n_tokens": 256, "seconds": 1.0}
+            file.write(json.dumps(record | {"probes": [[0.0, -short, True], [1.0, -long, True]]}) + "\n")
+    assert summarise(copy).guard == pytest.approx({"short": 0.003, "long": 0.02})
+    assert "KL on ordinary text0.02" in read(write_report(copy))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", None, "no config.json there; give the directory of a search"),
+        ("config.json", "{", "is not JSON"),
+        ("config.json", "[1]", "is not a JSON object"),
+        ("best.json", "{}", '"format" is not'),
+        ("evaluations.jsonl", None, "is missing, the report is made from it"),
+        ("evaluations.jsonl", "{}\n{}\n", "line 1 is damaged"),
+        ("candidates.jsonl", '{"id": 0}\n', "line 1 is damaged; delete the file, the report does without it"),
+    ],
+)
+def test_damaged(copy: Path, name: str, content: str | None, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / name
+    path.unlink() if content is None else path.write_text(content)
+    assert main(["report", str(copy)]) == 1
+    out, err = capsys.readouterr()
+    assert message in err and len(err.splitlines()) == 1 and str(copy) in err and out == ""
+    assert not (copy / "report.html").exists()
+
+
+def test_two_studies_in_one_file(copy: Path) -> None:
+    path = copy / "evaluations.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    for change in ({"factors": [1.0]}, {"index": 99, "probes": []}):
+        changed = json.dumps(first | change) + "\n"
+        path.write_text(path.read_text() + changed)
+        with pytest.raises(LropeError, match=r"differ in layers or probes"):
+            summarise(copy)
+        path.write_text(path.read_text().removesuffix(changed))
+
+
+def test_free_json_may_be_anything(copy: Path) -> None:
+    best = json.loads((copy / "best.json").read_text())
+    odd: list[Any] = [[], 3, None, "x", {"results": []}, {"results": {"verdict": 5, "search": 1, "best_uniform": [1]}}]
+    for provenance in odd:
+        (copy / "best.json").write_text(json.dumps(best | {"provenance": provenance}))
+        for config in ({}, {"model": [], "task": None, "search": 7, "versions": "x"}, {"search": {"seed": "a"}}):
+            (copy / "config.json").write_text(json.dumps(config))
+            study = summarise(copy)
+            (copy / "page.html").write_text(page_text(study, {}))
+            assert "Not finished" in read(copy / "page.html") and summary_lines(study)
+
+
+def test_text_and_json(whole: tuple[Path, SearchOutcome], copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(copy)]) == 0
+    out = capsys.readouterr().out
+    assert whole[1].verdict.text in out and "log-probability" in out and "accuracy by depth" in out
+    assert f"next: lrope-gguf write MODEL --curve {copy / 'best.json'}" in out and "report.html: written" in out
+    (copy / "report.html").unlink()
+    assert main(["report", str(copy), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert document["verdict"] == whole[1].verdict.text and document["finished"] and document["recommended"]
+    assert document["accuracy"]["split"] == "test" and document["accuracy"]["contexts"] == SETTINGS.test_contexts
+    assert document["cost"][-1]["phase"] == "in all" and not (copy / "report.html").exists()
+    assert main(["report", str(copy), "--json", "--output", str(copy / "page.html")]) == 0
+    assert json.loads(capsys.readouterr().out) == document and (copy / "page.html").exists()
+
+
+def test_without_matplotlib(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(PlotUnavailableError, match=r"pip install 'lrope-gguf\[plot\]'"):
+        write_report(copy)
+    assert main(["report", str(copy)]) == 0
+    out, err = capsys.readouterr()
+    assert "unseen contexts" in out and "pip install 'lrope-gguf[plot]'" in err and len(err.splitlines()) == 1
+    assert main(["report", str(copy), "--output", str(copy / "x.html")]) == 1
+    assert not list(copy.glob("*.html"))
+
+
+def test_a_directory_that_is_missing(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "none")]) == 1
+    assert "no config.json there" in capsys.readouterr().err
+    assert main(["report", str(copy), "--output", str(tmp_path / "no" / "page.html")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_wilson() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+    for hits, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
+        interval = wilson(hits / n, n)
+        assert (interval.low, interval.high) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(1.0, 16).low == pytest.approx(0.8064, abs=1e-4)
+
+
+def test_a_landscape_without_cost(tmp_path: Path) -> None:
+    make_study(tmp_path, SMALL, evaluator=Landscape(4))  # seconds are 0
+    assert pictures(write_report(tmp_path)) == PICTURES
+    assert "tokens/s" not in read(tmp_path / "report.html").split("Cost, in numbers")[0]

@@ -1,0 +1,217 @@
+"""Multi-document contexts: the benchmark's prompt, no leaks between documents or splits, sizes, files' mistakes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from task_files import words, write
+
+from lrope_gguf.errors import LropeError
+from lrope_search.answers import holds
+from lrope_search.tasks import SPLITS, MultiDocumentTask, TokenLimit
+from lrope_search.types import Context
+
+
+def line(n: int, others: int = 0, **changes: Any) -> dict[str, Any]:
+    """A question with one gold passage, at a place of its own, and ``others`` that its retriever found."""
+    gold = {"title": f"Page {n}", "text": f"Thing number{n}x is called name{n}x here.", "isgold": True}
+    found = [
+        {"title": f"Other {n} {i}", "text": f"Of thing number{n}x nothing {i} is known.", "isgold": False}
+        for i in range(others)
+    ]
+    documents = [*found[: n % 3], gold, *found[n % 3 :]]
+    return {
+        "question": f"what is thing number{n}x",
+        "answers": [f"Name{n}x", f"name {n} X"],
+        "ctxs": documents,
+    } | changes
+
+
+def documents_of(context: Context) -> list[tuple[str, str]]:
+    found = re.findall(r"^Document \[(\d+)\]\(Title: (.*?)\) (.*)$", context.prefix, re.M)
+    assert [int(number) for number, _, _ in found] == list(range(1, len(found) + 1))
+    return [(title, text) for _, title, text in found]
+
+
+def contexts_of(task: MultiDocumentTask, split: str) -> list[Context]:
+    return [task.context(split, i) for i in range(task.size(split) or 0)]
+
+
+def test_the_prompt_is_the_benchmarks(tmp_path: Path) -> None:
+    task = MultiDocumentTask(write(tmp_path / "qa.jsonl", [line(n) for n in range(9)]), 2, depths=2)
+    context = task.context("test", 0)
+    first, second = (re.findall(r"\d+", probe.question)[0] for probe in context.probes)
+    assert context.prefix + context.probes[1].question == (
+        "Write a high-quality answer for the given question using only the provided search results "
+        "(some of which might be irrelevant).\n"
+        "\n"
+        f"Document [1](Title: Page {first}) Thing number{first}x is called name{first}x here.\n"
+        f"Document [2](Title: Page {second}) Thing number{second}x is called name{second}x here.\n"
+        "\n"
+        f"Question: what is thing number{second}x\n"
+        "Answer:"
+    )
+    assert context.probes[0].answer == f"Name{first}x"
+    assert context.probes[0].answered_by(f"It is the NAME {first} x.")
+
+
+@pytest.mark.parametrize("others", [0, 9])
+@pytest.mark.parametrize("name", ["qa.jsonl", "qa.jsonl.gz"])
+def test_gold_documents_stand_at_their_depths(tmp_path: Path, others: int, name: str) -> None:
+    data = write(tmp_path / name, [line(n, others) for n in range(80)])
+    task = MultiDocumentTask(data, 15, depths=4, seed=1)
+    for split in SPLITS:
+        for context in contexts_of(task, split):
+            documents = documents_of(context)
+            assert len(documents) == 15
+            assert [probe.depth for probe in context.probes] == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
+            for probe in context.probes:
+                place = round(probe.depth * 14)
+                holding = [i for i, (_, text) in enumerate(documents) if probe.answered_by(text)]
+                assert holding == [place]
+
+
+SPEC = st.tuples(  # page, passage, numbers of aliases, first of what the retriever found
+    st.integers(0, 25), st.integers(0, 30), st.lists(st.integers(0, 31), min_size=1, max_size=2), st.integers(0, 40)
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.lists(SPEC, min_size=25, max_size=60), st.integers(0, 2**32))
+def test_no_document_answers_another_question_and_no_split_sees_anothers(
+    tmp_path_factory: pytest.TempPathFactory, spec: list[tuple[int, int, list[int], int]], seed: int
+) -> None:
+    """Pages, passages and finds that questions share, passages that hold others' aliases and not their own."""
+    lines = []
+    for n, (page, passage, aliases, found) in enumerate(spec):
+        text = f"Passage {passage} holds alias{passage}x and alias{passage + 1}x."
+        gold = {"title": f"Page {page}", "text": text, "isgold": True}
+        others = [{"title": f"Found by {n}", "text": f"Found {i}: alias{i % 8}x."} for i in range(found, found + 5)]
+        answers = [f"Alias{alias}x" for alias in aliases]
+        lines.append({"question": f"question {n}", "answers": answers, "ctxs": [*others, gold]})
+    path = write(tmp_path_factory.mktemp("qa") / "qa.jsonl", lines)
+    try:
+        task = MultiDocumentTask(path, 4, depths=2, seed=seed)
+        contexts = {split: contexts_of(task, split) for split in SPLITS}
+    except LropeError as error:
+        assert re.search("passages are for|search, validation and test need|only .* documents", str(error))
+        return
+    seen: dict[str, set[str]] = {}
+    for split, own in contexts.items():
+        questions = [probe.question for context in own for probe in context.probes]
+        assert len(questions) == len(set(questions))
+        for context in own:
+            documents = documents_of(context)
+            assert len({text for _, text in documents}) == len(documents) == 4
+            for probe in context.probes:
+                place = round(probe.depth * 3)
+                wordings = (probe.answer, *probe.aliases)
+                assert not any(holds(" ".join(d), wordings, normalized=True) for d in documents[:place])
+                assert not any(holds(" ".join(d), wordings, normalized=True) for d in documents[place + 1 :])
+        gold_pages = {documents_of(c)[round(p.depth * 3)][0] for c in own for p in c.probes}
+        seen[split] = {*questions, *(text for c in own for _, text in documents_of(c)), *gold_pages}
+    assert not seen["search"] & seen["validation"]
+    assert not seen["search"] & seen["test"]
+    assert not seen["validation"] & seen["test"]
+    shown = {text for _, text in documents_of(task.calibration())}
+    assert shown and not shown & (seen["validation"] | seen["test"])
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    data = write(tmp_path / "qa.jsonl", [line(n) for n in range(60)])
+    late = MultiDocumentTask(data, 6, depths=3, seed=1)
+    late.context("test", 1)
+    again = MultiDocumentTask(data, 6, depths=3, seed=1)
+    assert late.context("test", 0) == again.context("test", 0)
+    assert late.calibration() == again.calibration()
+    assert late.context("test", 0) != MultiDocumentTask(data, 6, depths=3, seed=2).context("test", 0)
+
+
+def test_the_retrievers_finds_come_first_by_turns(tmp_path: Path) -> None:
+    data = write(tmp_path / "qa.jsonl", [line(n, 9) for n in range(40)])
+    context = MultiDocumentTask(data, 9, depths=3).context("search", 0)
+    asked = [re.findall(r"\d+", probe.question)[0] for probe in context.probes]
+    others = [title for title, _ in documents_of(context) if title.startswith("Other")]
+    assert sorted(others) == sorted(f"Other {n} {i}" for n in asked for i in range(2))
+
+
+def test_a_question_whose_alias_is_everywhere_is_left_out(tmp_path: Path) -> None:
+    lines = [line(n) for n in range(40)]
+    lines[7] = line(7, answers=["is", "name7x"])
+    lines[8] = line(8, answers=["The"])
+    task = MultiDocumentTask(write(tmp_path / "qa.jsonl", lines), 4, depths=2)
+    questions = {probe.question for split in SPLITS for c in contexts_of(task, split) for probe in c.probes}
+    assert len(questions) >= 34
+    assert not any(re.search("number[78]x", question) for question in questions)
+
+
+def test_the_answer_is_worded_as_in_its_document(tmp_path: Path) -> None:
+    lines = [line(n, answers=[f"elsewhere {n}", f"NAME{n}X", f"name{n}x"]) for n in range(9)]
+    task = MultiDocumentTask(write(tmp_path / "qa.jsonl", lines), 2, depths=2)
+    probe = task.context("search", 0).probes[0]
+    n = re.findall(r"\d+", probe.question)[0]
+    assert (probe.answer, probe.aliases) == (f"name{n}x", (f"elsewhere {n}", f"NAME{n}X"))
+
+
+@pytest.mark.parametrize("tokens", [100, 150, 237])
+def test_as_many_documents_as_fit_into_the_tokens(tmp_path: Path, tokens: int) -> None:
+    lines = [line(n) for n in range(90)]
+    for n, item in enumerate(lines):
+        item["ctxs"][0]["text"] += " more" * (n % 7)
+    data = write(tmp_path / "qa.jsonl", lines)
+    task = MultiDocumentTask(data, depths=3, limit=TokenLimit(tokens, words))
+    for index in range(3):
+        context = task.context("test", index)
+        sizes = [words(context.prefix + probe.question) for probe in context.probes]
+        n = len(documents_of(context))
+        more = MultiDocumentTask(data, n + 1, depths=3).context("test", index)
+        assert max(sizes) <= tokens < max(words(more.prefix + probe.question) for probe in more.probes)
+        assert context == MultiDocumentTask(data, n, depths=3).context("test", index)
+
+
+def test_sizes_that_cannot_be(tmp_path: Path) -> None:
+    data = write(tmp_path / "qa.jsonl", [line(n) for n in range(30)])
+    with pytest.raises(LropeError, match="--documents 10: too few for 11 depths"):
+        MultiDocumentTask(data, 10)
+    with pytest.raises(LropeError, match="--depths 0"):
+        MultiDocumentTask(data, depths=0)
+    with pytest.raises(LropeError, match=r"qa\.jsonl: 6 passages are for validation, fewer than --documents 7"):
+        MultiDocumentTask(data, 7, depths=2)
+    with pytest.raises(LropeError, match="--context-tokens 30: the documents of 2 questions alone take"):
+        MultiDocumentTask(data, depths=2, limit=TokenLimit(30, words)).context("test", 0)
+    with pytest.raises(LropeError, match=r"--context-tokens 900: the 9 documents .* take only"):
+        MultiDocumentTask(data, depths=2, limit=TokenLimit(900, words)).context("test", 0)
+    task = MultiDocumentTask(data, 5, depths=3)
+    assert [task.size(split) for split in SPLITS] == [5, 2, 3]
+    with pytest.raises(LropeError, match="4 test contexts asked for, but of its 10 contexts 3 are for test"):
+        task.context("test", 3)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{", "not a question with documents"),
+        ({"question": "q", "answers": ["a"]}, "not a question with documents .it has no 'ctxs'"),
+        (line(1, question=" "), "its question is no text"),
+        (line(1, question=3), "its question is no text"),
+        (line(1, answers="name1x"), "its answers are no list of texts"),
+        (line(1, answers=[]), "its answers are no list of texts"),
+        (line(1, answers=["a", ""]), "its answers are no list of texts"),
+        (line(1, ctxs=[]), "0 of its ctxs are gold"),
+        (line(1, ctxs=["a"]), "not a question with documents"),
+        (line(1, ctxs=[{"title": "a", "text": "b"}]), "0 of its ctxs are gold"),
+        (line(1, ctxs=[{"title": "a", "text": "b", "isgold": True}] * 2), "2 of its ctxs are gold"),
+        (line(1, ctxs=[{"title": None, "text": "b", "isgold": True}]), "title or text is no text"),
+        (line(1, ctxs=[{"text": "b", "isgold": True}]), "it has no 'title'"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, bad: Any, message: str) -> None:
+    path = write(tmp_path / "qa.jsonl", [line(0), bad, line(2)])
+    with pytest.raises(LropeError, match=rf"qa\.jsonl:2: .*{message}") as caught:
+        MultiDocumentTask(path, 2, depths=2)
+    assert "\n" not in str(caught.value)

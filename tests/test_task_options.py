@@ -1,0 +1,170 @@
+"""The task's options: which go together, what they make, and `eval` on every task."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from task_files import words, write
+from test_task_jsonl import line as own_line
+from test_task_mdqa import line as qa_line
+from tiny_models import write_readable
+
+from lrope_gguf.cli import main
+from lrope_gguf.errors import LropeError
+from lrope_search.commands.options import add_model_options, add_task_arguments, fit_task, open_task, task_config
+from lrope_search.model import Model
+from lrope_search.tasks import JsonlTask, KeyValueTask, MultiDocumentTask, TokenLimit
+
+native = pytest.mark.native
+
+
+def parse(*options: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    add_task_arguments(parser)
+    return parser.parse_args(options)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, str]:
+    """A file of each task."""
+    records = [{"ordered_kv_records": [[f"k{n}-{i}", f"v{n}-{i}"] for i in range(12)]} for n in range(10)]
+    lines = {"kv": records, "mdqa": [qa_line(n) for n in range(120)], "jsonl": [own_line(n) for n in range(10)]}
+    return {name: str(write(tmp_path / f"{name}.jsonl", rows)) for name, rows in lines.items()}
+
+
+def test_every_option_reaches_its_task(data: dict[str, str]) -> None:
+    context = open_task(parse("--keys", "9", "--depths", "3", "--seed", "5", "--identifiers", "number")).context(
+        "test", 0
+    )
+    assert context == KeyValueTask(9, depths=3, seed=5, identifiers="number").context("test", 0)
+    assert open_task(parse()).context("test", 0) == KeyValueTask(40, depths=11).context("test", 0)
+    qa = parse("--task", "mdqa", "--data", data["mdqa"], "--documents", "6", "--depths", "4", "--seed", "5")
+    assert open_task(qa).context("test", 0) == MultiDocumentTask(data["mdqa"], 6, depths=4, seed=5).context("test", 0)
+    own = parse(
+        "--task", "jsonl", "--data", data["jsonl"], "--seed", "5", "--prompt-template", r"{context}\n\n{question}\n"
+    )
+    expected = JsonlTask(data["jsonl"], seed=5, template="{context}\n\n{question}\n").context("test", 0)
+    assert open_task(own).context("test", 0) == expected
+    assert open_task(argparse.Namespace(keys=9, depths=3)).context("test", 0).prefix.count("-") == 4 * 18
+
+
+def test_contexts_are_sized_when_a_model_is_there(data: dict[str, str]) -> None:
+    class Counting:
+        def tokenize_prompt(self, prompt: str, answer: str = "") -> list[str]:
+            return ["bos"] * words(prompt + answer)
+
+    options = ("--depths", "3", "--context-tokens", "90", "--answer-prefix", ' "')
+    kv = parse(*options)
+    assert len(open_task(kv).context("test", 0).prefix) < 400  # as small as can be
+    limit = TokenLimit(89, words)  # less the answer's beginning
+    fitted = fit_task(open_task(kv), kv, Counting())  # type: ignore[arg-type]
+    assert fitted.context("test", 0) == KeyValueTask(depths=3, limit=limit).context("test", 0)
+    qa = parse("--task", "mdqa", "--data", data["mdqa"], *options)
+    fitted = fit_task(open_task(qa), qa, Counting())  # type: ignore[arg-type]
+    assert fitted.context("test", 0) == MultiDocumentTask(data["mdqa"], depths=3, limit=limit).context("test", 0)
+    task = open_task(parse("--keys", "12"))
+    assert fit_task(task, parse("--keys", "12"), Counting()) is task  # type: ignore[arg-type]
+    many = parse("--context-tokens", "900", "--depths", "60")
+    assert len(open_task(many).context("test", 0).probes) == 60
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--documents", "20"), "--documents: means nothing to --task kv; it is for --task mdqa"),
+        (("--prompt-template", "x"), "--prompt-template: means nothing to --task kv; it is for --task jsonl"),
+        (("--task", "mdqa", "--keys", "20"), "--keys: means nothing to --task mdqa; it is for --task kv"),
+        (("--task", "mdqa", "--identifiers", "uuid"), "--identifiers: means nothing to --task mdqa"),
+        (
+            ("--task", "jsonl", "--depths", "11"),
+            "--depths: means nothing to --task jsonl; .* --task kv and --task mdqa",
+        ),
+        (("--task", "jsonl", "--context-tokens", "9"), "--context-tokens: means nothing to --task jsonl"),
+        (("--task", "mdqa"), "--task mdqa: needs an nq-open file; give --data FILE"),
+        (("--task", "jsonl"), "--task jsonl: needs your file of questions; give --data FILE"),
+        (("--keys", "20", "--context-tokens", "9"), "--keys, --context-tokens: both"),
+        (("--task", "mdqa", "--documents", "20", "--context-tokens", "9"), "--documents, --context-tokens: both"),
+        (("--task", "jsonl", "--data", "none.jsonl"), "none.jsonl: cannot read .*No such file"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: tuple[str, ...], message: str) -> None:
+    with pytest.raises(LropeError, match=message):
+        open_task(parse(*options))
+
+
+def test_all_that_decides_the_prompts_is_in_a_studys_configuration(data: dict[str, str]) -> None:
+    config = task_config(parse())
+    assert config == task_config(parse("--depths", "11", "--identifiers", "uuid"))  # however it was said
+    assert config == {
+        "name": "kv", "keys": None, "data": None, "identifiers": "uuid", "depths": 11, "context_tokens": None,
+        "seed": 0, "answer_prefix": "", "chat_template": True,
+    }  # fmt: skip
+    json.dumps(config)
+    changes: dict[str, list[tuple[str, ...]]] = {
+        "kv": [("--keys", "9"), ("--depths", "4"), ("--identifiers", "number"), ("--context-tokens", "900"),
+               ("--data", data["kv"]), ("--seed", "1"), ("--answer-prefix", "x"), ("--no-chat-template",)],
+        "mdqa": [("--documents", "9"), ("--depths", "4"), ("--context-tokens", "900"), ("--data", data["kv"])],
+        "jsonl": [("--prompt-template", "{context}{question}"), ("--data", data["kv"]), ("--seed", "1")],
+    }  # fmt: skip
+    for name, options in changes.items():
+        common = ("--task", name) if name == "kv" else ("--task", name, "--data", data[name])
+        configs = [task_config(parse(*common)), *(task_config(parse(*common, *more)) for more in options)]
+        assert len({json.dumps(c, sort_keys=True) for c in configs}) == len(configs)
+
+
+def evaluate(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    assert main(["eval", str(path), "--threads", "1", "--contexts", "2", "--json", *options]) == 0
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return document
+
+
+@native
+def test_eval_on_every_task(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: dict[str, str]) -> None:
+    path = write_readable(tmp_path / "model.gguf", context_length=4096)
+    qa = evaluate(
+        path, capsys, "--task", "mdqa", "--data", data["mdqa"], "--documents", "5", "--depths", "3", "--generate"
+    )
+    assert qa["probes"] == 6
+    assert [row["depth"] for row in qa["by_depth"]] == [0.0, 0.5, 1.0]
+    assert qa["task"]["documents"] == 5 and qa["task"]["data"].startswith("mdqa.jsonl sha256:")
+    assert qa["generated"]["probes"] == 6
+    own = evaluate(path, capsys, "--task", "jsonl", "--data", data["jsonl"], "--generate", "--uniform", "1.1")
+    assert own["probes"] == 2
+    assert own["factors"] == {"base": [1.0] * 6, "uniform 1.1": [1.1] * 6}
+    assert own["base"] != own["uniform 1.1"]
+
+
+@native
+def test_eval_of_contexts_sized_by_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: dict[str, str]
+) -> None:
+    path = write_readable(tmp_path / "model.gguf", context_length=4096)
+    for options in (("--task", "kv"), ("--task", "mdqa", "--data", data["mdqa"])):
+        args = parse(*options, "--depths", "3", "--context-tokens", "1500")
+        with Model(path, n_threads=1) as model:
+            task = fit_task(open_task(args), args, model)
+            context = task.context("test", 1)
+            sizes = [len(model.tokenize_prompt(context.prefix + probe.question)) for probe in context.probes]
+        assert 1350 < max(sizes) <= 1500
+        document = evaluate(path, capsys, *options, "--depths", "3", "--context-tokens", "1500")
+        assert 2 * 1350 < document["tokens"] < 2 * 2500
+        assert document["task"]["context_tokens"] == 1500
+
+
+@native
+def test_eval_of_a_curve_beside_a_uniform_factor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_readable(tmp_path / "model.gguf", factors=[1.2] * 6)
+    options = ("--keys", "5", "--depths", "2")
+    both = evaluate(path, capsys, *options, "--factors", "1,1,1.1,1.1,1,1", "--uniform", "1.2")
+    assert list(both["factors"]) == ["base", "given", "uniform 1.2"]
+    assert both["given"]["log_probability"] != both["uniform 1.2"]["log_probability"]
+    stored = evaluate(path, capsys, *options)
+    assert stored["file"]["log_probability"] == pytest.approx(both["uniform 1.2"]["log_probability"])
+    assert main(["eval", str(path), *options, "--threads", "1", "--uniform", "0"]) == 1
+    assert re.search("refused by llama.cpp", capsys.readouterr().err)

@@ -1,0 +1,97 @@
+"""The hook for MLflow, on a module that takes its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from study_fixtures import SETTINGS, make_study
+
+from lrope_gguf.cli import main
+from lrope_search.report import write_report
+from lrope_search.study_summary import summarise
+from lrope_search.tracking import log_study
+
+
+class Fake(ModuleType):
+    """The part of mlflow that is used, with its limits."""
+
+    class exceptions:  # noqa: N801
+        class MlflowException(Exception):  # noqa: N818
+            pass
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__("mlflow")
+        self.logged: dict[str, Any] = {"metrics": [], "artifacts": []}
+        self.broken = broken
+
+    @contextmanager
+    def start_run(self, run_name: str) -> Any:
+        if self.broken:
+            raise self.exceptions.MlflowException("server: no answer\nand much more")
+        self.logged["name"] = run_name
+        yield SimpleNamespace(info=SimpleNamespace(run_id="r1"))
+
+    def log_params(self, params: dict[str, str]) -> None:
+        self.logged["params"] = params
+
+    def set_tags(self, tags: dict[str, Any]) -> None:
+        self.logged["tags"] = tags
+
+    def MlflowClient(self) -> Any:  # noqa: N802
+        def log_batch(run_id: str, metrics: list[Any]) -> None:
+            assert run_id == "r1" and len(metrics) <= 1000
+            self.logged["metrics"] += metrics
+
+        return SimpleNamespace(log_batch=log_batch)
+
+    def log_artifact(self, path: str) -> None:
+        self.logged["artifacts"].append(Path(path).name)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> Fake:
+    entities = ModuleType("mlflow.entities")
+    entities.Metric = lambda key, value, timestamp, step: (key, value, timestamp, step)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    return fake
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tracked") / "best.study"
+    make_study(directory, dataclasses.replace(SETTINGS, max_evaluations=20, search_contexts=2, test_contexts=8))
+    write_report(directory)
+    return directory
+
+
+def test_a_study_is_one_run(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = install(monkeypatch, Fake())
+    assert log_study(study) == "r1"
+    summary = summarise(study)
+    logged = fake.logged
+    assert logged["name"] == "best.study" and logged["params"]["search.seed"] == "3"
+    assert logged["tags"] == {"verdict": summary.verdict, "recommended": summary.recommended}
+    fitness = [(value, step) for key, value, _, step in logged["metrics"] if key == "fitness"]
+    assert fitness == [(trial.fitness, i) for i, trial in enumerate(summary.trials)] and len(fitness) == 20
+    assert summary.table is not None
+    totals = {key: value for key, value, _, _ in logged["metrics"] if key.startswith("test_accuracy")}
+    assert totals["test_accuracy_base"] == summary.table.totals["base"].accuracy
+    assert {"best.json", "report.html", "report-factors.png"} <= set(logged["artifacts"])
+
+
+def test_the_command(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    install(monkeypatch, Fake())
+    assert main(["report", str(study), "--json", "--mlflow"]) == 0
+    assert "mlflow: run r1" in capsys.readouterr().err
+    install(monkeypatch, Fake(broken=True))
+    assert main(["report", str(study), "--json", "--mlflow"]) == 1
+    assert capsys.readouterr().err == "lrope-gguf: --mlflow: server: no answer\n"
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    assert main(["report", str(study), "--json", "--mlflow"]) == 1
+    assert "pip install mlflow-skinny" in capsys.readouterr().err
