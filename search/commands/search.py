@@ -240,14 +240,15 @@ def _estimate(
     side_by_side = n_workers if args.executor == "ray" else min(n_workers, max(len(gpus), 1))
     n_evaluations = sum(settings.planned_evaluations(guard=True).values())
     hours = n_evaluations * score.seconds / 3600.0 / side_by_side
+    on_each = " on each worker" if args.executor == "ray" and args.workers is None else ""
     progress.line(
         f"about {n_evaluations} evaluations of {score.n_tokens} tokens: about {_duration(hours)} at "
-        f"{side_by_side * score.n_tokens / max(score.seconds, 1e-9):.0f} tokens/s; results go to {study.directory}"
+        f"{side_by_side * score.n_tokens / max(score.seconds, 1e-9):.0f} tokens/s{on_each}; "
+        f"results go to {study.directory}"
     )
-    if args.executor == "local" and n_workers > settings.lag:
-        progress.line(
-            f"{n_workers} workers, but --lag {settings.lag}: some will idle; give a --lag of twice the workers"
-        )
+    lag = settings.algorithm_for(scout.n_layer).lag
+    if n_workers > lag:
+        progress.line(f"{n_workers} workers, but only {lag} candidates out at once: some will idle (--lag)")
 
 
 def memory_text(memory: MemoryNeeded, n_workers: int) -> str:

@@ -13,7 +13,7 @@ from lrope_gguf.errors import LropeError
 
 from ..evaluator import TeacherForcedEvaluator
 from ..guard import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
-from ..memory import MemoryNeeded, memory_needed
+from ..memory import MemoryNeeded
 from ..model import Model
 from ..tasks import Task
 from ..types import Evaluator
@@ -26,7 +26,6 @@ class _Evaluator(TeacherForcedEvaluator):
     def __init__(self, model: Model, task: Task, texts: GuardTexts, *, answer_prefix: str) -> None:
         super().__init__(model, task, answer_prefix=answer_prefix, guard=Guard(model, texts))
         self.guard_texts = texts
-        self.memory = memory_needed(model.path, model.n_ctx, n_batch=model.n_batch)
 
 
 @dataclass(frozen=True)
@@ -91,4 +90,4 @@ class Facts:
 def find_out(evaluator: Evaluator) -> Facts:
     """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
     assert isinstance(evaluator, _Evaluator)
-    return Facts(evaluator.lead, evaluator.guard_texts, evaluator.memory)
+    return Facts(evaluator.lead, evaluator.guard_texts, evaluator.memory_needed())
