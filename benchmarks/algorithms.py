@@ -21,7 +21,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -162,11 +162,13 @@ class Run:
         return next((n for n, gain in enumerate(self.gains, 1) if gain >= target), math.inf)
 
 
-def run(problem: Problem, algorithm: Algorithm, racing: Racing, budget: int) -> Run:
+def run(problem: Problem, algorithm: Algorithm, racing: Racing, budget: int, max_cost: float = math.inf) -> Run:
     """One run, judged."""
     worth: dict[int, float] = {}
     gains, costs = [], []
     for best, cost in play(problem, algorithm, racing, budget):
+        if cost > max_cost:
+            break
         if best.id not in worth:
             worth[best.id] = problem.true_gain(best.factors)
         gains.append(worth[best.id])
@@ -174,18 +176,20 @@ def run(problem: Problem, algorithm: Algorithm, racing: Racing, budget: int) -> 
     return Run(tuple(gains), tuple(costs))
 
 
-def synthetic_run(kind: str, seed: int, name: str, racing: Racing, budget: int) -> tuple[Run, float]:
+def synthetic_run(kind: str, seed: int, name: str, racing: Racing, budget: int, max_cost: float) -> tuple[Run, float]:
     """A run on a landscape, and what its optimum is worth."""
     landscape = Landscape(kind, seed)
     algorithm = make_algorithm(name, landscape.n_layer, seed=seed)
     optimum = landscape.true_gain(tuple(np.exp(landscape.target).tolist()))
-    return run(landscape, algorithm, racing, budget), optimum
+    return run(landscape, algorithm, racing, budget, max_cost), optimum
 
 
-def synthetic_runs(args: argparse.Namespace, name: str, racing: Racing) -> dict[str, list[Run]]:
+def synthetic_runs(
+    args: argparse.Namespace, name: str, racing: Racing, max_cost: float = math.inf
+) -> dict[str, list[Run]]:
     """All runs of an algorithm by kind of landscape; gains in percent of the optimum's."""
     jobs = [
-        (kind, seed, name, racing, max(args.budgets))
+        (kind, seed, name, racing, max(args.budgets), max_cost)
         for kind in args.kinds
         for seed in range(args.first_seed, args.first_seed + args.seeds)
     ]
@@ -249,11 +253,7 @@ def print_header(first: str, second: str, budgets: Sequence[int]) -> None:
 
 def print_row(name: str, kind: str, runs: Sequence[Run], budgets: Sequence[int], target: float, form: str) -> None:
     """One line of a table."""
-    cells = []
-    for budget in budgets:
-        gains = [one.after(budget) for one in runs]
-        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-        cells.append(f"{form.format(statistics.mean(gains))} ± {form.format(error)}")
+    cells = [mean_and_error([one.after(budget) for one in runs], form) for budget in budgets]
     reached = [one.reached(target) for one in runs]
     median = statistics.median_high(reached)
     share = sum(map(math.isfinite, reached)) / len(reached)
@@ -261,49 +261,33 @@ def print_row(name: str, kind: str, runs: Sequence[Run], budgets: Sequence[int],
     print(f"{name:<10} {kind:<10}" + "".join(f"{cell:>16}" for cell in cells[:-1]) + f"{cells[-1]:>18}", flush=True)
 
 
+def mean_and_error(values: Sequence[float], form: str) -> str:
+    """Mean and its standard error, for a table."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return f"{form.format(statistics.mean(values))} ± {form.format(error)}"
+
+
 def compare_racing(args: argparse.Namespace) -> None:
     """Contexts and rates of successive halving at equal cost."""
-    settings = [Racing(n, fraction=1.0) for n in (1, 2, 4, 8)] + [
-        Racing(n, fraction=f) for n in (4, 8) for f in (0.5, 0.3)
-    ]
-    budgets = args.context_budgets
-    args.budgets = [max(budgets)]
-    runner: Callable[[Racing], list[Run]]
-    form = "{:.0f}"
-    if args.model:
-        problem, form = ModelProblem(args, args.true_contexts), "{:.4f}"
-        print(
-            f"{Path(args.model).name}: gain on {args.true_contexts} contexts never searched on, nats per answer token,"
-        )
-
-        def runner(racing: Racing) -> list[Run]:
-            return [
-                run(problem, make(args, "ga", problem, seed), racing, most(racing, max(budgets)))
-                for seed in range(args.seeds)
-            ]
-    else:
-        print("synthetic landscapes: gain in percent of the optimum's,")
-
-        def runner(racing: Racing) -> list[Run]:
-            args.budgets = [most(racing, max(budgets))]
-            return [one for group in synthetic_runs(args, "ga", racing).values() for one in group]
-
-    print(f"algorithm ga, {args.seeds} seeds (mean, standard error), by contexts evaluated in all\n")
-    print(f"{'an evaluation':<28}" + "".join(f"{n:>16}" for n in budgets))
+    settings = [Racing(n, fraction=1.0) for n in (1, 2, 4, 8)]
+    settings += [Racing(n, fraction=fraction) for n in (4, 8) for fraction in (0.5, 0.3)]
+    problem = ModelProblem(args, args.true_contexts) if args.model else None
+    where, form = "synthetic landscapes: gain in percent of the optimum's", "{:.0f}"
+    if problem is not None:
+        where = f"{Path(args.model).name}: gain on {args.true_contexts} contexts never searched on, in nats a token"
+        form = "{:.4f}"
+    print(f"{where},\nalgorithm ga, {args.seeds} seeds (mean, standard error), by contexts evaluated in all\n")
+    print(f"{'an evaluation':<28}" + "".join(f"{n:>16}" for n in args.context_budgets))
+    most = max(args.context_budgets)
     for racing in settings:
+        if problem is None:
+            args.budgets = [most]
+            runs = [one for group in synthetic_runs(args, "ga", racing, most).values() for one in group]
+        else:
+            runs = [run(problem, make(args, "ga", problem, seed), racing, most, most) for seed in range(args.seeds)]
         name = f"{racing.n_contexts} contexts" + (f", best {racing.fraction:g} go on" if racing.fraction < 1.0 else "")
-        runs = runner(racing)
-        cells = []
-        for budget in budgets:
-            gains = [one.after_cost(budget) for one in runs]
-            error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-            cells.append(f"{form.format(statistics.mean(gains))} ± {form.format(error)}")
+        cells = [mean_and_error([one.after_cost(n) for one in runs], form) for n in args.context_budgets]
         print(f"{name:<28}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
-
-
-def most(racing: Racing, contexts: int) -> int:
-    """Candidates that so many contexts can pay for at most."""
-    return contexts // racing.n_contexts if racing.fraction == 1.0 else contexts
 
 
 def fidelity(args: argparse.Namespace) -> None:
