@@ -270,7 +270,8 @@ def test_damaged(copy: Path, name: str, content: str | None, message: str, capsy
 def test_two_studies_in_one_file(copy: Path) -> None:
     path = copy / "evaluations.jsonl"
     first = json.loads(path.read_text().splitlines()[0])
-    for change in ({"factors": [1.0]}, {"index": 99, "probes": [[0.5, -1.0, True]]}):
+    other = [1.2345] * len(first["factors"])
+    for change in ({"factors": [1.0]}, {"factors": other, "probes": [[0.5, -1.0, True]]}):
         changed = json.dumps(first | change) + "\n"
         path.write_text(path.read_text() + changed)
         with pytest.raises(LropeError, match=r"differ in layers or probes"):
