@@ -71,8 +71,6 @@ class Executor(Protocol):
 class LocalExecutor:
     """One evaluator in this process, one job after the other."""
 
-    n_workers = 1
-
     def __init__(self, evaluator: Evaluator) -> None:
         """Hold ``evaluator``, whose lifetime stays the caller's concern."""
         self._evaluator = evaluator
@@ -82,6 +80,11 @@ class LocalExecutor:
     def n_layer(self) -> int:
         """Number of layers of the evaluator's model."""
         return self._evaluator.n_layer
+
+    @property
+    def n_workers(self) -> int:
+        """One."""
+        return 1
 
     def submit(self, job: Job) -> None:
         """Take one more job."""

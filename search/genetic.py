@@ -68,6 +68,7 @@ class GeneticAlgorithm:
     _ROUNDS, _ELITE = 2, 10  # rounds of proposals, and how many of one round are the parents of the next
     _REFIT = 5  # scores after which the surrogate's lengths are looked at again
     _MEMORY = 60  # the surrogate knows so many of the best candidates and so many of the latest
+    _PENDING = 128  # and so many of those that are pending, the latest: a thousand would take a second a birth
 
     def __init__(
         self,
@@ -163,11 +164,12 @@ class GeneticAlgorithm:
         """Return the most promising of many proposals."""
         best, scale = self._learn()
         pool = self._pool()
+        pending = self._inputs[max(len(self._told), len(self._inputs) - self._PENDING) :]
         genomes, origins, promise = np.empty((0, self._space.size)), np.empty(0, np.str_), np.empty(0)
         for _ in range(self._ROUNDS):
             fresh, fresh_origins = self._children(pool, self._proposals)
             inputs = self._space.log_factors(fresh, self._positions)
-            mean, deviation = self._surrogate.predict(inputs, pending=self._inputs[len(self._told) :])
+            mean, deviation = self._surrogate.predict(inputs, pending=pending)
             genomes, origins = np.concatenate([genomes, fresh]), np.concatenate([origins, fresh_origins])
             promise = np.concatenate([promise, expected_improvement(mean, deviation, best)])
             elite = np.argsort(-promise, kind="stable")[: self._ELITE]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -30,6 +29,7 @@ from lrope_search.racing import Race, Racing
 from lrope_search.search import SearchOutcome, SearchSettings, run_search
 from lrope_search.study import Study
 from lrope_search.types import ContextScore, Evaluator, ProbeScore
+from lrope_search.virtual import VirtualExecutor
 
 SETTINGS = SearchSettings(
     seed=3,
@@ -57,35 +57,14 @@ class Recorder:
         return self._evaluator.evaluate(factors, split, index)
 
 
-class VirtualExecutor(LocalExecutor):
-    """``n_workers`` in virtual time: a job takes what ``duration`` says, results come in the order of their ends."""
+def uneven(job: Job) -> float:
+    """Log-normal around 1 with a spread of e: one evaluation in twenty takes five times as long as the median."""
+    return math.exp(noise("duration", job))
 
-    def __init__(
-        self, evaluator: Evaluator, n_workers: int = 4, duration: Callable[[Job], float] = lambda job: random.random()
-    ) -> None:
-        super().__init__(evaluator)
-        self.n_workers = n_workers  # type: ignore[misc]
-        self.duration = duration
-        self.now = 0.0
-        self.idle_since = dict.fromkeys(range(n_workers), 0.0)
-        self.running: list[tuple[float, int, int, Job]] = []
-        self.n = 0
-        self.gaps: list[tuple[float, float]] = []  # when a worker idled, from and to
-        self.log: list[tuple[float, float, Job]] = []
 
-    def submit(self, job: Job) -> None:
-        worker = min(self.idle_since, key=lambda w: self.idle_since[w])
-        self.gaps.append((self.idle_since.pop(worker), self.now))
-        end = self.now + self.duration(job)
-        self.n += 1
-        self.running.append((end, self.n, worker, job))
-        self.log.append((self.now, end, job))
-
-    def next(self) -> tuple[Job, ContextScore]:
-        self.running.sort()
-        self.now, _, worker, job = self.running.pop(0)
-        self.idle_since[worker] = self.now
-        return job, self._evaluator.evaluate(job.factors, job.split, job.index)
+def workers(n: int, evaluator: Evaluator | None = None) -> Callable[[object], VirtualExecutor]:
+    """``n`` workers whose results come in an order that nobody can foresee."""
+    return lambda _: VirtualExecutor(evaluator or Landscape(), n, lambda job: random.random())
 
 
 def search(
@@ -206,7 +185,7 @@ def test_a_gain_on_search_contexts_only_is_not_recommended(tmp_path: Path) -> No
 @pytest.mark.parametrize("n_workers", [2, 4, 30])
 def test_neither_workers_nor_the_order_of_results_matter(tmp_path: Path, whole: Path, n_workers: int) -> None:
     random.seed(5)
-    search(tmp_path, executor=functools.partial(VirtualExecutor, n_workers=n_workers))
+    search(tmp_path, executor=workers(n_workers))
     for name in ("best.json", "candidates.jsonl"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     # what was evaluated too is only what might have been needed
@@ -215,31 +194,25 @@ def test_neither_workers_nor_the_order_of_results_matter(tmp_path: Path, whole: 
     assert all('"split":"search"' not in line for line in set(lines[0]) - set(lines[1]))
 
 
-def uneven(job: Job) -> float:
-    """Log-normal around 1 with a spread of e: one evaluation in twenty takes five times as long as the median."""
-    return math.exp(noise("duration", job))
-
-
 @pytest.mark.parametrize(("lag", "utilisation"), [(8, 0.93), (16, 0.98)])
 def test_no_worker_idles_longer_than_one_evaluation(tmp_path: Path, lag: int, utilisation: float) -> None:
     settings = dataclasses.replace(SETTINGS, max_evaluations=120, search_contexts=4, lag=lag)
     executor = VirtualExecutor(Landscape(), 4, uneven)
     search(tmp_path, settings=settings, executor=lambda evaluator: executor)
-    ends = [end for _, end, job in executor.log if job.split == "search"]
-    last = max(start for start, _, job in executor.log if job.split == "search")
-    gaps = [end - start for start, end in executor.gaps if end <= last]
-    assert max(gaps) <= max(end - start for start, end, _ in executor.log)
-    busy = sum(min(end, last) - start for start, end, _ in executor.log if start < last)
-    assert busy / (4 * last) > utilisation
+    searches = [span for span in executor.spans if span.job.split == "search"]
+    last = max(span.start for span in searches)
+    assert max((to - since for since, to in executor.gaps if to <= last), default=0.0) <= max(s.end - s.start for s in searches)
+    assert executor.busy(last) > utilisation
     # validation and test begin while the last candidates are out
-    assert min(start for start, _, job in executor.log if job.split != "search") < max(ends)
+    others = [span for span in executor.spans if span.job.split != "search"]
+    assert min(span.start for span in others) < max(span.end for span in searches)
 
 
 def test_what_is_needed_goes_before_what_may_be(tmp_path: Path) -> None:
     """A worker with something urgent to do never does something else; so one worker does nothing in vain."""
     executor = VirtualExecutor(Landscape(), 1, uneven)
     search(tmp_path, executor=lambda evaluator: executor)
-    alone = {job for _, _, job in executor.log}
+    alone = {span.job for span in executor.spans}
     recorder = Recorder(Landscape())
     search(tmp_path / "local", recorder)
     assert alone == set(recorder.jobs)
@@ -296,7 +269,7 @@ def test_the_guard_looks_at_the_winner_alone(tmp_path: Path) -> None:
     search(
         tmp_path / "many",
         settings=dataclasses.replace(SETTINGS, max_kl=9.0),
-        executor=lambda _: VirtualExecutor(Guarded(), 6),
+        executor=workers(6, Guarded()),
         guard_contexts=1,
     )
     assert (tmp_path / "many" / "best.json").read_bytes() == (tmp_path / "best.json").read_bytes()
@@ -325,7 +298,7 @@ def test_the_other_algorithms_search_too(tmp_path: Path) -> None:
         settings = dataclasses.replace(SETTINGS, algorithm=name)
         alone = search(tmp_path / name, settings=settings)
         assert len(alone.candidates) == 44
-        search(tmp_path / f"{name}4", settings=settings, executor=VirtualExecutor)
+        search(tmp_path / f"{name}4", settings=settings, executor=workers(4))
         best = [(tmp_path / directory / "best.json").read_bytes() for directory in (name, f"{name}4")]
         assert best[0] == best[1]
 
