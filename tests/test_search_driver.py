@@ -201,7 +201,9 @@ def test_no_worker_idles_longer_than_one_evaluation(tmp_path: Path, lag: int, ut
     search(tmp_path, settings=settings, executor=lambda evaluator: executor)
     searches = [span for span in executor.spans if span.job.split == "search"]
     last = max(span.start for span in searches)
-    assert max((to - since for since, to in executor.gaps if to <= last), default=0.0) <= max(s.end - s.start for s in searches)
+    assert max((to - since for since, to in executor.gaps if to <= last), default=0.0) <= max(
+        s.end - s.start for s in searches
+    )
     assert executor.busy(last) > utilisation
     # validation and test begin while the last candidates are out
     others = [span for span in executor.spans if span.job.split != "search"]
