@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+from io import FileIO
 from pathlib import Path
 
 import pytest
 from gguf_fixtures import names
 
+from lrope_gguf import files
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import atomic_write_bytes, atomic_write_text, replacing, write_all
 
@@ -111,3 +114,29 @@ def test_bad_places(tmp_path: Path) -> None:
     with pytest.raises(LropeError, match="Not a directory"):
         (tmp_path / "file").touch()
         atomic_write_bytes(tmp_path / "file" / "a", b"")
+
+
+@pytest.mark.parametrize("in_kernel", [True, False])
+@pytest.mark.parametrize(("start", "place"), [(24, 4120), (0, 0), (70_000, 4464), (65_536, 1)])
+def test_copies_lie_at_multiples_of_the_pipe_in_the_new_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool, start: int, place: int
+) -> None:
+    """Else Linux needs half as long again; and each is on its way to the disk while the next is made."""
+    if not in_kernel:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    monkeypatch.setattr(files, "_CHUNK", 1 << 17)
+    monkeypatch.setattr(files, "_BUFFER", 1 << 17)
+    monkeypatch.setattr(files, "_clone", lambda *_: False)
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(files, "_begin_writing", lambda _, at, length: begun.append((at, length)))
+    data = random.Random(1).randbytes(500_000)
+    (tmp_path / "old").write_bytes(data)
+    steps: list[int] = []
+    with FileIO(tmp_path / "old") as source, FileIO(tmp_path / "new", "w+") as target:
+        target.write(bytes(place))
+        files.append_range(source, target, start, len(data), steps.append)
+    assert (tmp_path / "new").read_bytes() == bytes(place) + data[start:]
+    assert sum(steps) == len(data) - start == sum(length for _, length in begun)
+    ends = [at + length for at, length in begun]
+    assert [at for at, _ in begun] == [place, *ends[:-1]]
+    assert all(end % (1 << 16) == 0 for end in ends[:-1]) and 3 < len(ends) < 7
