@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar
 
+from lrope_gguf.errors import LropeError
+
 from .types import ContextScore, Evaluator
 
 T = TypeVar("T")
@@ -91,9 +93,19 @@ class LocalExecutor:
         self._jobs.append(job)
 
     def next(self) -> tuple[Job, ContextScore]:
-        """Evaluate the oldest job."""
+        """Evaluate the oldest job.
+
+        Raises:
+            LropeError: the evaluator's, or memory ran out.
+        """
         job = self._jobs.popleft()
-        return job, self._evaluator.evaluate(job.factors, job.split, job.index)
+        try:
+            return job, self._evaluator.evaluate(job.factors, job.split, job.index)
+        except MemoryError:
+            raise LropeError(
+                f"memory ran out over the evaluation of {job.split} {job.index}; what was recorded is kept: the same "
+                "command resumes"
+            ) from None
 
     def ask(self, function: Callable[[Evaluator], T]) -> T:
         """Return what ``function`` finds out from the evaluator."""

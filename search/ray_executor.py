@@ -59,6 +59,7 @@ class RayExecutor(WorkerPool):
         self._pending.clear()
         if self._is_ours and self._ray.is_initialized():
             self._ray.shutdown()
+        self._is_ours = False
 
     def _plan(self, n_workers: int | None, n_threads: int | None) -> tuple[int, dict[str, Any]]:
         """Return the number of actors and what each may use."""

@@ -366,12 +366,21 @@ class _Search:
             self.saved = best
         text = f"best {fitness:+.4f} nats"
         self.progress.best(text)
+        self.progress.expect(self.expected())
         if self.pipeline.n_fresh and (improved or len(self.ranking) >= self.line_due):
             self.line_due = len(self.ranking) + _LINE_EVERY
             self.progress.line(
                 f"{len(self.ranking)}/{self.settings.max_evaluations} candidates, {text} ({best.origin}), "
                 f"{self.progress.status()}"
             )
+
+    def expected(self) -> int:
+        """Return how many evaluations it will be in all, by what racing has taken so far."""
+        planned = self.settings.planned_evaluations(bool(self.guard_contexts))
+        begun = sum(contexts for _, (contexts, _) in self.ranking)
+        left = max(self.settings.max_evaluations - len(self.ranking), 0)
+        search = self.settings.search_contexts + begun + math.ceil(left * begun / len(self.ranking))
+        return search + sum(n for split, n in planned.items() if split != "search")
 
     def better_than_base(self) -> list[tuple[Candidate, float]]:
         """Return the candidates with their fitness that saw all search contexts and beat the base model, best first."""

@@ -464,6 +464,35 @@ def test_interrupted_it_leaves_the_best_so_far_and_a_free_study(tmp_path: Path, 
     assert (tmp_path / "best.json").read_bytes() == (whole / "best.json").read_bytes()
 
 
+def test_memory_that_runs_out_here_is_said_in_a_line(tmp_path: Path, whole: Path) -> None:
+    class Greedy(Landscape):
+        def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
+            if split == "validation":
+                raise MemoryError
+            return super().evaluate(factors, split, index)
+
+    with pytest.raises(LropeError, match=r"^memory ran out over the evaluation of validation 0; .* resumes$"):
+        search(tmp_path, Greedy())
+    search(tmp_path)
+    assert (tmp_path / "best.json").read_bytes() == (whole / "best.json").read_bytes()
+
+
+def test_what_is_left_follows_what_racing_takes(tmp_path: Path) -> None:
+    totals: list[int] = []
+
+    class Watch(Progress):
+        def expect(self, total: int) -> None:
+            super().expect(total)
+            totals.append(total)
+
+    recorder = Recorder(Landscape())
+    with Study(tmp_path, {}) as study:
+        run_search(LocalExecutor(recorder), study, SETTINGS, Watch(quiet=True))
+    assert totals[-1] == len(recorder.jobs)
+    late = totals[len(totals) // 2 : -1]
+    assert all(total == pytest.approx(totals[-1], rel=0.25) for total in late)
+
+
 def test_best_json_never_gets_worse(tmp_path: Path) -> None:
     fitness: list[float] = []
 

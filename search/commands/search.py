@@ -246,6 +246,8 @@ def _estimate(
         f"{side_by_side * score.n_tokens / max(score.seconds, 1e-9):.0f} tokens/s{on_each}; "
         f"results go to {study.directory}"
     )
+    if args.executor == "local" and not gpus and n_workers > physical_cores():
+        progress.line(f"{n_workers} workers on {physical_cores()} processors: fewer would be faster (--workers)")
     lag = settings.algorithm_for(scout.n_layer).lag
     if n_workers > lag:
         progress.line(f"{n_workers} workers, but only {lag} candidates out at once: some will idle (--lag)")
