@@ -124,13 +124,18 @@ def write_texts(
 
 
 def _sample(model: Model, logits: NDArray[np.float64], generator: np.random.Generator) -> int:
-    """Draw a token that ends no text from softmax(logits); overwrites them (Gumbel-max trick)."""
-    if not np.isfinite(logits.max()):
+    """Draw a token that ends no text from softmax(logits), by one number of the generator; overwrites them."""
+    top = float(logits.max())
+    if not np.isfinite(top):
         raise LropeError(f"{model.path}: its logits are NaN on text of its own; the file may be damaged")
-    logits += generator.gumbel(size=len(logits))
-    while model.is_end(token := int(logits.argmax())):
-        logits[token] = -np.inf
-    return token
+    p = np.exp(logits - top, out=logits)
+    where = generator.random()
+    while True:
+        cumulated = np.cumsum(p)
+        token = int(np.searchsorted(cumulated[:-1], where * cumulated[-1], side="right"))
+        if not model.is_end(token):
+            return token
+        p[token] = 0.0
 
 
 class Guard:
