@@ -206,24 +206,25 @@ def writing(model: Path, folder: Path, rounds: int) -> str:
         rewrite[-1] = f"{1 + next(scales) / 1000:g}"
         settle(written)
 
+    # the same for all that copy, for a disk that has just been written to may be slower
     def without(path: Path) -> Callable[[], None]:
         def prepare() -> None:
             path.unlink(missing_ok=True)
-            settle(plain)
+            fresh_copy(plain, work)
 
         return prepare
 
     first = Arm("first write", ours("write", work, "--uniform", "1.5"), lambda: fresh_copy(plain, work))
-    output = Arm("first write, --output", ours("write", plain, "--uniform", "1.5", "--output", beside), without(beside))
-    cp = Arm("`cp`, fsync", copying(plain, copy), without(copy))
+    output = Arm("first write, --output", ours("write", work, "--uniform", "1.5", "--output", beside), without(beside))
+    cp = Arm("`cp`, fsync", copying(work, copy), without(copy))
     # what a first write must do at least: the system also gives the old file's blocks back
-    replace = Arm("`cp`, fsync, `mv` over the model", copying(work, copy), lambda: fresh_copy(plain, work))
+    replace = Arm("`cp`, fsync, `mv` over the model", copying(work, copy), without(copy))
     replace.command[2] += ' && mv "$2" "$1"'
     again = Arm("rewrite", rewrite, other_factors)
     arms = [first, cp, output, replace, again]
     script = theirs("gguf-new-metadata")
     if script:
-        command = [script, "--force", "--general-name", "x", str(plain), str(other)]
+        command = [script, "--force", "--general-name", "x", str(work), str(other)]
         arms.append(Arm("`gguf-new-metadata`", command, without(other), SLOW))
     results = compare(arms, rounds, "write")
     for path in (plain, work, beside, written, copy, other):
