@@ -587,6 +587,38 @@ def test_another_algorithm_fits_in(tmp_path: Path) -> None:
     assert set(outcome.best.factors_for(12)) == {1.0}
 
 
+def test_the_base_model_is_told_in_full_whatever_the_race_makes_of_it(tmp_path: Path) -> None:
+    class Last:
+        """Better curves first, the identity at last, which no race would let go on."""
+
+        lag = 1
+
+        def __init__(self) -> None:
+            self.told: list[Score] = []
+
+        def ask(self) -> Candidate | None:
+            n = len(self.told)
+            if n == 5:
+                return None
+            curve = Curve(((0.0, 1.0), (1.0, 1.05 - n / 80.0)))
+            return Candidate(n, curve, tuple(curve.factors(12).round(9).tolist()), "slope")
+
+        def tell(self, candidate: Candidate, score: Score) -> None:
+            self.told.append(score)
+
+        def should_stop(self) -> bool:
+            return len(self.told) == 5
+
+    class Rising(Landscape):
+        def log_probability(self, factors: tuple[float, ...], context: object) -> float:
+            return -2.0 + max(factors)
+
+    last = Last()
+    outcome = search(tmp_path, Rising(), algorithm=last)
+    assert last.told[-1] == (SETTINGS.search_contexts, 0.0)
+    assert [score for candidate, score in outcome.candidates if set(candidate.factors) == {1.0}] == [last.told[-1]]
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
