@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     algorithm.add_argument("--algorithm", choices=list(ALGORITHMS), default=_DEFAULTS.algorithm,
                            help="what proposes candidates (%(default)s)")  # fmt: skip
     algorithm.add_argument("--lag", metavar="N", type=int, default=_DEFAULTS.lag,
-                           help="candidates out at once; more than twice the workers keeps them busy, "
-                                "fewer learn faster (%(default)s)")  # fmt: skip
+                           help="candidates out at once: as many as there are workers is fastest, two or three "
+                                "times as many keeps them busy (%(default)s)")  # fmt: skip
     algorithm.add_argument("--bounds", metavar="LOW,HIGH", type=_pair, default=_DEFAULTS.bounds,
                            help="range of the factors ({:g},{:g})".format(*_DEFAULTS.bounds))  # fmt: skip
     algorithm.add_argument("--degree", metavar="N", type=int, default=_DEFAULTS.degree,
