@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lrope_gguf.curve import Curve
+from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 from lrope_gguf.errors import LropeError
 
 from .algorithm import Candidate, Score
@@ -40,7 +40,7 @@ class RandomSearch:
         n_layer: int,
         *,
         degree: int = 3,
-        bounds: tuple[float, float] = (0.5, 4.0),
+        bounds: tuple[float, float] = DEFAULT_BOUNDS,
         lag: int = 8,
         seed: int = 0,
         uniform_factors: Sequence[float] = UNIFORM_FACTORS,
@@ -109,7 +109,7 @@ class CmaEs(Generational):
         n_layer: int,
         *,
         degree: int = 3,
-        bounds: tuple[float, float] = (0.5, 4.0),
+        bounds: tuple[float, float] = DEFAULT_BOUNDS,
         seed: int = 0,
         uniform_factors: Sequence[float] = UNIFORM_FACTORS,
         curves: Sequence[Curve] = (),
@@ -129,7 +129,7 @@ def _cma_es(
     try:
         from cmaes import CMA
     except ModuleNotFoundError as error:
-        raise LropeError("--algorithm cma-es: cmaes is not installed; run: pip install 'lrope-gguf[cma]'") from error
+        raise LropeError("--algorithm cma-es: cmaes is not installed; run: pip install 'lrope-gguf[cma-es]'") from error
     scores = yield first
     mean = first[max(range(len(first)), key=lambda i: scores[i])][0]
     box = space.box / space.scale[:, None]
@@ -162,7 +162,7 @@ class DifferentialEvolution(Generational):
         n_layer: int,
         *,
         degree: int = 3,
-        bounds: tuple[float, float] = (0.5, 4.0),
+        bounds: tuple[float, float] = DEFAULT_BOUNDS,
         seed: int = 0,
         uniform_factors: Sequence[float] = UNIFORM_FACTORS,
         curves: Sequence[Curve] = (),

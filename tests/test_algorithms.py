@@ -6,9 +6,13 @@ import doctest
 import importlib
 import math
 import random
+import re
+import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,7 @@ from hypothesis import strategies as st
 from synthetic import Landscape, noise
 
 from lrope_gguf.curve import Curve
+from lrope_gguf.errors import LropeError
 from lrope_search.algorithm import Algorithm, Candidate, Score, rank
 from lrope_search.algorithms import ALGORITHMS, make_algorithm
 from lrope_search.baselines import _cost
@@ -313,3 +318,13 @@ def test_the_ledger_knows_repeated_factors() -> None:
     assert ledger.issue(space.uniform(1.1003), "uniform") is None  # equal to 1e-3
     other = ledger.issue(space.uniform(1.102), "uniform")
     assert other is not None and other.id == 1 and ledger.find(space.uniform(1.2)) is None
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    extras = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    monkeypatch.setitem(sys.modules, "cmaes", None)
+    algorithm = make_algorithm("cma-es", 4)
+    with pytest.raises(LropeError, match="cmaes is not installed") as raised:
+        algorithm.ask()
+    extra = re.search(r"lrope-gguf\[(.*)\]", str(raised.value))
+    assert extra is not None and any("cmaes" in item for item in extras["optional-dependencies"][extra[1]])
