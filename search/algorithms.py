@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lrope_gguf.curve import Curve
+from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 
 from .algorithm import Algorithm
 from .baselines import CmaEs, DifferentialEvolution, RandomSearch
@@ -27,7 +27,7 @@ def make_algorithm(
     *,
     seed: int = 0,
     degree: int = 3,
-    bounds: tuple[float, float] = (0.5, 4.0),
+    bounds: tuple[float, float] = DEFAULT_BOUNDS,
     curves: Sequence[Curve] = (),
     **options: Any,
 ) -> Algorithm:

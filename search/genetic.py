@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lrope_gguf.curve import Curve
+from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 
 from .algorithm import Candidate, Score, rank
 from .space import UNIFORM_FACTORS, CurveSpace, Genome, Ledger
@@ -75,7 +75,7 @@ class GeneticAlgorithm:
         n_layer: int,
         *,
         degree: int = 3,
-        bounds: tuple[float, float] = (0.5, 4.0),
+        bounds: tuple[float, float] = DEFAULT_BOUNDS,
         lag: int = 8,
         population: int = 16,
         parents: int = 8,

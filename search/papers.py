@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lrope_gguf.curve import Curve
+from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 
 from .algorithm import Score
 from .generational import Generational, Generations
@@ -42,7 +42,7 @@ class PapersGeneticAlgorithm(Generational):
         n_layer: int,
         *,
         degree: int = 3,
-        bounds: tuple[float, float] = (0.5, 4.0),
+        bounds: tuple[float, float] = DEFAULT_BOUNDS,
         seed: int = 0,
         uniform_factors: Sequence[float] = UNIFORM_FACTORS,
         curves: Sequence[Curve] = (),

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from lrope_gguf.curve import Curve, CurveFile
+from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, CurveFile
 from lrope_gguf.errors import LropeError
 
 from .algorithm import Algorithm, Candidate, Score, rank
@@ -22,7 +22,8 @@ from .objective import Objective
 from .pipeline import Pipeline, Urgency
 from .progress import Progress
 from .racing import Race, Racing
-from .statistics import Comparison, Interval, Verdict, compare, verdict
+from .space import UNIFORM_FACTORS
+from .statistics import Comparison, Interval, Verdict, compare, divergences_by_length, verdict
 from .study import Study
 from .types import ContextScore
 
@@ -70,11 +71,11 @@ class SearchSettings:
     middle_weight: float = 0.0
     algorithm: str = "ga"
     degree: int = 3
-    bounds: tuple[float, float] = (0.5, 4.0)
+    bounds: tuple[float, float] = DEFAULT_BOUNDS
     lag: int = 8
     population: int | None = None
     parents: int | None = None
-    uniform_factors: tuple[float, ...] = (0.95, 1.05, 1.1, 1.25)
+    uniform_factors: tuple[float, ...] = UNIFORM_FACTORS
     width: float = 0.05
     max_kl: float = 0.1
     confidence: float = 0.95
@@ -514,7 +515,7 @@ class _Search:
             if not self.guard_contexts:
                 return candidate, divergences
             self.pipeline.want(self.jobs(candidate.factors, "test"), Urgency.MAYBE)
-            divergences[candidate] = _divergence(self.all_of(candidate.factors, "guard"))
+            divergences[candidate] = divergences_by_length(self.all_of(candidate.factors, "guard"))
             worst, limit = max(divergences[candidate].values()), self.settings.max_kl
             if worst <= limit:
                 return candidate, divergences
@@ -542,15 +543,6 @@ def _option(name: str) -> str:
 
 def _plan_text(planned: dict[str, int]) -> str:
     return "about " + ", ".join(f"{n} {split}" for split, n in planned.items()) + " evaluations of one context each"
-
-
-def _divergence(scores: Sequence[ContextScore]) -> dict[str, float]:
-    """Return the mean KL divergence on short texts (probes at depth 0) and on long ones (at depth 1)."""
-    values: dict[str, list[float]] = {}
-    for score in scores:
-        for probe in score.probes:
-            values.setdefault("long" if probe.depth > 0.5 else "short", []).append(-probe.log_probability)
-    return {name: math.fsum(of) / len(of) if all(map(math.isfinite, of)) else math.inf for name, of in values.items()}
 
 
 def _number(value: float) -> float | None:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lrope_gguf.curve import Curve
+from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 
 from .algorithm import Candidate, Score
 
@@ -30,7 +30,7 @@ _STEPS = 65  # of a curve's parameter, where a glance is enough
 class CurveSpace:
     """Genomes of curves of ``degree`` whose control points lie in ``bounds``, for ``n_layer`` layers."""
 
-    def __init__(self, n_layer: int, *, degree: int = 3, bounds: tuple[float, float] = (0.5, 4.0)) -> None:
+    def __init__(self, n_layer: int, *, degree: int = 3, bounds: tuple[float, float] = DEFAULT_BOUNDS) -> None:
         """Hold the settings."""
         self.n_layer, self.degree, self.bounds = n_layer, degree, bounds
         self.size = 2 * degree

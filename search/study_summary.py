@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from lrope_gguf.errors import LropeError
 
 from .executor import Job
 from .objective import Objective
+from .statistics import divergences_by_length
 from .study import parse_evaluations
 from .table import DepthTable, depth_table
 from .types import ContextScore
@@ -178,7 +179,7 @@ def summarise(directory: Path) -> StudySummary:
         confidence=confidence,
         table=_table(splits.get(table_split, {}), sides, int(_number(settings.get("seed"), 0)), confidence),
         table_split=table_split,
-        guard=_guard(splits.get("guard", {}).get(factors or (), {}).values()),
+        guard=divergences_by_length(splits.get("guard", {}).get(factors or (), {}).values()),
         costs=_costs(evaluations),
     )
 
@@ -289,15 +290,6 @@ def _table(scores: Scores, sides: Mapping[str, Factors], seed: int, confidence: 
         return None
     chosen = {name: [scores[factors][i] for i in common] for name, factors in sides.items()}
     return depth_table(chosen, seed=max(seed, 0), confidence=confidence)
-
-
-def _guard(scores: Iterable[ContextScore]) -> dict[str, float]:
-    """Mean divergence by length: probes at depth 0 are of short texts, at depth 1 of long ones."""
-    lengths: dict[str, list[float]] = {"short": [], "long": []}
-    for score in scores:
-        for probe in score.probes:
-            lengths["long" if probe.depth > 0.5 else "short"].append(-probe.log_probability)
-    return {name: math.fsum(values) / len(values) for name, values in lengths.items() if values}
 
 
 def _costs(evaluations: Mapping[Job, ContextScore]) -> tuple[Cost, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +43,3 @@ def make_study(
     executor = LocalExecutor(evaluator or Timed(n_layer))
     with Study(directory, (CONFIG if config is None else config) | {"search": settings.config()}) as study:
         return run_search(executor, study, settings, Progress(study.log, quiet=True), architecture="synthetic")
-
-
-def write_candidates(directory: Path, outcome: SearchOutcome) -> None:
-    """Write ``candidates.jsonl``, which tells of each candidate in order of asking."""
-    with (directory / "candidates.jsonl").open("w", encoding="utf-8") as file:
-        for candidate, (contexts, fitness) in sorted(outcome.candidates, key=lambda item: item[0].id):
-            record = {
-                "id": candidate.id,
-                "origin": candidate.origin,
-                "control_points": candidate.curve.control_points,
-                "factors": candidate.factors,
-                "contexts": contexts,
-                "fitness": fitness if abs(fitness) < 1e300 else None,
-            }
-            file.write(json.dumps(record) + "\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_fixtures import CONFIG, SETTINGS, Timed, make_study, write_candidates
+from study_fixtures import CONFIG, SETTINGS, Timed, make_study
 from synthetic import Landscape
 
 from lrope_gguf.cli import main
@@ -33,9 +33,7 @@ SMALL = dataclasses.replace(SETTINGS, max_evaluations=20, search_contexts=2, val
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchOutcome]:
     directory = tmp_path_factory.mktemp("whole") / "best.study"
-    outcome = make_study(directory)
-    write_candidates(directory, outcome)
-    return directory, outcome
+    return directory, make_study(directory)
 
 
 @pytest.fixture
@@ -196,9 +194,9 @@ def test_nothing_gained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("n_layer", "listed"), [(1, True), (1, False), (2, True), (128, False)])
 def test_any_number_of_layers(n_layer: int, listed: bool, tmp_path: Path) -> None:
-    outcome = make_study(tmp_path, SMALL, n_layer=n_layer)
-    if listed:
-        write_candidates(tmp_path, outcome)
+    make_study(tmp_path, SMALL, n_layer=n_layer)
+    if not listed:
+        (tmp_path / "candidates.jsonl").unlink()
     page = write_report(tmp_path)
     assert pictures(page) == PICTURES
     assert "nan" not in re.sub(r"[^\W_]*nan[^\W_]+", "", read(page))
@@ -214,9 +212,9 @@ def test_scores_that_are_not_finite(bad: float, listed: bool, tmp_path: Path) ->
                 score = dataclasses.replace(score, probes=tuple(probes))
             return score
 
-    outcome = make_study(tmp_path, SMALL, evaluator=Broken(8))
-    if listed:
-        write_candidates(tmp_path, outcome)
+    make_study(tmp_path, SMALL, evaluator=Broken(8))
+    if not listed:
+        (tmp_path / "candidates.jsonl").unlink()
     summary = summarise(tmp_path)
     assert any(trial.fitness == -math.inf for trial in summary.trials)
     assert pictures(write_report(tmp_path)) == PICTURES

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, Page, chromium
 from numpy.typing import NDArray
-from study_fixtures import CONFIG, make_study, write_candidates
+from study_fixtures import CONFIG, make_study
 
 from lrope_gguf.plot import COLOURS
 from lrope_search.report import write_report
@@ -29,7 +29,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("study")
-    write_candidates(directory, make_study(directory))
+    make_study(directory)
     return write_report(directory)
 
 

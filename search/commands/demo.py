@@ -138,7 +138,6 @@ _EMBEDDED = _Demo(
         search_contexts=4,
         validation_contexts=12,
         test_contexts=40,
-        bounds=(0.5, 4.0),
         uniform_factors=(0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0),
         width=0.3,
         max_kl=100.0,  # ordinary text means nothing to this model
