@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -12,11 +13,16 @@ from lrope_gguf.errors import LropeError
 from .executor import EvaluatorFactory
 from .pool import Failed, Lost, Ready, Reply, Task, WorkerPool, failure, perform
 
+_PATIENCE = 60.0  # seconds without an answer after which to look whether anybody is left to give one
+
+_logger = logging.getLogger(__name__)
+
 
 class RayExecutor(WorkerPool):
     """Evaluates in actors of a Ray cluster, spread over its nodes.
 
-    An actor that dies, with or without its node, is replaced, and its job goes to another one.
+    An actor that dies, with or without its node, is replaced, and its job goes to another one. If no node is left that
+    could hold one, a warning says so, and the search goes on as soon as there is one again.
 
     Args:
         factory: Makes the evaluator in each actor; what it names by path must exist on every node.
@@ -43,6 +49,7 @@ class RayExecutor(WorkerPool):
             _connect(self._ray, address)
         self._factory = factory
         self._actors: dict[int, Any] = {}
+        self._homeless = False
         self._pending: dict[Any, int] = {}  # the worker that will answer, by Ray's reference
         try:
             n_workers, self._options = self._plan(n_workers, n_threads)
@@ -92,8 +99,24 @@ class RayExecutor(WorkerPool):
         self._pending[self._actors[worker].perform.remote(task)] = worker
 
     def _wait(self) -> Iterable[tuple[int, Reply]]:
-        ready, _ = self._ray.wait(list(self._pending), num_returns=1)
+        ready, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=_PATIENCE)
+        while not ready:
+            self._warn_if_homeless()
+            ready, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=_PATIENCE)
         return [(self._pending.pop(reference), self._receive(reference)) for reference in ready]
+
+    def _warn_if_homeless(self) -> None:
+        """Say so, once in a row, if no node of the cluster is large enough for a worker."""
+        wanted = {"CPU": self._options["num_cpus"], "GPU": self._options.get("num_gpus", 0.0)}
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        homeless = not any(all(node.get(kind, 0.0) >= n for kind, n in wanted.items()) for node in nodes)
+        if homeless and not self._homeless:
+            _logger.warning(
+                "the Ray cluster has lost its room for workers of %d processors: waiting for a node (ray start), "
+                "Ctrl-C stops; what was recorded is kept",
+                wanted["CPU"],
+            )
+        self._homeless = homeless
 
     def _receive(self, reference: Any) -> Reply:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from synthetic import Landscape
 from worker_evaluators import Workers, see
 
 from lrope_gguf.errors import LropeError
+from lrope_search import ray_executor
 from lrope_search.executor import Executor, Job, LocalExecutor
 from lrope_search.pool import MAX_MOVES
 from lrope_search.progress import Progress
@@ -23,7 +25,13 @@ from lrope_search.study import Study
 
 pytestmark = pytest.mark.slow
 SETTINGS = SearchSettings(
-    seed=4, max_evaluations=24, search_contexts=2, validation_contexts=2, test_contexts=6, finalists=2
+    seed=4,
+    max_evaluations=24,
+    search_contexts=2,
+    racing_fraction=0.5,
+    validation_contexts=2,
+    test_contexts=6,
+    finalists=2,
 )
 
 
@@ -114,6 +122,37 @@ def test_a_node_lost_mid_run_costs_nothing_but_time(tmp_path: Path, cluster: Any
         # the others have room for four: the two that the node took with it are waited for by nobody
         run_search(executor, study, SETTINGS, Progress(study.log, quiet=True))
     assert (tmp_path / "six" / "best.json").read_bytes() == expected
+
+
+def test_a_cluster_without_room_is_waited_for_aloud(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray_executor, "_PATIENCE", 1.0)
+    large = cluster.add_node(num_cpus=3, object_store_memory=100 << 20)
+    cluster.wait_for_nodes()
+    with RayExecutor(Workers(seconds=0.5), 1, n_threads=3) as executor:
+        jobs = [Job((1.0 + i / 100.0,) * 12, "search", i) for i in range(3)]
+        for job in jobs:
+            executor.submit(job)
+        results = [executor.next()[0]]
+        assert not caplog.messages
+        cluster.remove_node(large, allow_graceful=False)
+
+        class Comes(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                nodes.append(cluster.add_node(num_cpus=3, object_store_memory=100 << 20))
+
+        nodes: list[Any] = []
+        handler = Comes()
+        logging.getLogger(ray_executor.__name__).addHandler(handler)
+        try:
+            results += [executor.next()[0] for _ in jobs[1:]]
+        finally:
+            logging.getLogger(ray_executor.__name__).removeHandler(handler)
+            for node in nodes:
+                cluster.remove_node(node)
+        assert set(results) == set(jobs)
+        assert len(nodes) == 1 and "lost its room for workers of 3 processors" in caplog.text
 
 
 def test_errors_name_what_is_wrong(tmp_path: Path, cluster: Any) -> None:
