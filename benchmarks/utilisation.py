@@ -111,7 +111,9 @@ class Usage:
 
 def usage(n_workers: int, lag: int, spread: float, rounds: int) -> Usage:
     """Search with ``rounds`` candidates a worker."""
-    settings = SearchSettings(max_evaluations=rounds * n_workers, search_contexts=CONTEXTS, lag=lag)
+    settings = SearchSettings(
+        max_evaluations=rounds * n_workers, search_contexts=CONTEXTS, racing_fraction=0.5, lag=lag
+    )
     executor = VirtualExecutor(RandomWorth(), n_workers, lambda job: duration(job, spread))
     with tempfile.TemporaryDirectory() as directory, PaperStudy(Path(directory), {}) as study:
         run_search(executor, study, settings, Progress(quiet=True), algorithm=Anything(lag))
@@ -207,7 +209,7 @@ def run_to_target(kind: str, seed: int, n_workers: int, lag: int, budget: int, s
     """One search with the genetic algorithm."""
     landscape = Landscape(kind, seed)
     executor = VirtualExecutor(OnLandscape(landscape), n_workers, lambda job: duration(job, 0.25))
-    settings = SearchSettings(seed=seed, max_evaluations=budget, search_contexts=CONTEXTS, lag=lag)
+    settings = SearchSettings(seed=seed, max_evaluations=budget, search_contexts=CONTEXTS, racing_fraction=0.5, lag=lag)
     with (
         tempfile.TemporaryDirectory() as directory,
         Watch(Path(directory), landscape, executor, share) as study,

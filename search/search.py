@@ -45,7 +45,7 @@ class SearchSettings:
         search_contexts, validation_contexts, test_contexts: Contexts of each split, indices from 0.
         finalists: Candidates, best by search, that go on to validation beside the base model and the best
             uniform factor.
-        racing_first, racing_fraction: See `Racing`.
+        racing_first, racing_fraction: See `Racing`; by default there is none (docs/algorithms.md has the figures).
         middle_weight: See `Objective`.
         algorithm: One of `ALGORITHMS`.
         degree, bounds, uniform_factors, width: Of every algorithm; see `GeneticAlgorithm`.
@@ -62,12 +62,12 @@ class SearchSettings:
     seed: int = 0
     max_evaluations: int = 120
     max_hours: float | None = None
-    search_contexts: int = 4
+    search_contexts: int = 2
     validation_contexts: int = 8
     test_contexts: int = 16
     finalists: int = 4
     racing_first: int = 1
-    racing_fraction: float = 0.5
+    racing_fraction: float = 1.0
     middle_weight: float = 0.0
     algorithm: str = "ga"
     degree: int = 3

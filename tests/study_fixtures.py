@@ -14,7 +14,9 @@ from lrope_search.search import SearchOutcome, SearchSettings, run_search
 from lrope_search.study import Study
 from lrope_search.types import ContextScore
 
-SETTINGS = SearchSettings(seed=3, max_evaluations=60, search_contexts=4, validation_contexts=6, test_contexts=24)
+SETTINGS = SearchSettings(
+    seed=3, max_evaluations=60, search_contexts=4, racing_fraction=0.5, validation_contexts=6, test_contexts=24
+)
 CONFIG = {
     "model": {"fingerprint": "sha256:0f3c", "architecture": "synthetic", "name": "Landscape 24 layers"},
     "task": {"task": "kv", "keys": 100, "identifiers": "uuid", "depths": 5, "seed": 3, "data": None},

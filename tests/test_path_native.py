@@ -32,8 +32,8 @@ pytestmark = pytest.mark.native
 FACTORS = [1.0, 1.3, 0.8, 2.5, 1.07, 3.1]
 PROMPT = 'Key: "4711" has the value "123" and Key: "815" has another value, so what is it? '
 SEARCH = ["--identifiers", "number", "--keys", "12", "--depths", "4", "--max-evaluations", "20", "--population", "8",
-          "--search-contexts", "2", "--validation-contexts", "3", "--test-contexts", "6", "--threads", "1",
-          "--max-kl", "100"]  # fmt: skip
+          "--search-contexts", "2", "--racing-fraction", "0.5", "--validation-contexts", "3", "--test-contexts", "6",
+          "--threads", "1", "--max-kl", "100"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +155,15 @@ def test_a_killed_search_resumes_to_the_same_curve(model: Path, tmp_path: Path) 
     assert with_curve.returncode == 0 and len(read_factors(tmp_path / "out.gguf") or ()) == 6
 
 
+def test_a_dry_run_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    done = run(["search", model, *SEARCH, "--output", tmp_path / "a.json", "--dry-run"])
+    assert done.returncode == 0 and "about 68 evaluations of " in done.stderr
+    assert f"results go to {tmp_path / 'a.study'}" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_settings_on_a_study_are_refused_with_the_difference(model: Path, tmp_path: Path) -> None:
-    first = run(["search", model, *SEARCH, "--output", tmp_path / "a.json", "--dry-run"])
-    assert first.returncode == 0 and "about 68 evaluations of " in first.stderr and not (tmp_path / "a.json").exists()
+    assert run(["search", model, *SEARCH, "--output", tmp_path / "a.json"]).returncode == 0
     second = run(["search", model, *SEARCH, "--output", tmp_path / "a.json", "--seed", "9"])
     assert second.returncode == 1
     assert "seed" in second.stderr and "0" in second.stderr and "9" in second.stderr

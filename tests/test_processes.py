@@ -24,7 +24,13 @@ from lrope_search.search import SearchSettings, run_search
 from lrope_search.study import Study
 
 SETTINGS = SearchSettings(
-    seed=4, max_evaluations=24, search_contexts=2, validation_contexts=2, test_contexts=6, finalists=2
+    seed=4,
+    max_evaluations=24,
+    search_contexts=2,
+    racing_fraction=0.5,
+    validation_contexts=2,
+    test_contexts=6,
+    finalists=2,
 )
 JOBS = [Job((1.0 + i / 100.0,) * 12, "search", i) for i in range(12)]
 

@@ -35,6 +35,7 @@ SETTINGS = SearchSettings(
     seed=3,
     max_evaluations=44,
     search_contexts=3,
+    racing_fraction=0.5,
     validation_contexts=4,
     test_contexts=12,
     finalists=3,

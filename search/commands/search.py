@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cost.add_argument("--finalists", metavar="N", type=int, default=_DEFAULTS.finalists,
                       help="best candidates that go on to validation (%(default)s)")  # fmt: skip
     cost.add_argument("--racing-fraction", metavar="F", type=float, default=_DEFAULTS.racing_fraction,
-                      help="share of the candidates that sees further contexts; 1: all (%(default)s)")  # fmt: skip
+                      help="share of the candidates that sees more than a first context; 0.3 is good for four or "
+                           "more contexts, 1 shows them to all (%(default)g)")  # fmt: skip
     guard = parser.add_argument_group("guard")
     guard.add_argument("--max-kl", metavar="NATS", type=float, default=_DEFAULTS.max_kl,
                        help="pass over curves that diverge more on ordinary text, per token (%(default)s)")  # fmt: skip
@@ -150,10 +152,13 @@ def search(
             "computing": {"batch_size": args.batch_size, "n_gpu_layers": args.n_gpu_layers},
             "versions": {"lrope-gguf": __version__, "llama-cpp-python": binding_version()},
         }
-        with Study(directory, config) as study:
+        place = directory
+        if dry_run and not (directory / "config.json").exists():  # no trace that would bind a later run
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrope-")))
+        with Study(place, config) as study:
             study.keep("guard", dataclasses.asdict(facts.guard_texts))
             progress = Progress(study.log)
-            _estimate(args, settings, study, scout, facts, memory, progress)
+            _estimate(args, settings, study, directory, scout, facts, memory, progress)
             if dry_run:
                 return None
             executor = _workers(args, dataclasses.replace(spec, guard_texts=facts.guard_texts), scout, stack)
@@ -214,6 +219,7 @@ def _estimate(
     args: argparse.Namespace,
     settings: SearchSettings,
     study: Study,
+    directory: Path,
     scout: Executor,
     facts: Facts,
     memory: int | None,
@@ -244,7 +250,7 @@ def _estimate(
     progress.line(
         f"about {n_evaluations} evaluations of {score.n_tokens} tokens: about {_duration(hours)} at "
         f"{side_by_side * score.n_tokens / max(score.seconds, 1e-9):.0f} tokens/s{on_each}; "
-        f"results go to {study.directory}"
+        f"results go to {directory}"
     )
     if args.executor == "local" and not gpus and n_workers > physical_cores():
         progress.line(f"{n_workers} workers on {physical_cores()} processors: fewer would be faster (--workers)")
