@@ -19,7 +19,7 @@ from lrope_gguf.errors import LropeError
 from .guard import GUARD, Guard
 from .logits import RowWorkers, gold_scores
 from .memory import MemoryNeeded, memory_needed
-from .model import MAX_SEQUENCES, Model, Tokens
+from .model import MAX_SEQUENCES, Model, Rows, Tokens
 from .tasks import SPLITS, Task
 from .types import Context, ContextScore, Probe, ProbeScore
 
@@ -27,6 +27,9 @@ _logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 100  # of a generated answer, as in the benchmark's scripts
 _KEY = "\0"  # in a lead: stands for what is particular to the question
+
+_Part = tuple[Tokens, NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]
+"""Of what is decoded: tokens, positions, first sequences, which logits are wanted, numbers of sequences."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,15 @@ class _Encoding:
     def n_cells(self) -> int:
         """Cells of the KV cache that scoring or generating takes."""
         return self.n_tokens + MAX_NEW_TOKENS * len(self.questions)
+
+    def head(self, first: int) -> _Part:
+        """The prefix, shared by all sequences from ``first`` on."""
+        n = len(self.prefix)
+        return self.prefix, np.arange(n), np.full(n, first), np.zeros(n, np.bool_), np.full(n, self.n_seq)
+
+    def tail(self, first: int) -> _Part:
+        """The probes, each of a sequence after ``first``."""
+        return self.tokens, self.positions, self.sequences + first, self.wanted, np.ones(len(self.tokens), np.int64)
 
 
 class TeacherForcedEvaluator:
@@ -200,17 +212,10 @@ class TeacherForcedEvaluator:
     def _evaluate_pack(self, factors: tuple[float, ...], jobs: Sequence[tuple[str, int]]) -> list[ContextScore]:
         start = time.perf_counter()
         encodings = [self._encode(*job) for job in jobs]
-        firsts = self._prefill(encodings, factors)
         gold = np.concatenate([encoding.gold for encoding in encodings])
         log_p = np.empty(len(gold))
         hit = np.empty(len(gold), np.bool_)
-        decoding = self._model.decode(
-            np.concatenate([encoding.tokens for encoding in encodings]),
-            np.concatenate([encoding.positions for encoding in encodings]),
-            np.concatenate([encoding.sequences + first for encoding, first in zip(encodings, firsts, strict=True)]),
-            np.concatenate([encoding.wanted for encoding in encodings]),
-        )
-        for rows, logits in decoding:
+        for rows, logits in self._decode(encodings, factors):
             log_p[rows], hit[rows] = gold_scores(logits, gold[rows], self._workers)
         broken = not np.isfinite(log_p).all()
         if broken:
@@ -251,17 +256,34 @@ class TeacherForcedEvaluator:
         """
         encoding = self._encode(split, index)
         if self._prefilled != (factors, split, index):
-            self._prefill([encoding], factors)
+            self._prefill(encoding, factors)
         context = self._task.context(split, index)
         written = self._write(encoding, context.probes, factors)
         texts = (self._model.text(tokens) for tokens in written)
         return tuple(Generation(p.depth, t, _contains(t, p)) for p, t in zip(context.probes, texts, strict=True))
 
-    def _prefill(self, encodings: Sequence[_Encoding], factors: tuple[float, ...]) -> list[int]:
-        """Compute the shared prefixes under ``factors`` and give each probe's sequence a copy of its own.
+    def _decode(self, encodings: Sequence[_Encoding], factors: tuple[float, ...]) -> Iterator[Rows]:
+        """Compute the contexts under ``factors`` and yield the logits of the wanted positions.
 
-        Returns each context's first sequence, which holds its prefix; those of its probes follow.
+        Prefixes and probes go in one row, so that only the last batch is not full; a prefix's tokens belong to the
+        sequences of all its probes.
         """
+        firsts = self._begin(encodings, factors)
+        both = list(zip(encodings, firsts, strict=True))
+        parts = [encoding.tail(first) for encoding, first in both]
+        if self._model.shares_tokens:
+            parts = [encoding.head(first) for encoding, first in both] + parts
+        else:
+            self._compute_prefixes(encodings, firsts)
+        tokens, positions, sequences, wanted, n_seq = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return self._model.decode(tokens, positions, sequences, wanted.astype(np.bool_), n_seq)
+
+    def _prefill(self, encoding: _Encoding, factors: tuple[float, ...]) -> None:
+        """Compute the shared prefix under ``factors`` and give each probe's sequence a copy of its own."""
+        self._compute_prefixes([encoding], self._begin([encoding], factors))
+
+    def _begin(self, encodings: Sequence[_Encoding], factors: tuple[float, ...]) -> list[int]:
+        """Make room and set the factors. Returns each context's first sequence; those of its probes follow."""
         self._prefilled = None
         longest = max(encoding.length for encoding in encodings)
         if longest > self._model.n_ctx_train and not self._warned:
@@ -274,11 +296,12 @@ class TeacherForcedEvaluator:
             self._reserve(max(n_cells, self._n_cells), max(n_seq, self._n_seq))
         self._model.clear()
         self._model.set_factors(factors)
-        firsts = list(itertools.accumulate((encoding.n_seq for encoding in encodings[:-1]), initial=0))
+        return list(itertools.accumulate((encoding.n_seq for encoding in encodings[:-1]), initial=0))
+
+    def _compute_prefixes(self, encodings: Sequence[_Encoding], firsts: Sequence[int]) -> None:
         self._model.prefill([encoding.prefix for encoding in encodings], firsts)
         for encoding, first in zip(encodings, firsts, strict=True):
             self._fork(encoding, first)
-        return firsts
 
     def _fork(self, encoding: _Encoding, first: int = 0) -> None:
         for sequence in range(1, encoding.n_seq):
@@ -325,7 +348,7 @@ class TeacherForcedEvaluator:
         """Return the lead that the base model writes most often in an easy context, the context's own if none is."""
         self._frame = _frame([probe.question for probe in context.probes])
         encoding = self._encode_context(context, Lead("", own_tokens=True))
-        self._prefill([encoding], self._base)
+        self._prefill(encoding, self._base)
         written = self._write(encoding, context.probes, self._base)
         leads: Counter[Lead] = Counter()
         for probe, tokens in zip(context.probes, written, strict=True):

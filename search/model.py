@@ -131,21 +131,30 @@ def _pointer(array: NDArray[Any], kind: Any) -> Any:
 
 
 class _Batch:
-    """A ``llama_batch`` of ``size`` tokens, one sequence each, on NumPy arrays that are filled in place."""
+    """A ``llama_batch`` of ``size`` tokens, on NumPy arrays that are filled in place.
+
+    A token's sequences are consecutive: a pointer into the list of all, and their number.
+    """
 
     def __init__(self, llama: Any, size: int) -> None:
-        self.token, self.pos, self.seq = (np.zeros(size, np.int32) for _ in range(3))
+        self.token, self.pos, self.n_seq = (np.zeros(size, np.int32) for _ in range(3))
         self.logits = np.zeros(size, np.int8)
-        self._n_seq = np.ones(size, np.int32)
-        self._seq_pointers = self.seq.ctypes.data + self.seq.itemsize * np.arange(size, dtype=np.uintp)
+        self._all = np.arange(MAX_SEQUENCES, dtype=np.int32)
+        self._pointer_of = self._all.ctypes.data + self._all.itemsize * np.arange(MAX_SEQUENCES, dtype=np.uintp)
+        self._pointers = np.zeros(size, np.uintp)
         self.struct = llama.llama_batch(
             n_tokens=0,
             token=_pointer(self.token, llama.llama_token),
             pos=_pointer(self.pos, llama.llama_pos),
-            n_seq_id=_pointer(self._n_seq, ctypes.c_int32),
-            seq_id=_pointer(self._seq_pointers, ctypes.POINTER(llama.llama_seq_id)),
+            n_seq_id=_pointer(self.n_seq, ctypes.c_int32),
+            seq_id=_pointer(self._pointers, ctypes.POINTER(llama.llama_seq_id)),
             logits=_pointer(self.logits, ctypes.c_int8),
         )
+
+    def set_sequences(self, first: NDArray[Any], n_seq: NDArray[Any] | int) -> None:
+        """Say to which sequences the first tokens belong: ``n_seq`` of them from ``first`` on."""
+        self._pointers[: len(first)] = self._pointer_of[first]
+        self.n_seq[: len(first)] = n_seq
 
 
 class Model:
@@ -197,6 +206,10 @@ class Model:
         self.n_layer = self._n_block - int(llama.llama_model_n_layer_nextn(self._model))
         self.n_vocab = int(llama.llama_vocab_n_tokens(self._vocab))
         self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._model))
+        #: Whether a token may belong to several sequences: a recurrent state belongs to one.
+        self.shares_tokens = not (
+            llama.llama_model_is_recurrent(self._model) or llama.llama_model_is_hybrid(self._model)
+        )
         self.n_ctx = 0
         self._batch = _Batch(llama, n_batch)
         self._formatter = self._chat_formatter() if chat else None
@@ -373,11 +386,17 @@ class Model:
         self._llama.llama_synchronize(self._context)
 
     def decode(
-        self, tokens: Tokens, positions: NDArray[Any], sequences: NDArray[Any], wanted: NDArray[np.bool_]
+        self,
+        tokens: Tokens,
+        positions: NDArray[Any],
+        sequences: NDArray[Any],
+        wanted: NDArray[np.bool_],
+        n_seq: NDArray[Any] | None = None,
     ) -> Iterator[Rows]:
         """Append ``tokens`` at ``positions`` to ``sequences`` and yield the logits after each ``wanted`` token.
 
-        All four arrays have shape (n,). Work is done as the iterator advances, in as few batches as fit.
+        All arrays have shape (n,). A token is shared by ``n_seq`` sequences, numbered from ``sequences`` on (one if
+        not given; see `shares_tokens`). Work is done as the iterator advances, in as few batches as fit.
         """
         batch = self._batch
         seen = np.concatenate(([0], np.cumsum(wanted)))  # wanted rows before each token
@@ -390,7 +409,7 @@ class Model:
             n = stop - start
             batch.token[:n] = tokens[start:stop]
             batch.pos[:n] = positions[start:stop]
-            batch.seq[:n] = sequences[start:stop]
+            batch.set_sequences(sequences[start:stop], 1 if n_seq is None else n_seq[start:stop])
             batch.logits[:n] = wanted[start:stop]
             batch.struct.n_tokens = n
             _log.clear()

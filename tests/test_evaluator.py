@@ -159,7 +159,7 @@ def continuation(model: Model) -> tuple[Probe, ...]:
     asked = tuple(Probe(i / 20, f"Question {i}:", "impossible") for i in range(20))
     evaluator = TeacherForcedEvaluator(model, OneContext(asked))
     encoding = evaluator._encode("test", 0)
-    evaluator._prefill([encoding], CURVE)
+    evaluator._prefill(encoding, CURVE)
     found = []
     for probe, tokens in zip(asked, evaluator._write(encoding, asked, CURVE), strict=True):
         text = model.text(tokens[:12])
@@ -383,6 +383,34 @@ def test_contexts_packed_in_one_batch_score_as_alone(model: Model, monkeypatch: 
         )
     assert found[-1].probes == expected[-1].probes  # alone in its pack: the same batches, the same bits
     assert [s.probes for s in packed.evaluate_many(CURVE, jobs)] == [s.probes for s in found]
+
+
+@native
+def test_a_context_takes_as_few_batches_as_its_tokens_fill(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = TeacherForcedEvaluator(model, KeyValueTask(30))
+    sizes = []
+    decode = model._llama.llama_decode
+    monkeypatch.setattr(model._llama, "llama_decode", lambda c, batch: sizes.append(batch.n_tokens) or decode(c, batch))
+    n_tokens = evaluator.evaluate(CURVE, "test", 0).n_tokens
+    n_full = n_tokens // model.n_batch
+    assert n_full > 2
+    assert sum(sizes) == n_tokens
+    assert sizes[: n_full - 2] == [model.n_batch] * (n_full - 2)  # later ones may be cut by the rows of logits
+    assert len(sizes) <= n_full + 1 + evaluator.n_rows("test", 0) // model_module.MAX_OUTPUTS
+
+
+@native
+def test_states_that_cannot_be_shared_are_copied_and_score_the_same(
+    evaluator: TeacherForcedEvaluator, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model.shares_tokens
+    shared = evaluator.evaluate(CURVE, "test", 0)
+    monkeypatch.setattr(model, "shares_tokens", False)
+    copied = evaluator.evaluate(CURVE, "test", 0)
+    assert [p.correct for p in copied.probes] == [p.correct for p in shared.probes]
+    assert [p.log_probability for p in copied.probes] == pytest.approx(
+        [p.log_probability for p in shared.probes], abs=5e-5
+    )
 
 
 @native
