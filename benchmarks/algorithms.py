@@ -4,13 +4,14 @@ Every algorithm is driven as the search drives it (steady state, each with its o
 contexts, and is judged by what its best candidate so far is worth on contexts that it never saw. Usage:
 
     python benchmarks/algorithms.py synthetic [--kinds wave,step,far] [--first-seed 1000] [--seeds 10]
-    python benchmarks/algorithms.py model MODEL [--keys N ...] [--cache FILE] [--seeds 10]
+    python benchmarks/algorithms.py model MODEL [--keys N ...] [--cache FILE] [--first-seed 0] [--seeds 10]
     python benchmarks/algorithms.py racing [MODEL ...]
     python benchmarks/algorithms.py fidelity MODEL [--keys N] [--short-keys N] [--contexts 8]
 
 `synthetic` needs no model; kinds and seeds of its default were never tuned on (see landscapes.py). `racing` compares
 numbers of contexts and rates of successive halving at equal cost. `fidelity` tells whether shorter contexts rank
-curves as full ones do. On a model all results go to the cache and are never computed twice.
+curves as full ones do. On a model all results go to the cache and are never computed twice; caches of runs with other
+seeds or algorithms can be joined with `cat`.
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ def model(args: argparse.Namespace) -> None:
     runs = {
         name: [
             run(problem, make(args, name, problem, seed), Racing(args.contexts, fraction=1.0), max(args.budgets))
-            for seed in range(args.seeds)
+            for seed in range(args.first_seed, args.first_seed + args.seeds)
         ]
         for name in args.algorithms
     }
@@ -346,10 +347,10 @@ def main() -> None:
             command.add_argument("--true-contexts", metavar="N", type=positive, default=16)
             command.add_argument("--short-keys", metavar="N,...", type=numbers, default=[11])
             command.add_argument("--curves", metavar="N", type=positive, default=60)
+        command.add_argument("--first-seed", metavar="N", type=int, default=0 if name == "model" else 1000)
         if name in ("synthetic", "racing"):
             command.add_argument("--kinds", metavar="KIND,...", type=words, default=list(HELD_OUT),
                                  help=f"of {','.join((*TUNING, *HELD_OUT))} (%(default)s)")  # fmt: skip
-            command.add_argument("--first-seed", metavar="N", type=int, default=1000)
             command.add_argument("--jobs", metavar="N", type=positive, default=1, help="processes (%(default)s)")
             command.add_argument("--target", metavar="PERCENT", type=float, default=60.0)
     args = parser.parse_args()
