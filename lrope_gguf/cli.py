@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LropeError as error:
         print("lrope-gguf:", *str(error).splitlines(), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("lrope-gguf: interrupted", file=sys.stderr)
-        return 130
+        return next((code for code in error.args if isinstance(code, int)), 130)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

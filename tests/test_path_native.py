@@ -267,6 +267,23 @@ def test_ctrl_c_stops_cleanly_with_the_best_so_far(model: Path, tmp_path: Path) 
                 time.sleep(0.05)
 
 
+def test_a_search_in_the_background_is_stopped_by_kill(model: Path, tmp_path: Path) -> None:
+    """A shell's background job ignores SIGINT; SIGTERM is what batch systems send."""
+    evaluations = tmp_path / "stopped.study" / "evaluations.jsonl"
+    more = ["--max-evaluations", "400", "--output", str(tmp_path / "stopped.json")]
+    command = [sys.executable, "-m", "lrope_gguf", "search", str(model), *SEARCH, *more]
+    background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
+    with subprocess.Popen([*background, *command], stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and lines(evaluations) < 12:
+            time.sleep(0.002)
+        process.terminate()
+        assert process.stderr is not None
+        said = process.stderr.read().splitlines()
+        assert process.wait(20) == 128 + signal.SIGTERM, said
+    assert said[-1] == "lrope-gguf: interrupted" and any(line.startswith("stopped after ") for line in said)
+    assert "Traceback" not in "\n".join(said) and evaluations.read_bytes().endswith(b"\n")
+
+
 def test_search_refuses_a_missing_model_and_an_unwritable_place(model: Path, tmp_path: Path) -> None:
     missing = run(["search", tmp_path / "none.gguf", *SEARCH, "--output", tmp_path / "c.json"])
     assert missing.returncode == 1 and "none.gguf" in missing.stderr and len(missing.stderr.splitlines()) == 1
