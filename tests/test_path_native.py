@@ -19,10 +19,11 @@ import pytest
 from llama_direct import GGML_TYPE_F16, Context
 from tiny_models import write_readable
 
+from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import read_factors, remove_factors, write_factors
 from lrope_gguf.native import tool_path
-from lrope_search.commands.search import add_arguments
+from lrope_search.commands.search import _at_the_bounds, add_arguments
 from lrope_search.commands.spec import EvaluatorSpec
 from lrope_search.guard import GuardTexts
 from lrope_search.server import LlamaServer
@@ -185,12 +186,42 @@ def test_other_settings_on_a_study_are_refused_with_the_difference(model: Path, 
         ["--population", "9", "--algorithm", "random"],
         ["--guard-text", "none.txt"],
         ["--workers", "100000"],
+        ["--start", "none.json"],
     ],
 )
 def test_search_refuses_bad_options_in_one_line(arguments: list[str], model: Path, tmp_path: Path) -> None:
     result = run(["search", model, *SEARCH, *arguments, "--output", tmp_path / "b.json"])
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
     assert arguments[0] in result.stderr or arguments[1] in result.stderr
+
+
+def test_a_search_begins_with_the_curves_it_is_given(model: Path, tmp_path: Path) -> None:
+    points = ((0.0, 1.1), (0.2, 0.9), (0.7, 1.4), (1.0, 4.0))
+    known = tmp_path / "known.json"
+    CurveFile(control_points=points).save(known)
+    few = ["--max-evaluations", "6", "--output", tmp_path / "a.json", "--start", known]
+    assert run(["search", model, *SEARCH, *few]).returncode == 0
+    config = json.loads((tmp_path / "a.study" / "config.json").read_text())
+    assert config["search"]["start"] == [[list(point) for point in points]]
+    candidates = [json.loads(line) for line in (tmp_path / "a.study" / "candidates.jsonl").read_text().splitlines()]
+    assert [c["origin"] for c in candidates] == ["identity", *["uniform"] * 4, "seed"]
+    assert candidates[5]["control_points"] == config["search"]["start"][0]
+    other = run(["search", model, *SEARCH, *few[:4]])  # it is part of what a study is bound to
+    assert other.returncode == 1 and "search.start" in other.stderr
+
+    for wrong, said in ((["--degree", "2"], "give --degree 3"), (["--bounds", "0.5,3"], "outside --bounds 0.5,3")):
+        refused = run(["search", model, *SEARCH, *few, *wrong])
+        assert refused.returncode == 1 and said in refused.stderr and len(refused.stderr.splitlines()) == 1
+    CurveFile(layer_factors=(1.0, 1.1)).save(known)
+    refused = run(["search", model, *SEARCH, *few])
+    assert refused.returncode == 1 and "no control points" in refused.stderr
+
+
+def test_a_control_point_at_the_bounds_is_pointed_out() -> None:
+    inside = Curve(((0.0, 1.0), (0.5, 1.2), (1.0, 3.9)))
+    assert _at_the_bounds(inside) is None
+    outside = Curve(((0.0, 0.8), (0.5, 1.5), (1.0, 1.1)), bounds=(0.8, 1.5))
+    assert _at_the_bounds(outside) == "control points lie at the bounds (0.8 and 1.5): wider --bounds may find more"
 
 
 def test_a_verdict_without_a_gain_has_a_status_of_its_own_if_asked(model: Path, tmp_path: Path) -> None:

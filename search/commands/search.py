@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from lrope_gguf import __version__
+from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import read_model
 
@@ -79,6 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                            help="range of the factors ({:g},{:g})".format(*_DEFAULTS.bounds))  # fmt: skip
     algorithm.add_argument("--degree", metavar="N", type=int, default=_DEFAULTS.degree,
                            help="degree of the Bézier curve (%(default)s)")  # fmt: skip
+    algorithm.add_argument("--start", metavar="FILE", action="append", default=[],
+                           help="a curve to begin with, as of an earlier search or of a smaller model; as often as "
+                                "you like")  # fmt: skip
     algorithm.add_argument("--population", metavar="N", type=int,
                            help="first candidates, or those of a generation (the algorithm's own)")  # fmt: skip
     algorithm.add_argument("--width", metavar="W", type=float, default=_DEFAULTS.width,
@@ -117,6 +122,9 @@ def run(args: argparse.Namespace) -> int:
     if outcome.winner is None:
         print(f"{output}: holds the base model's factors, all 1")
     else:
+        hint = _at_the_bounds(outcome.winner.curve)
+        if hint is not None:
+            print(hint)
         print(f"{output}: written; next: lrope-gguf write {args.model} --curve {output}")
     return NO_GAIN if args.require_gain and not outcome.verdict.recommended else 0
 
@@ -138,6 +146,8 @@ def search(
         size, wanted = task.size(split), getattr(settings, f"{split}_contexts")
         if size is not None and wanted > size:
             raise LropeError(f"--{split}-contexts {wanted}: the data has {size} for this; ask for fewer")
+    curves = _start_curves(args.start, settings)
+    start = {"start": [curve.control_points for curve in curves]} if curves else {}
     guard = {"text": None if args.guard_text is None else file_identity(args.guard_text)}
     memory = free_memory()
     spec = EvaluatorSpec(args, args.guard_text, read_guard_texts(Study.kept(directory, "guard"), directory))
@@ -147,7 +157,7 @@ def search(
         config = {
             "model": {"fingerprint": info.fingerprint(), "architecture": info.architecture, "name": info.name},
             "task": task_config(args) | {"answer_lead": facts.lead},
-            "search": settings.config(),
+            "search": settings.config() | start,
             "guard": guard,
             "computing": {"batch_size": args.batch_size, "n_gpu_layers": args.n_gpu_layers},
             "versions": {"lrope-gguf": __version__, "llama-cpp-python": binding_version()},
@@ -167,6 +177,7 @@ def search(
                 study,
                 settings,
                 progress,
+                curves=curves,
                 architecture=info.architecture,
                 block_count=info.block_count,
                 guard_contexts=1,
@@ -189,7 +200,33 @@ _OPTIONAL: dict[str, Any] = {
     "gpus": None,
     "executor": "local",
     "ray_address": None,
+    "start": (),
 }
+
+
+def _start_curves(paths: Sequence[str], settings: SearchSettings) -> list[Curve]:
+    """Return the curves to begin with.
+
+    Raises:
+        LropeError: a file holds none, or one that this search could not find.
+    """
+    low, high = settings.bounds
+    curves = []
+    for path in paths:
+        curve = CurveFile.load(path).curve
+        if curve is None:
+            raise LropeError(f"--start {path}: holds factors but no control points; give the curve of a search")
+        degree = len(curve.control_points) - 1
+        if degree != settings.degree:
+            raise LropeError(f"--start {path}: a curve of degree {degree}; give --degree {degree}")
+        y = [point[1] for point in curve.control_points]
+        if not low <= min(y) <= max(y) <= high:
+            raise LropeError(
+                f"--start {path}: control points from {min(y):g} to {max(y):g}, outside --bounds {low:g},{high:g}; "
+                "widen these"
+            )
+        curves.append(Curve(curve.control_points, bounds=settings.bounds))
+    return curves
 
 
 def _scout(args: argparse.Namespace, spec: EvaluatorSpec, stack: ExitStack) -> Executor:
@@ -289,6 +326,13 @@ def outcome_text(outcome: SearchOutcome, settings: SearchSettings) -> str:
         sides["curve"] = outcome.winner_test
     table = depth_table(sides, seed=settings.seed, confidence=settings.confidence)
     return f"{table}\n\n{outcome.verdict.text}"
+
+
+def _at_the_bounds(curve: Curve) -> str | None:
+    """Say so where the bounds, not the model, have decided a control point."""
+    at = sorted({y for _, y in curve.control_points} & set(curve.bounds))
+    points = " and ".join(f"{y:g}" for y in at)
+    return f"control points lie at the bounds ({points}): wider --bounds may find more" if at else None
 
 
 def _size(n_bytes: int) -> str:
