@@ -189,11 +189,7 @@ def synthetic_runs(
     args: argparse.Namespace, name: str, racing: Racing, max_cost: float = math.inf
 ) -> dict[str, list[Run]]:
     """All runs of an algorithm by kind of landscape; gains in percent of the optimum's."""
-    jobs = [
-        (kind, seed, name, racing, max(args.budgets), max_cost)
-        for kind in args.kinds
-        for seed in range(args.first_seed, args.first_seed + args.seeds)
-    ]
+    jobs = [(kind, seed, name, racing, max(args.budgets), max_cost) for kind in args.kinds for seed in seeds(args)]
     runs: dict[str, list[Run]] = {}
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
         for (kind, *_), (one, optimum) in zip(jobs, pool.map(synthetic_run, *zip(*jobs, strict=True)), strict=True):
@@ -219,6 +215,11 @@ def synthetic(args: argparse.Namespace) -> None:
         print(flush=True)
 
 
+def seeds(args: argparse.Namespace) -> range:
+    """The seeds of the runs of each algorithm."""
+    return range(args.first_seed, args.first_seed + args.seeds)
+
+
 def make(args: argparse.Namespace, name: str, problem: Problem, seed: int) -> Algorithm:
     """An algorithm for a model, all with the same first curves and widths."""
     uniform = args.uniform_factors
@@ -231,7 +232,7 @@ def model(args: argparse.Namespace) -> None:
     runs = {
         name: [
             run(problem, make(args, name, problem, seed), Racing(args.contexts, fraction=1.0), max(args.budgets))
-            for seed in range(args.first_seed, args.first_seed + args.seeds)
+            for seed in seeds(args)
         ]
         for name in args.algorithms
     }
@@ -347,7 +348,8 @@ def main() -> None:
             command.add_argument("--true-contexts", metavar="N", type=positive, default=16)
             command.add_argument("--short-keys", metavar="N,...", type=numbers, default=[11])
             command.add_argument("--curves", metavar="N", type=positive, default=60)
-        command.add_argument("--first-seed", metavar="N", type=int, default=0 if name == "model" else 1000)
+        if name != "fidelity":
+            command.add_argument("--first-seed", metavar="N", type=int, default=0 if name == "model" else 1000)
         if name in ("synthetic", "racing"):
             command.add_argument("--kinds", metavar="KIND,...", type=words, default=list(HELD_OUT),
                                  help=f"of {','.join((*TUNING, *HELD_OUT))} (%(default)s)")  # fmt: skip

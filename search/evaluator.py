@@ -274,13 +274,15 @@ class TeacherForcedEvaluator:
         if self._model.shares_tokens:
             parts = [encoding.head(first) for encoding, first in both] + parts
         else:
-            self._compute_prefixes(encodings, firsts)
+            self._model.prefill([encoding.prefix for encoding in encodings], firsts)
+            for encoding, first in both:
+                self._fork(encoding, first)
         tokens, positions, sequences, wanted, n_seq = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return self._model.decode(tokens, positions, sequences, wanted.astype(np.bool_), n_seq)
+        return self._model.decode(tokens, positions, sequences, wanted, n_seq)
 
     def _prefill(self, encoding: _Encoding, factors: tuple[float, ...]) -> None:
-        """Compute the shared prefix under ``factors`` and give each probe's sequence a copy of its own."""
-        self._compute_prefixes([encoding], self._begin([encoding], factors))
+        """Compute the prefix under ``factors``; whoever writes answers gives each probe a copy of it."""
+        self._model.prefill([encoding.prefix], self._begin([encoding], factors))
 
     def _begin(self, encodings: Sequence[_Encoding], factors: tuple[float, ...]) -> list[int]:
         """Make room and set the factors. Returns each context's first sequence; those of its probes follow."""
@@ -297,11 +299,6 @@ class TeacherForcedEvaluator:
         self._model.clear()
         self._model.set_factors(factors)
         return list(itertools.accumulate((encoding.n_seq for encoding in encodings[:-1]), initial=0))
-
-    def _compute_prefixes(self, encodings: Sequence[_Encoding], firsts: Sequence[int]) -> None:
-        self._model.prefill([encoding.prefix for encoding in encodings], firsts)
-        for encoding, first in zip(encodings, firsts, strict=True):
-            self._fork(encoding, first)
 
     def _fork(self, encoding: _Encoding, first: int = 0) -> None:
         for sequence in range(1, encoding.n_seq):

@@ -206,7 +206,7 @@ class Model:
         self.n_layer = self._n_block - int(llama.llama_model_n_layer_nextn(self._model))
         self.n_vocab = int(llama.llama_vocab_n_tokens(self._vocab))
         self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._model))
-        #: Whether a token may belong to several sequences: a recurrent state belongs to one.
+        # whether a token may belong to several sequences: a recurrent state belongs to one.
         self.shares_tokens = not (
             llama.llama_model_is_recurrent(self._model) or llama.llama_model_is_hybrid(self._model)
         )

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import llama_direct
 import numpy as np
@@ -125,6 +126,12 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def wait_for_lines(process: subprocess.Popen[Any], path: Path, wanted: int) -> None:
+    """Until ``path`` has them or the process has ended."""
+    while process.poll() is None and lines(path) < wanted:
+        time.sleep(0.002)
+
+
 def test_a_killed_search_resumes_to_the_same_curve(model: Path, tmp_path: Path) -> None:
     straight = run(["search", model, *SEARCH, "--output", tmp_path / "straight.json"])
     assert straight.returncode == 0, straight.stderr
@@ -136,8 +143,7 @@ def test_a_killed_search_resumes_to_the_same_curve(model: Path, tmp_path: Path) 
     for wanted in (4, 25):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            while process.poll() is None and lines(evaluations) < wanted:
-                time.sleep(0.002)
+            wait_for_lines(process, evaluations, wanted)
         finally:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
@@ -278,9 +284,7 @@ def test_ctrl_c_stops_cleanly_with_the_best_so_far(model: Path, tmp_path: Path) 
     for workers in ("1", "2"):
         command = [sys.executable, "-m", "lrope_gguf", "search", str(model), *more, "--workers", workers]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-            wanted = lines(evaluations) + 12
-            while process.poll() is None and lines(evaluations) < wanted:
-                time.sleep(0.002)
+            wait_for_lines(process, evaluations, lines(evaluations) + 12)
             os.killpg(process.pid, signal.SIGINT)
             time.sleep(0.01)
             with contextlib.suppress(ProcessLookupError):
@@ -305,8 +309,7 @@ def test_a_search_in_the_background_is_stopped_by_kill(model: Path, tmp_path: Pa
     command = [sys.executable, "-m", "lrope_gguf", "search", str(model), *SEARCH, *more]
     background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
     with subprocess.Popen([*background, *command], stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and lines(evaluations) < 12:
-            time.sleep(0.002)
+        wait_for_lines(process, evaluations, 12)
         process.terminate()
         assert process.stderr is not None
         said = process.stderr.read().splitlines()

@@ -219,13 +219,10 @@ def _start_curves(paths: Sequence[str], settings: SearchSettings) -> list[Curve]
         degree = len(curve.control_points) - 1
         if degree != settings.degree:
             raise LropeError(f"--start {path}: a curve of degree {degree}; give --degree {degree}")
-        y = [point[1] for point in curve.control_points]
-        if not low <= min(y) <= max(y) <= high:
-            raise LropeError(
-                f"--start {path}: control points from {min(y):g} to {max(y):g}, outside --bounds {low:g},{high:g}; "
-                "widen these"
-            )
-        curves.append(Curve(curve.control_points, bounds=settings.bounds))
+        try:
+            curves.append(Curve(curve.control_points, bounds=settings.bounds))
+        except LropeError as error:
+            raise LropeError(f"--start {path}: outside --bounds {low:g},{high:g} ({error})") from None
     return curves
 
 
