@@ -33,8 +33,6 @@ from landscapes import HELD_OUT, TUNING, Landscape
 from scipy.stats import spearmanr
 
 from lrope_gguf import LropeError
-from lrope_search.algorithm import Algorithm, Candidate, Score
-from lrope_search.algorithms import ALGORITHMS, make_algorithm
 from lrope_search.commands.options import (
     add_model_options,
     add_task_arguments,
@@ -44,9 +42,11 @@ from lrope_search.commands.options import (
     positive,
     task_config,
 )
-from lrope_search.evaluator import TeacherForcedEvaluator
-from lrope_search.racing import Race, Racing
-from lrope_search.space import UNIFORM_FACTORS, CurveSpace
+from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
+from lrope_search.optimizers.protocol import Algorithm, Candidate, Score
+from lrope_search.optimizers.registry import ALGORITHMS, make_algorithm
+from lrope_search.optimizers.space import UNIFORM_FACTORS, CurveSpace
+from lrope_search.study.racing import Race, Racing
 
 Factors = tuple[float, ...]
 

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 from patch_speed import cpu_model
 
 from lrope_gguf import LropeError, write_factors
-from lrope_search.evaluator import MAX_NEW_TOKENS, TeacherForcedEvaluator
-from lrope_search.model import Model, physical_cores
+from lrope_search.evaluation.evaluator import MAX_NEW_TOKENS, TeacherForcedEvaluator
+from lrope_search.evaluation.model import Model, physical_cores
 from lrope_search.tasks import IDENTIFIERS, KeyValueTask
-from lrope_search.types import Context
+from lrope_search.tasks.task import Context
 
 
 class Cost(NamedTuple):

@@ -30,13 +30,12 @@ from landscapes import HELD_OUT, TUNING, Landscape
 from scipy.special import ndtri
 
 from lrope_gguf.curve import Curve, CurveFile
-from lrope_search.algorithm import Candidate, Score
-from lrope_search.executor import Job
-from lrope_search.progress import Progress
-from lrope_search.search import SearchSettings, run_search
-from lrope_search.study import Study
-from lrope_search.types import ContextScore, ProbeScore
-from lrope_search.virtual import VirtualExecutor
+from lrope_search.optimizers.protocol import Candidate, Score
+from lrope_search.scores import ContextScore, Job, ProbeScore
+from lrope_search.study.progress import Progress
+from lrope_search.study.run import SearchSettings, run_search
+from lrope_search.study.store import Study
+from lrope_search.workers.simulation import VirtualExecutor
 
 CONTEXTS = 4
 

@@ -21,12 +21,12 @@ from export import weight_names
 from train import MAX_PAIRS
 
 from lrope_gguf.native import tool_path
-from lrope_search.evaluator import TeacherForcedEvaluator
-from lrope_search.model import Model
+from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
+from lrope_search.evaluation.model import Model
 from lrope_search.tasks import KeyValueTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import llama_direct
+from support import llama_direct
 
 BASE = (1.0,) * N_LAYER
 FACTORS = (0.75, 1.25, 2.25, 3.3)

@@ -22,7 +22,7 @@ from export import write_gguf
 from torch import Tensor
 from vocabulary import BOS, CLOSE, EOS, KEYS, OPEN, VALUES
 
-from lrope_search.words import KEY_WORDS, VALUE_WORDS
+from lrope_search.tasks.vocabulary import KEY_WORDS, VALUE_WORDS
 
 MAX_PAIRS = 48  # of the longest context
 N_QUERIES = 32  # a context, at most

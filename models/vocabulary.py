@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lrope_search.words import KEY_WORDS, VALUE_WORDS
+from lrope_search.tasks.vocabulary import KEY_WORDS, VALUE_WORDS
 
 BOS, EOS, N_SPECIAL = 0, 1, 2
 OPEN = N_SPECIAL + ord("{")  # what a context begins with; as all single bytes a token anyway

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import native
 
 if TYPE_CHECKING:
-    from arch_models import Audit
+    from support.arch_models import Audit
 
 sys.path.insert(0, str(native.PROJECT / "tests"))
 
@@ -40,7 +40,7 @@ def names(source: Path) -> set[str]:
 
 
 def _audit(name: str) -> Audit:
-    import arch_models
+    from support import arch_models
 
     with tempfile.TemporaryDirectory() as folder:
         return arch_models.audit(arch_models.FIXTURES[name], Path(folder))
@@ -73,7 +73,7 @@ def main() -> int:
         os.environ["LLAMA_CPP_LIB_PATH"] = str(args.library.resolve())
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
-    from arch_models import FIXTURES, UNUSABLE
+    from support.arch_models import FIXTURES, UNUSABLE
 
     unknown = [name for name in args.fixtures if name not in FIXTURES]
     if unknown:

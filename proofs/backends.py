@@ -47,8 +47,11 @@ def devices(library: Path) -> list[str]:
 
 def noise(n_tokens: int) -> Iterator[tuple[str, float, float, float]]:
     """Per model: error without factors, with them, and how far they move the logits; root mean square, relative."""
-    models = importlib.import_module("rope_models")
-    reference, client = importlib.import_module("rope_reference"), importlib.import_module("llama_direct")
+    models = importlib.import_module("support.rope_models")
+    reference, client = (
+        importlib.import_module("support.rope_reference"),
+        importlib.import_module("support.llama_direct"),
+    )
     tokens, factors = models.TOKENS[:n_tokens], models.FACTORS
     ones = [1.0] * len(factors)
     for model in models.MODELS:
@@ -88,7 +91,7 @@ def main() -> int:
     os.environ["LLAMA_CPP_LIB_PATH"] = str(library.resolve())
     os.environ["LROPE_TEST_GPU_LAYERS"] = str(args.layers)  # the tests' client takes it from here
     sys.path.insert(0, str(native.PROJECT / "tests"))
-    no_noisier = importlib.import_module("rope_reference").no_noisier
+    no_noisier = importlib.import_module("support.rope_reference").no_noisier
     rows, worse = [], 0
     for name, base, scaled, moved in noise(args.tokens):
         good = no_noisier(scaled, base) and moved > 10 * scaled

@@ -78,7 +78,7 @@ def make_seeds(folder: Path) -> list[Path]:
     """Write the seed files into `folder`, which must exist. Needs the `gguf` package."""
     sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
     from gguf import GGUFValueType, GGUFWriter
-    from gguf_fixtures import header, number_pair, string, text_pair, write_model
+    from support.gguf_fixtures import header, number_pair, string, text_pair, write_model
 
     paths: list[Path] = []
 

@@ -35,9 +35,9 @@ import numpy as np
 
 sys.path.insert(0, str(native.PROJECT / "tests"))
 
-from gguf_fixtures import string
-from rope_models import LLAMA, YARN, TinyModel
-from tiny_models import write_without_rope
+from support.gguf_fixtures import string
+from support.rope_models import LLAMA, YARN, TinyModel
+from support.tiny_models import write_without_rope
 
 KEY = "llama.rope.scaling.layer_factors"
 LAYERS = 4

@@ -36,8 +36,8 @@ from typing import NamedTuple
 for folder in ("tests", "."):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / folder))
 
-from gguf_fixtures import write_model  # noqa: E402
 from native import ProofError, script, table  # noqa: E402
+from support.gguf_fixtures import write_model  # noqa: E402
 
 from lrope_gguf import CurveFile, LropeError, remove_factors, write_factors  # noqa: E402
 from lrope_gguf.files import file_system  # noqa: E402

@@ -178,7 +178,7 @@ def tiny_models(folder: Path) -> list[Path]:
     """The random models of the tests, one for each kind of RoPE."""
     sys.path.insert(0, str(native.PROJECT / "tests"))
     try:
-        models = importlib.import_module("rope_models").MODELS
+        models = importlib.import_module("support.rope_models").MODELS
     except ImportError as error:
         raise native.ProofError(f"the models of the tests need the extra 'test': {error}") from None
     return [model.write(folder / f"{model.name}.gguf") for model in models]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 
-import llama_direct
 import pytest
 from hypothesis import HealthCheck, settings
+from support import llama_direct
 
 # a busy machine is no failure
 settings.register_profile("lrope", deadline=None, suppress_health_check=[HealthCheck.too_slow])

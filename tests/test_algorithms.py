@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import Landscape, noise
+from support.synthetic import Landscape, noise
 
 from lrope_gguf.curve import Curve
 from lrope_gguf.errors import LropeError
-from lrope_search.algorithm import Algorithm, Candidate, Score, rank
-from lrope_search.algorithms import ALGORITHMS, make_algorithm
-from lrope_search.baselines import _cost
-from lrope_search.generational import Generational, Generations
-from lrope_search.space import CurveSpace, Ledger
+from lrope_search.optimizers.baselines import _cost
+from lrope_search.optimizers.generational import Generational, Generations
+from lrope_search.optimizers.protocol import Algorithm, Candidate, Score, rank
+from lrope_search.optimizers.registry import ALGORITHMS, make_algorithm
+from lrope_search.optimizers.space import CurveSpace, Ledger
 
 pytest.importorskip("cmaes")
 NAMES = pytest.mark.parametrize("name", ALGORITHMS)
@@ -61,9 +61,9 @@ def bumpy(candidate: Candidate) -> Score:
     return 2, Landscape(len(candidate.factors)).log_probability(candidate.factors, 0)
 
 
-@pytest.mark.parametrize("module", ["algorithm", "baselines", "genetic", "papers", "space", "surrogate"])
+@pytest.mark.parametrize("module", ["protocol", "baselines", "genetic", "longrope", "space", "surrogate"])
 def test_docstring_examples(module: str) -> None:
-    assert doctest.testmod(importlib.import_module(f"lrope_search.{module}")).failed == 0
+    assert doctest.testmod(importlib.import_module(f"lrope_search.optimizers.{module}")).failed == 0
 
 
 def test_every_algorithm_has_an_example_that_runs() -> None:

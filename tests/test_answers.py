@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrope_search.answers import holds, normalize
-from lrope_search.types import Probe
+from lrope_search.tasks.answers import holds, normalize
+from lrope_search.tasks.task import Probe
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
-from gguf_fixtures import LAYERS, names, write_model
+from support.gguf_fixtures import LAYERS, names, write_model
 
 import lrope_gguf
 from lrope_gguf import CurveFile, LropeError, plan_write, read_factors, write_factors

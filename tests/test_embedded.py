@@ -10,9 +10,9 @@ import pytest
 
 from lrope_gguf import read_model
 from lrope_gguf.errors import LropeError
-from lrope_search import embedded
+from lrope_search.demo import model as embedded
 from lrope_search.tasks import KeyValueTask, TokenLimit
-from lrope_search.words import KEY_WORDS, VALUE_WORDS
+from lrope_search.tasks.vocabulary import KEY_WORDS, VALUE_WORDS
 
 CARD = Path(__file__).resolve().parent.parent / "models" / "README.md"
 

@@ -11,19 +11,19 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from llama_direct import Context
 from numpy.typing import NDArray
-from rope_reference import Config, Reference, Rope, rms_error
+from support.llama_direct import Context
+from support.rope_reference import Config, Reference, Rope, rms_error
 
 from lrope_gguf import read_factors, write_factors
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.native import tool_path
-from lrope_search.embedded import embedded_model
-from lrope_search.evaluator import TeacherForcedEvaluator
-from lrope_search.model import Model
-from lrope_search.server import LlamaServer
+from lrope_search.demo.model import embedded_model
+from lrope_search.demo.server import LlamaServer
+from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
+from lrope_search.evaluation.model import Model
 from lrope_search.tasks import KeyValueTask
-from lrope_search.words import word_context, word_question
+from lrope_search.tasks.vocabulary import word_context, word_question
 
 pytestmark = pytest.mark.native
 

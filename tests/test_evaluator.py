@@ -18,19 +18,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rope_models import GEMMA3, LLAMA
-from tiny_models import BOS, CHAT_TEMPLATE, EOS, TOKENS, USER, readable, write_readable, write_without_rope
+from support.rope_models import GEMMA3, LLAMA
+from support.tiny_models import BOS, CHAT_TEMPLATE, EOS, TOKENS, USER, readable, write_readable, write_without_rope
 
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
-from lrope_search import model as model_module
-from lrope_search.evaluator import Lead, TeacherForcedEvaluator, _frame
-from lrope_search.guard import Guard, GuardTexts
-from lrope_search.memory import memory_needed
-from lrope_search.model import Model
-from lrope_search.table import depth_table
+from lrope_search.evaluation import model as model_module
+from lrope_search.evaluation.divergence import Guard, GuardTexts
+from lrope_search.evaluation.evaluator import Lead, TeacherForcedEvaluator, _frame
+from lrope_search.evaluation.memory import memory_needed
+from lrope_search.evaluation.model import Model
+from lrope_search.results.table import depth_table
+from lrope_search.scores import ContextScore, ProbeScore
 from lrope_search.tasks import KeyValueTask
-from lrope_search.types import Context, ContextScore, Probe, ProbeScore
+from lrope_search.tasks.task import Context, Probe
 
 native = pytest.mark.native
 ONES = (1.0,) * 6
@@ -516,7 +517,7 @@ def test_a_stock_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_library_or_binding_says_how_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "from lrope_search.model import Model\nModel('x.gguf')"
+    code = "from lrope_search.evaluation.model import Model\nModel('x.gguf')"
     environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     last = done.stderr.strip().splitlines()[-1]

@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 
 import pytest
-from gguf_fixtures import names
+from support.gguf_fixtures import names
 
 from lrope_gguf import files
 from lrope_gguf.errors import LropeError

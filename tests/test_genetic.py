@@ -8,16 +8,16 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from synthetic import Landscape, noise
+from support.synthetic import Landscape, noise
 from test_algorithms import key, play
 
 from lrope_gguf.curve import Curve
-from lrope_search import genetic
-from lrope_search.algorithm import Candidate, Score
-from lrope_search.baselines import RandomSearch
-from lrope_search.genetic import GeneticAlgorithm
-from lrope_search.space import CurveSpace
-from lrope_search.surrogate import GaussianProcess
+from lrope_search.optimizers import genetic
+from lrope_search.optimizers.baselines import RandomSearch
+from lrope_search.optimizers.genetic import GeneticAlgorithm
+from lrope_search.optimizers.protocol import Candidate, Score
+from lrope_search.optimizers.space import CurveSpace
+from lrope_search.optimizers.surrogate import GaussianProcess
 
 
 def test_begins_with_the_known_good_points() -> None:

@@ -18,7 +18,7 @@ from typing import NoReturn
 import fuzz_gguf
 import pytest
 from gguf import GGUFReader
-from gguf_fixtures import header, number_pair, string, text_pair, write_model
+from support.gguf_fixtures import header, number_pair, string, text_pair, write_model
 
 from lrope_gguf import LropeError, read_factors, read_model, remove_factors, write_factors
 from lrope_gguf.gguf_scan import GGUFFile

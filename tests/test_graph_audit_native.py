@@ -13,9 +13,19 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from arch_models import FACTORS, FIXTURES, UNUSABLE, Fixture, Graphs, LeanModel, Model, Session, audit, runs
-from graph_nodes import Graph, RopeNode, RopeParams, by_cache, by_weights, compare, compare_ropes, demanded, differences
-from rope_reference import Rope
+from support.arch_models import FACTORS, FIXTURES, UNUSABLE, Fixture, Graphs, LeanModel, Model, Session, audit, runs
+from support.graph_nodes import (
+    Graph,
+    RopeNode,
+    RopeParams,
+    by_cache,
+    by_weights,
+    compare,
+    compare_ropes,
+    demanded,
+    differences,
+)
+from support.rope_reference import Rope
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "proofs"))
 

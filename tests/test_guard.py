@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from rope_models import GEMMA3, LLAMA
 from scipy.special import log_softmax, rel_entr
-from tiny_models import BOS, EOS, write_readable
+from support.rope_models import GEMMA3, LLAMA
+from support.tiny_models import BOS, EOS, write_readable
 
 from lrope_gguf.errors import LropeError
-from lrope_search import logits as logits_module
-from lrope_search import model as model_module
-from lrope_search.evaluator import TeacherForcedEvaluator
-from lrope_search.guard import Guard, GuardTexts, read_texts, write_texts
-from lrope_search.logits import RowWorkers, gold_scores, kl_divergences
-from lrope_search.model import Model
+from lrope_search.evaluation import logits as logits_module
+from lrope_search.evaluation import model as model_module
+from lrope_search.evaluation.divergence import Guard, GuardTexts, read_texts, write_texts
+from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
+from lrope_search.evaluation.logits import RowWorkers, gold_scores, kl_divergences
+from lrope_search.evaluation.model import Model
 from lrope_search.tasks import KeyValueTask
 
 native = pytest.mark.native

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from fuzz_metadata import Case, Outcome, complaint, mutants, parse_output, seed_model, structured_cases
-from llama_direct import Context, library
-from rope_models import YARN
+from support.llama_direct import Context, library
+from support.rope_models import YARN
 
 pytestmark = pytest.mark.native
 

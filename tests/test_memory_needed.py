@@ -7,13 +7,13 @@ from pathlib import Path
 
 import gguf
 import pytest
-from rope_models import GEMMA3, LLAMA, LONGROPE_SHORT, MROPE, QWEN2, QWEN3, WIDE_64, TinyModel, by_name, file_of
-from tiny_models import write_readable
+from support.rope_models import GEMMA3, LLAMA, LONGROPE_SHORT, MROPE, QWEN2, QWEN3, WIDE_64, TinyModel, by_name, file_of
+from support.tiny_models import write_readable
 
 from lrope_gguf.errors import LropeError
-from lrope_search import model as model_module
-from lrope_search.memory import MemoryNeeded, memory_needed
-from lrope_search.model import Model
+from lrope_search.evaluation import model as model_module
+from lrope_search.evaluation.memory import MemoryNeeded, memory_needed
+from lrope_search.evaluation.model import Model
 
 native = pytest.mark.native
 _BUFFER = re.compile(r"(KV|compute|output) buffer size = +([\d.]+) MiB")

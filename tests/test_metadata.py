@@ -17,9 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
-from gguf_fixtures import LAYERS, header, names, number_pair, read_keys, read_tensors, string, text_pair, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.gguf_fixtures import (
+    LAYERS,
+    header,
+    names,
+    number_pair,
+    read_keys,
+    read_tensors,
+    string,
+    text_pair,
+    write_model,
+)
 
 import lrope_gguf
 from lrope_gguf import CurveFile, LropeError, plan_remove, read_factors, read_model, remove_factors, write_factors

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from rope_models import FACTORS, LLAMA
+from support.rope_models import FACTORS, LLAMA
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "proofs"))
 

@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_models import LLAMA, readable, write_readable
+from support.tiny_models import LLAMA, readable, write_readable
 
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import write_factors
 from lrope_gguf.native import tool_path
-from lrope_search.server import LlamaServer
+from lrope_search.demo.server import LlamaServer
 
 pytestmark = pytest.mark.native
 

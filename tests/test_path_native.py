@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import llama_direct
 import numpy as np
 import pytest
-from llama_direct import GGML_TYPE_F16, Context
-from tiny_models import write_readable
+from support import llama_direct
+from support.llama_direct import GGML_TYPE_F16, Context
+from support.tiny_models import write_readable
 
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
@@ -26,8 +26,8 @@ from lrope_gguf.metadata import read_factors, remove_factors, write_factors
 from lrope_gguf.native import tool_path
 from lrope_search.commands.search import _at_the_bounds, add_arguments
 from lrope_search.commands.spec import EvaluatorSpec
-from lrope_search.guard import GuardTexts
-from lrope_search.server import LlamaServer
+from lrope_search.demo.server import LlamaServer
+from lrope_search.evaluation.divergence import GuardTexts
 
 pytestmark = pytest.mark.native
 

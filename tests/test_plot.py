@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_fixtures import LAYERS, names, write_model
+from support.gguf_fixtures import LAYERS, names, write_model
 
 from lrope_gguf import CurveFile, LropeError, write_factors
 from lrope_gguf.cli import main

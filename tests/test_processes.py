@@ -11,17 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from synthetic import Landscape
-from worker_evaluators import Workers, see
+from support.synthetic import Landscape
+from support.worker_evaluators import Workers, see
 
 from lrope_gguf.errors import LropeError
-from lrope_search import pool, processes
-from lrope_search.executor import Executor, Job, LocalExecutor
-from lrope_search.pool import MAX_MOVES, WorkerError
-from lrope_search.processes import ProcessExecutor, free_memory, visible_gpus
-from lrope_search.progress import Progress
-from lrope_search.search import SearchSettings, run_search
-from lrope_search.study import Study
+from lrope_search.scores import Job
+from lrope_search.study.progress import Progress
+from lrope_search.study.run import SearchSettings, run_search
+from lrope_search.study.store import Study
+from lrope_search.workers import pool, processes
+from lrope_search.workers.pool import MAX_MOVES, WorkerError
+from lrope_search.workers.processes import ProcessExecutor, free_memory, visible_gpus
+from lrope_search.workers.protocol import Executor, LocalExecutor
 
 SETTINGS = SearchSettings(
     seed=4,
@@ -145,9 +146,9 @@ def test_free_memory() -> None:
 PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
-from worker_evaluators import Workers
-from lrope_search.executor import Job
-from lrope_search.processes import ProcessExecutor
+from support.worker_evaluators import Workers
+from lrope_search.scores import Job
+from lrope_search.workers.processes import ProcessExecutor
 if __name__ == "__main__":
     executor = ProcessExecutor(Workers(seconds=60.0), 2)
     for i in range(2):

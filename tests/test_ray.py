@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import Landscape
-from worker_evaluators import Workers, see
+from support.synthetic import Landscape
+from support.worker_evaluators import Workers, see
 
 from lrope_gguf.errors import LropeError
-from lrope_search import ray_executor
-from lrope_search.executor import Executor, Job, LocalExecutor
-from lrope_search.pool import MAX_MOVES
-from lrope_search.progress import Progress
-from lrope_search.ray_executor import RayExecutor
-from lrope_search.search import SearchSettings, run_search
-from lrope_search.study import Study
+from lrope_search.scores import Job
+from lrope_search.study.progress import Progress
+from lrope_search.study.run import SearchSettings, run_search
+from lrope_search.study.store import Study
+from lrope_search.workers import ray_cluster as ray_executor
+from lrope_search.workers.pool import MAX_MOVES
+from lrope_search.workers.protocol import Executor, LocalExecutor
+from lrope_search.workers.ray_cluster import RayExecutor
 
 pytestmark = pytest.mark.slow
 SETTINGS = SearchSettings(

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_fixtures import CONFIG, SETTINGS, Timed, make_study
-from synthetic import Landscape
+from support.study_fixtures import CONFIG, SETTINGS, Timed, make_study
+from support.synthetic import Landscape
 
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
 from lrope_gguf.plot import PlotUnavailableError
-from lrope_search.report import page_text, summary_lines, write_report
-from lrope_search.search import SearchOutcome
-from lrope_search.statistics import wilson
-from lrope_search.study_summary import StudySummary, summarise
-from lrope_search.table import depth_table
-from lrope_search.types import ContextScore
+from lrope_search.report.page import page_text, summary_lines, write_report
+from lrope_search.report.summary import StudySummary, summarise
+from lrope_search.results.comparison import wilson
+from lrope_search.results.table import depth_table
+from lrope_search.scores import ContextScore
+from lrope_search.study.run import SearchOutcome
 
 PICTURES = ["accuracy", "cost", "factors", "fitness", "population"]
 SMALL = dataclasses.replace(SETTINGS, max_evaluations=20, search_contexts=2, validation_contexts=2, test_contexts=8)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, Page, chromium
 from numpy.typing import NDArray
-from study_fixtures import CONFIG, make_study
+from support.browser import CHROMIUM, Page, chromium
+from support.study_fixtures import CONFIG, make_study
 
 from lrope_gguf.plot import COLOURS
-from lrope_search.report import write_report
+from lrope_search.report.page import write_report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_direct import Context, RopeTrace
 from numpy.typing import NDArray
-from rope_models import FACTORS, MODELS, MULTI, N_LAYER, TOKENS, YARNS, TinyModel, Weights, by_name
-from rope_reference import Array, Rope, text_positions
+from support.llama_direct import Context, RopeTrace
+from support.rope_models import FACTORS, MODELS, MULTI, N_LAYER, TOKENS, YARNS, TinyModel, Weights, by_name
+from support.rope_reference import Array, Rope, text_positions
 
 pytestmark = pytest.mark.native
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_direct import GGML_TYPE_F16, GGML_TYPE_F32, Context
-from rope_models import (
+from support.llama_direct import GGML_TYPE_F16, GGML_TYPE_F32, Context
+from support.rope_models import (
     FACTORS,
     GEMMA3,
     LLAMA,
@@ -26,7 +26,7 @@ from rope_models import (
     expected,
     file_of,
 )
-from rope_reference import TOLERANCE, Array, no_noisier, relative_error, rms_error
+from support.rope_reference import TOLERANCE, Array, no_noisier, relative_error, rms_error
 
 pytestmark = pytest.mark.native
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_direct import GGML_TYPE_F16, GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, Context
 from numpy.typing import NDArray
-from rope_models import (
+from support.llama_direct import GGML_TYPE_F16, GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, Context
+from support.rope_models import (
     FACTORS,
     GEMMA3,
     LLAMA,
@@ -30,7 +30,7 @@ from rope_models import (
     expected,
     file_of,
 )
-from rope_reference import TOLERANCE, Array, no_noisier, relative_error, rms_error
+from support.rope_reference import TOLERANCE, Array, no_noisier, relative_error, rms_error
 
 pytestmark = pytest.mark.native
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import gguf
 import pytest
-from rope_models import FACTORS, LLAMA, N_LAYER, YARN, file_of
+from support.rope_models import FACTORS, LLAMA, N_LAYER, YARN, file_of
 
 pytestmark = pytest.mark.native
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from llama_direct import Context
-from rope_models import FACTORS, MODELS, N_LAYER, TOKENS, TinyModel, by_name, expected, file_of
-from rope_reference import TOLERANCE, relative_error
+from support.llama_direct import Context
+from support.rope_models import FACTORS, MODELS, N_LAYER, TOKENS, TinyModel, by_name, expected, file_of
+from support.rope_reference import TOLERANCE, relative_error
 
 pytestmark = pytest.mark.native
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from llama_direct import Context
 from numpy.typing import NDArray
-from rope_models import (
+from support.llama_direct import Context
+from support.rope_models import (
     EUROBERT,
     FACTORS,
     GEMMA3,
@@ -24,7 +24,7 @@ from rope_models import (
     by_name,
     file_of,
 )
-from rope_reference import TOLERANCE, Array, relative_error
+from support.rope_reference import TOLERANCE, Array, relative_error
 
 pytestmark = pytest.mark.native
 

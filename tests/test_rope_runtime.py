@@ -8,9 +8,9 @@ from threading import Barrier
 
 import numpy as np
 import pytest
-from llama_direct import Context
 from numpy.typing import NDArray
-from rope_models import (
+from support.llama_direct import Context
+from support.rope_models import (
     FACTORS,
     GEMMA3,
     LLAMA,
@@ -24,7 +24,7 @@ from rope_models import (
     expected,
     file_of,
 )
-from rope_reference import TOLERANCE, relative_error
+from support.rope_reference import TOLERANCE, relative_error
 
 pytestmark = pytest.mark.native
 

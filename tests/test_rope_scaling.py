@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_direct import Context
-from rope_models import (
+from support.llama_direct import Context
+from support.rope_models import (
     FACTORS,
     GEMMA3,
     IMROPE,
@@ -33,7 +33,7 @@ from rope_models import (
     expected,
     file_of,
 )
-from rope_reference import TOLERANCE, Reference, relative_error
+from support.rope_reference import TOLERANCE, Reference, relative_error
 
 pytestmark = pytest.mark.native
 

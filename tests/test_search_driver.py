@@ -17,19 +17,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import Landscape, noise
+from support.synthetic import Landscape, noise
 
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
-from lrope_search.algorithm import Algorithm, Candidate, Score
-from lrope_search.executor import Job, LocalExecutor
-from lrope_search.objective import Objective
-from lrope_search.progress import Progress
-from lrope_search.racing import Race, Racing
-from lrope_search.search import SearchOutcome, SearchSettings, run_search
-from lrope_search.study import Study
-from lrope_search.types import ContextScore, Evaluator, ProbeScore
-from lrope_search.virtual import VirtualExecutor
+from lrope_search.optimizers.protocol import Algorithm, Candidate, Score
+from lrope_search.results.objective import Objective
+from lrope_search.scores import ContextScore, Evaluator, Job, ProbeScore
+from lrope_search.study.progress import Progress
+from lrope_search.study.racing import Race, Racing
+from lrope_search.study.run import SearchOutcome, SearchSettings, run_search
+from lrope_search.study.store import Study
+from lrope_search.workers.protocol import LocalExecutor
+from lrope_search.workers.simulation import VirtualExecutor
 
 SETTINGS = SearchSettings(
     seed=3,
@@ -411,8 +411,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_search_driver as t
-from lrope_search.processes import ProcessExecutor
-from worker_evaluators import Workers
+from lrope_search.workers.processes import ProcessExecutor
+from support.worker_evaluators import Workers
 if __name__ == "__main__":
     with ProcessExecutor(Workers(seconds=0.002), 2) as executor:
         t.search(Path(sys.argv[1]), executor=lambda _: executor)
@@ -711,7 +711,7 @@ class Terminal(io.StringIO):
 
 def test_progress_on_a_terminal_and_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr("lrope_search.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("lrope_search.study.progress.time.monotonic", lambda: clock[0])
     logged: list[str] = []
     plain, terminal = io.StringIO(), Terminal()
     for stream in (plain, terminal):

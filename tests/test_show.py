@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from gguf_fixtures import LAYERS, header, number_pair, text_pair, write_model
+from support.gguf_fixtures import LAYERS, header, number_pair, text_pair, write_model
 
 from lrope_gguf import Curve, CurveFile, read_model, write_factors
 from lrope_gguf.cli import main

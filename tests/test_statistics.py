@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lrope_search.statistics import Comparison, Interval, _interval, compare, contexts_needed, verdict
-from lrope_search.types import ContextScore, ProbeScore
+from lrope_search.results.comparison import Comparison, Interval, _interval, compare, contexts_needed, verdict
+from lrope_search.scores import ContextScore, ProbeScore
 
 
 def scores(

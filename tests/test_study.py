@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
-from lrope_search import study as study_module
-from lrope_search.executor import Job
-from lrope_search.study import Study
-from lrope_search.types import ContextScore, ProbeScore
+from lrope_search.scores import ContextScore, Job, ProbeScore
+from lrope_search.study.store import Study
+from lrope_search.study import store as study_module
 
 CONFIG = {"seed": 1, "task": {"name": "kv", "keys": 20}, "search": {"bounds": (0.5, 4.0)}}
 
@@ -161,7 +160,7 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_share_a_study(tmp_path: Path) -> None:
     code = (
-        "import sys; from lrope_search.study import Study\n"
+        "import sys; from lrope_search.study.store import Study\n"
         f"with Study({str(tmp_path)!r}, {CONFIG!r}):\n    print('open', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

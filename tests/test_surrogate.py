@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from lrope_search.surrogate import GaussianProcess, expected_improvement
+from lrope_search.optimizers.surrogate import GaussianProcess, expected_improvement
 
 
 def test_equals_the_textbook_formulas() -> None:

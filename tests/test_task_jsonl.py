@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from task_files import write
+from support.task_files import write
 
 from lrope_gguf.errors import LropeError
 from lrope_search.tasks import SPLITS, JsonlTask

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from task_files import words, write
+from support.task_files import words, write
 
 from lrope_gguf.errors import LropeError
-from lrope_search.answers import holds
 from lrope_search.tasks import SPLITS, MultiDocumentTask, TokenLimit
-from lrope_search.types import Context
+from lrope_search.tasks.answers import holds
+from lrope_search.tasks.task import Context
 
 
 def line(n: int, others: int = 0, **changes: Any) -> dict[str, Any]:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from task_files import words, write
+from support.task_files import words, write
+from support.tiny_models import write_readable
 from test_task_jsonl import line as own_line
 from test_task_mdqa import line as qa_line
-from tiny_models import write_readable
 
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
 from lrope_search.commands.options import add_model_options, add_task_arguments, fit_task, open_task, task_config
-from lrope_search.model import Model
+from lrope_search.evaluation.model import Model
 from lrope_search.tasks import JsonlTask, KeyValueTask, MultiDocumentTask, TokenLimit
 
 native = pytest.mark.native

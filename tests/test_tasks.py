@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from task_files import words, write
+from support.task_files import words, write
 
 from lrope_gguf.errors import LropeError
 from lrope_search.tasks import SPLITS, KeyValueTask, TokenLimit
-from lrope_search.types import Context
+from lrope_search.tasks.task import Context
 
 
 def record(n: int, n_pairs: int = 12) -> dict[str, Any]:

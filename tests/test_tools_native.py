@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from llama_direct import Context, errors
-from rope_models import FACTORS, GEMMA3, LLAMA, N_LAYER
-from tiny_models import write_readable
+from support.llama_direct import Context, errors
+from support.rope_models import FACTORS, GEMMA3, LLAMA, N_LAYER
+from support.tiny_models import write_readable
 
 from lrope_gguf.metadata import read_factors, read_model, write_factors
 from lrope_gguf.native import tool_path

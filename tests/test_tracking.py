@@ -10,12 +10,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from study_fixtures import SETTINGS, make_study
+from support.study_fixtures import SETTINGS, make_study
 
 from lrope_gguf.cli import main
-from lrope_search.report import write_report
-from lrope_search.study_summary import summarise
-from lrope_search.tracking import log_study
+from lrope_search.report.page import write_report
+from lrope_search.report.summary import summarise
+from lrope_search.report.tracking import log_study
 
 
 class Fake(ModuleType):

@@ -20,7 +20,7 @@ from pathlib import Path
 import kill_points
 import pytest
 from gguf import GGUFWriter
-from gguf_fixtures import LAYERS, header, names, number_pair, text_pair, write_model
+from support.gguf_fixtures import LAYERS, header, names, number_pair, text_pair, write_model
 
 from lrope_gguf import LropeError, files, metadata, read_factors, read_model, remove_factors, write_factors
 from lrope_gguf.files import locked

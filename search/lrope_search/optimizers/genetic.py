@@ -1,0 +1,233 @@
+"""A genetic algorithm over Bézier curves of layer factors: ask, evaluate elsewhere, tell."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
+
+from .protocol import Candidate, Score, rank
+from .space import UNIFORM_FACTORS, CurveSpace, Genome, Ledger
+from .surrogate import GaussianProcess, expected_improvement, one_thread
+
+Genomes = NDArray[np.float64]
+
+
+class GeneticAlgorithm:
+    """Elitist steady-state (mu + 1) genetic algorithm that maximises; seeded, without input or output.
+
+    Example:
+        >>> ga = GeneticAlgorithm(n_layer=4, seed=1)
+        >>> for _ in range(40):
+        ...     candidate = ga.ask()
+        ...     ga.tell(candidate, (1, -abs(sum(candidate.factors) - 4.4)))
+        >>> ga.best[1][1] > -0.02
+        True
+
+    The first candidates are the identity, uniform scalings (position interpolation), the caller's curves, a scan of
+    which layers tolerate more (one third of them raised at a time), and random smooth curves close to 1. Then every
+    birth is a contest: of many proposals, the one of which a Gaussian process on the layer factors expects the most
+    is evaluated (pre-selection by a surrogate: Jin 2011, "Surrogate-assisted evolutionary computation"). A proposal
+    has one or two parents, each the better of two drawn (binary tournament): blend crossover (BLX-alpha, Eshelman and
+    Schaffer 1993, by coordinate or along the line between the parents) and Gaussian mutation of random width and
+    number of coordinates. A few proposals are random smooth curves. The best ten are the parents of a second round of
+    proposals. Candidates that are pending count as if they had turned out as expected, so that no two births are alike.
+
+    Parents are the ``parents`` best of all told. The defaults are made for 50 to 400 evaluations.
+
+    Args:
+        n_layer: Number of layers; candidates carry that many factors.
+        degree: Degree of the curve.
+        bounds: Smallest and largest y of a control point.
+        lag: Candidates that may be asked for before the first of them is told.
+        population: Candidates before the first birth; more if those that are not random are more.
+        parents: Survivors (mu).
+        seed: Seed of the algorithm's own generator.
+        uniform_factors: Uniform scalings to begin with; those out of bounds are left out.
+        curves: Further curves to begin with, of the same degree.
+        width: Initial spread of log y; mutations are a fifth to six times as wide.
+        crossover: Probability that a proposal has two parents rather than one.
+        proposals: Proposals a round; 1: a plain genetic algorithm without surrogate.
+        tolerance: Improvement in nats per answer token that is not worth an evaluation: where no more was to be
+            expected of ``2 * lag`` births in a row, the algorithm counts as converged.
+        max_retries: Births tried in place of one that repeats an earlier candidate (all factors equal to 1e-3)
+            before the algorithm counts as converged.
+
+    Raises:
+        ValueError: a seed curve of another degree.
+    """
+
+    _ALPHA = 0.3  # how far blend crossover reaches beyond the parents
+    _WIDTHS = (0.2, 6.0)  # narrowest and widest mutation, in units of `width`
+    _RANDOM = 0.1  # share of proposals without parents
+    _ROUNDS, _ELITE = 2, 10  # rounds of proposals, and how many of one round are the parents of the next
+    _REFIT = 5  # scores after which the surrogate's lengths are looked at again
+    _MEMORY = 60  # the surrogate knows so many of the best candidates and so many of the latest
+    _PENDING = 128  # and so many of those that are pending, the latest: a thousand would take a second a birth
+
+    def __init__(
+        self,
+        n_layer: int,
+        *,
+        degree: int = 3,
+        bounds: tuple[float, float] = DEFAULT_BOUNDS,
+        lag: int = 8,
+        population: int = 16,
+        parents: int = 8,
+        seed: int = 0,
+        uniform_factors: Sequence[float] = UNIFORM_FACTORS,
+        curves: Sequence[Curve] = (),
+        width: float = 0.05,
+        crossover: float = 0.5,
+        proposals: int = 150,
+        tolerance: float = 1e-4,
+        max_retries: int = 50,
+    ) -> None:
+        """Prepare the first candidates."""
+        self.lag = lag
+        self._space = CurveSpace(n_layer, degree=degree, bounds=bounds)
+        self._ledger = Ledger(self._space)
+        self._mu, self._width, self._crossover, self._proposals = parents, width, crossover, proposals
+        self._tolerance, self._max_retries = tolerance, max_retries
+        self._rng = np.random.default_rng(seed)
+        self._queue = deque(self._space.known_good(uniform_factors, curves))
+        self._queue += [(genome, "scan") for genome in self._space.bumps(math.exp(1.5 * width))]
+        self._queue += [(self._space.smooth(self._rng, width), "random") for _ in range(population - len(self._queue))]
+
+        self._told: list[tuple[Candidate, Score]] = []  # best first
+        self._positions = np.linspace(0.0, 1.0, min(n_layer, self._space.size))  # where the surrogate sees a curve
+        self._inputs = np.empty((0, len(self._positions)))  # of the surrogate, by candidate id
+        self._surrogate = GaussianProcess(len(self._positions), length=4.0 * width)
+        self._fitted = 0  # scores when its lengths were last looked at
+        self._hopeless = 0  # births in a row of which little was expected
+        self._converged = False
+
+    @property
+    def best(self) -> tuple[Candidate, Score]:
+        """The best candidate told so far; IndexError before any was."""
+        return self._told[0]
+
+    @property
+    def parents(self) -> tuple[tuple[Candidate, Score], ...]:
+        """The survivors, best first."""
+        return tuple(self._told[: self._mu])
+
+    def should_stop(self) -> bool:
+        """Whether the algorithm has converged."""
+        return self._converged
+
+    def ask(self) -> Candidate | None:
+        """Return the next of the first candidates, then children; None if ``lag`` are pending or at the end."""
+        if self._converged or len(self._ledger.pending) >= self.lag:
+            return None
+        if self._hopeless < 2 * self.lag:
+            for _ in range(self._max_retries):
+                genome, origin = self._next()
+                candidate = self._ledger.issue(genome, origin)
+                if candidate is not None:
+                    inputs = self._space.log_factors(self._ledger.genomes[-1:], self._positions)
+                    self._inputs = np.concatenate([self._inputs, inputs])
+                    return candidate
+        self._converged = True
+        return None
+
+    def tell(self, candidate: Candidate, score: Score) -> None:
+        """Let ``candidate`` compete for survival.
+
+        Raises:
+            ValueError: it is not the oldest candidate that was asked for and not told.
+        """
+        self._ledger.settle(candidate, score)
+        self._told = sorted([*self._told, (candidate, score)], key=rank)
+
+    def _next(self) -> tuple[Genome, str]:
+        if self._queue:
+            return self._queue.popleft()
+        if not self._told:
+            return self._space.smooth(self._rng, self._width), "random"
+        if self._proposals == 1:
+            genomes, origins = self._children(self._pool(), 1)
+            return genomes[0], origins[0]
+        with one_thread():
+            return self._contest()
+
+    def _pool(self) -> Genomes:
+        """The parents' genomes, best first."""
+        return np.array([self._ledger.genomes[candidate.id] for candidate, _ in self._told[: self._mu]])
+
+    def _contest(self) -> tuple[Genome, str]:
+        """Return the most promising of many proposals."""
+        best, scale = self._learn()
+        pool = self._pool()
+        pending = self._inputs[max(len(self._told), len(self._inputs) - self._PENDING) :]
+        genomes, origins, promise = np.empty((0, self._space.size)), np.empty(0, np.str_), np.empty(0)
+        for _ in range(self._ROUNDS):
+            fresh, fresh_origins = self._children(pool, self._proposals)
+            inputs = self._space.log_factors(fresh, self._positions)
+            mean, deviation = self._surrogate.predict(inputs, pending=pending)
+            genomes, origins = np.concatenate([genomes, fresh]), np.concatenate([origins, fresh_origins])
+            promise = np.concatenate([promise, expected_improvement(mean, deviation, best)])
+            elite = np.argsort(-promise, kind="stable")[: self._ELITE]
+            genomes, origins, promise = genomes[elite], origins[elite], promise[elite]
+            pool = genomes
+        first = next((i for i, genome in enumerate(genomes) if self._ledger.find(genome) is None), 0)
+        self._hopeless = self._hopeless + 1 if promise[first] * scale < self._tolerance else 0
+        return genomes[first], str(origins[first])
+
+    def _learn(self) -> tuple[float, float]:
+        """Fit the surrogate to what was told.
+
+        Returns:
+            The surrogate's opinion of the best candidate, and the worth of a unit of it in nats.
+        """
+        n = len(self._ledger.scores)
+        recent = set(range(max(0, n - self._MEMORY), n))
+        known = np.array(sorted(recent | {candidate.id for candidate, _ in self._told[: self._MEMORY]}))
+        contexts, fitness = np.array(self._ledger.scores, dtype=np.float64)[known].T
+        observed, scale = _flatten(fitness, self.best[1][1])
+        weight = contexts / contexts.max()
+        refit = self._fitted == 0 or n - self._fitted >= self._REFIT
+        sweeps = 0 if not refit else 4 if self._fitted == 0 else 1
+        if refit:
+            self._fitted = n
+        self._surrogate.fit(self._inputs[known], observed, weight, sweeps=sweeps)
+        best = float(self._surrogate.predict(self._inputs[known])[0].max())
+        return best, scale
+
+    def _children(self, pool: Genomes, n: int) -> tuple[Genomes, NDArray[np.str_]]:
+        """Return ``n`` repaired genomes and their origins; ``pool`` holds possible parents, best first."""
+        rng, size = self._rng, self._space.size
+        mother, father = pool[rng.integers(len(pool), size=(2, 2, n)).min(axis=0)]
+        line = rng.random((n, 1)) < 0.5
+        share = np.where(line, rng.random((n, 1)), rng.random((n, size))) * (1.0 + 2.0 * self._ALPHA) - self._ALPHA
+        crossed = rng.random((n, 1)) < self._crossover
+        genomes = np.where(crossed, mother + share * (father - mother), mother)
+        low, high = np.log(self._WIDTHS)
+        width = self._width * np.exp(rng.uniform(low, high, (n, 1)))
+        mutated = rng.random((n, size)) < rng.uniform(0.5, 1.0, (n, 1))
+        genomes += width * self._space.scale * mutated * rng.standard_normal((n, size))
+        origins = np.where(crossed[:, 0], "crossover", "mutation")
+        for i in range(int(self._RANDOM * n)):
+            genomes[i], origins[i] = self._space.smooth(rng, 2.0 * self._width), "random"
+        return self._space.repair(genomes), origins
+
+
+def _flatten(fitness: NDArray[np.float64], best: float) -> tuple[NDArray[np.float64], float]:
+    """Return the fitness on a scale that shows the best in detail and ruined models as much the same, and its unit.
+
+    ``-log(1 + (best - fitness) / unit)``, at most 0; the unit in nats is what the third best tenth lacks to the best.
+    """
+    finite = np.isfinite(fitness)
+    lack = np.full(len(fitness), math.inf)
+    lack[finite] = np.maximum(best - fitness[finite], 0.0)
+    if not finite.any():
+        return np.zeros(len(fitness)), math.inf
+    unit = float(np.quantile(lack[finite], 0.3))
+    if unit == 0.0:  # a plateau: nothing is known about what an improvement could be
+        return -(lack > 0.0).astype(np.float64), math.inf
+    return -np.log1p(np.where(finite, lack, lack[finite].max()) / unit), unit

@@ -1,0 +1,90 @@
+"""The evolutionary search with the settings of the papers on searched RoPE factors: the yardstick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
+
+from .generational import Generational, Generations
+from .protocol import Score
+from .space import UNIFORM_FACTORS, CurveSpace, Genome
+
+
+class PapersGeneticAlgorithm(Generational):
+    """LongRoPE's evolutionary search (arXiv 2402.13753, algorithm 1) on the control points of a curve.
+
+    Population 64, the best 32 as parents, 16 mutations and 16 crossovers a generation, mutation probability 0.3;
+    the search for layer-specific scaling (arXiv 2503.04355) takes the same. The papers' 40 iterations make 1344
+    evaluations; here the caller sets the budget. A mutation draws each coordinate anew with that probability, in
+    the range of the random smooth curves (the papers' ranges, made for extended contexts, do nothing but harm near
+    the identity); a crossover takes each coordinate from the other parent with the same probability.
+
+    Example:
+        >>> algorithm = PapersGeneticAlgorithm(n_layer=4, seed=1)
+        >>> algorithm.lag
+        64
+
+    Args:
+        n_layer, degree, bounds, seed, uniform_factors, curves: See `GeneticAlgorithm`.
+        width: Range of a mutation, in units of log y.
+        population: Size of generation 0.
+        parents: Survivors of a generation.
+        mutations, crossovers: Children of a generation.
+        probability: That a coordinate changes.
+    """
+
+    def __init__(
+        self,
+        n_layer: int,
+        *,
+        degree: int = 3,
+        bounds: tuple[float, float] = DEFAULT_BOUNDS,
+        seed: int = 0,
+        uniform_factors: Sequence[float] = UNIFORM_FACTORS,
+        curves: Sequence[Curve] = (),
+        width: float = 0.05,
+        population: int = 64,
+        parents: int = 32,
+        mutations: int = 16,
+        crossovers: int = 16,
+        probability: float = 0.3,
+    ) -> None:
+        """Prepare generation 0."""
+        self._space = CurveSpace(n_layer, degree=degree, bounds=bounds)
+        self._rng = np.random.default_rng(seed)
+        self._width, self._probability = width, probability
+        self._parents, self._mutations, self._crossovers = parents, mutations, crossovers
+        first = self._space.known_good(uniform_factors, curves)
+        first += [(self._mutate(first[i % len(first)][0]), "mutation") for i in range(population - len(first))]
+        super().__init__(self._space, self._evolve(first), lag=max(len(first), mutations + crossovers))
+
+    def _evolve(self, members: list[tuple[Genome, str]]) -> Generations:
+        survivors: list[tuple[Score, Genome]] = []
+        while True:
+            scores = yield members
+            survivors += [(score, genome) for score, (genome, _) in zip(scores, members, strict=True)]
+            survivors = sorted(survivors, key=lambda item: item[0], reverse=True)[: self._parents]
+            genomes = [genome for _, genome in survivors]
+            members = [(self._mutate(self._draw(genomes)), "mutation") for _ in range(self._mutations)]
+            for _ in range(self._crossovers):
+                i, j = self._rng.choice(len(genomes), min(2, len(genomes)), replace=False)[[0, -1]]
+                members.append((np.where(self._chosen(), genomes[j], genomes[i]), "crossover"))
+
+    def _draw(self, genomes: list[Genome]) -> Genome:
+        return genomes[int(self._rng.integers(len(genomes)))]
+
+    def _chosen(self) -> NDArray[np.bool_]:
+        """The coordinates that change, at least one."""
+        while not (chosen := self._rng.random(self._space.size) < self._probability).any():
+            pass
+        return chosen
+
+    def _mutate(self, genome: Genome) -> Genome:
+        fresh = self._space.uniform(1.0) + 2.0 * self._width * self._space.scale * self._rng.uniform(
+            -1.0, 1.0, self._space.size
+        )
+        return self._space.repair(np.where(self._chosen(), fresh, genome))

@@ -1,0 +1,178 @@
+"""The space that all algorithms search: Bézier curves of one degree as vectors of free coordinates."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
+
+from .protocol import Candidate, Score
+
+Genome: TypeAlias = NDArray[np.float64]
+"""``log y_0 .. log y_n``, then the interior ``x_1 .. x_(n-1)`` (``x_0 = 0``, ``x_n = 1``); shape ``(2 n,)``."""
+
+X_SCALE = 2.0
+"""Useful steps of x in units of those of log y."""
+
+
+UNIFORM_FACTORS = (0.95, 1.05, 1.1, 1.25)
+"""Uniform scalings that every search tries first."""
+
+_STEPS = 65  # of a curve's parameter, where a glance is enough
+
+
+class CurveSpace:
+    """Genomes of curves of ``degree`` whose control points lie in ``bounds``, for ``n_layer`` layers."""
+
+    def __init__(self, n_layer: int, *, degree: int = 3, bounds: tuple[float, float] = DEFAULT_BOUNDS) -> None:
+        """Hold the settings."""
+        self.n_layer, self.degree, self.bounds = n_layer, degree, bounds
+        self.size = 2 * degree
+        self.box = np.array([np.log(bounds)] * (degree + 1) + [[0.0, 1.0]] * (degree - 1))
+        """Lowest and highest value of each coordinate, shape ``(size, 2)``."""
+        t = np.linspace(0.0, 1.0, _STEPS)
+        powers = [math.comb(degree, i) * t**i * (1.0 - t) ** (degree - i) for i in range(degree + 1)]
+        self._bernstein = np.array(powers)  # shape (degree + 1, _STEPS)
+        self.scale = np.repeat([1.0, X_SCALE], [degree + 1, degree - 1])
+
+    def uniform(self, factor: float) -> Genome:
+        """Return the genome that scales all layers alike (position interpolation)."""
+        return np.concatenate([np.full(self.degree + 1, math.log(factor)), np.arange(1, self.degree) / self.degree])
+
+    def known_good(self, uniform_factors: Sequence[float], curves: Sequence[Curve]) -> list[tuple[Genome, str]]:
+        """Return what a search begins with, each with its origin: identity, uniform scalings in bounds, curves.
+
+        Raises:
+            ValueError: a curve of another degree.
+        """
+        low, high = self.bounds
+        first = [(self.uniform(1.0), "identity")]
+        first += [(self.uniform(factor), "uniform") for factor in uniform_factors if low <= factor <= high]
+        return first + [(self.encode(curve), "seed") for curve in curves]
+
+    def bumps(self, factor: float) -> list[Genome]:
+        """Return curves that reach ``factor`` in the early, the middle and the late layers, each near 1 elsewhere."""
+        t = np.linspace(0.0, 1.0, self.degree + 1)
+        bumps = []
+        for center in (0.0, 0.5, 1.0):
+            shape = np.maximum(0.0, 1.0 - 2.0 * np.abs(t - center))
+            highest = float((shape @ self._bernstein).max())
+            if highest > 0.0:  # a straight line has no middle
+                genome = self.uniform(1.0)
+                y = 1.0 + (factor - 1.0) * shape / highest  # the curve is linear in y, not in its logarithm
+                genome[: self.degree + 1] = np.log(np.maximum(y, self.bounds[0]))
+                bumps.append(self.repair(genome))
+        return bumps
+
+    def smooth(self, generator: np.random.Generator, width: float) -> Genome:
+        """Return a random smooth curve: a level, a slope over the layers, and a little of its own in every point."""
+        level, slope, *own = generator.standard_normal(self.degree + 3)
+        t = np.linspace(-1.0, 1.0, self.degree + 1)
+        genome = self.uniform(1.0)
+        genome[: self.degree + 1] = width * (level + slope * t + np.array(own) / 2.0)
+        genome[self.degree + 1 :] += width * X_SCALE * generator.standard_normal(self.degree - 1)
+        return self.repair(genome)
+
+    def repair(self, genomes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Clip to the bounds, and put interior control points that crossed back in the order of x.
+
+        One genome of shape ``(size,)`` or many of shape ``(m, size)``.
+        """
+        repaired: NDArray[np.float64] = np.minimum(np.maximum(genomes, self.box[:, 0]), self.box[:, 1])
+        y, x = repaired[..., 1 : self.degree], repaired[..., self.degree + 1 :]  # views of the interior points
+        order = np.argsort(x, axis=-1, kind="stable")
+        y[...], x[...] = np.take_along_axis(y, order, axis=-1), np.take_along_axis(x, order, axis=-1)
+        return repaired
+
+    def log_factors(
+        self, genomes: Sequence[Genome] | NDArray[np.float64], x: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Return the logarithms of the curves' factors at positions ``x`` for many genomes, quickly, to about 1e-3.
+
+        Args:
+            genomes: Repaired genomes, shape ``(m, size)``.
+            x: Positions from 0 (first layer) to 1 (last), shape ``(k,)``.
+
+        Returns:
+            Shape ``(m, k)``.
+        """
+        y, inner = np.split(np.asarray(genomes), [self.degree + 1], axis=1)
+        ends = np.zeros((len(genomes), 1))
+        xs = np.concatenate([ends, inner, ends + 1.0], axis=1) @ self._bernstein
+        ys = np.exp(y) @ self._bernstein
+        return np.log([np.interp(x, *row) for row in zip(xs, ys, strict=True)]).reshape(len(genomes), len(x))
+
+    def encode(self, curve: Curve) -> Genome:
+        """Return the genome of ``curve``.
+
+        Raises:
+            ValueError: it has another degree.
+        """
+        x, y = np.array(curve.control_points, dtype=np.float64).T
+        if len(x) != self.degree + 1:
+            raise ValueError(f"a seed curve of degree {len(x) - 1} in a search of degree {self.degree}")
+        return self.repair(np.concatenate([np.log(y), x[1:-1]]))
+
+    def decode(self, genome: Genome) -> Curve:
+        """Return the curve of a repaired genome, rounded to 1e-4: what is evaluated is what a curve file says."""
+        log_y, x = np.split(genome, [self.degree + 1])
+        y = [min(max(round(math.exp(v), 4), self.bounds[0]), self.bounds[1]) for v in log_y]
+        points = zip([0.0, *(round(float(v), 4) for v in x), 1.0], y, strict=True)
+        return Curve(tuple(points), bounds=self.bounds)
+
+
+class Ledger:
+    """Who was asked for and told: ids in the order of asking, no factors twice, scores in the order of ids."""
+
+    def __init__(self, space: CurveSpace) -> None:
+        """Begin with nothing."""
+        self._space = space
+        self._known: dict[tuple[float, ...], int] = {}  # candidate id by factors rounded to 1e-3
+        self.genomes: list[Genome] = []
+        """Of every candidate, by id."""
+        self.scores: list[Score] = []
+        """Of every candidate told, by id."""
+        self.pending: deque[Candidate] = deque()
+        """Asked for and not yet told, oldest first."""
+
+    def find(self, genome: Genome) -> int | None:
+        """Return the id of the candidate whose factors equal those of a genome to 1e-3; None if there is none."""
+        return self._known.get(self._key(self._factors(self._space.decode(self._space.repair(genome)))))
+
+    def issue(self, genome: Genome, origin: str) -> Candidate | None:
+        """Return the candidate of a genome; None if an earlier one has the same factors to 1e-3."""
+        genome = self._space.repair(genome)
+        curve = self._space.decode(genome)
+        factors = self._factors(curve)
+        if self._known.setdefault(self._key(factors), len(self.genomes)) < len(self.genomes):
+            return None
+        candidate = Candidate(len(self.genomes), curve, factors, origin)
+        self.genomes.append(genome)
+        self.pending.append(candidate)
+        return candidate
+
+    def settle(self, candidate: Candidate, score: Score) -> None:
+        """Note the score of the oldest pending candidate.
+
+        Raises:
+            ValueError: it is not the oldest one pending.
+        """
+        if not self.pending or self.pending[0] != candidate:
+            raise ValueError(f"told of candidate {candidate.id}, but {self._expected()}")
+        self.pending.popleft()
+        self.scores.append(score)
+
+    def _expected(self) -> str:
+        return f"candidate {self.pending[0].id} is next" if self.pending else "none is pending"
+
+    def _factors(self, curve: Curve) -> tuple[float, ...]:
+        return tuple(round(float(s), 9) for s in curve.factors(self._space.n_layer))  # drops float noise: 1 is 1.0
+
+    def _key(self, factors: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(round(s, 3) for s in factors)

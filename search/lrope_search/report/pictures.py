@@ -1,0 +1,302 @@
+"""The pictures of a study's report: each is drawn once and comes as PNG and as SVG that follows a page's colours."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lrope_gguf.curve import Point
+from lrope_gguf.plot import COLOURS, bezier, draw_factors, drawing, layer_axis, rendered
+
+from ..results.comparison import contexts_needed, wilson
+from .summary import StudySummary, Trial
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ORDER = ("#e3d9a6", "#bcd48f", "#86c99a", "#4fb7a8", "#2b9bae", "#2a7ba6", "#345995", "#39316b")
+"""From the first candidates to the last: lightness falls evenly, so that it needs no eye for colour."""
+
+_MAX_CURVE_POINTS = 8000
+_MAX_MARKERS = 1500
+_SIZE = (4.9, 3.4)  # inches; small, so that its text can still be read on a telephone
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: ``svg`` is an element for an HTML page, without a title; ``png`` a file."""
+
+    name: str
+    svg: str
+    png: bytes
+
+
+def draw_pictures(study: StudySummary) -> dict[str, Picture]:
+    """Draw those pictures for which the study has something to show, by name.
+
+    Colours in the SVG are the CSS variables ``--ink``, ``--curve``, ... of `COLOURS`, ``--order-0`` to ``--order-7``
+    for the order of candidates, and ``--font`` is the font.
+    """
+    wanted: dict[str, tuple[bool, Callable[[Figure, StudySummary], None]]] = {
+        "factors": (study.factors is not None, _factors),
+        "accuracy": (study.table is not None, _accuracy),
+        "fitness": (bool(study.trials), _fitness),
+        "population": (bool(study.trials), _population),
+        "cost": (bool(study.costs), _cost),
+    }
+    return {name: _picture(name, draw, study) for name, (present, draw) in wanted.items() if present}
+
+
+def drawn(trials: Sequence[Trial]) -> Sequence[Trial]:
+    """The trials whose curves are drawn: all, or as many as keep a page small, evenly spread."""
+    points = max((len(_vertices(trial)) for trial in trials), default=1)
+    return _thinned(trials, max(_MAX_CURVE_POINTS // points, 1))
+
+
+def _thinned(items: Sequence[Any], limit: int) -> Sequence[Any]:
+    if len(items) <= limit:
+        return items
+    return [items[round(i * (len(items) - 1) / max(limit - 1, 1))] for i in range(limit)]
+
+
+def _picture(name: str, draw: Callable[[Figure, StudySummary], None], study: StudySummary) -> Picture:
+    from matplotlib.figure import Figure
+
+    with drawing(f"lrope-{name}", font_size=9.0):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        draw(figure, study)
+        png = rendered(figure, "png")
+        figure.set_facecolor("none")
+        return Picture(name, _themed(rendered(figure, "svg").decode()), png)
+
+
+def _themed(svg: str) -> str:
+    """The `svg` element alone, its size and colours left to the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>|<!--.*?-->\n?", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\s*<defs>\s*<style type=\"text/css\">.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg .*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1">', svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # names of groups, the same in every picture
+    svg = re.sub(r"(?:'[^']*', )*(?:'[^']*'|sans-serif)(?=[\";])", "var(--font)", svg)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    names = {colour: name for name, colour in COLOURS.items()} | {c: f"order-{i}" for i, c in enumerate(ORDER)}
+    return re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var(--{names[m[0]]})" if m[0] in names else m[0], svg).strip()
+
+
+def _factors(figure: Figure, study: StudySummary) -> None:
+    axes = figure.add_subplot()
+    assert study.best is not None and study.factors is not None
+    draw_factors(
+        axes,
+        study.factors,
+        control_points=study.best.control_points,
+        curve_label="Bézier curve",
+        factors_label="factors",
+        also=() if study.uniform is None else (study.uniform,),
+    )
+    if study.uniform is not None:
+        axes.axhline(study.uniform, color=COLOURS["uniform"], linewidth=1.4, label=f"uniform {study.uniform:g}")
+    _legend_above(axes, 4)
+
+
+def _accuracy(figure: Figure, study: StudySummary) -> None:
+    table = study.table
+    assert table is not None
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
+    gaps = np.diff(table.depths)
+    step = 0.12 * float(gaps.min() if len(gaps) else 1.0)
+    names = list(table.cells)
+    for i, name in enumerate(names):
+        shift = step * (i - (len(names) - 1) / 2)
+        ends = [wilson(cell.accuracy, table.n_contexts, study.confidence) for cell in table.cells[name]]
+        _whiskers(
+            upper, name, [d + shift for d in table.depths], [(100 * e.mean, 100 * e.low, 100 * e.high) for e in ends]
+        )
+    for i, (name, comparison) in enumerate(table.comparisons.items(), start=1):
+        shift = step * (i - (len(names) - 1) / 2)
+        gains = [row.accuracy_gain for row in comparison.by_depth]
+        told = table.n_contexts >= contexts_needed(study.confidence)
+        _whiskers(
+            lower,
+            name,
+            [d + shift for d in table.depths],
+            [(100 * g.mean, 100 * (g.low if told else g.mean), 100 * (g.high if told else g.mean)) for g in gains],
+        )
+    upper.set_ylim(-4, 104)
+    upper.set_ylabel("accuracy, %")
+    lower.axhline(0, color=COLOURS["base"], linewidth=1, linestyle="--", zorder=1)
+    lower.set_ylabel("gain, points")
+    lower.set_xlabel("depth of the answer in the context (0 first, 1 last)")
+    low, high = lower.get_ylim()
+    lower.set_ylim(min(low, -5.0), max(high, 5.0))
+    lower.set_xlim(min(table.depths) - 0.04, max(table.depths) + 0.04)
+    _legend_above(upper, 3)
+    figure.align_ylabels([upper, lower])
+
+
+def _whiskers(axes: Axes, name: str, x: Sequence[float], rows: Sequence[tuple[float, float, float]]) -> None:
+    """Means with their intervals, joined by a line."""
+    kind, marker = ("uniform", "s") if name.startswith("uniform") else (name, {"base": "D"}.get(name, "o"))
+    mean, low, high = (np.array(column) for column in zip(*rows, strict=True))
+    axes.errorbar(
+        x, mean, yerr=np.maximum([mean - low, high - mean], 0.0), color=COLOURS[kind], marker=marker, markersize=4,
+        linewidth=1.8 if kind == "curve" else 1.2, linestyle="--" if kind == "base" else "-", elinewidth=1,
+        capsize=2, label=name, zorder={"base": 2, "uniform": 3, "curve": 4}[kind],
+    )  # fmt: skip
+
+
+def _fitness(figure: Figure, study: StudySummary) -> None:
+    axes = figure.add_subplot()
+    x, y = np.arange(1, len(study.trials) + 1), np.array([trial.fitness for trial in study.trials])
+    whole = np.array([trial.contexts >= study.search_contexts for trial in study.trials])
+    finite = np.isfinite(y)
+    floor = _floor(y[finite])
+    shown = np.zeros(len(x), bool)
+    shown[_thinned(range(len(x)), _MAX_MARKERS)] = True
+    low = floor - 0.06 * max(float(y[finite].max(initial=0.0)) - floor, 1e-3)
+    axes.axhline(0, color=COLOURS["base"], linewidth=1, linestyle="--", label="base model", zorder=1)
+    kinds: tuple[tuple[str, Any, dict[str, Any], str], ...] = (
+        ("dropped early", finite & ~whole & (y >= floor), {"color": COLOURS["muted"], "markerfacecolor": "none"}, "o"),
+        ("saw all contexts", finite & whole & (y >= floor), {"color": COLOURS["uniform"]}, "o"),
+        ("below the axis", finite & (y < floor), {"color": COLOURS["muted"]}, "v"),
+        ("not a finite number", ~finite, {"color": COLOURS["ink"]}, "x"),
+    )
+    for label, chosen, colour, marker in kinds:
+        if (chosen & shown).any():
+            at = chosen & shown
+            heights = np.where(finite[at], np.maximum(y[at], low), low)
+            axes.plot(x[at], heights, linestyle="none", marker=marker, markersize=4, label=label, **colour, zorder=3,
+                      clip_on=False)  # fmt: skip
+    best = study.best_so_far()
+    steps = [0, *(i for i in range(1, len(best)) if best[i] != best[i - 1]), len(best) - 1]
+    axes.step([x[i] for i in steps], [best[i] for i in steps], where="post", color=COLOURS["curve"], linewidth=1.8,
+              label="best so far", zorder=4)  # fmt: skip
+    axes.set_xlim(0.5, len(x) + 0.5)
+    axes.set_ylim(low, None)
+    axes.margins(y=0.06)
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("candidate, in order of asking")
+    axes.set_ylabel("fitness, nats per answer token")
+    _legend_above(axes, 3)
+
+
+def _floor(fitness: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+    """Where the axis begins: a few hopeless candidates must not flatten the rest."""
+    if not len(fitness):
+        return 0.0
+    values = np.append(fitness, 0.0)
+    top, low = float(values.max()), float(values.min())
+    reach = 3.0 * max(top - float(np.quantile(values, 0.5)), 1e-3)
+    return max(low, top - reach)
+
+
+def _population(figure: Figure, study: StudySummary) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    axes = figure.add_subplot()
+    n_layer, n = len(study.trials[0].factors), len(study.trials)
+    axes.axhline(1, color=COLOURS["base"], linewidth=1, linestyle="--", zorder=1)
+    order = {id(trial): i for i, trial in enumerate(study.trials)}
+    bins: dict[int, list[Trial]] = {}
+    for trial in drawn(study.trials):
+        bins.setdefault(len(ORDER) * order[id(trial)] // n, []).append(trial)
+    values = [1.0]
+    for i, trials in sorted(bins.items()):
+        vertices: list[Point] = []
+        codes: list[Any] = []
+        for trial in trials:
+            points = _vertices(trial)
+            vertices += points
+            codes += [Path.MOVETO, *([_code(trial)] * (len(points) - 1))]
+            values += trial.factors
+        axes.add_patch(
+            PathPatch(Path(vertices, codes), facecolor="none", edgecolor=ORDER[i], linewidth=0.8, zorder=2 + i / 10)
+        )  # fmt: skip
+        if n_layer == 1:
+            axes.plot([0] * len(trials), [t.factors[0] for t in trials], linestyle="none", marker="_", color=ORDER[i])
+    if study.factors is not None:
+        values += study.factors
+        axes.plot(range(n_layer), study.factors, color=COLOURS["curve"], linewidth=2.2, label="best curve", zorder=4,
+                  marker="o" if n_layer == 1 else "")  # fmt: skip
+    layer_axis(axes, n_layer)
+    low, high = min(values), max(values)
+    margin = max(0.05 * (high - low), 0.02)
+    axes.set_ylim(low - margin, high + margin)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.set_ylabel("factor")
+    edges = [0.5 + n * i / len(ORDER) for i in range(len(ORDER) + 1)]
+    ticks = sorted({round(1 + (n - 1) * i / 4) for i in range(5)})
+    shades = ScalarMappable(BoundaryNorm(edges, len(ORDER)), ListedColormap(ORDER))
+    bar = figure.colorbar(shades, ax=axes, label="candidate, in order of asking", ticks=ticks, format="%.0f")
+    bar.outline.set_visible(False)
+    if study.factors is not None:
+        _legend_above(axes, 1)
+
+
+def _vertices(trial: Trial) -> list[Point]:
+    """Of the path that is drawn for a candidate, in layers: Bézier control points where SVG has such a curve."""
+    points, last = trial.control_points, len(trial.factors) - 1
+    if points is None:
+        return [(float(layer), s) for layer, s in _thinned(list(enumerate(trial.factors)), 128)]
+    if _code(trial) == 2 and len(points) > 2:
+        points = tuple(zip(*bezier(points, 24), strict=True))
+    return [(last * x, y) for x, y in points]
+
+
+def _code(trial: Trial) -> int:
+    """Matplotlib's path code: LINETO 2, CURVE3 3, CURVE4 4."""
+    return {3: 3, 4: 4}.get(len(trial.control_points or ()), 2)
+
+
+def _cost(figure: Figure, study: StudySummary) -> None:
+    costs = study.costs
+    unit, seconds = _time_unit(max(cost.seconds for cost in costs))
+    scale, thousands = (1e6, "million tokens") if max(c.tokens for c in costs) >= 1e6 else (1e3, "thousand tokens")
+    columns = (
+        (thousands, [cost.tokens / scale for cost in costs]),
+        (unit, [cost.seconds / seconds for cost in costs]),
+        ("tokens a second", [cost.rate for cost in costs]),
+    )
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, (label, values), colour in zip(panels, columns, ("uniform", "uniform", "base"), strict=True):
+        widths = [value if math.isfinite(value) else 0.0 for value in values]
+        axes.barh(range(len(costs)), widths, color=COLOURS[colour], height=0.62)
+        for i, value in enumerate(values):
+            axes.annotate(
+                f"{value:.3g}" if 0 < value < 100 else f"{value:,.0f}" if math.isfinite(value) else "not measured",
+                (widths[i], i), (3, 0), textcoords="offset points", va="center", fontsize=8,
+            )  # fmt: skip
+        axes.set_xlim(0, 1.45 * (max(widths) or 1.0))
+        axes.set_xlabel(label)
+        axes.set_xticks([])
+        axes.grid(False)
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(left=False)
+    panels[0].set_yticks(range(len(costs)), [cost.phase.replace(", ", ",\n") for cost in costs])
+    panels[0].invert_yaxis()
+    figure.set_size_inches(_SIZE[0], 0.8 + 0.42 * max(len(costs), 2))
+
+
+def _time_unit(seconds: float) -> tuple[str, float]:
+    return next(
+        ((name, size) for name, size in (("hours", 3600.0), ("minutes", 60.0)) if seconds >= 2 * size), ("seconds", 1.0)
+    )
+
+
+def _legend_above(axes: Axes, columns: int) -> None:
+    handles, _ = axes.get_legend_handles_labels()
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(columns, len(handles)), borderaxespad=0.2,
+        handlelength=1.4, columnspacing=1.0, handletextpad=0.5,
+    )  # fmt: skip

@@ -1,0 +1,162 @@
+"""Accuracy and log-probability by depth, side by side: as text and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..scores import ContextScore
+from .comparison import Comparison, Interval, compare, contexts_needed
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Means over probes: accuracy 0 to 1, log-probability in nats per token of the value."""
+
+    accuracy: float
+    log_probability: float
+
+
+@dataclass(frozen=True)
+class DepthTable:
+    """The same contexts under several settings; the first is the base.
+
+    Attributes:
+        depths: the rows.
+        cells: of each side, a cell a depth.
+        totals: of each side, over all contexts.
+        comparisons: of each side but the base, against it.
+    """
+
+    n_contexts: int
+    n_probes: int
+    depths: tuple[float, ...]
+    cells: dict[str, tuple[Cell, ...]]
+    totals: dict[str, Cell]
+    comparisons: dict[str, Comparison]
+
+    def __str__(self) -> str:
+        """Return an aligned table, a line of gains for each side, and the accuracies as a picture."""
+        base, *others = self.totals
+        heads = [base, *(head for name in others for head in (name, "gain"))]
+        left, right = [["accuracy, %"], heads], [["log-probability"], heads]
+        for i in range(len(self.depths) + 1):
+            cells = {name: (*self.cells[name], self.totals[name])[i] for name in self.totals}
+            left.append(_with_gains({name: 100.0 * cell.accuracy for name, cell in cells.items()}, 1))
+            right.append(_with_gains({name: cell.log_probability for name, cell in cells.items()}, 4))
+        labels = ["", "depth", *(f"{depth:.2f}" for depth in self.depths), "all"]
+        columns = zip(labels, _aligned(left), _aligned(right), strict=True)
+        lines = [f"{label:>5}   {accuracy}   {log_p}".rstrip() for label, accuracy, log_p in columns]
+        lines.insert(-1, "-" * len(lines[-1]))
+        return "\n".join([*lines, "", *self._pictures(), *self._gains()])
+
+    def json(self) -> dict[str, Any]:
+        """Return everything, for `json.dumps`; a number that is not finite becomes None."""
+        return {
+            "contexts": self.n_contexts,
+            "probes": self.n_probes,
+            **{name: _cell(cell) for name, cell in self.totals.items()},
+            "difference": {
+                name: {
+                    "accuracy": _interval(comparison.accuracy_gain),
+                    "log_probability": _interval(comparison.log_probability_gain),
+                    "confidence": comparison.confidence,
+                    "significant": comparison.significant,
+                }
+                for name, comparison in self.comparisons.items()
+            },
+            "by_depth": [
+                {"depth": depth, **{name: _cell(cells[i]) for name, cells in self.cells.items()}}
+                for i, depth in enumerate(self.depths)
+            ],
+        }
+
+    def _pictures(self) -> list[str]:
+        width = max(map(len, self.cells))
+        return [
+            f"{name:<{width}}  {''.join(_BLOCKS[round(7 * cell.accuracy)] for cell in cells)}  accuracy by depth"
+            for name, cells in self.cells.items()
+        ]
+
+    def _gains(self) -> list[str]:
+        lines = []
+        for name, comparison in self.comparisons.items():
+            accuracy, log_p = comparison.accuracy_gain, comparison.log_probability_gain
+            text = f"{name}: accuracy {100 * accuracy.mean:+.1f} points"
+            if self.n_contexts >= contexts_needed(comparison.confidence):
+                text += f" [{100 * accuracy.low:+.1f}, {100 * accuracy.high:+.1f}]"
+                text += f", log-probability {log_p.mean:+.4f} [{log_p.low:+.4f}, {log_p.high:+.4f}]"
+                text += f" ({100 * comparison.confidence:.0f} % bootstrap intervals over {self.n_contexts} contexts)"
+            else:
+                text += f", log-probability {log_p.mean:+.4f} (too few contexts for an interval)"
+            lines.append(text)
+        return lines
+
+
+def depth_table(sides: Mapping[str, Sequence[ContextScore]], *, seed: int = 0, confidence: float = 0.95) -> DepthTable:
+    """Tabulate ``sides``, the first of which is the base; all are of the same contexts and probes.
+
+    Args:
+        sides: the scores of each, by name.
+        seed: of the bootstrap, see `compare`.
+        confidence: of its intervals.
+
+    Raises:
+        ValueError: no contexts, or not the same ones.
+    """
+    base = next(iter(sides.values()))
+    against = {name: compare(base, scores, seed=seed, confidence=confidence) for name, scores in sides.items()}
+    depths = np.array([row.depth for row in next(iter(against.values())).by_depth])
+    # each probe belongs to the nearest of the depths that `compare` chose
+    asked = np.array([probe.depth for score in base for probe in score.probes])
+    row = np.abs(asked[:, None] - depths).argmin(axis=1)
+    cells, totals = {}, {}
+    for name, scores in sides.items():
+        correct = np.array([probe.correct for score in scores for probe in score.probes], np.float64)
+        log_p = np.array([probe.log_probability for score in scores for probe in score.probes])
+        here = [row == i for i in range(len(depths))]
+        cells[name] = tuple(Cell(float(correct[at].mean()), float(log_p[at].mean())) for at in here)
+        totals[name] = Cell(
+            float(np.mean([score.accuracy for score in scores])), float(np.mean([s.log_probability for s in scores]))
+        )
+    return DepthTable(
+        n_contexts=len(base),
+        n_probes=len(asked),
+        depths=tuple(depths.tolist()),
+        cells=cells,
+        totals=totals,
+        comparisons=dict(list(against.items())[1:]),
+    )
+
+
+def _with_gains(values: Mapping[str, float], digits: int) -> list[str]:
+    (_, base), *others = values.items()
+    gains = (text for _, value in others for text in (f"{value:.{digits}f}", f"{value - base:+.{digits}f}"))
+    return [f"{base:.{digits}f}", *gains]
+
+
+def _aligned(block: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of equal length: a title over right-aligned columns."""
+    (title,), *rows = block
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+    width = max(len(title), len(lines[0]))
+    return [title.ljust(width), *(line.rjust(width) for line in lines)]
+
+
+def _cell(cell: Cell) -> dict[str, float | None]:
+    return {"accuracy": _finite(cell.accuracy), "log_probability": _finite(cell.log_probability)}
+
+
+def _interval(interval: Interval) -> dict[str, float | None]:
+    return {"mean": _finite(interval.mean), "low": _finite(interval.low), "high": _finite(interval.high)}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,578 @@
+"""The search: candidates on search contexts, the winner on validation contexts, the gain on test contexts."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import inspect
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, CurveFile
+from lrope_gguf.errors import LropeError
+
+from ..optimizers.protocol import Algorithm, Candidate, Score, rank
+from ..optimizers.registry import ALGORITHMS, make_algorithm
+from ..optimizers.space import UNIFORM_FACTORS
+from ..results.comparison import Comparison, Interval, Verdict, compare, divergences_by_length, verdict
+from ..results.objective import Objective
+from ..scores import ContextScore, Job
+from ..workers.protocol import Executor
+from .progress import Progress
+from .racing import Race, Racing
+from .scheduler import Pipeline, Urgency
+from .store import Study
+
+Factors: TypeAlias = tuple[float, ...]
+
+_LINE_EVERY = 8  # candidates without an improvement after which a line says how far it is
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """All options of a search. All but ``max_hours`` decide its result together with model and task.
+
+    Args:
+        seed: Seed of the algorithm and of the bootstrap.
+        max_evaluations: Distinct candidates to evaluate on search contexts; the identity, which the genetic
+            algorithm asks for first, is one of them.
+        max_hours: Ask for no further candidate after so many hours of this run; the one thing that depends
+            on time. None: no limit.
+        search_contexts, validation_contexts, test_contexts: Contexts of each split, indices from 0.
+        finalists: Candidates, best by search, that go on to validation beside the base model and the best
+            uniform factor.
+        racing_first, racing_fraction: See `Racing`; by default there is none (docs/algorithms.md has the figures).
+        middle_weight: See `Objective`.
+        algorithm: One of `ALGORITHMS`.
+        degree, bounds, uniform_factors, width: Of every algorithm; see `GeneticAlgorithm`.
+        lag: Candidates that may be asked for before the first of them is told: what a search on many workers needs
+            to keep them busy, and what it costs in foresight. Of those algorithms that have no generations.
+        population, parents: Of those algorithms that have them; None: their own.
+        max_kl: A finalist that diverges more from the base model on ordinary text is passed over; nats per token.
+        confidence: Of the bootstrap intervals.
+
+    Raises:
+        LropeError: a value out of range.
+    """
+
+    seed: int = 0
+    max_evaluations: int = 120
+    max_hours: float | None = None
+    search_contexts: int = 2
+    validation_contexts: int = 8
+    test_contexts: int = 16
+    finalists: int = 4
+    racing_first: int = 1
+    racing_fraction: float = 1.0
+    middle_weight: float = 0.0
+    algorithm: str = "ga"
+    degree: int = 3
+    bounds: tuple[float, float] = DEFAULT_BOUNDS
+    lag: int = 8
+    population: int | None = None
+    parents: int | None = None
+    uniform_factors: tuple[float, ...] = UNIFORM_FACTORS
+    width: float = 0.05
+    max_kl: float = 0.1
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        counts = ("max_evaluations", "search_contexts", "validation_contexts", "test_contexts", "finalists")
+        for name in (*counts, "racing_first", "degree", "lag", "population", "parents"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise LropeError(f"{_option(name)} {value}: too few; give at least 1")
+        low, high = self.bounds
+        ranges = {
+            "seed": self.seed >= 0,
+            "max_hours": self.max_hours is None or self.max_hours > 0.0,
+            "racing_fraction": 0.0 < self.racing_fraction <= 1.0,
+            "middle_weight": 0.0 <= self.middle_weight < math.inf,
+            "bounds": 0.0 < low <= 1.0 <= high < math.inf and low < high,
+            "uniform_factors": all(0.0 < factor < math.inf for factor in self.uniform_factors),
+            "width": 0.0 < self.width <= 1.0,
+            "max_kl": self.max_kl >= 0.0,
+            "confidence": 0.0 < self.confidence < 1.0,
+        }
+        for name, right in ranges.items():
+            if not right:
+                raise LropeError(f"{_option(name)} {getattr(self, name)}: out of range; see lrope-gguf search --help")
+        if self.algorithm not in ALGORITHMS:
+            raise LropeError(f"--algorithm {self.algorithm}: unknown; choose one of {', '.join(ALGORITHMS)}")
+        self._algorithm_options()
+
+    def config(self) -> dict[str, Any]:
+        """Return what belongs in a study's config: all but ``max_evaluations`` and ``max_hours``.
+
+        These two only say how far to go: a study may be continued with more of either.
+        """
+        config = dataclasses.asdict(self)
+        del config["max_hours"], config["max_evaluations"]
+        return config
+
+    def racing(self) -> Racing:
+        """Return the racing rule of these settings."""
+        return Racing(self.search_contexts, self.racing_first, self.racing_fraction)
+
+    def algorithm_for(self, n_layer: int, curves: Sequence[Curve] = ()) -> Algorithm:
+        """Return the optimizer of these settings, fresh."""
+        return make_algorithm(
+            self.algorithm,
+            n_layer,
+            seed=self.seed,
+            degree=self.degree,
+            bounds=self.bounds,
+            curves=curves,
+            **self._algorithm_options(),
+        )
+
+    def _algorithm_options(self) -> dict[str, Any]:
+        """Return what the algorithm takes of the settings that not all of them have."""
+        known = inspect.signature(ALGORITHMS[self.algorithm]).parameters
+        options = {name: getattr(self, name) for name in ("lag", "population", "parents", "uniform_factors", "width")}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, value in options.items():
+            if name not in known and value != defaults[name]:
+                raise LropeError(f"{_option(name)}: means nothing to --algorithm {self.algorithm}; leave it out")
+        return {name: value for name, value in options.items() if name in known and value is not None}
+
+    def planned_evaluations(self, guard: bool = False) -> dict[str, int]:
+        """Return about how many context evaluations (one prefill each) the search takes, by split."""
+        sides = 2 + bool(self.uniform_factors)
+        finalists = min(self.finalists, self.max_evaluations - 1)
+        planned = {
+            "search": self.search_contexts + self.racing().expected_evaluations(self.max_evaluations - 1),
+            "validation": (finalists + sides - 1) * self.validation_contexts,
+            "test": sides * self.test_contexts,
+        }
+        return planned | ({"guard": 1} if guard else {})
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """What a search found.
+
+    Attributes:
+        best: The document that ``best.json`` holds.
+        identity: The base model's factors, 1 for every layer.
+        winner: The winner on validation; None if that was the base model.
+        uniform: The best uniform factor on search contexts; None if none was tried.
+        base_test, uniform_test, winner_test: Scores on the test contexts.
+        uniform_comparison, winner_comparison: The same against the base model.
+        over_uniform: The winner against the best uniform factor.
+        kl: The winner's divergence on ordinary text, nats per token; None if there was no guard.
+        verdict: Whether to use the curve.
+        candidates: Every candidate evaluated with its score, best first.
+        stopped_by: ``evaluations``, ``converged`` or ``hours``.
+    """
+
+    best: CurveFile
+    identity: Factors
+    winner: Candidate | None
+    uniform: Candidate | None
+    base_test: tuple[ContextScore, ...]
+    uniform_test: tuple[ContextScore, ...] | None
+    winner_test: tuple[ContextScore, ...] | None
+    uniform_comparison: Comparison | None
+    winner_comparison: Comparison | None
+    over_uniform: Comparison | None
+    kl: float | None
+    verdict: Verdict
+    candidates: tuple[tuple[Candidate, Score], ...]
+    stopped_by: str
+
+
+def run_search(
+    executor: Executor,
+    study: Study,
+    settings: SearchSettings,
+    progress: Progress,
+    *,
+    algorithm: Algorithm | None = None,
+    curves: Sequence[Curve] = (),
+    architecture: str | None = None,
+    block_count: int | None = None,
+    guard_contexts: int = 0,
+) -> SearchOutcome:
+    """Search for a curve that beats the base model, and measure its gain honestly.
+
+    Candidates are compared on the ``search`` contexts only; the winner among the best of them, the best
+    uniform factor and the base model is chosen on ``validation`` contexts, unless its divergence on ordinary text
+    (``guard``) exceeds ``settings.max_kl``; what is reported comes from ``test`` contexts. Meanwhile ``best.json`` of
+    the study holds the best curve so far.
+
+    There are no generations and no waiting at the end of a phase: candidate ``k`` is asked for as soon as all up to
+    ``k - lag`` were told, and workers that this leaves idle do what will be needed later. The result depends on the
+    settings, the model and the task, not on the number of workers nor on the order in which they return results, and
+    not on how often the search was killed and resumed.
+
+    Args:
+        executor: Evaluates; stays open.
+        study: Holds every result; its config goes into the provenance of ``best.json``.
+        settings: Options.
+        progress: Shows how far it is.
+        algorithm: Fresh optimizer in place of the one of the settings.
+        curves: Further curves for the optimizer of the settings to begin with.
+        architecture: The model's ``general.architecture``, for ``best.json``.
+        block_count: The model's, for ``best.json``; None: ``executor.n_layer``.
+        guard_contexts: Contexts of the split ``guard`` that the evaluator has: a probe's log-probability there is
+            minus the KL divergence from the base model in nats per token. 0: no guard.
+
+    Raises:
+        LropeError: the base model's log-probabilities are not finite, an evaluation failed, or the study cannot be
+            written.
+    """
+    algorithm = algorithm or settings.algorithm_for(executor.n_layer, curves)
+    search = _Search(executor, study, settings, progress, architecture, block_count, guard_contexts)
+    return search.run(algorithm)
+
+
+class _Search:
+    def __init__(
+        self,
+        executor: Executor,
+        study: Study,
+        settings: SearchSettings,
+        progress: Progress,
+        architecture: str | None,
+        block_count: int | None,
+        guard_contexts: int,
+    ) -> None:
+        self.study, self.settings, self.progress = study, settings, progress
+        self.architecture, self.block_count = architecture, block_count or executor.n_layer
+        self.guard_contexts = guard_contexts
+        self.start = time.monotonic()
+        self.identity = (1.0,) * executor.n_layer
+        self.pipeline = Pipeline(executor, study, progress)
+        self.objectives: dict[int, Objective] = {}  # by number of search contexts
+        self.ranking: list[tuple[Candidate, Score]] = []  # all that were told, best first
+        straight = tuple((i / settings.degree, 1.0) for i in range(settings.degree + 1))
+        self.base = Candidate(-1, Curve(straight, bounds=settings.bounds), self.identity, "identity")
+        self.saved: Candidate | None = None
+        self.line_due = 0
+
+    def run(self, algorithm: Algorithm) -> SearchOutcome:
+        settings = self.settings
+        planned = settings.planned_evaluations(bool(self.guard_contexts))
+        self.progress.start(sum(planned.values()))
+        self.progress.line(f"up to {settings.max_evaluations} candidates: " + _plan_text(planned))
+        try:
+            self.study.begin_candidates()
+            self.pipeline.want(self.jobs(self.identity, "search"), order=-1)
+            for order, split in enumerate(("validation", "test")):
+                self.pipeline.want(self.jobs(self.identity, split), Urgency.SOON, order)
+            stopped_by = self.search(algorithm)
+            return self.finish(stopped_by)
+        except KeyboardInterrupt:
+            self.progress.line(self.interrupted())
+            raise
+        finally:
+            self.progress.close()
+
+    def interrupted(self) -> str:
+        """What there is to say after Ctrl-C."""
+        best = self.better_than_base()
+        found = "none better than the base model"
+        if best:
+            found = f"the best so far, {best[0][1]:+.4f} nats, is {self.study.directory / 'best.json'}"
+        return f"stopped after {len(self.ranking)} candidates, {found}; the same command resumes"
+
+    def jobs(self, factors: Factors, split: str, contexts: range | None = None) -> list[Job]:
+        """Return the evaluations of ``factors`` on ``contexts`` of ``split``; None: on all."""
+        if contexts is None:
+            contexts = range(self.guard_contexts if split == "guard" else getattr(self.settings, f"{split}_contexts"))
+        return [Job(factors, split, i) for i in contexts]
+
+    def search(self, algorithm: Algorithm) -> str:
+        """Ask, evaluate and tell, candidate by candidate; return what ended it."""
+        race = Race(self.settings.racing())
+        asked: list[Candidate] = []
+        pending: deque[Candidate] = deque()
+
+        def fitness(candidate: int, n_contexts: int) -> float | None:
+            return self.fitness(asked[candidate].factors, n_contexts)
+
+        def see(candidate: Candidate, contexts: range) -> None:
+            self.pipeline.want(self.jobs(candidate.factors, "search", contexts), order=candidate.id)
+
+        stopped_by = ""
+        while True:
+            while not stopped_by and len(pending) < algorithm.lag:
+                if len(asked) == self.settings.max_evaluations:
+                    stopped_by = "evaluations"
+                elif self.out_of_time():
+                    stopped_by = "hours"
+                elif (candidate := algorithm.ask()) is not None:
+                    asked.append(candidate)
+                    pending.append(candidate)
+                    see(candidate, race.enter(candidate.id))
+                elif pending:
+                    break
+                else:
+                    stopped_by = "converged"
+            if not pending:
+                return stopped_by
+            if stopped_by or algorithm.should_stop():
+                self.look_ahead()
+            candidate = pending.popleft()
+            while candidate.id not in race.scores:
+                for goes_on, contexts in race.advance(fitness):
+                    see(asked[goes_on], contexts)
+                if candidate.id not in race.scores:
+                    self.pipeline.step()
+            score = race.scores[candidate.id]
+            if candidate.factors == self.identity:
+                score = (self.settings.search_contexts, 0.0)  # known without racing
+            algorithm.tell(candidate, score)
+            self.study.record_candidate(candidate, score)
+            bisect.insort(self.ranking, (candidate, score), key=rank)
+            self.keep_best()
+
+    def out_of_time(self) -> bool:
+        hours = self.settings.max_hours
+        return hours is not None and time.monotonic() - self.start > 3600.0 * hours
+
+    def fitness(self, factors: Factors, n_contexts: int) -> float | None:
+        """Return the fitness on the first ``n_contexts`` search contexts; None as long as a result is missing."""
+        results, contexts = self.pipeline.results, range(n_contexts)
+        scores = [results.get(job) for job in self.jobs(factors, "search", contexts)]
+        known = [score for score in scores if score is not None]
+        if len(known) < n_contexts:
+            return None
+        if n_contexts not in self.objectives:
+            base = [results.get(job) for job in self.jobs(self.identity, "search", contexts)]
+            known_base = [score for score in base if score is not None]
+            if len(known_base) < n_contexts:
+                return None
+            if not all(math.isfinite(score.log_probability) for score in known_base):
+                raise LropeError("the base model gives no finite log-probabilities on this task; check model and data")
+            self.objectives[n_contexts] = Objective(known_base, self.settings.middle_weight)
+        return self.objectives[n_contexts].fitness(known)
+
+    def keep_best(self) -> None:
+        """Bring ``best.json`` up to date with what was told, and say so.
+
+        Not during replay, which would set it back.
+        """
+        best, fitness = next(iter(self.better_than_base()), (self.base, 0.0))
+        improved = best != self.saved
+        if improved and self.pipeline.n_fresh:
+            results = {"search": {"contexts": self.settings.search_contexts, "fitness": _number(fitness)}}
+            self.study.save_best(self.document(best, results))
+            self.saved = best
+        text = f"best {fitness:+.4f} nats"
+        self.progress.best(text)
+        self.progress.expect(self.expected())
+        if self.pipeline.n_fresh and (improved or len(self.ranking) >= self.line_due):
+            self.line_due = len(self.ranking) + _LINE_EVERY
+            self.progress.line(
+                f"{len(self.ranking)}/{self.settings.max_evaluations} candidates, {text} ({best.origin}), "
+                f"{self.progress.status()}"
+            )
+
+    def expected(self) -> int:
+        """Return how many evaluations it will be in all, by what racing has taken so far."""
+        planned = self.settings.planned_evaluations(bool(self.guard_contexts))
+        begun = sum(contexts for _, (contexts, _) in self.ranking)
+        left = max(self.settings.max_evaluations - len(self.ranking), 0)
+        search = self.settings.search_contexts + begun + math.ceil(left * begun / len(self.ranking))
+        return search + sum(n for split, n in planned.items() if split != "search")
+
+    def better_than_base(self) -> list[tuple[Candidate, float]]:
+        """Return the candidates with their fitness that saw all search contexts and beat the base model, best first."""
+        better = []
+        for candidate, (contexts, fitness) in self.ranking:
+            if contexts < self.settings.search_contexts or not fitness > 0.0:
+                break
+            better.append((candidate, fitness))
+        return better
+
+    def finalists(self) -> tuple[list[Candidate], Candidate | None]:
+        """Return who goes on to validation as it stands, best first, and the best uniform factor among them."""
+        uniform = next((c for c, _ in self.ranking if len(set(c.factors)) == 1 and c.factors != self.identity), None)
+        finalists = [c for c, _ in self.better_than_base()][: self.settings.finalists]
+        if uniform is not None and uniform not in finalists:
+            finalists.append(uniform)
+        return finalists, uniform
+
+    def look_ahead(self) -> None:
+        """While the last candidates are out, let idle workers begin with those that lead."""
+        finalists, uniform = self.finalists()
+        for order, candidate in enumerate(finalists):
+            self.pipeline.want(self.jobs(candidate.factors, "validation"), Urgency.MAYBE, order)
+        if uniform is not None:
+            self.pipeline.want(self.jobs(uniform.factors, "test"), Urgency.MAYBE, len(finalists))
+
+    def finish(self, stopped_by: str) -> SearchOutcome:
+        """Choose on validation, measure on test."""
+        settings = self.settings
+        finalists, uniform = self.finalists()
+        n_test = 1 + (uniform is not None) + bool(finalists)
+        self.progress.expect(
+            sum(job.split == "search" for job in self.pipeline.results)
+            + (1 + len(finalists)) * settings.validation_contexts
+            + bool(finalists) * self.guard_contexts
+            + n_test * settings.test_contexts
+        )
+        self.progress.line(
+            f"validation: base and {len(finalists)} finalists on {settings.validation_contexts} contexts, "
+            f"{self.progress.status()}"
+        )
+        for candidate in (self.base, *finalists):
+            self.pipeline.want(self.jobs(candidate.factors, "validation"))
+        if uniform is not None:
+            self.pipeline.want(self.jobs(uniform.factors, "test"), Urgency.SOON)
+        for order, candidate in enumerate(finalists):
+            self.pipeline.want(self.jobs(candidate.factors, "guard"), Urgency.MAYBE, order)
+        objective = Objective(self.all_of(self.identity, "validation"), settings.middle_weight)
+        fitness = {c: objective.fitness(self.all_of(c.factors, "validation")) for c in finalists}
+        winner, divergences = self.choose(finalists, fitness)
+
+        sides = [c.factors for c in (uniform, winner) if c is not None]
+        self.progress.line(
+            f"test: base and {len(set(sides))} more on {settings.test_contexts} contexts, {self.progress.status()}"
+        )
+        for side in (self.identity, *sides):
+            self.pipeline.want(self.jobs(side, "test"))
+        tested = {side: tuple(self.all_of(side, "test")) for side in (self.identity, *sides)}
+        base_test = tested[self.identity]
+
+        def compared(candidate: Candidate | None, base: Sequence[ContextScore] = base_test) -> Comparison | None:
+            if candidate is None:
+                return None
+            return compare(base, tested[candidate.factors], seed=settings.seed, confidence=settings.confidence)
+
+        uniform_comparison, winner_comparison = compared(uniform), compared(winner)
+        beside = None if uniform is None or uniform_comparison is None else (uniform.factors[0], uniform_comparison)
+        over_uniform = None
+        if uniform is not None and winner not in (None, uniform):
+            over_uniform = compared(winner, tested[uniform.factors])
+        kl = None if winner is None or winner not in divergences else max(divergences[winner].values())
+        judgement = verdict(winner_comparison, beside, kl, over_uniform=over_uniform)
+        if winner is None and divergences:
+            judgement = Verdict(
+                False,
+                f"no curve that beats the base model on validation stays within {settings.max_kl:g} nats a token of it "
+                "on ordinary text (--max-kl), not recommended",
+            )
+        best = winner or self.base
+        contexts, search_fitness = dict(self.ranking).get(best, (settings.search_contexts, 0.0))
+        results: dict[str, Any] = {
+            "candidates": len(self.ranking),
+            "stopped_by": stopped_by,
+            "search": {"contexts": contexts, "fitness": _number(search_fitness)},
+            "validation": {"contexts": settings.validation_contexts, "fitness": _number(fitness.get(best, 0.0))},
+            "test": _summary(base_test, winner_comparison),
+            "recommended": judgement.recommended,
+            "verdict": judgement.text,
+        }
+        if uniform is not None and uniform_comparison is not None:
+            results["best_uniform"] = {"factor": uniform.factors[0], "test": _summary(base_test, uniform_comparison)}
+            if over_uniform is not None:
+                results["over_uniform"] = _summary(tested[uniform.factors], over_uniform)
+        if divergences:
+            results["guard"] = {"max_kl": settings.max_kl, "passed_over": len(divergences) - (winner is not None)}
+            if winner is not None:
+                results["guard"] |= {name: _number(value) for name, value in divergences[winner].items()}
+        document = self.document(best, results)
+        self.study.save_best(document)
+        self.study.log(judgement.text)
+        return SearchOutcome(
+            best=document,
+            identity=self.identity,
+            winner=winner,
+            uniform=uniform,
+            base_test=base_test,
+            uniform_test=None if uniform is None else tested[uniform.factors],
+            winner_test=None if winner is None else tested[winner.factors],
+            uniform_comparison=uniform_comparison,
+            winner_comparison=winner_comparison,
+            over_uniform=over_uniform,
+            kl=kl,
+            verdict=judgement,
+            candidates=tuple(self.ranking),
+            stopped_by=stopped_by,
+        )
+
+    def all_of(self, factors: Factors, split: str) -> list[ContextScore]:
+        """Return the scores on all contexts of ``split``, waiting for them."""
+        return self.pipeline.get(self.jobs(factors, split))
+
+    def choose(
+        self, finalists: Sequence[Candidate], fitness: Mapping[Candidate, float]
+    ) -> tuple[Candidate | None, dict[Candidate, dict[str, float]]]:
+        """Return the best by validation that the guard lets pass, and the divergences of those that it looked at.
+
+        The winner must beat the base model; of equals the best by search comes first.
+        """
+        divergences: dict[Candidate, dict[str, float]] = {}
+        for candidate in sorted((c for c in finalists if fitness[c] > 0.0), key=lambda c: -fitness[c]):
+            if not self.guard_contexts:
+                return candidate, divergences
+            self.pipeline.want(self.jobs(candidate.factors, "test"), Urgency.MAYBE)
+            divergences[candidate] = divergences_by_length(self.all_of(candidate.factors, "guard"))
+            worst, limit = max(divergences[candidate].values()), self.settings.max_kl
+            if worst <= limit:
+                return candidate, divergences
+            self.progress.line(
+                f"candidate {candidate.id} is passed over: KL divergence {worst:.3g} on ordinary text exceeds "
+                f"--max-kl {limit:g}"
+            )
+        return None, divergences
+
+    def document(self, best: Candidate, results: dict[str, Any]) -> CurveFile:
+        """Return the curve file of ``best``: no times in it, so that a resumed search writes the same bytes."""
+        return CurveFile(
+            control_points=best.curve.control_points,
+            bounds=best.curve.bounds,
+            architecture=self.architecture,
+            block_count=self.block_count,
+            provenance={"config": self.study.config, "results": results},
+        )
+
+
+def _option(name: str) -> str:
+    """The command line's name of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _plan_text(planned: dict[str, int]) -> str:
+    return "about " + ", ".join(f"{n} {split}" for split, n in planned.items()) + " evaluations of one context each"
+
+
+def _number(value: float) -> float | None:
+    """Six decimals for people; JSON has no NaN."""
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def _summary(base: Sequence[ContextScore], comparison: Comparison | None) -> dict[str, Any]:
+    """Return a comparison as JSON; without one, the base model's accuracy alone."""
+    if comparison is None:
+        accuracy = math.fsum(score.accuracy for score in base) / len(base)
+        return {"contexts": len(base), "base_accuracy": _number(accuracy)}
+
+    def interval(gain: Interval) -> list[float | None]:
+        return [_number(gain.mean), _number(gain.low), _number(gain.high)]
+
+    return {
+        "contexts": comparison.n_contexts,
+        "base_accuracy": _number(comparison.base_accuracy),
+        "accuracy": _number(comparison.accuracy),
+        "accuracy_gain": interval(comparison.accuracy_gain),
+        "log_probability_gain": interval(comparison.log_probability_gain),
+        "by_depth": [
+            {
+                "depth": _number(row.depth),
+                "probes": row.n_probes,
+                "base_accuracy": _number(row.base_accuracy),
+                "accuracy": _number(row.accuracy),
+                "accuracy_gain": interval(row.accuracy_gain),
+            }
+            for row in comparison.by_depth
+        ],
+    }

@@ -1,0 +1,285 @@
+"""A study: the directory of one search run, safe against a kill at any instant."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lrope_gguf.curve import CurveFile
+from lrope_gguf.errors import LropeError
+from lrope_gguf.files import atomic_write_text, write_all, write_error
+
+from ..optimizers.protocol import Candidate, Score
+from ..scores import ContextScore, Job, ProbeScore
+
+_KEPT = "what was recorded is kept: the same command resumes"
+
+
+class Study:
+    """Config, results and best curve of one search, for one process at a time.
+
+    ``config.json`` holds all that decides the results and is written once. ``evaluations.jsonl`` gets one line a
+    result, on disk before `record` returns. ``best.json`` is a curve file, replaced atomically. ``candidates.jsonl``
+    gets one line a candidate and is written anew by every run, replay included: it is for reports, and no search
+    reads it. ``log.txt`` is for people. Resume is replay: a search that starts again finds every result that was
+    recorded through `lookup`, so that a kill costs at most what was in flight.
+
+    Args:
+        directory: Made if it is missing.
+        config: JSON object; it must equal the one that the study was begun with.
+
+    Raises:
+        LropeError: another process uses the directory, the config differs (each difference is named), a
+            file is damaged, or the directory cannot be written.
+    """
+
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        """Open the study, or begin it."""
+        self.directory = Path(directory)
+        self.config: dict[str, Any] = json.loads(json.dumps(config))  # as it comes back from disk
+        self._results: dict[Job, ContextScore] = {}
+        self._end = 0  # length of what is whole in evaluations.jsonl
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise LropeError(f"{directory}: cannot be used ({error.strerror}); choose another directory") from None
+        try:
+            self._acquire()
+            self._check_config()
+            self._evaluations = (self.directory / "evaluations.jsonl").open("a+b", buffering=0)
+            try:
+                self._read_evaluations()
+            except BaseException:
+                self._evaluations.close()
+                raise
+        except OSError as error:
+            os.close(self._lock)
+            raise write_error(self.directory, error, _KEPT) from None
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Study:
+        """Return the study itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Close the study."""
+        self.close()
+
+    def __len__(self) -> int:
+        """Return the number of results on record."""
+        return len(self._results)
+
+    def close(self) -> None:
+        """Close the files and let others use the directory."""
+        self._evaluations.close()
+        os.close(self._lock)
+
+    def lookup(self, job: Job) -> ContextScore | None:
+        """Return the recorded result of ``job``, if there is one."""
+        return self._results.get(job)
+
+    def record(self, job: Job, score: ContextScore) -> None:
+        """Append a result; it is on disk when this returns.
+
+        Raises:
+            LropeError: it could not be written, as on a full disk.
+        """
+        try:
+            write_all(self._evaluations, _line(job, score))
+            os.fsync(self._evaluations.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._evaluations.truncate(self._end)
+            raise write_error(self.directory / "evaluations.jsonl", error, _KEPT) from None
+        self._end = self._evaluations.tell()
+        self._results[job] = score
+
+    @staticmethod
+    def kept(directory: Path, name: str) -> Any:
+        """Return what an earlier run in ``directory`` kept as ``name``; None if there is no such thing.
+
+        Raises:
+            LropeError: the file is damaged.
+        """
+        path = Path(directory) / f"{name}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            return None
+        except (ValueError, RecursionError) as error:
+            raise LropeError(f"{path}: is not JSON ({error}); choose another study directory") from None
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep what another machine might find otherwise, unless it was kept before."""
+        path = self.directory / f"{name}.json"
+        if not path.exists():
+            atomic_write_text(path, json.dumps(value) + "\n")
+
+    def begin_candidates(self) -> None:
+        """Forget the candidates of an earlier run: replay tells them again."""
+        self._write_candidates("w", "")
+
+    def record_candidate(self, candidate: Candidate, score: Score) -> None:
+        """Note a candidate whose score is final."""
+        contexts, fitness = score
+        record = {
+            "id": candidate.id,
+            "origin": candidate.origin,
+            "control_points": candidate.curve.control_points,
+            "factors": candidate.factors,
+            "contexts": contexts,
+            "fitness": _encode(fitness),
+        }
+        self._write_candidates("a", json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
+
+    def _write_candidates(self, mode: str, text: str) -> None:
+        path = self.directory / "candidates.jsonl"
+        try:
+            with path.open(mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise write_error(path, error, _KEPT) from None
+
+    def save_best(self, best: CurveFile) -> None:
+        """Replace ``best.json`` in one atomic step."""
+        best.save(self.directory / "best.json")
+
+    def log(self, line: str) -> None:
+        """Append ``line`` to ``log.txt`` with the local time before it."""
+        try:
+            with (self.directory / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {line}\n")
+        except OSError as error:
+            raise write_error(self.directory / "log.txt", error, _KEPT) from None
+
+    def _acquire(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise LropeError(
+                f"{self.directory}: another search is using this study (process {owner}); "
+                "wait for it to end or choose another study directory"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    def _check_config(self) -> None:
+        path = self.directory / "config.json"
+        if not path.exists():
+            if (self.directory / "evaluations.jsonl").exists():
+                raise LropeError(f"{path}: is missing, but there are evaluations; choose another study directory")
+            atomic_write_text(path, json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+            return
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise LropeError(f"{path}: is not JSON ({error}); choose another study directory") from None
+        differences = [
+            f"{key} was {_show(old)}, is {_show(new)}" for key, old, new in _differences(stored, self.config)
+        ]
+        if differences:
+            raise LropeError(
+                f"{path}: the study was begun with other settings: {', '.join(differences)}; "
+                "use the same settings or choose another study directory"
+            )
+
+    def _read_evaluations(self) -> None:
+        path = self.directory / "evaluations.jsonl"
+        self._evaluations.seek(0)
+        data = self._evaluations.read()
+        results, self._end = parse_evaluations(data, path)
+        if self._end < len(data):
+            self._evaluations.truncate(self._end)
+            os.fsync(self._evaluations.fileno())
+            self.log(f"dropped the torn last line of evaluations.jsonl (line {len(results) + 1})")
+        for job, score in results:
+            self._results.setdefault(job, score)
+
+
+def parse_evaluations(data: bytes, path: Path) -> tuple[list[tuple[Job, ContextScore]], int]:
+    """Return the results in the bytes of an ``evaluations.jsonl``, line by line, and the length of the whole lines.
+
+    A last line that is torn is left out.
+
+    Raises:
+        LropeError: another line is damaged; ``path`` stands for the file in the message.
+    """
+    lines = data.splitlines(keepends=True)
+    results: list[tuple[Job, ContextScore]] = []
+    end = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("torn")
+            results.append(_parse(line))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number < len(lines):
+                raise LropeError(
+                    f"{path}: line {number} is damaged; delete that line (its evaluation is then made again) "
+                    "or choose another study directory"
+                ) from None
+        else:
+            end += len(line)
+    return results, end
+
+
+def _line(job: Job, score: ContextScore) -> bytes:
+    record = {
+        "factors": job.factors,
+        "split": job.split,
+        "index": job.index,
+        "n_tokens": score.n_tokens,
+        "seconds": score.seconds,
+        "probes": [[p.depth, _encode(p.log_probability), p.correct] for p in score.probes],
+    }
+    return json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _encode(value: float) -> float | str:
+    """JSON has no infinities and no NaN: they travel as the strings that ``float`` reads."""
+    return value if math.isfinite(value) else repr(value)
+
+
+def _parse(line: bytes) -> tuple[Job, ContextScore]:
+    record = json.loads(line)
+    job = Job(tuple(float(s) for s in record["factors"]), str(record["split"]), int(record["index"]))
+    probes = tuple(ProbeScore(float(d), float(lp), bool(correct)) for d, lp, correct in record["probes"])
+    score = ContextScore(job.split, job.index, probes, int(record["n_tokens"]), float(record["seconds"]))
+    sound = (
+        all(0.0 < factor < math.inf for factor in job.factors)
+        and probes
+        and all(0.0 <= probe.depth <= 1.0 for probe in probes)
+        and min(job.index, score.n_tokens, score.seconds) >= 0
+        and score.seconds < math.inf
+    )
+    if not sound:
+        raise ValueError("out of range")
+    return job, score
+
+
+_ABSENT = object()
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value)
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield ``(dotted key, old value, new value)`` wherever two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(name, _ABSENT), new.get(name, _ABSENT), f"{key}.{name}" if key else name)
+    elif old != new or type(old) is not type(new):
+        yield key or "the whole", old, new

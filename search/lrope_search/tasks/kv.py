@@ -1,0 +1,158 @@
+"""Key-value retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrope_gguf.errors import LropeError
+
+from .identifiers import IDENTIFIERS
+from .records import read_records, split_groups, too_few
+from .sizing import TokenLimit
+from .task import DEFAULT_DEPTHS, SPLITS, Context, Probe, even_depths
+
+DEFAULT_PAIRS = 40
+_CALIBRATION = len(SPLITS)  # in place of a split's number: pairs that are part of none
+
+Pairs = Sequence[tuple[str, str]]
+
+
+class KeyValueTask:
+    """Key-value retrieval of "Lost in the Middle" (Liu et al., arXiv 2307.03172, section 3).
+
+    A context is a JSON object of random UUIDs; the probes ask for the values of the keys at evenly spaced
+    depths. Prompt and scoring are the benchmark's. For models too small to copy a UUID there are other kinds of
+    keys and values (`IDENTIFIERS`).
+    """
+
+    name = "kv"
+
+    def __init__(
+        self,
+        n_pairs: int | None = None,
+        *,
+        depths: int = DEFAULT_DEPTHS,
+        seed: int = 0,
+        data: Path | str | None = None,
+        identifiers: str = "uuid",
+        limit: TokenLimit | None = None,
+    ) -> None:
+        """Make contexts of ``n_pairs`` pairs from ``seed``, or read them from ``data``.
+
+        Args:
+            n_pairs: Pairs of a context; of a file's record the first so many. None: 40, or all of a record.
+            depths: Probes of a context.
+            seed: Decides the pairs, or shuffles the records before they are cut into splits.
+            data: A ``kv-retrieval-*_keys.jsonl[.gz]`` file of the benchmark.
+            identifiers: Name of a kind of keys and values, of generated contexts.
+            limit: In place of ``n_pairs``: as many pairs as fit.
+
+        Raises:
+            LropeError: wrong numbers, or a malformed file.
+        """
+        self._seed = seed
+        self._depths = depths
+        self._data = data
+        self._limit = limit
+        self._n_pairs = DEFAULT_PAIRS if n_pairs is None else n_pairs
+        if depths < 1:
+            raise LropeError(f"--depths {depths}: a context needs a probe; ask for at least 1")
+        if (n_pairs is not None or (data is None and limit is None)) and self._n_pairs < depths:
+            raise LropeError(f"--keys {self._n_pairs}: too few for {depths} depths; ask for at least {depths} keys")
+        if identifiers not in IDENTIFIERS or (identifiers != "uuid" and data is not None):
+            raise LropeError(f"--identifiers {identifiers}: give one of {', '.join(IDENTIFIERS)}, without --data")
+        self._identifiers = IDENTIFIERS[identifiers]
+        self._most = self._identifiers.most
+        if data is None and self._most is not None and self._n_pairs > self._most:
+            raise LropeError(f"--keys {self._n_pairs}: there are {self._most} such keys; ask for fewer")
+        self._sizes: dict[tuple[str, int], int] = {}
+        self._splits: dict[str, list[Pairs]] | None = None
+        if data is not None:
+            records = read_records(data, "key-value record", lambda where, value: _pairs(where, value, n_pairs))
+            if min(map(len, records)) < depths:
+                raise LropeError(f"{data}: a record has fewer pairs than the {depths} depths; give a smaller --depths")
+            self._splits = split_groups([[record] for record in records], seed, data)
+
+    def size(self, split: str) -> int | None:
+        """Return how many contexts ``split`` has, None if as many as wanted."""
+        return None if self._splits is None else len(self._splits[split])
+
+    def context(self, split: str, index: int) -> Context:
+        """Return context ``index`` of ``split``.
+
+        Raises:
+            LropeError: the file has too few records, or no ``depths`` pairs fit into the tokens allowed.
+        """
+        if self._splits is not None and index >= len(self._splits[split]):
+            sizes = {s: len(records) for s, records in self._splits.items()}
+            raise too_few(self._data, split, index, sizes, "records")
+        if self._limit is None:
+            n_pairs = self._n_pairs if self._splits is None else len(self._splits[split][index])
+            return self._make(split, index, self._pairs(split, index, n_pairs), self._depths)
+        key = (split, index)
+        if key not in self._sizes:
+            self._sizes[key] = self._fitting(self._limit, split, index)
+        return self._make(split, index, self._pairs(split, index, self._sizes[key]), self._depths)
+
+    def calibration(self) -> Context:
+        """Return a context of four pairs, all asked for."""
+        return self._make("calibration", 0, self._generate(_CALIBRATION, 0, 4), depths=4)
+
+    def _pairs(self, split: str, index: int, n_pairs: int) -> Pairs:
+        if self._splits is None:
+            return self._generate(SPLITS.index(split), index, n_pairs)
+        return self._splits[split][index][:n_pairs]
+
+    def _generate(self, split: int, index: int, n_pairs: int) -> Pairs:
+        generator = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(split, index)))
+        return self._identifiers.pairs(generator, n_pairs)
+
+    def _fitting(self, limit: TokenLimit, split: str, index: int) -> int:
+        """Return how many pairs fit."""
+
+        def prompt(n_pairs: int) -> str:
+            context = self._make(split, index, self._pairs(split, index, n_pairs), self._depths)
+            return context.prefix + context.probes[0].question
+
+        if self._splits is None:
+            most = min(limit.tokens, self._most or limit.tokens)  # a pair has a token at the least
+        else:
+            most = len(self._splits[split][index])
+        n_pairs, n_tokens = limit.largest(prompt, self._depths, most)
+        if not n_pairs:
+            raise LropeError(
+                f"--context-tokens {limit.tokens}: {self._depths} pairs alone take {n_tokens}; ask for more tokens or "
+                "fewer --depths"
+            )
+        if n_pairs == most and limit.tokens - n_tokens > n_tokens / n_pairs:  # room for one more
+            what = "there are no more such keys" if self._splits is None else f"a record of {self._data} has no more"
+            raise LropeError(
+                f"--context-tokens {limit.tokens}: {most} pairs take only {n_tokens}, and {what}; ask for fewer tokens"
+            )
+        return n_pairs
+
+    def _make(self, split: str, index: int, pairs: Pairs, depths: int) -> Context:
+        asked = [(depth, *pairs[round(depth * (len(pairs) - 1))]) for depth in even_depths(depths)]
+        wording = self._identifiers.wording
+        return Context(
+            split=split,
+            index=index,
+            prefix=wording.prefix(pairs),
+            probes=tuple(Probe(depth, wording.question(key), value) for depth, key, value in asked),
+            lead=wording.lead,
+        )
+
+
+def _pairs(where: str, value: Any, n_pairs: int | None) -> Pairs:
+    pairs = [(key, text) for key, text in value["ordered_kv_records"]]
+    if not all(isinstance(text, str) and text for pair in pairs for text in pair):
+        raise LropeError(f"{where}: a key or value is no text; expected pairs of strings")
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise LropeError(f"{where}: a key occurs twice; its value would be ambiguous")
+    if n_pairs is not None and len(pairs) < n_pairs:
+        raise LropeError(f"{where}: has {len(pairs)} pairs, fewer than --keys {n_pairs}; ask for fewer keys")
+    return pairs[:n_pairs]

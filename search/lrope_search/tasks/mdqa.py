@@ -1,0 +1,303 @@
+"""Multi-document question answering."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrope_gguf.errors import LropeError
+
+from .answers import normalize
+from .records import read_records, split_groups, too_few
+from .sizing import TokenLimit
+from .task import DEFAULT_DEPTHS, SPLITS, Context, Probe, even_depths
+
+DEFAULT_DOCUMENTS = 20
+_N_CALIBRATION = 12  # documents of the calibration context
+_COMMON = 0.1  # an alias that stands in more than this share of passages is no answer that one could look for
+_SAMPLE = 200  # passages that are looked through to know
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A document of the prompt; ``words`` is its title and text, normalized."""
+
+    title: str
+    text: str
+    words: str
+
+    def holds(self, aliases: Iterable[str]) -> bool:
+        """Whether it contains one of the normalized ``aliases``."""
+        return any(alias in self.words for alias in aliases)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A question with its answers, the passage that holds one, and the others that a retriever found."""
+
+    question: str
+    answers: tuple[str, ...]
+    aliases: tuple[str, ...]
+    """The answers, normalized."""
+    gold: Passage
+    others: tuple[Passage, ...]
+
+    def may_stand_beside(self, other: Record) -> bool:
+        """Whether neither question could be answered from the other's passage, and the passages differ."""
+        alike = self.gold.text == other.gold.text
+        return not (alike or self.gold.holds(other.aliases) or other.gold.holds(self.aliases))
+
+
+class MultiDocumentTask:
+    """Multi-document question answering of "Lost in the Middle" (Liu et al., arXiv 2307.03172, section 2).
+
+    Prompt and scoring are the benchmark's, and so is the data. One thing differs: the benchmark asks one question a
+    context and moves its document from place to place; here a context holds the documents of several questions, at
+    evenly spaced depths, so that all questions share its prefix. Documents are numbered by their places in the prompt.
+
+    The other documents are what the retriever found for these questions, by turns from the best, where the file has it
+    (``nq-open-*_total_documents_gold_at_*.jsonl[.gz]``), else passages of other questions of the same split
+    (``nq-open-oracle.jsonl[.gz]``). No document but a question's own holds one of its aliases, whatever case,
+    punctuation and articles. A question whose alias stands in more than a tenth of all passages ("2") is left out.
+
+    Splits share no question, no passage and no page (title) of a gold passage; each question is asked once.
+    """
+
+    name = "mdqa"
+
+    def __init__(
+        self,
+        data: Path | str,
+        n_documents: int | None = None,
+        *,
+        depths: int = DEFAULT_DEPTHS,
+        seed: int = 0,
+        limit: TokenLimit | None = None,
+    ) -> None:
+        """Read ``data``, one ``{question, answers, ctxs: [{title, text, isgold}, ...]}`` a line.
+
+        Args:
+            data: An nq-open file of the benchmark, plain or gzipped.
+            n_documents: Documents of a context. None: 20.
+            depths: Questions of a context, and so many of its documents answer one.
+            seed: Shuffles everything.
+            limit: In place of ``n_documents``: as many documents as fit.
+
+        Raises:
+            LropeError: wrong numbers, a malformed file, or too few passages for one context.
+        """
+        self._data = data
+        self._seed = seed
+        self._depths = depths
+        self._limit = limit
+        self._n_documents = DEFAULT_DOCUMENTS if n_documents is None else n_documents
+        if depths < 1:
+            raise LropeError(f"--depths {depths}: a context needs a probe; ask for at least 1")
+        if limit is None and self._n_documents < depths:
+            raise LropeError(
+                f"--documents {self._n_documents}: too few for {depths} depths; ask for at least {depths} documents"
+            )
+        records = read_records(data, "question with documents", _record)
+        splits = split_groups(_by_page(records), seed, data)
+        self._owners = _owners(splits)
+        self._passages: dict[str, list[Passage]] = {}
+        self._contexts: dict[str, list[Sequence[Record]]] = {}
+        for split, own in splits.items():
+            gold = {record.gold.text: record.gold for record in own}
+            others = {p.text: p for record in own for p in record.others if self._owners[p.text] == split}
+            self._passages[split] = list((others | gold).values())
+            self._contexts[split] = _packed(_selective(own, list(gold.values())), depths)
+            if limit is None and len(self._passages[split]) < self._n_documents:
+                raise LropeError(
+                    f"{data}: {len(self._passages[split])} passages are for {split}, fewer than --documents "
+                    f"{self._n_documents}; ask for fewer or give more data"
+                )
+        self._calibration = splits["search"]
+        self._cache: dict[tuple[str, int], Context] = {}
+
+    def size(self, split: str) -> int | None:
+        """Return how many contexts ``split`` has."""
+        return len(self._contexts[split])
+
+    def context(self, split: str, index: int) -> Context:
+        """Return context ``index`` of ``split``.
+
+        Raises:
+            LropeError: the file has too few questions or passages, or the questions' documents alone are larger
+                than the tokens allowed.
+        """
+        if index >= len(self._contexts[split]):
+            raise too_few(self._data, split, index, {s: len(self._contexts[s]) for s in SPLITS})
+        key = (split, index)
+        if key not in self._cache:
+            self._cache[key] = self._made(split, index)
+        return self._cache[key]
+
+    def calibration(self) -> Context:
+        """Return a context of at most twelve search questions and their documents alone."""
+        chosen: list[Record] = []
+        for record in self._calibration:
+            if len(chosen) < _N_CALIBRATION and all(record.may_stand_beside(other) for other in chosen):
+                chosen.append(record)
+        return _context("calibration", 0, chosen, [])
+
+    def _made(self, split: str, index: int) -> Context:
+        asked = self._contexts[split][index]
+        if self._limit is None:
+            n_more = self._n_documents - len(asked)
+            distractors = list(itertools.islice(self._distractors(split, index, asked), n_more))
+            if n_more > len(distractors):
+                raise LropeError(
+                    f"{self._data}: {split} context {index} has only {len(distractors)} documents that answer none of "
+                    f"its questions, {n_more} are wanted; ask for fewer --documents"
+                )
+            return _context(split, index, asked, distractors)
+
+        distractors = list(self._distractors(split, index, asked))
+
+        def prompt(n_documents: int) -> str:
+            context = _context(split, index, asked, distractors[: n_documents - len(asked)])
+            return context.prefix + max((probe.question for probe in context.probes), key=len)
+
+        most = len(asked) + len(distractors)
+        n_documents, n_tokens = self._limit.largest(prompt, len(asked), most)
+        if not n_documents:
+            raise LropeError(
+                f"--context-tokens {self._limit.tokens}: the documents of {len(asked)} questions alone take {n_tokens} "
+                f"in {split} context {index}; ask for more tokens or fewer --depths"
+            )
+        if n_documents == most and self._limit.tokens - n_tokens > n_tokens / n_documents:
+            raise LropeError(
+                f"--context-tokens {self._limit.tokens}: the {most} documents there are for {split} context {index} "
+                f"take only {n_tokens}; ask for fewer tokens or give more data"
+            )
+        return _context(split, index, asked, distractors[: n_documents - len(asked)])
+
+    def _distractors(self, split: str, index: int, asked: Sequence[Record]) -> Iterator[Passage]:
+        """Yield the documents that may stand beside those of ``asked``, the most fitting first."""
+        generator = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(SPLITS.index(split), index)))
+        passages = self._passages[split]
+        shuffled = (passages[i] for i in generator.permutation(len(passages)))
+        aliases = [alias for record in asked for alias in record.aliases]
+        seen = {record.gold.text for record in asked}
+        for passage in (*_by_turns([record.others for record in asked]), *shuffled):
+            if passage.text not in seen and self._owners[passage.text] == split and not passage.holds(aliases):
+                seen.add(passage.text)
+                yield passage
+
+
+def _context(split: str, index: int, asked: Sequence[Record], distractors: Sequence[Passage]) -> Context:
+    """Put the documents of ``asked`` at evenly spaced depths among ``distractors``."""
+    depths = even_depths(len(asked))
+    n = len(asked) + len(distractors)
+    gold = {round(depth * (n - 1)): record.gold for depth, record in zip(depths, asked, strict=True)}
+    rest = iter(distractors)
+    passages = [gold[place] if place in gold else next(rest) for place in range(n)]
+    documents = "\n".join(f"Document [{i}](Title: {p.title}) {p.text}" for i, p in enumerate(passages, 1))
+    task = (
+        "Write a high-quality answer for the given question using only the provided search results "
+        "(some of which might be irrelevant)."
+    )
+    probes = tuple(_probe(depth, record) for depth, record in zip(depths, asked, strict=True))
+    return Context(split, index, f"{task}\n\n{documents}\n\n", probes, lead=" ")
+
+
+def _probe(depth: float, record: Record) -> Probe:
+    """Ask for the first alias that the gold document words so: a model can copy it."""
+    text = record.gold.text
+    answer = next((a for a in record.answers if a in text), None)
+    answer = answer or next((a for a in record.answers if a.lower() in text.lower()), record.answers[0])
+    aliases = tuple(a for a in record.answers if a != answer)
+    return Probe(depth, f"Question: {record.question}\nAnswer:", answer, aliases, normalized=True)
+
+
+def _by_turns(rows: Sequence[Sequence[Passage]]) -> Iterator[Passage]:
+    for i in range(max(map(len, rows), default=0)):
+        yield from (row[i] for row in rows if i < len(row))
+
+
+def _packed(records: Sequence[Record], n: int) -> list[Sequence[Record]]:
+    """Return groups of ``n`` records that may stand in one context, each record in one group at most."""
+    groups: list[Sequence[Record]] = []
+    waiting = deque(records)
+    while len(waiting) >= n:
+        chosen: list[Record] = []
+        passed: list[Record] = []
+        while waiting and len(chosen) < n:
+            record = waiting.popleft()
+            fits = all(record.may_stand_beside(other) for other in chosen)
+            (chosen if fits else passed).append(record)
+        if len(chosen) == n:
+            groups.append(chosen)
+            waiting.extendleft(reversed(passed))
+        else:  # nothing fits the first of them
+            waiting = deque([*chosen[1:], *passed])
+    return groups
+
+
+def _selective(records: Sequence[Record], passages: Sequence[Passage]) -> list[Record]:
+    """Return the records whose aliases stand in few of ``passages``."""
+    sample = passages[:_SAMPLE]
+    most = 1 + _COMMON * len(sample)  # its own, and few more
+    return [r for r in records if r.aliases and sum(passage.holds(r.aliases) for passage in sample) <= most]
+
+
+def _owners(splits: dict[str, list[Record]]) -> dict[str, str]:
+    """Return the one split that may use a passage's text: a gold one's, else the first whose questions found it."""
+    owner = {record.gold.text: split for split, own in splits.items() for record in own}
+    for split, own in splits.items():
+        for record in own:
+            for passage in record.others:
+                owner.setdefault(passage.text, split)
+    return owner
+
+
+def _by_page(records: Sequence[Record]) -> list[list[Record]]:
+    """Group the records that have a question, a gold passage or its page in common."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    for record in records:
+        page = "title " + record.gold.title
+        for name in ("text " + record.gold.text, "question " + record.question):
+            parent[root(name)] = root(page)
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(root("title " + record.gold.title), []).append(record)
+    return list(groups.values())
+
+
+def _record(where: str, value: Any) -> Record:
+    question, answers, documents = value["question"], value["answers"], value["ctxs"]
+    if not isinstance(question, str) or not question.strip():
+        raise LropeError(f"{where}: its question is no text; expected a string")
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise LropeError(f"{where}: its answers are no list of texts; expected one string or more")
+    passages = [(_passage(where, document), document.get("isgold", False)) for document in documents]
+    gold = [passage for passage, is_gold in passages if is_gold is True]
+    if len(gold) != 1:
+        raise LropeError(f'{where}: {len(gold)} of its ctxs are gold; expected one with "isgold": true')
+    return Record(
+        question=question,
+        answers=tuple(dict.fromkeys(answers)),
+        aliases=tuple(dict.fromkeys(filter(None, map(normalize, answers)))),
+        gold=gold[0],
+        others=tuple(passage for passage, is_gold in passages if is_gold is not True),
+    )
+
+
+def _passage(where: str, document: Any) -> Passage:
+    title, text = document["title"], document["text"]
+    if not isinstance(title, str) or not isinstance(text, str) or not text.strip():
+        raise LropeError(f"{where}: a document's title or text is no text; expected strings")
+    return Passage(title, text, normalize(f"{title} {text}"))

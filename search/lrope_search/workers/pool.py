@@ -1,0 +1,205 @@
+"""Workers that come and go: jobs wait for one, results come back, and who is lost is replaced."""
+
+from __future__ import annotations
+
+import traceback
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+from lrope_gguf.errors import LropeError
+
+from ..scores import ContextScore, Evaluator, Job
+
+MAX_MOVES = 3
+"""How often a job is given to another worker after the one that had it was lost."""
+
+T = TypeVar("T")
+Task: TypeAlias = Job | Callable[[Evaluator], Any]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker has its evaluator, of a model with ``n_layer`` layers."""
+
+    n_layer: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """A task's result."""
+
+    result: Any
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A task or the start of a worker failed: the user's mistake, said in a line, or a traceback of ours."""
+
+    text: str
+    is_mistake: bool
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker is gone, or as good as gone; ``how``, in words."""
+
+    how: str
+
+
+Reply: TypeAlias = Ready | Done | Failed | Lost
+
+
+def perform(task: Task, evaluator: Evaluator) -> Reply:
+    """Do ``task`` in a worker."""
+    try:
+        if isinstance(task, Job):
+            return Done(evaluator.evaluate(task.factors, task.split, task.index))
+        return Done(task(evaluator))
+    except MemoryError:
+        return Lost("out of memory")
+    except Exception as error:
+        return failure(error)
+
+
+def failure(error: Exception) -> Failed:
+    """Return what a worker has to say of ``error``."""
+    if isinstance(error, LropeError):
+        return Failed(str(error), is_mistake=True)
+    return Failed("".join(traceback.format_exception(error)), is_mistake=False)
+
+
+class WorkerError(RuntimeError):
+    """Something in a worker went wrong that no user could have put right; holds the worker's traceback."""
+
+
+class WorkerPool(ABC):
+    """An executor over workers of some kind, which a subclass starts, gives tasks, and listens to."""
+
+    def __init__(self, n_workers: int) -> None:
+        """Start ``n_workers`` and wait for the first of them to be ready."""
+        self._n_workers = n_workers
+        self._n_layer: int | None = None
+        self._idle: deque[int] = deque()
+        self._tasks: dict[int, Task] = {}  # by the worker that has it
+        self._waiting: deque[Task] = deque()
+        self._done: deque[tuple[Task, Any]] = deque()
+        self._losses: dict[Task | None, int] = {}  # workers lost over a task, or (None) while they started
+        try:
+            for worker in range(n_workers):
+                self._start(worker)
+            while self._n_layer is None:
+                self._listen()
+        except BaseException:
+            self.close()
+            raise
+
+    @abstractmethod
+    def _start(self, worker: int) -> None:
+        """Start a worker; `_wait` will bring its `Ready`."""
+
+    @abstractmethod
+    def _send(self, worker: int, task: Task) -> None:
+        """Give a task to a worker that is ready and has none."""
+
+    @abstractmethod
+    def _wait(self) -> Iterable[tuple[int, Reply]]:
+        """Wait until at least one worker has replied or is lost, and return all who have."""
+
+    @abstractmethod
+    def _discard(self, worker: int) -> None:
+        """Do away with what is left of a lost worker, before `_start` replaces it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the workers, whatever they are doing; no job may follow. Idempotent."""
+
+    def __enter__(self) -> WorkerPool:
+        """Return the executor; leaving the block closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release the workers."""
+        self.close()
+
+    @property
+    def n_layer(self) -> int:
+        """Number of layers of the model that the workers hold."""
+        assert self._n_layer is not None  # __init__ waits for it
+        return self._n_layer
+
+    @property
+    def n_workers(self) -> int:
+        """Number of workers, those included that are being replaced."""
+        return self._n_workers
+
+    def submit(self, job: Job) -> None:
+        """Take one more job."""
+        self._waiting.append(job)
+        self._dispatch()
+
+    def next(self) -> tuple[Job, ContextScore]:
+        """Wait for any of the jobs submitted; see `Executor.next`.
+
+        Raises:
+            LropeError: an evaluation failed, or its workers were lost time after time.
+            WorkerError: a fault of the program in a worker.
+        """
+        while not self._done:
+            self._listen()
+        task, score = self._done.popleft()
+        assert isinstance(task, Job)
+        return task, score
+
+    def ask(self, function: Callable[[Evaluator], T]) -> T:
+        """Return what ``function``, which must be picklable, finds out from a worker's evaluator. Not between jobs."""
+        self._waiting.append(function)
+        while not self._done:
+            self._listen()
+        result: T = self._done.popleft()[1]
+        return result
+
+    def _dispatch(self) -> None:
+        while self._waiting and self._idle:
+            worker, task = self._idle.popleft(), self._waiting.popleft()
+            self._tasks[worker] = task
+            self._send(worker, task)
+
+    def _listen(self) -> None:
+        self._dispatch()
+        for worker, reply in self._wait():
+            match reply:
+                case Ready(n_layer):
+                    self._n_layer = n_layer
+                    self._losses.pop(None, None)
+                    self._idle.append(worker)
+                case Done(result):
+                    task = self._tasks.pop(worker)
+                    self._losses.pop(task, None)
+                    self._done.append((task, result))
+                    self._idle.append(worker)
+                case Failed(text, is_mistake):
+                    raise LropeError(text) if is_mistake else WorkerError(f"in a worker:\n{text}")
+                case Lost(how):
+                    self._replace(worker, how)
+        self._dispatch()
+
+    def _replace(self, worker: int, how: str) -> None:
+        task = self._tasks.pop(worker, None)
+        if worker in self._idle:
+            self._idle.remove(worker)
+        self._losses[task] = self._losses.get(task, 0) + 1
+        if self._losses[task] > MAX_MOVES:
+            over = (
+                f"over the evaluation of {task.split} {task.index}" if isinstance(task, Job) else "while they started"
+            )
+            raise LropeError(
+                f"--workers {self._n_workers}: {self._losses[task]} workers were lost {over}, the last one {how}; if "
+                "memory ran out, give fewer workers or shorter contexts; what was recorded is kept"
+            )
+        if task is not None:
+            self._waiting.appendleft(task)
+        self._discard(worker)
+        self._start(worker)

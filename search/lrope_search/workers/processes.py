@@ -1,0 +1,175 @@
+"""Local worker processes, a model each: threads divided between them, GPUs handed out in turn."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import connection, parent_process
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from .pool import Lost, Ready, Reply, Task, WorkerPool, failure, perform
+from .protocol import EvaluatorFactory
+
+_EXIT_SECONDS = 10.0  # a process that closed its pipe has so long to end
+
+
+class ProcessExecutor(WorkerPool):
+    """Evaluates in processes of this machine.
+
+    A worker that dies is replaced, and its job goes to another one. Should this process die, however it does, they
+    end too.
+
+    Args:
+        factory: Makes the evaluator in each worker.
+        n_workers: Number of processes.
+        n_threads: CPU threads of each of them; None: the evaluator's choice.
+        gpus: Each worker sees one of these, in turn (``CUDA_VISIBLE_DEVICES``, which HIP heeds too); none: all.
+
+    Raises:
+        LropeError: no evaluator could be made.
+    """
+
+    def __init__(
+        self,
+        factory: EvaluatorFactory,
+        n_workers: int,
+        *,
+        n_threads: int | None = None,
+        gpus: Sequence[str] = (),
+    ) -> None:
+        """Start the workers and wait for the first."""
+        self._factory, self._n_threads, self._gpus = factory, n_threads, tuple(gpus)
+        self._spawn = multiprocessing.get_context("spawn")  # a fork would share what llama.cpp and CUDA have begun
+        self._processes: dict[int, BaseProcess] = {}
+        self._pipes: dict[int, Connection] = {}
+        super().__init__(n_workers)
+
+    def pids(self) -> list[int]:
+        """Return the workers' process ids."""
+        return [process.pid for _, process in sorted(self._processes.items()) if process.pid is not None]
+
+    def close(self) -> None:
+        """Kill the workers: they hold nothing that could be lost."""
+        for process in self._processes.values():
+            process.kill()
+        for worker in list(self._processes):
+            self._discard(worker)
+
+    def _start(self, worker: int) -> None:
+        ours, theirs = self._spawn.Pipe()
+        gpu = self._gpus[worker % len(self._gpus)] if self._gpus else None
+        process = self._spawn.Process(
+            target=_work, args=(theirs, self._factory, self._n_threads, gpu), name=f"lrope-worker-{worker}", daemon=True
+        )
+        with _no_interrupt():
+            process.start()
+        theirs.close()
+        self._processes[worker], self._pipes[worker] = process, ours
+
+    def _send(self, worker: int, task: Task) -> None:
+        with suppress(OSError):  # it just died: `_wait` finds the end of its pipe
+            self._pipes[worker].send(task)
+
+    def _wait(self) -> Iterable[tuple[int, Reply]]:
+        ready = connection.wait(list(self._pipes.values()))
+        return [(worker, self._receive(worker)) for worker, pipe in self._pipes.items() if pipe in ready]
+
+    def _receive(self, worker: int) -> Reply:
+        try:
+            reply: Reply = self._pipes[worker].recv()
+        except (EOFError, OSError):
+            return Lost(self._end_of(worker))
+        return reply
+
+    def _end_of(self, worker: int) -> str:
+        process = self._processes[worker]
+        process.join(_EXIT_SECONDS)
+        code = process.exitcode
+        if code is None:
+            return "no longer answering"
+        if code < 0:
+            return f"killed by signal {-code} ({signal.strsignal(-code)})"
+        return f"ended with status {code}"
+
+    def _discard(self, worker: int) -> None:
+        process = self._processes.pop(worker)
+        process.kill()
+        process.join()
+        self._pipes.pop(worker).close()
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C is for the one who began: a process begun here is born deaf to it, from its first instruction."""
+    signals = {signal.SIGINT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(pipe: Connection, factory: EvaluatorFactory, n_threads: int | None, gpu: str | None) -> None:
+    """Be a worker: make an evaluator and evaluate, until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    try:
+        with factory(n_threads) as evaluator:
+            pipe.send(Ready(evaluator.n_layer))
+            with suppress(EOFError):
+                while True:
+                    pipe.send(perform(pipe.recv(), evaluator))
+    except MemoryError:
+        pipe.send(Lost("out of memory"))
+    except Exception as error:
+        pipe.send(failure(error))
+
+
+def _end_with_parent() -> None:
+    """A long evaluation must not outlive the search that wanted it."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """Return the GPUs that this process may use, by the names that ``CUDA_VISIBLE_DEVICES`` knows; none: no NVIDIA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return tuple(name.strip() for name in visible.split(",") if name.strip() not in ("", "-1"))
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    try:
+        listed = subprocess.run(
+            [tool, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=30.0
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(listed.stdout.split()) if listed.returncode == 0 else ()
+
+
+def free_memory() -> int | None:
+    """Return the bytes that processes here may still take, by Linux and the control group; None if it does not say."""
+    free = []
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text(encoding="ascii"))  # "max": ValueError, no limit
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        free.append(limit - used + int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0)))
+    return min(free, default=None)

@@ -1,0 +1,1 @@
+"""What several tests share; the proofs and benchmarks may import it too."""
