@@ -2,36 +2,90 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from lrope_gguf.errors import LropeError
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+_PROGRAM = "lrope-gguf"
+_COMPLETE = "_LROPE_GGUF_COMPLETE"  # click's own name: the variable by which a shell asks for completions
+
 COMMANDS = {
+    "search": ("lrope_search.commands.search", "search layer factors for a model and a task"),
+    "eval": ("lrope_search.commands.evaluate", "compare base model and layer factors on a task"),
     "write": ("lrope_gguf.commands.write", "store layer factors in a model"),
     "show": ("lrope_gguf.commands.show", "show a model's RoPE settings and layer factors"),
     "remove": ("lrope_gguf.commands.remove", "take the layer factors out of a model"),
-    "search": ("lrope_search.commands.search", "search layer factors for a model and a task"),
-    "eval": ("lrope_search.commands.evaluate", "compare base model and layer factors on a task"),
     "report": ("lrope_search.commands.report", "make the report of a search"),
     "demo": ("lrope_search.commands.demo", "search, write and serve on a small real model"),
-    "completion": ("lrope_gguf.commands.completion", "print a script that completes commands in a shell"),
 }
+"""Name, module and summary of each; the module's ``command`` is the click command."""
+
+
+class LazyGroup(click.Group):
+    """The commands of `COMMANDS`; listing and completing their names imports none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module; None where there is no such command.
+
+        Raises:
+            LropeError: the module needs a package that is not installed.
+        """
+        if cmd_name not in COMMANDS:
+            return None
+        try:
+            module = import_module(COMMANDS[cmd_name][0])
+        except ModuleNotFoundError as error:
+            if ctx.resilient_parsing:  # completing a word: nothing to say
+                return None
+            raise _missing(cmd_name, error) from error
+        if not hasattr(module, "command"):
+            return _bridge(cmd_name, module)
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List names and summaries."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a command's name or an option of the group."""
+        from click.shell_completion import CompletionItem
+
+        names = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="lrope-gguf", message="lrope-gguf %(version)s")
+def lrope_gguf() -> None:
+    """Layer-specific RoPE scaling for GGUF models: search it, write it, serve it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 (an error), 2 (usage) or 130 (interrupted)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # names that the terminal cannot show get question marks
     try:
-        status = _run(arguments)
+        status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
     except LropeError as error:
         print("lrope-gguf:", *str(error).splitlines(), file=sys.stderr)
         return 1
@@ -48,44 +102,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def build_parser(modules: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
-    """The parser of the command line, with the arguments of those commands whose modules are given."""
-    parser = argparse.ArgumentParser(
-        prog="lrope-gguf", description="Layer-specific RoPE scaling for GGUF models: search it, write it, serve it."
-    )
-    parser.add_argument("--version", action="store_true", help="show the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, (_, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        if name in modules:
-            modules[name].add_arguments(command)
-    return parser
+def _run(arguments: list[str]) -> int:
+    """As `click.Command.main` does it, which would hide an interrupt's exit status."""
+    if instruction := os.environ.get(_COMPLETE):
+        from click.shell_completion import shell_complete
 
-
-def _run(arguments: Sequence[str]) -> int:
-    chosen = next((word for word in arguments if not word.startswith("-")), None)
-    module = _load(chosen, COMMANDS[chosen][0]) if chosen in COMMANDS else None
-    parser = build_parser({} if module is None or chosen is None else {chosen: module})
-    options = parser.parse_args(arguments)
-    if options.version:
-        from lrope_gguf import __version__
-
-        print(f"lrope-gguf {__version__}")
-        return 0
-    if module is None:
-        parser.error("give a command")
+        return shell_complete(lrope_gguf, {}, _PROGRAM, _COMPLETE, instruction)
+    chosen = next((word for word in arguments if not word.startswith("-")), "")
     try:
-        status: int = module.run(options)
+        with lrope_gguf.make_context(_PROGRAM, arguments) as context:
+            return int(lrope_gguf.invoke(context) or 0)
+    except click.exceptions.Exit as end:  # --help, --version
+        return end.exit_code
     except ModuleNotFoundError as error:
-        raise _missing(options.command, error) from error
-    return status
+        if chosen not in COMMANDS:
+            raise
+        raise _missing(chosen, error) from error
 
 
-def _load(name: str, module_name: str) -> ModuleType:
-    try:
-        return import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise _missing(name, error) from error
+def _bridge(name: str, module: Any) -> click.Command:
+    """Only until every command is click's: run one that still is argparse's."""
+    import argparse
+
+    @click.pass_context
+    def run(context: click.Context, words: tuple[str, ...]) -> int:
+        parser = argparse.ArgumentParser(prog=f"lrope-gguf {name}")
+        module.add_arguments(parser)
+        status: int = module.run(parser.parse_args(words))
+        return status
+
+    settings = {"ignore_unknown_options": True, "help_option_names": []}
+    words = click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)
+    return click.Command(name, params=[words], callback=run, context_settings=settings)
 
 
 def _missing(command: str, error: ModuleNotFoundError) -> Exception:

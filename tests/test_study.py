@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_search.scores import ContextScore, Job, ProbeScore
-from lrope_search.study.store import Study
 from lrope_search.study import store as study_module
+from lrope_search.study.store import Study
 
 CONFIG = {"seed": 1, "task": {"name": "kv", "keys": 20}, "search": {"bounds": (0.5, 4.0)}}
 

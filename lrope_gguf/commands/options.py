@@ -1,0 +1,55 @@
+"""What the commands' options share: values that click checks, and headings in ``--help``."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import click
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """A list such as ``1,1.05,0.98``; a tuple of floats."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Read the list."""
+        if not isinstance(value, str):
+            return tuple(map(float, value))
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 1,1.05,0.98", param, ctx)
+
+
+class Option(click.Option):
+    """An option that ``--help`` shows under a heading of its own.
+
+    Args:
+        heading: the heading; None: Options.
+        declarations, attributes: as `click.Option` takes them.
+    """
+
+    def __init__(self, declarations: list[str], *, heading: str | None = None, **attributes: Any) -> None:
+        super().__init__(declarations, **attributes)
+        self.heading = heading
+
+
+class Command(click.Command):
+    """A command whose ``--help`` lists options under their headings, in the order of declaration."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for each heading."""
+        shown = [
+            (getattr(option, "heading", None) or "Options", record)
+            for option in self.get_params(ctx)
+            if not isinstance(option, click.Argument) and (record := option.get_help_record(ctx)) is not None
+        ]
+        for heading, records in groupby(sorted(shown, key=lambda item: _first(shown, item[0])), lambda item: item[0]):
+            with formatter.section(heading):
+                formatter.write_dl([record for _, record in records])
+
+
+def _first(shown: list[tuple[str, Any]], heading: str) -> int:
+    return next(i for i, (name, _) in enumerate(shown) if name == heading)
