@@ -373,7 +373,7 @@ def _html(text: str) -> str:
 
 def summary_lines(study: StudySummary) -> Sequence[str]:
     """The report as text for a terminal."""
-    from lrope_gguf.commands.show import sparkline
+    from lrope_gguf.text import sparkline
 
     lines = [f"model       {model_name(study)}", f"study       {about(study)}"]
     if study.factors is not None:
