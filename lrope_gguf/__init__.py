@@ -15,17 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lrope_gguf.curve import Curve, CurveFile
     from lrope_gguf.errors import LropeError
-    from lrope_gguf.metadata import (
-        ModelInfo,
-        WritePlan,
-        WriteResult,
-        plan_remove,
-        plan_write,
-        read_factors,
-        read_model,
-        remove_factors,
-        write_factors,
-    )
+    from lrope_gguf.metadata import WritePlan, WriteResult, plan_remove, plan_write, remove_factors, write_factors
+    from lrope_gguf.model_info import ModelInfo, read_factors, read_model
 
     __version__: str
 
@@ -49,13 +40,13 @@ _MODULES = {
     "Curve": "curve",
     "CurveFile": "curve",
     "LropeError": "errors",
-    "ModelInfo": "metadata",
+    "ModelInfo": "model_info",
     "WritePlan": "metadata",
     "WriteResult": "metadata",
     "plan_remove": "metadata",
     "plan_write": "metadata",
-    "read_factors": "metadata",
-    "read_model": "metadata",
+    "read_factors": "model_info",
+    "read_model": "model_info",
     "remove_factors": "metadata",
     "write_factors": "metadata",
 }

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from lrope_gguf.bezier import height, layer_positions
 from lrope_gguf.errors import LropeError
-from lrope_gguf.files import atomic_write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -289,6 +288,8 @@ class CurveFile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the document to `path`, whole or not at all."""
+        from lrope_gguf.files import atomic_write_text
+
         atomic_write_text(path, self.dumps())
 
     def factors_for(self, n_layer: int) -> tuple[float, ...]:

@@ -40,7 +40,6 @@ from native import ProofError, script, table  # noqa: E402
 from support.gguf_fixtures import write_model  # noqa: E402
 
 from lrope_gguf import CurveFile, LropeError, remove_factors, write_factors  # noqa: E402
-from lrope_gguf.files import file_system  # noqa: E402
 
 TRACEME, CONT, POKEUSER, SYSCALL, SETOPTIONS, SYSCALL_INFO = 0, 7, 6, 24, 0x4200, 0x420E
 SYSGOOD, EXITKILL = 1, 1 << 20
@@ -377,6 +376,12 @@ def series(bench: Bench, every: int) -> Iterator[tuple[str, Row]]:
     yield "killed", [bench.kill(stop) for stop in range(1, bench.whole.stops + 1, every)]
     for error in (errno.ENOSPC, errno.EIO) if can_fail() else ():
         yield errno.errorcode[error], [bench.fail(*fault, error) for fault in bench.faults()[::every]]
+
+
+def file_system(directory: Path) -> str:
+    """Kind of the file system of a directory, as `stat` names it."""
+    done = subprocess.run(["stat", "-f", "-c", "%T", directory], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "an unknown file system"
 
 
 def main() -> int:

@@ -35,7 +35,7 @@ import lrope_gguf
 from lrope_gguf import CurveFile, LropeError, plan_remove, read_factors, read_model, remove_factors, write_factors
 from lrope_gguf import metadata as metadata_module
 from lrope_gguf.gguf_scan import GGUFFile
-from lrope_gguf.metadata import shortest
+from lrope_gguf.model_info import shortest
 
 KEY = "llama.rope.scaling.layer_factors"
 FACTORS = (1.0, 1.25, 0.75, 1.1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -16,7 +15,8 @@ import click
 from lrope_gguf.commands.options import FILE, Command, model_argument
 from lrope_gguf.curve import AGREEMENT, CurveFile
 from lrope_gguf.errors import LropeError
-from lrope_gguf.metadata import ModelInfo, factors_key, read_model, shortest
+from lrope_gguf.layout import factors_key
+from lrope_gguf.model_info import ModelInfo, read_model, shortest
 from lrope_gguf.text import printable, shown_in, sparkline
 
 _LABEL = 16
@@ -45,8 +45,14 @@ def command(model: str, as_json: bool, plot: str | None) -> None:
         print()
         return
     # a file or a program gets whole lines
-    width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else None
+    width = _terminal_width() if sys.stdout.isatty() else None
     print(shown_in("\n".join(_lines(info, document, curve_error, agreement, width)), sys.stdout.encoding))
+
+
+def _terminal_width() -> int:
+    import shutil  # and with it four compressors
+
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 def stored_curve(info: ModelInfo) -> tuple[CurveFile | None, str | None]:

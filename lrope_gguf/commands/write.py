@@ -14,17 +14,9 @@ from lrope_gguf.commands.options import FILE, Command, Numbers, exactly_one, mod
 from lrope_gguf.commands.progress import CopyProgress
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
-from lrope_gguf.metadata import (
-    CURVE_KEY,
-    ModelInfo,
-    WritePlan,
-    WriteResult,
-    factors_key,
-    plan_write,
-    read_model,
-    shortest,
-    write_factors,
-)
+from lrope_gguf.layout import CURVE_KEY, factors_key
+from lrope_gguf.metadata import WritePlan, WriteResult, plan_write, write_factors
+from lrope_gguf.model_info import ModelInfo, read_model, shortest
 
 
 @click.command("write", cls=Command)
