@@ -438,6 +438,16 @@ def block_size(path: str | os.PathLike[str]) -> int:
         os.close(handle)
 
 
+def free_bytes(directory: Path) -> int:
+    """Bytes that this user may still write into a directory's file system."""
+    if not hasattr(os, "statvfs"):
+        import shutil  # and with it four compressors, which take longer to load than all else here
+
+        return shutil.disk_usage(directory).free
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
 def can_share_blocks(source: FileIO, directory: Path) -> bool | None:
     """Whether a new file in `directory` can share blocks with `source`, tried on one that never gets a name.
 

@@ -24,6 +24,7 @@ from lrope_gguf.files import (
     block_size,
     can_share_blocks,
     check_replaceable,
+    free_bytes,
     locked,
     mapped_by,
     replacing,
@@ -247,8 +248,6 @@ def _plan_write(
 
 
 def _plan_rewrite(gguf: GGUFFile, target: Path | None, new: bytes, factors: tuple[float, ...]) -> WritePlan:
-    import shutil  # and with it four compressors
-
     path = gguf.path if target is None else target
     pieces = pieces_of(gguf, new, 0)
     size = length(pieces)
@@ -260,7 +259,7 @@ def _plan_rewrite(gguf: GGUFFile, target: Path | None, new: bytes, factors: tupl
     if not os.access(place.parent, os.W_OK | os.X_OK):
         raise LropeError(f"{path}: its directory is read-only; make it writable or give --output")
     shares = keeps_blocks(pieces, block_size(place)) and can_share_blocks(gguf.file, place.parent)
-    free = shutil.disk_usage(place.parent).free
+    free = free_bytes(place.parent)
     if free < size and not shares:
         raise LropeError(
             f"{path}: needs {size} bytes beside it, {free} are free; free some space, or write to another disk with "

@@ -346,7 +346,7 @@ def test_failures_leave_the_old_file_and_no_litter(
 
 def test_too_little_space_is_seen_before_writing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = model.read_bytes()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    monkeypatch.setattr(metadata_module, "free_bytes", lambda _: 10)
     monkeypatch.setattr(metadata_module, "replacing", fail_with(0))
     with pytest.raises(LropeError, match=r"needs \d+ bytes beside it, 10 are free"):
         write_factors(model, FACTORS)
