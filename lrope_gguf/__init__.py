@@ -36,20 +36,7 @@ __all__ = [
     "write_factors",
 ]
 
-_MODULES = {
-    "Curve": "curve",
-    "CurveFile": "curve",
-    "LropeError": "errors",
-    "ModelInfo": "model_info",
-    "WritePlan": "metadata",
-    "WriteResult": "metadata",
-    "plan_remove": "metadata",
-    "plan_write": "metadata",
-    "read_factors": "model_info",
-    "read_model": "model_info",
-    "remove_factors": "metadata",
-    "write_factors": "metadata",
-}
+_MODULES = ("errors", "curve", "model_info", "metadata")  # each imports those before it only
 
 
 def __getattr__(name: str) -> Any:
@@ -60,10 +47,11 @@ def __getattr__(name: str) -> Any:
             value: Any = version("lrope-gguf")
         except PackageNotFoundError:
             value = "0+unknown"
-    elif name in _MODULES:
+    elif name in __all__:
         from importlib import import_module
 
-        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        modules = (import_module(f"{__name__}.{module}") for module in _MODULES)
+        value = next(getattr(module, name) for module in modules if hasattr(module, name))
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
