@@ -606,6 +606,18 @@ def completed(words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return capsys.readouterr().out
 
 
+def test_completing_a_command_imports_none() -> None:
+    code = (
+        "import sys; from lrope_gguf.cli import main; status = main();"
+        "print(sorted(name for name in sys.modules if 'commands.' in name or name.startswith('lrope_search')), status)"
+    )
+    environment = {"_LROPE_GGUF_COMPLETE": "bash_complete", "COMP_WORDS": "lrope-gguf s", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=60
+    )
+    assert done.stdout == "plain,search\nplain,show\n[] 0\n", done
+
+
 def test_completion_without_the_search_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
