@@ -15,10 +15,9 @@ from lrope_gguf.errors import LropeError
 from ..results.comparison import divergences_by_length
 from ..results.objective import Objective
 from ..results.table import DepthTable, depth_table
-from ..scores import ContextScore, Job
+from ..scores import ContextScore, DivergenceScore, Evaluation, Factors, Job
 from ..study.store import parse_evaluations
 
-Factors = tuple[float, ...]
 Scores = Mapping[Factors, Mapping[int, ContextScore]]
 """Of one split, by factors and context."""
 
@@ -135,13 +134,17 @@ def summarise(directory: Path) -> StudySummary:
     best, results = _best(directory)
     evaluations = _evaluations(directory)
     splits: dict[str, dict[Factors, dict[int, ContextScore]]] = {}
+    divergences: dict[Factors, list[DivergenceScore]] = {}
     for job, score in evaluations.items():
-        splits.setdefault(job.split, {}).setdefault(job.factors, {})[job.index] = score
+        if isinstance(score, DivergenceScore):
+            divergences.setdefault(job.factors, []).append(score)
+        else:
+            splits.setdefault(job.split, {}).setdefault(job.factors, {})[job.index] = score
     n_layer = next((len(job.factors) for job in evaluations), None if best is None else best.block_count)
-    depths: dict[tuple[str, int], list[float]] = {}
+    depths: dict[tuple[str, int], list[float] | None] = {}
     for job, score in evaluations.items():
-        asked = [probe.depth for probe in score.probes]
-        if len(job.factors) != n_layer or not asked or depths.setdefault((job.split, job.index), asked) != asked:
+        asked = [probe.depth for probe in score.probes] if isinstance(score, ContextScore) else None
+        if len(job.factors) != n_layer or depths.setdefault((job.split, job.index), asked) != asked:
             raise LropeError(
                 f"{directory / 'evaluations.jsonl'}: its lines differ in layers or probes, as if two searches had "
                 "written it; search again in another directory"
@@ -178,7 +181,7 @@ def summarise(directory: Path) -> StudySummary:
         confidence=confidence,
         table=_table(splits.get(table_split, {}), sides, int(_number(settings.get("seed"), 0)), confidence),
         table_split=table_split,
-        guard=divergences_by_length(splits.get("guard", {}).get(factors or (), {}).values()),
+        guard=divergences_by_length(divergences.get(factors or (), ())),
         costs=_costs(evaluations),
     )
 
@@ -211,7 +214,7 @@ def _best_factors(directory: Path, best: CurveFile, n_layer: int) -> Factors:
         raise LropeError(f"{directory / 'best.json'}: {error}; is it this study's?") from None
 
 
-def _evaluations(directory: Path) -> dict[Job, ContextScore]:
+def _evaluations(directory: Path) -> dict[Job, Evaluation]:
     path = directory / "evaluations.jsonl"
     try:
         data = path.read_bytes()
@@ -219,7 +222,7 @@ def _evaluations(directory: Path) -> dict[Job, ContextScore]:
         if (directory / "best.json").exists():
             raise LropeError(f"{path}: is missing, the report is made from it; search again") from None
         return {}
-    results: dict[Job, ContextScore] = {}
+    results: dict[Job, Evaluation] = {}
     for job, score in parse_evaluations(data, path)[0]:
         results.setdefault(job, score)
     return results
@@ -291,8 +294,8 @@ def _table(scores: Scores, sides: Mapping[str, Factors], seed: int, confidence: 
     return depth_table(chosen, seed=max(seed, 0), confidence=confidence)
 
 
-def _costs(evaluations: Mapping[Job, ContextScore]) -> tuple[Cost, ...]:
-    phases: dict[str, list[ContextScore]] = {}
+def _costs(evaluations: Mapping[Job, Evaluation]) -> tuple[Cost, ...]:
+    phases: dict[str, list[Evaluation]] = {}
     for job, score in evaluations.items():
         phase = (
             job.split if job.split != "search" else f"search, {'further contexts' if job.index else 'first context'}"
