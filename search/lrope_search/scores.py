@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
+
+Factors: TypeAlias = tuple[float, ...]
+"""One RoPE factor a layer, first layer first; 1 changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class ContextScore:
 class Job:
     """One evaluation: layer factors on context ``index`` of ``split``."""
 
-    factors: tuple[float, ...]
+    factors: Factors
     split: str
     index: int
 
@@ -57,6 +60,6 @@ class Evaluator(Protocol):
         """Number of transformer layers, the length of ``factors``."""
         ...
 
-    def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
+    def evaluate(self, factors: Factors, split: str, index: int) -> ContextScore:
         """Score context ``index`` of ``split`` under ``factors`` (one positive float a layer)."""
         ...
