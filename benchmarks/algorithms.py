@@ -43,7 +43,7 @@ from lrope_search.commands.options import (
     task_config,
 )
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
-from lrope_search.optimizers.protocol import Algorithm, Candidate, Score
+from lrope_search.optimizers.protocol import Candidate, Optimizer, Score
 from lrope_search.optimizers.registry import ALGORITHMS, make_algorithm
 from lrope_search.optimizers.space import UNIFORM_FACTORS, CurveSpace
 from lrope_search.study.racing import Race, Racing
@@ -109,7 +109,7 @@ class ModelProblem:
         return self._known[key]
 
 
-def play(problem: Problem, algorithm: Algorithm, racing: Racing, budget: int) -> Iterator[tuple[Candidate, int]]:
+def play(problem: Problem, algorithm: Optimizer, racing: Racing, budget: int) -> Iterator[tuple[Candidate, int]]:
     """Drive ``algorithm`` for ``budget`` candidates; after each yield the best so far and the contexts it all cost."""
     pending: deque[Candidate] = deque()
     best: tuple[Score, Candidate] | None = None
@@ -163,7 +163,7 @@ class Run:
         return next((n for n, gain in enumerate(self.gains, 1) if gain >= target), math.inf)
 
 
-def run(problem: Problem, algorithm: Algorithm, racing: Racing, budget: int, max_cost: float = math.inf) -> Run:
+def run(problem: Problem, algorithm: Optimizer, racing: Racing, budget: int, max_cost: float = math.inf) -> Run:
     """One run, judged."""
     worth: dict[int, float] = {}
     gains, costs = [], []
@@ -220,7 +220,7 @@ def seeds(args: argparse.Namespace) -> range:
     return range(args.first_seed, args.first_seed + args.seeds)
 
 
-def make(args: argparse.Namespace, name: str, problem: Problem, seed: int) -> Algorithm:
+def make(args: argparse.Namespace, name: str, problem: Problem, seed: int) -> Optimizer:
     """An algorithm for a model, all with the same first curves and widths."""
     uniform = args.uniform_factors
     return make_algorithm(name, problem.n_layer, seed=seed, width=args.width, uniform_factors=uniform)

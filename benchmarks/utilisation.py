@@ -19,6 +19,7 @@ import hashlib
 import math
 import statistics
 import struct
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,13 +30,16 @@ import numpy as np
 from landscapes import HELD_OUT, TUNING, Landscape
 from scipy.special import ndtri
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support.virtual_workers import VirtualExecutor
+
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_search.optimizers.protocol import Candidate, Score
 from lrope_search.scores import ContextScore, Job, ProbeScore
 from lrope_search.study.progress import Progress
 from lrope_search.study.run import SearchSettings, run_search
 from lrope_search.study.store import Study
-from lrope_search.workers.simulation import VirtualExecutor
 
 CONTEXTS = 4
 

@@ -13,16 +13,17 @@ from test_algorithms import key, play
 
 from lrope_gguf.curve import Curve
 from lrope_search.optimizers import genetic
-from lrope_search.optimizers.baselines import RandomSearch
 from lrope_search.optimizers.genetic import GeneticAlgorithm
 from lrope_search.optimizers.protocol import Candidate, Score
+from lrope_search.optimizers.random_search import RandomSearch
 from lrope_search.optimizers.space import CurveSpace
 from lrope_search.optimizers.surrogate import GaussianProcess
 
 
 def test_begins_with_the_known_good_points() -> None:
     curve = Curve(((0.0, 1.0), (0.2, 1.1), (0.7, 1.2), (1.0, 0.9)))
-    ga = GeneticAlgorithm(9, uniform_factors=(0.9, 1.5, 5.0), curves=(curve,), population=14, lag=14)
+    space = CurveSpace(9)
+    ga = GeneticAlgorithm(space, space.known_good((0.9, 1.5, 5.0), (curve,)), population=14, lag=14)
     candidates = [ga.ask() for _ in range(14)]
     assert [c.origin for c in candidates] == ["identity", "uniform", "uniform", "seed", *["scan"] * 3, *["random"] * 7]
     assert candidates[0].factors == (1.0,) * 9
@@ -43,7 +44,7 @@ def test_the_scan_raises_one_third_of_the_layers_at_a_time(degree: int) -> None:
 
 
 def test_elitism_and_racing_order() -> None:
-    ga = GeneticAlgorithm(8, seed=2, parents=3, population=10)
+    ga = GeneticAlgorithm(CurveSpace(8), seed=2, parents=3, population=10)
     first = play(ga, 10, lambda c: (4, -float(c.id)))
     assert [c.id for c, _ in ga.parents] == [0, 1, 2]
     child = ga.ask()
@@ -66,7 +67,7 @@ def test_without_surrogate_and_crossover_it_is_the_textbook_mu_plus_one() -> Non
             self.pools.append([ids[genome.tobytes()] for genome in pool])
             return pool
 
-    ga = Spy(12, seed=4, lag=1, proposals=1, crossover=0.0, parents=3, population=8)
+    ga = Spy(CurveSpace(12), seed=4, lag=1, proposals=1, crossover=0.0, parents=3, population=8)
     ga.pools = []
     told: list[tuple[Candidate, Score]] = []
     for _ in range(60):
@@ -82,7 +83,8 @@ def test_without_surrogate_and_crossover_it_is_the_textbook_mu_plus_one() -> Non
 
 
 def test_an_exhausted_space_ends_the_search() -> None:
-    ga = GeneticAlgorithm(1, bounds=(0.998, 1.002), uniform_factors=(), width=0.001)
+    space = CurveSpace(1, bounds=(0.998, 1.002))
+    ga = GeneticAlgorithm(space, space.known_good(()), width=0.001)
     told = play(ga, 1000, lambda c: (1, -abs(c.factors[0] - 1.001)))
     assert {key(c) for c, _ in told} <= {(0.998,), (0.999,), (1.0,), (1.001,), (1.002,)}
     assert len(told) >= 4
@@ -93,23 +95,23 @@ def test_stops_when_an_evaluation_is_worth_no_more() -> None:
     def smooth(c: Candidate) -> Score:
         return 1, -float(np.sum(np.square(np.log(c.factors) - 0.05)))
 
-    ended = GeneticAlgorithm(6, seed=1, tolerance=1e-3)
+    ended = GeneticAlgorithm(CurveSpace(6), seed=1, tolerance=1e-3)
     told = play(ended, 400, smooth)
     assert ended.should_stop() and 30 < len(told) < 200
     assert ended.best[1][1] > -2e-3  # and nothing was to be had any more
-    endless = GeneticAlgorithm(6, seed=1, tolerance=0.0)
+    endless = GeneticAlgorithm(CurveSpace(6), seed=1, tolerance=0.0)
     assert play(endless, len(told) + 20, smooth)[: len(told)] == told and not endless.should_stop()
 
 
 def test_a_plateau_is_no_convergence() -> None:
     """Nothing is known about what an improvement could be where all are equal, nor where none is finite."""
     for fitness in (0.0, -math.inf):
-        ga = GeneticAlgorithm(8, seed=1, tolerance=1.0)
+        ga = GeneticAlgorithm(CurveSpace(8), seed=1, tolerance=1.0)
         assert len(play(ga, 50, lambda c, fitness=fitness: (1, fitness))) == 50
 
 
 def test_infinitely_bad_candidates_do_no_harm() -> None:
-    ga = GeneticAlgorithm(8, seed=1)
+    ga = GeneticAlgorithm(CurveSpace(8), seed=1)
     told = play(ga, 60, lambda c: (1, -np.inf if max(c.factors) > 1.02 else -abs(sum(c.factors) - 8.1)))
     assert max(ga.best[0].factors) <= 1.02
     assert len(told) == 60 or ga.should_stop()
@@ -132,9 +134,9 @@ def test_beats_random_search_of_the_same_budget() -> None:
     ratios, wins = [], 0
     for seed in range(4):
         land = Landscape(seed=seed % 4, peak=(1.12, 1.3)[seed % 2])
-        ga = GeneticAlgorithm(land.n_layer, seed=seed)
+        ga = GeneticAlgorithm(CurveSpace(land.n_layer), seed=seed)
         play(ga, 96, gain(land))
-        random = max(score for _, score in play(RandomSearch(land.n_layer, seed=seed), 96, gain(land)))[1]
+        random = max(score for _, score in play(RandomSearch(CurveSpace(land.n_layer), seed=seed), 96, gain(land)))[1]
         ratios.append(ga.best[1][1] / max(random, 0.02))
         wins += ga.best[1][1] > random
     assert wins >= 3
@@ -147,7 +149,7 @@ def test_the_surrogate_pays() -> None:
     for seed in range(4):
         for proposals, found in gains.items():
             land = Landscape(seed=seed, peak=1.2)
-            ga = GeneticAlgorithm(land.n_layer, seed=seed, proposals=proposals)
+            ga = GeneticAlgorithm(CurveSpace(land.n_layer), seed=seed, proposals=proposals)
             play(ga, 60, gain(land))
             found.append(ga.best[1][1])
     assert statistics.mean(gains[150]) > 1.15 * statistics.mean(gains[1]), gains
@@ -162,7 +164,7 @@ def test_fewer_contexts_count_less() -> None:
         contexts, fitness = full(c)
         return (contexts, fitness) if fitness > 0.0 else (1, fitness + 0.1 * noise("lucky", c.factors))
 
-    ga = GeneticAlgorithm(land.n_layer, seed=0)
+    ga = GeneticAlgorithm(CurveSpace(land.n_layer), seed=0)
     play(ga, 80, raced)
     assert ga.best[1][0] == 3 and ga.best[1][1] > 0.05
 
@@ -180,7 +182,7 @@ def test_the_surrogate_is_told_of_noise_and_of_what_is_pending(monkeypatch: pyte
             return super().predict(x, pending)
 
     monkeypatch.setattr(genetic, "GaussianProcess", Spy)
-    ga = GeneticAlgorithm(6, seed=1, population=12)
+    ga = GeneticAlgorithm(CurveSpace(6), seed=1, population=12)
     told = play(ga, 12, lambda c: (4, 1.0 - c.id) if c.id % 3 == 0 else (1, -float(c.id)))
     asked = [ga.ask() for _ in range(3)]
     assert len(weights) == 3

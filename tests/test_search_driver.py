@@ -18,10 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.synthetic import Landscape, noise
+from support.virtual_workers import VirtualExecutor
 
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
-from lrope_search.optimizers.protocol import Algorithm, Candidate, Score
+from lrope_search.optimizers.protocol import Candidate, Optimizer, Score
 from lrope_search.results.objective import Objective
 from lrope_search.scores import GUARD, ContextScore, DivergenceScore, Evaluator, Job, ProbeScore
 from lrope_search.study.progress import Progress
@@ -29,7 +30,6 @@ from lrope_search.study.racing import Race, Racing
 from lrope_search.study.run import SearchOutcome, SearchSettings, run_search
 from lrope_search.study.store import Study
 from lrope_search.workers.protocol import LocalExecutor
-from lrope_search.workers.simulation import VirtualExecutor
 
 SETTINGS = SearchSettings(
     seed=3,
@@ -575,7 +575,7 @@ def test_another_algorithm_fits_in(tmp_path: Path) -> None:
             return self.told == 9
 
     slopes = Slopes(12)
-    algorithm: Algorithm = slopes
+    algorithm: Optimizer = slopes
     outcome = search(tmp_path, algorithm=algorithm)
     assert outcome.stopped_by == "converged" and len(outcome.candidates) == 9 == slopes.told
     assert outcome.uniform is None and outcome.winner is not None

@@ -1,7 +1,7 @@
 """Search of layer factors: tasks, evaluator, genetic algorithm, executors, studies."""
 
 from .optimizers.genetic import GeneticAlgorithm
-from .optimizers.protocol import Algorithm, Candidate
+from .optimizers.protocol import Candidate, Optimizer
 from .optimizers.registry import make_algorithm
 from .scores import Job
 from .study.run import SearchOutcome, SearchSettings, run_search
@@ -9,12 +9,12 @@ from .study.store import Study
 from .workers.protocol import Executor, LocalExecutor
 
 __all__ = [
-    "Algorithm",
     "Candidate",
     "Executor",
     "GeneticAlgorithm",
     "Job",
     "LocalExecutor",
+    "Optimizer",
     "SearchOutcome",
     "SearchSettings",
     "Study",

@@ -1,1 +1,1 @@
-"""optimizers."""
+"""What proposes curves to evaluate; knows nothing of models and tasks."""

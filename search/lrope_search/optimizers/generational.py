@@ -7,10 +7,19 @@ from collections.abc import Generator, Sequence
 from typing import TypeAlias
 
 from .protocol import Candidate, Score
-from .space import CurveSpace, Genome, Ledger
+from .space import CurveSpace, Ledger, Start
 
-Generations: TypeAlias = Generator[Sequence[tuple[Genome, str]], list[Score], None]
+Generations: TypeAlias = Generator[Sequence[Start], list[Score], None]
 """Yields the genomes of a generation with their origins; is sent their scores, in the same order."""
+
+_PER_CONTEXT = 1e6  # nats; more than any fitness
+
+
+def minimised(score: Score) -> float:
+    """Return a finite number for minimisers that orders as scores do: more contexts first, then fitness."""
+    contexts, fitness = score
+    limit = _PER_CONTEXT / 4.0
+    return -(contexts * _PER_CONTEXT + min(max(fitness, -limit), limit))
 
 
 class Generational:
@@ -32,7 +41,7 @@ class Generational:
         self._ledger = Ledger(space)
         self._generations = generations
         self._max_retries = max_retries
-        self._queue: deque[tuple[Genome, str]] = deque()  # of this generation, not yet asked for
+        self._queue: deque[Start] = deque()  # of this generation, not yet asked for
         self._ids: list[int] = []  # of this generation's members, in order
         self._begun = self._ended = False
 

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
-
 from .protocol import Candidate, Score, rank
-from .space import UNIFORM_FACTORS, CurveSpace, Genome, Ledger
+from .space import CurveSpace, Ledger, Start
 from .surrogate import GaussianProcess, expected_improvement, one_thread
 
 Genomes = NDArray[np.float64]
@@ -22,7 +20,7 @@ class GeneticAlgorithm:
     """Elitist steady-state (mu + 1) genetic algorithm that maximises; seeded, without input or output.
 
     Example:
-        >>> ga = GeneticAlgorithm(n_layer=4, seed=1)
+        >>> ga = GeneticAlgorithm(CurveSpace(4), seed=1)
         >>> for _ in range(40):
         ...     candidate = ga.ask()
         ...     ga.tell(candidate, (1, -abs(sum(candidate.factors) - 4.4)))
@@ -41,15 +39,12 @@ class GeneticAlgorithm:
     Parents are the ``parents`` best of all told. The defaults are made for 50 to 400 evaluations.
 
     Args:
-        n_layer: Number of layers; candidates carry that many factors.
-        degree: Degree of the curve.
-        bounds: Smallest and largest y of a control point.
+        space: Where the curves come from.
+        start: Curves to begin with; None: those that `CurveSpace.known_good` gives.
         lag: Candidates that may be asked for before the first of them is told.
         population: Candidates before the first birth; more if those that are not random are more.
         parents: Survivors (mu).
         seed: Seed of the algorithm's own generator.
-        uniform_factors: Uniform scalings to begin with; those out of bounds are left out.
-        curves: Further curves to begin with, of the same degree.
         width: Initial spread of log y; mutations are a fifth to six times as wide.
         crossover: Probability that a proposal has two parents rather than one.
         proposals: Proposals a round; 1: a plain genetic algorithm without surrogate.
@@ -57,9 +52,6 @@ class GeneticAlgorithm:
             expected of ``2 * lag`` births in a row, the algorithm counts as converged.
         max_retries: Births tried in place of one that repeats an earlier candidate (all factors equal to 1e-3)
             before the algorithm counts as converged.
-
-    Raises:
-        ValueError: a seed curve of another degree.
     """
 
     _ALPHA = 0.3  # how far blend crossover reaches beyond the parents
@@ -72,16 +64,13 @@ class GeneticAlgorithm:
 
     def __init__(
         self,
-        n_layer: int,
+        space: CurveSpace,
+        start: Sequence[Start] | None = None,
         *,
-        degree: int = 3,
-        bounds: tuple[float, float] = DEFAULT_BOUNDS,
         lag: int = 8,
         population: int = 16,
         parents: int = 8,
         seed: int = 0,
-        uniform_factors: Sequence[float] = UNIFORM_FACTORS,
-        curves: Sequence[Curve] = (),
         width: float = 0.05,
         crossover: float = 0.5,
         proposals: int = 150,
@@ -90,17 +79,17 @@ class GeneticAlgorithm:
     ) -> None:
         """Prepare the first candidates."""
         self.lag = lag
-        self._space = CurveSpace(n_layer, degree=degree, bounds=bounds)
-        self._ledger = Ledger(self._space)
+        self._space = space
+        self._ledger = Ledger(space)
         self._mu, self._width, self._crossover, self._proposals = parents, width, crossover, proposals
         self._tolerance, self._max_retries = tolerance, max_retries
         self._rng = np.random.default_rng(seed)
-        self._queue = deque(self._space.known_good(uniform_factors, curves))
-        self._queue += [(genome, "scan") for genome in self._space.bumps(math.exp(1.5 * width))]
-        self._queue += [(self._space.smooth(self._rng, width), "random") for _ in range(population - len(self._queue))]
+        self._queue = deque(space.known_good() if start is None else start)
+        self._queue += [(genome, "scan") for genome in space.bumps(math.exp(1.5 * width))]
+        self._queue += [(space.smooth(self._rng, width), "random") for _ in range(population - len(self._queue))]
 
         self._told: list[tuple[Candidate, Score]] = []  # best first
-        self._positions = np.linspace(0.0, 1.0, min(n_layer, self._space.size))  # where the surrogate sees a curve
+        self._positions = np.linspace(0.0, 1.0, min(space.n_layer, space.size))  # where the surrogate sees a curve
         self._inputs = np.empty((0, len(self._positions)))  # of the surrogate, by candidate id
         self._surrogate = GaussianProcess(len(self._positions), length=4.0 * width)
         self._fitted = 0  # scores when its lengths were last looked at
@@ -145,7 +134,7 @@ class GeneticAlgorithm:
         self._ledger.settle(candidate, score)
         self._told = sorted([*self._told, (candidate, score)], key=rank)
 
-    def _next(self) -> tuple[Genome, str]:
+    def _next(self) -> Start:
         if self._queue:
             return self._queue.popleft()
         if not self._told:
@@ -158,9 +147,9 @@ class GeneticAlgorithm:
 
     def _pool(self) -> Genomes:
         """The parents' genomes, best first."""
-        return np.array([self._ledger.genomes[candidate.id] for candidate, _ in self._told[: self._mu]])
+        return np.array([self._ledger.genomes[candidate.id] for candidate, _ in self.parents])
 
-    def _contest(self) -> tuple[Genome, str]:
+    def _contest(self) -> Start:
         """Return the most promising of many proposals."""
         best, scale = self._learn()
         pool = self._pool()

@@ -1,4 +1,4 @@
-"""The evolutionary search with the settings of the papers on searched RoPE factors: the yardstick."""
+"""LongRoPE's evolutionary search, the yardstick; ``papers-ga`` on the command line and in old studies."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
-
 from .generational import Generational, Generations
 from .protocol import Score
-from .space import UNIFORM_FACTORS, CurveSpace, Genome
+from .space import CurveSpace, Genome, Start
 
 
-class PapersGeneticAlgorithm(Generational):
+class LongRopeEvolution(Generational):
     """LongRoPE's evolutionary search (arXiv 2402.13753, algorithm 1) on the control points of a curve.
 
     Population 64, the best 32 as parents, 16 mutations and 16 crossovers a generation, mutation probability 0.3;
@@ -24,12 +22,14 @@ class PapersGeneticAlgorithm(Generational):
     the identity); a crossover takes each coordinate from the other parent with the same probability.
 
     Example:
-        >>> algorithm = PapersGeneticAlgorithm(n_layer=4, seed=1)
+        >>> algorithm = LongRopeEvolution(CurveSpace(4), seed=1)
         >>> algorithm.lag
         64
 
     Args:
-        n_layer, degree, bounds, seed, uniform_factors, curves: See `GeneticAlgorithm`.
+        space: Where the curves come from.
+        start: Curves to begin with; None: those that `CurveSpace.known_good` gives.
+        seed: Of its own generator.
         width: Range of a mutation, in units of log y.
         population: Size of generation 0.
         parents: Survivors of a generation.
@@ -39,13 +39,10 @@ class PapersGeneticAlgorithm(Generational):
 
     def __init__(
         self,
-        n_layer: int,
+        space: CurveSpace,
+        start: Sequence[Start] | None = None,
         *,
-        degree: int = 3,
-        bounds: tuple[float, float] = DEFAULT_BOUNDS,
         seed: int = 0,
-        uniform_factors: Sequence[float] = UNIFORM_FACTORS,
-        curves: Sequence[Curve] = (),
         width: float = 0.05,
         population: int = 64,
         parents: int = 32,
@@ -54,15 +51,15 @@ class PapersGeneticAlgorithm(Generational):
         probability: float = 0.3,
     ) -> None:
         """Prepare generation 0."""
-        self._space = CurveSpace(n_layer, degree=degree, bounds=bounds)
+        self._space = space
         self._rng = np.random.default_rng(seed)
         self._width, self._probability = width, probability
         self._parents, self._mutations, self._crossovers = parents, mutations, crossovers
-        first = self._space.known_good(uniform_factors, curves)
+        first = space.known_good() if start is None else list(start)
         first += [(self._mutate(first[i % len(first)][0]), "mutation") for i in range(population - len(first))]
-        super().__init__(self._space, self._evolve(first), lag=max(len(first), mutations + crossovers))
+        super().__init__(space, self._evolve(first), lag=max(len(first), mutations + crossovers))
 
-    def _evolve(self, members: list[tuple[Genome, str]]) -> Generations:
+    def _evolve(self, members: list[Start]) -> Generations:
         survivors: list[tuple[Score, Genome]] = []
         while True:
             scores = yield members

@@ -7,6 +7,8 @@ from typing import Protocol, TypeAlias
 
 from lrope_gguf.curve import Curve
 
+from ..scores import Factors
+
 Score: TypeAlias = tuple[int, float]
 """``(contexts seen, fitness)``: higher is better, compared as a tuple; a fitness of ``-inf`` is a useless candidate."""
 
@@ -17,7 +19,7 @@ class Candidate:
 
     id: int
     curve: Curve
-    factors: tuple[float, ...]
+    factors: Factors
     origin: str
 
 
@@ -27,7 +29,7 @@ def rank(item: tuple[Candidate, Score]) -> tuple[int, float, int]:
     return -contexts, -fitness, candidate.id
 
 
-class Algorithm(Protocol):
+class Optimizer(Protocol):
     """What the search needs of an optimizer. All of them maximise.
 
     Steady state: there are no generations to wait for. Candidate ``k`` is asked for as soon as all ids up to
@@ -38,7 +40,7 @@ class Algorithm(Protocol):
 
     @property
     def lag(self) -> int:
-        """How many candidates may be asked for and not yet told."""
+        """How far asking may run ahead of telling: candidates asked for and not yet told, at most."""
         ...
 
     def ask(self) -> Candidate | None:

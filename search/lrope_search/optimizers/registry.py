@@ -1,4 +1,4 @@
-"""The optimizers that a search can choose from, by name."""
+"""The optimizers that a search can choose from, by the names that ``--algorithm`` and ``config.json`` hold."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any
 
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 
-from .baselines import CmaEs, DifferentialEvolution, RandomSearch
+from .cma_es import CmaEs
+from .differential_evolution import DifferentialEvolution
 from .genetic import GeneticAlgorithm
-from .longrope import PapersGeneticAlgorithm
-from .protocol import Algorithm
+from .longrope import LongRopeEvolution
+from .protocol import Optimizer
+from .random_search import RandomSearch
+from .space import UNIFORM_FACTORS, CurveSpace
 
-ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+ALGORITHMS: dict[str, Callable[..., Optimizer]] = {
     "ga": GeneticAlgorithm,
     "cma-es": CmaEs,
     "de": DifferentialEvolution,
     "random": RandomSearch,
-    "papers-ga": PapersGeneticAlgorithm,
+    "papers-ga": LongRopeEvolution,
 }
 
 
@@ -28,9 +31,10 @@ def make_algorithm(
     seed: int = 0,
     degree: int = 3,
     bounds: tuple[float, float] = DEFAULT_BOUNDS,
+    uniform_factors: Sequence[float] = UNIFORM_FACTORS,
     curves: Sequence[Curve] = (),
     **options: Any,
-) -> Algorithm:
+) -> Optimizer:
     """Return a fresh optimizer.
 
     Args:
@@ -39,6 +43,7 @@ def make_algorithm(
         seed: Seed of the algorithm's own generator.
         degree: Degree of the curve.
         bounds: Smallest and largest y of a control point.
+        uniform_factors: Uniform scalings to begin with; those out of bounds are left out.
         curves: Further curves to begin with, of the same degree.
         options: Further arguments of the algorithm, such as ``lag`` of ``ga``.
 
@@ -47,4 +52,5 @@ def make_algorithm(
         ValueError: a seed curve of another degree.
         TypeError: an option that the algorithm does not have.
     """
-    return ALGORITHMS[name](n_layer, seed=seed, degree=degree, bounds=bounds, curves=curves, **options)
+    space = CurveSpace(n_layer, degree=degree, bounds=bounds)
+    return ALGORITHMS[name](space, space.known_good(uniform_factors, curves), seed=seed, **options)

@@ -10,21 +10,25 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lrope_gguf.bezier import evaluate
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 
+from ..scores import Factors
 from .protocol import Candidate, Score
 
 Genome: TypeAlias = NDArray[np.float64]
 """``log y_0 .. log y_n``, then the interior ``x_1 .. x_(n-1)`` (``x_0 = 0``, ``x_n = 1``); shape ``(2 n,)``."""
 
+Start: TypeAlias = tuple[Genome, str]
+"""A genome to evaluate and its origin, such as ``"identity"``."""
+
 X_SCALE = 2.0
 """Useful steps of x in units of those of log y."""
-
 
 UNIFORM_FACTORS = (0.95, 1.05, 1.1, 1.25)
 """Uniform scalings that every search tries first."""
 
-_STEPS = 65  # of a curve's parameter, where a glance is enough
+_T = np.linspace(0.0, 1.0, 65)  # parameters of the quick look at a curve that `CurveSpace.log_factors` takes
 
 
 class CurveSpace:
@@ -36,16 +40,15 @@ class CurveSpace:
         self.size = 2 * degree
         self.box = np.array([np.log(bounds)] * (degree + 1) + [[0.0, 1.0]] * (degree - 1))
         """Lowest and highest value of each coordinate, shape ``(size, 2)``."""
-        t = np.linspace(0.0, 1.0, _STEPS)
-        powers = [math.comb(degree, i) * t**i * (1.0 - t) ** (degree - i) for i in range(degree + 1)]
-        self._bernstein = np.array(powers)  # shape (degree + 1, _STEPS)
         self.scale = np.repeat([1.0, X_SCALE], [degree + 1, degree - 1])
 
     def uniform(self, factor: float) -> Genome:
         """Return the genome that scales all layers alike (position interpolation)."""
         return np.concatenate([np.full(self.degree + 1, math.log(factor)), np.arange(1, self.degree) / self.degree])
 
-    def known_good(self, uniform_factors: Sequence[float], curves: Sequence[Curve]) -> list[tuple[Genome, str]]:
+    def known_good(
+        self, uniform_factors: Sequence[float] = UNIFORM_FACTORS, curves: Sequence[Curve] = ()
+    ) -> list[Start]:
         """Return what a search begins with, each with its origin: identity, uniform scalings in bounds, curves.
 
         Raises:
@@ -62,7 +65,7 @@ class CurveSpace:
         bumps = []
         for center in (0.0, 0.5, 1.0):
             shape = np.maximum(0.0, 1.0 - 2.0 * np.abs(t - center))
-            highest = float((shape @ self._bernstein).max())
+            highest = float(evaluate(list(shape), _T).max())
             if highest > 0.0:  # a straight line has no middle
                 genome = self.uniform(1.0)
                 y = 1.0 + (factor - 1.0) * shape / highest  # the curve is linear in y, not in its logarithm
@@ -95,6 +98,8 @@ class CurveSpace:
     ) -> NDArray[np.float64]:
         """Return the logarithms of the curves' factors at positions ``x`` for many genomes, quickly, to about 1e-3.
 
+        Linear between a few points of each curve: the surrogate looks at 300 proposals before every evaluation.
+
         Args:
             genomes: Repaired genomes, shape ``(m, size)``.
             x: Positions from 0 (first layer) to 1 (last), shape ``(k,)``.
@@ -104,8 +109,8 @@ class CurveSpace:
         """
         y, inner = np.split(np.asarray(genomes), [self.degree + 1], axis=1)
         ends = np.zeros((len(genomes), 1))
-        xs = np.concatenate([ends, inner, ends + 1.0], axis=1) @ self._bernstein
-        ys = np.exp(y) @ self._bernstein
+        xs = evaluate(_columns(np.concatenate([ends, inner, ends + 1.0], axis=1)), _T)
+        ys = evaluate(_columns(np.exp(y)), _T)
         return np.log([np.interp(x, *row) for row in zip(xs, ys, strict=True)]).reshape(len(genomes), len(x))
 
     def encode(self, curve: Curve) -> Genome:
@@ -127,13 +132,21 @@ class CurveSpace:
         return Curve(tuple(points), bounds=self.bounds)
 
 
+def _columns(points: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Turn ``(m, degree + 1)`` into a column ``(m, 1)`` a control point, to evaluate at many parameters."""
+    return list(points.T[:, :, None])
+
+
 class Ledger:
-    """Who was asked for and told: ids in the order of asking, no factors twice, scores in the order of ids."""
+    """Issues candidates, finds known ones and remembers scores.
+
+    Ids in the order of asking, no factors twice, scores in the order of ids.
+    """
 
     def __init__(self, space: CurveSpace) -> None:
         """Begin with nothing."""
         self._space = space
-        self._known: dict[tuple[float, ...], int] = {}  # candidate id by factors rounded to 1e-3
+        self._known: dict[Factors, int] = {}  # candidate id by factors rounded to 1e-3
         self.genomes: list[Genome] = []
         """Of every candidate, by id."""
         self.scores: list[Score] = []
@@ -171,8 +184,8 @@ class Ledger:
     def _expected(self) -> str:
         return f"candidate {self.pending[0].id} is next" if self.pending else "none is pending"
 
-    def _factors(self, curve: Curve) -> tuple[float, ...]:
+    def _factors(self, curve: Curve) -> Factors:
         return tuple(round(float(s), 9) for s in curve.factors(self._space.n_layer))  # drops float noise: 1 is 1.0
 
-    def _key(self, factors: tuple[float, ...]) -> tuple[float, ...]:
+    def _key(self, factors: Factors) -> Factors:
         return tuple(round(s, 3) for s in factors)

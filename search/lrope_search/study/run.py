@@ -15,7 +15,7 @@ from typing import Any
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, CurveFile
 from lrope_gguf.errors import LropeError
 
-from ..optimizers.protocol import Algorithm, Candidate, Score, rank
+from ..optimizers.protocol import Candidate, Optimizer, Score, rank
 from ..optimizers.registry import ALGORITHMS, make_algorithm
 from ..optimizers.space import UNIFORM_FACTORS
 from ..results.comparison import Comparison, Interval, Verdict, compare, divergences_by_length, verdict
@@ -46,7 +46,7 @@ class SearchSettings:
         racing_first, racing_fraction: See `Racing`; by default there is none (docs/algorithms.md has the figures).
         middle_weight: See `Objective`.
         algorithm: One of `ALGORITHMS`.
-        degree, bounds, uniform_factors, width: Of every algorithm; see `GeneticAlgorithm`.
+        degree, bounds, uniform_factors, width: Of every algorithm; see `make_algorithm` and `GeneticAlgorithm`.
         lag: Candidates that may be asked for before the first of them is told: what a search on many workers needs
             to keep them busy, and what it costs in foresight. Of those algorithms that have no generations.
         population, parents: Of those algorithms that have them; None: their own.
@@ -117,7 +117,7 @@ class SearchSettings:
         """Return the racing rule of these settings."""
         return Racing(self.search_contexts, self.racing_first, self.racing_fraction)
 
-    def algorithm_for(self, n_layer: int, curves: Sequence[Curve] = ()) -> Algorithm:
+    def algorithm_for(self, n_layer: int, curves: Sequence[Curve] = ()) -> Optimizer:
         """Return the optimizer of these settings, fresh."""
         return make_algorithm(
             self.algorithm,
@@ -125,6 +125,7 @@ class SearchSettings:
             seed=self.seed,
             degree=self.degree,
             bounds=self.bounds,
+            uniform_factors=self.uniform_factors,
             curves=curves,
             **self._algorithm_options(),
         )
@@ -132,7 +133,7 @@ class SearchSettings:
     def _algorithm_options(self) -> dict[str, Any]:
         """Return what the algorithm takes of the settings that not all of them have."""
         known = inspect.signature(ALGORITHMS[self.algorithm]).parameters
-        options = {name: getattr(self, name) for name in ("lag", "population", "parents", "uniform_factors", "width")}
+        options = {name: getattr(self, name) for name in ("lag", "population", "parents", "width")}
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, value in options.items():
             if name not in known and value != defaults[name]:
@@ -191,7 +192,7 @@ def run_search(
     settings: SearchSettings,
     progress: Progress,
     *,
-    algorithm: Algorithm | None = None,
+    algorithm: Optimizer | None = None,
     curves: Sequence[Curve] = (),
     architecture: str | None = None,
     block_count: int | None = None,
@@ -253,7 +254,7 @@ class _Search:
         self.saved: Candidate | None = None
         self.line_due = 0
 
-    def run(self, algorithm: Algorithm) -> SearchOutcome:
+    def run(self, algorithm: Optimizer) -> SearchOutcome:
         settings = self.settings
         planned = settings.planned_evaluations(bool(self.guard_contexts))
         self.progress.start(sum(planned.values()))
@@ -285,7 +286,7 @@ class _Search:
             contexts = range(self.guard_contexts if split == "guard" else getattr(self.settings, f"{split}_contexts"))
         return [Job(factors, split, i) for i in contexts]
 
-    def search(self, algorithm: Algorithm) -> str:
+    def search(self, algorithm: Optimizer) -> str:
         """Ask, evaluate and tell, candidate by candidate; return what ended it."""
         race = Race(self.settings.racing())
         asked: list[Candidate] = []

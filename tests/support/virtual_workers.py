@@ -6,8 +6,8 @@ import heapq
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..scores import Evaluation, Evaluator, Job
-from .protocol import LocalExecutor
+from lrope_search.scores import Evaluation, Evaluator, Job
+from lrope_search.workers.protocol import LocalExecutor
 
 
 class Span(NamedTuple):

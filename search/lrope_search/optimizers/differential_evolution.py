@@ -1,0 +1,96 @@
+"""Differential evolution, of SciPy."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .generational import Generational, Generations, minimised
+from .protocol import Score
+from .space import CurveSpace, Start
+
+
+class DifferentialEvolution(Generational):
+    """Differential evolution (Storn and Price 1997) of SciPy.
+
+    Example:
+        >>> algorithm = DifferentialEvolution(CurveSpace(4), seed=1)
+        >>> for _ in range(90):
+        ...     candidate = algorithm.ask()
+        ...     algorithm.tell(candidate, (1, -abs(sum(candidate.factors) - 4.4)))
+        >>> abs(sum(candidate.factors) - 4.4) < 0.2
+        True
+
+    Args:
+        space: Where the curves come from.
+        start: Curves to begin with; None: those that `CurveSpace.known_good` gives.
+        seed: Of its own generator.
+        width: Spread of the random smooth curves that fill up generation 0.
+        population: Candidates a generation, at least 5.
+    """
+
+    def __init__(
+        self,
+        space: CurveSpace,
+        start: Sequence[Start] | None = None,
+        *,
+        seed: int = 0,
+        width: float = 0.05,
+        population: int = 16,
+    ) -> None:
+        """Prepare the first candidates."""
+        generator = np.random.default_rng(seed)
+        first = space.known_good() if start is None else list(start)
+        first += [(space.smooth(generator, width), "random") for _ in range(max(population, 5) - len(first))]
+        super().__init__(space, _differential_evolution(space, first, generator), lag=len(first))
+
+
+class _AbandonedError(Exception):
+    """Ends the thread of an optimizer that nobody asks any more."""
+
+
+def _differential_evolution(space: CurveSpace, first: list[Start], generator: np.random.Generator) -> Generations:
+    """SciPy calls its objective, so it runs in a thread of its own, which waits while scores are awaited."""
+    from scipy.optimize import Bounds, differential_evolution
+
+    questions: queue.SimpleQueue[NDArray[np.float64] | None] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[list[Score] | None] = queue.SimpleQueue()
+
+    def objective(points: NDArray[np.float64], /) -> Any:  # SciPy's types know of no vectorized objective
+        questions.put(points.T)  # SciPy's has one point a column
+        scores = answers.get()
+        if scores is None:
+            raise _AbandonedError
+        return np.array([minimised(score) for score in scores])
+
+    def run() -> None:
+        try:
+            differential_evolution(
+                objective,
+                Bounds(*space.box.T),
+                init=np.array([genome for genome, _ in first]),
+                maxiter=np.iinfo(np.int32).max,
+                tol=0.0,
+                rng=generator,
+                polish=False,
+                updating="deferred",
+                vectorized=True,
+            )
+        except _AbandonedError:
+            pass
+        finally:
+            questions.put(None)
+
+    threading.Thread(target=run, name="differential evolution", daemon=True).start()
+    try:
+        origins = [origin for _, origin in first]
+        while (points := questions.get()) is not None:
+            answers.put((yield list(zip(points, origins, strict=True))))
+            origins = ["de"] * len(points)
+    finally:
+        answers.put(None)

@@ -1,0 +1,74 @@
+"""Random search: what every other optimizer must beat."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from .protocol import Candidate, Score
+from .space import CurveSpace, Ledger, Start
+
+
+class RandomSearch:
+    """Random smooth curves close to 1.
+
+    Example:
+        >>> algorithm = RandomSearch(CurveSpace(4), seed=1)
+        >>> algorithm.ask().factors
+        (1.0, 1.0, 1.0, 1.0)
+
+    Args:
+        space: Where the curves come from.
+        start: Curves to begin with; None: those that `CurveSpace.known_good` gives.
+        lag: Candidates that may be asked for before the first of them is told.
+        seed: Of its own generator.
+        width: Spread of log y.
+        max_retries: Curves drawn in place of one that was there before, until the space counts as exhausted.
+    """
+
+    def __init__(
+        self,
+        space: CurveSpace,
+        start: Sequence[Start] | None = None,
+        *,
+        lag: int = 8,
+        seed: int = 0,
+        width: float = 0.05,
+        max_retries: int = 50,
+    ) -> None:
+        """Prepare the first candidates."""
+        self.lag = lag
+        self._space = space
+        self._ledger = Ledger(space)
+        self._queue = deque(space.known_good() if start is None else start)
+        self._rng = np.random.default_rng(seed)
+        self._width, self._max_retries = width, max_retries
+        self._exhausted = False
+
+    def should_stop(self) -> bool:
+        """Whether fresh candidates ran out."""
+        return self._exhausted
+
+    def ask(self) -> Candidate | None:
+        """Return the next curve; None if ``lag`` are pending or at the end."""
+        if self._exhausted or len(self._ledger.pending) >= self.lag:
+            return None
+        for _ in range(self._max_retries):
+            genome, origin = (
+                self._queue.popleft() if self._queue else (self._space.smooth(self._rng, self._width), "random")
+            )
+            candidate = self._ledger.issue(genome, origin)
+            if candidate is not None:
+                return candidate
+        self._exhausted = True
+        return None
+
+    def tell(self, candidate: Candidate, score: Score) -> None:
+        """Note a score, which changes nothing.
+
+        Raises:
+            ValueError: it is not the oldest candidate that was asked for and not told.
+        """
+        self._ledger.settle(candidate, score)
