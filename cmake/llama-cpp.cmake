@@ -64,58 +64,93 @@ function(lrope_fetch_llama_cpp out)
     file(WRITE "${top}/complete" "${hash} ${series}")
 endfunction()
 
+# What the series consists of: the hooks, and the files under patches/src, which is laid out as llama.cpp is.
 function(lrope_series out)
-    file(GLOB patches "${LROPE_PATCH_DIR}/[0-9]*.patch")
-    list(SORT patches)
-    set(${out} ${patches} "${LROPE_PATCH_DIR}/fallback/ctx-other.patch" PARENT_SCOPE)
+    file(GLOB_RECURSE files "${LROPE_PATCH_DIR}/src/*")
+    list(SORT files)
+    set(${out} "${LROPE_PATCH_DIR}/hooks.patch" "${LROPE_PATCH_DIR}/fallback/ctx-other.patch" ${files} PARENT_SCOPE)
 endfunction()
 
 function(lrope_series_hash out)
-    lrope_series(patches)
+    lrope_series(series)
     set(all "")
-    foreach (patch ${patches})
-        file(SHA256 "${patch}" hash)
-        string(APPEND all "${hash}")
+    foreach (path ${series})
+        file(SHA256 "${path}" hash)
+        file(RELATIVE_PATH name "${LROPE_PATCH_DIR}" "${path}")
+        string(APPEND all "${name} ${hash}\n")
     endforeach()
     string(SHA256 all "${all}")
     set(${out} "${all}" PARENT_SCOPE)
 endfunction()
 
-# Applies the series as a whole or not at all; does nothing where it already is applied.
+# Adds the files and applies the hooks, as a whole or not at all; does nothing where that was done before.
 function(lrope_apply_patches source)
     find_package(Git REQUIRED)
-    lrope_series(patches)
-    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${patches})
+    lrope_series(series)
+    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${series})
 
     # one file: git checks the patches of a file one after the other only inside one input
-    set(series "")
+    file(READ "${LROPE_PATCH_DIR}/hooks.patch" hooks)
     file(READ "${source}/src/llama-cparams.h" cparams)
-    foreach (patch ${patches})
-        if (patch MATCHES "/fallback/ctx-other" AND cparams MATCHES "ctx_other")
-            continue()
-        endif()
-        file(READ "${patch}" text)
-        string(APPEND series "${text}\n")
-    endforeach()
-    file(WRITE "${CMAKE_BINARY_DIR}/series.patch" "${series}")
-
-    # the source may lie inside another repository (ours), whose paths git must not mix in
-    get_filename_component(parent "${source}" DIRECTORY)
-    set(git "${CMAKE_COMMAND}" -E env "GIT_CEILING_DIRECTORIES=${parent}" "${GIT_EXECUTABLE}" apply
+    if (NOT cparams MATCHES "ctx_other")
+        file(READ "${LROPE_PATCH_DIR}/fallback/ctx-other.patch" fallback)
+        string(APPEND hooks "\n${fallback}")
+    endif()
+    file(WRITE "${CMAKE_BINARY_DIR}/series.patch" "${hooks}")
+    set(apply "${GIT_EXECUTABLE}" apply "${CMAKE_BINARY_DIR}/series.patch"
         --ignore-whitespace) # older sources indent some of the context otherwise
 
-    execute_process(COMMAND ${git} --reverse --check "${CMAKE_BINARY_DIR}/series.patch" WORKING_DIRECTORY "${source}"
-        RESULT_VARIABLE applied ERROR_QUIET OUTPUT_QUIET)
-    if (applied EQUAL 0)
+    # what is there already
+    file(GLOB_RECURSE files RELATIVE "${LROPE_PATCH_DIR}/src" "${LROPE_PATCH_DIR}/src/*")
+    set(missing "")
+    set(reasons "")
+    foreach (file ${files})
+        if (NOT EXISTS "${source}/${file}")
+            list(APPEND missing "${file}")
+            continue()
+        endif()
+        file(SHA256 "${LROPE_PATCH_DIR}/src/${file}" ours)
+        file(SHA256 "${source}/${file}" found)
+        if (NOT found STREQUAL ours)
+            string(APPEND reasons "${file} is there with other content.\n")
+        endif()
+    endforeach()
+    # the source may lie inside another repository (ours), whose paths git must not mix in
+    get_filename_component(parent "${source}" DIRECTORY)
+    execute_process(COMMAND "${CMAKE_COMMAND}" -E env "GIT_CEILING_DIRECTORIES=${parent}" ${apply} --reverse --check
+        WORKING_DIRECTORY "${source}" RESULT_VARIABLE result ERROR_QUIET OUTPUT_QUIET)
+    if (result EQUAL 0 AND NOT missing AND NOT reasons)
         message(STATUS "llama.cpp is already patched: ${source}")
         return()
     endif()
 
-    execute_process(COMMAND ${git} "${CMAKE_BINARY_DIR}/series.patch" WORKING_DIRECTORY "${source}"
-        RESULT_VARIABLE result ERROR_VARIABLE error OUTPUT_QUIET)
+    # everything that can fail is done to copies of the files, which are then moved into place
+    set(stage "${source}/.lrope-gguf")
+    file(REMOVE_RECURSE "${stage}")
+    file(COPY "${LROPE_PATCH_DIR}/src/" DESTINATION "${stage}")
+    string(REGEX MATCHALL "\n\\+\\+\\+ b/[^\n]+" changed "${hooks}")
+    list(TRANSFORM changed REPLACE "^\n... b/" "")
+    list(REMOVE_DUPLICATES changed)
+    foreach (file ${changed})
+        if (EXISTS "${source}/${file}")
+            get_filename_component(folder "${stage}/${file}" DIRECTORY)
+            file(COPY "${source}/${file}" DESTINATION "${folder}")
+        endif()
+    endforeach()
+    execute_process(COMMAND "${CMAKE_COMMAND}" -E env "GIT_CEILING_DIRECTORIES=${source}" ${apply}
+        WORKING_DIRECTORY "${stage}" RESULT_VARIABLE result ERROR_VARIABLE error OUTPUT_QUIET)
     if (NOT result EQUAL 0)
-        message(FATAL_ERROR "The patches do not apply to ${source}: this llama.cpp has drifted from the one that they were "
-                            "made for, or carries an older series. See patches/README.md on refreshing them. git said:\n${error}")
+        string(APPEND reasons "git said:\n${error}")
     endif()
+    if (reasons)
+        file(REMOVE_RECURSE "${stage}")
+        message(FATAL_ERROR "The patches do not apply to ${source}: this llama.cpp has drifted from the one that they were "
+                            "made for, or carries an older series. See patches/README.md on refreshing them. Nothing was "
+                            "changed.\n${reasons}")
+    endif()
+    foreach (file ${files} ${changed})
+        file(RENAME "${stage}/${file}" "${source}/${file}")
+    endforeach()
+    file(REMOVE_RECURSE "${stage}")
     message(STATUS "llama.cpp is patched: ${source}")
 endfunction()

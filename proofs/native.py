@@ -156,6 +156,12 @@ def copy_source(source: Path, target: Path) -> Path:
     return target
 
 
+def series_files() -> dict[str, Path]:
+    """The files that the series adds, by their place in llama.cpp."""
+    top = PATCHES / "src"
+    return {path.relative_to(top).as_posix(): path for path in sorted(top.rglob("*")) if path.is_file()}
+
+
 def apply_series(source: Path) -> None:
     """Apply patches/ to ``source`` with the project's own CMake code; nothing happens where that was done before.
 
@@ -172,9 +178,9 @@ def apply_series(source: Path) -> None:
 def patched_source(folder: Path = WORK, release: str | None = None) -> Path:
     """Return a copy of the source of a release with the present series applied."""
     target = folder / "patched" / (release or pinned()[0]) / "llama.cpp"
-    series = b"".join(path.read_bytes() for path in sorted(PATCHES.rglob("*.patch")))
+    series = [*sorted(PATCHES.rglob("*.patch")), *series_files().values()]
     stamp = target.parent / "series"
-    digest = hashlib.sha256(series).hexdigest()
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in series)).hexdigest()
     if not (stamp.is_file() and stamp.read_text() == digest):
         stamp.unlink(missing_ok=True)
         apply_series(copy_source(fetch_source(folder, release), target))

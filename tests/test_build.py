@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -26,20 +28,21 @@ def test_binding_and_source_are_of_one_release() -> None:
 def checkout(tmp_path: Path) -> Path:
     """A folder with one file, and a series that changes and extends it, laid out like this project."""
     project, source = tmp_path / "project", tmp_path / "project" / "build" / "source"
-    (project / "patches" / "fallback").mkdir(parents=True)
+    patches = project / "patches"
+    (patches / "fallback").mkdir(parents=True)
+    (patches / "src" / "src").mkdir(parents=True)
     (source / "src").mkdir(parents=True)
     (source / "src" / "llama-cparams.h").write_text("struct {\n    int ctx_other;\n};\n")
     # the source lies inside another repository, as build/ does in ours
     subprocess.run(["git", "init", "-q", project], check=True)
     (source / "a.txt").write_text("one\ntwo\nthree\n")
-    (project / "patches" / "0001-first.patch").write_text(
+    (patches / "hooks.patch").write_text(
+        "a : change a line\n\n"
         "diff --git a/a.txt b/a.txt\n--- a/a.txt\n+++ b/a.txt\n@@ -1,3 +1,3 @@\n one\n-two\n+2\n three\n"
-        "diff --git a/b.txt b/b.txt\nnew file mode 100644\n--- /dev/null\n+++ b/b.txt\n@@ -0,0 +1 @@\n+new\n"
     )
-    (project / "patches" / "0002-second.patch").write_text(
-        "diff --git a/b.txt b/b.txt\n--- a/b.txt\n+++ b/b.txt\n@@ -1 +1,2 @@\n new\n+more\n"
-    )
-    (project / "patches" / "fallback" / "ctx-other.patch").write_text(
+    (patches / "src" / "b.txt").write_text("new\nmore\n")
+    (patches / "src" / "src" / "c.txt").write_text("[new]; \\;\n")
+    (patches / "fallback" / "ctx-other.patch").write_text(
         "diff --git a/src/llama-cparams.h b/src/llama-cparams.h\n"
         "--- a/src/llama-cparams.h\n+++ b/src/llama-cparams.h\n@@ -1,2 +1,3 @@\n struct {\n+    int ctx_other;\n };\n"
     )
@@ -49,18 +52,49 @@ def checkout(tmp_path: Path) -> Path:
     return source
 
 
-def apply(source: Path) -> subprocess.CompletedProcess[str]:
-    project = source.parent.parent
-    return subprocess.run(["cmake", "-P", "run.cmake"], cwd=project, capture_output=True, text=True)
+def apply(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return cmake(source.parent.parent / "run.cmake", **environment)
+
+
+def cmake(script: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["cmake", "-P", script.name]
+    return subprocess.run(command, cwd=script.parent, capture_output=True, text=True, env=os.environ | environment)
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def assert_refused(source: Path, *reasons: str, **environment: str) -> None:
+    """The series does not apply, for these reasons, and nothing was changed."""
+    before = contents(source)
+    result = apply(source, **environment)
+    assert result.returncode != 0
+    said = " ".join(result.stderr.split())
+    assert "do not apply" in said and "patches/README.md" in said
+    assert [reason for reason in reasons if reason not in said] == []
+    assert contents(source) == before
 
 
 def test_patches_are_applied_once(checkout: Path) -> None:
     assert "is patched" in apply(checkout).stdout
     assert (checkout / "a.txt").read_text() == "one\n2\nthree\n"
     assert (checkout / "b.txt").read_text() == "new\nmore\n"
+    assert (checkout / "src" / "c.txt").read_text() == "[new]; \\;\n"
+    assert {path.name for path in checkout.rglob("*")} == {"a.txt", "b.txt", "c.txt", "src", "llama-cparams.h"}
+    before = contents(checkout)
     again = apply(checkout)
     assert again.returncode == 0 and "already patched" in again.stdout
     assert (checkout / "b.txt").read_text() == "new\nmore\n"
+    assert contents(checkout) == before
+
+
+def test_the_source_may_be_a_repository(checkout: Path) -> None:
+    subprocess.run(["git", "init", "-q", checkout], check=True)
+    for said in ("is patched", "already patched"):
+        assert said in apply(checkout).stdout
+        assert (checkout / "a.txt").read_text() == "one\n2\nthree\n"
+        assert (checkout / "b.txt").read_text() == "new\nmore\n"
 
 
 def test_an_older_source_gets_the_fallback_too(checkout: Path) -> None:
@@ -76,8 +110,22 @@ def test_an_older_source_gets_the_fallback_too(checkout: Path) -> None:
         assert header.read_text() == recent
 
 
+def test_hooks_and_the_fallback_may_change_one_file(checkout: Path) -> None:
+    header = checkout / "src" / "llama-cparams.h"
+    header.write_text("struct {\n};\n// the\n// end\n")
+    hooks = checkout.parent.parent / "patches" / "hooks.patch"
+    name = "src/llama-cparams.h"
+    hooks.write_text(
+        f"{hooks.read_text()}diff --git a/{name} b/{name}\n--- a/{name}\n+++ b/{name}\n"
+        "@@ -3,2 +3,2 @@\n // the\n-// end\n+// END\n"
+    )
+    for said in ("is patched", "already patched"):
+        assert said in apply(checkout).stdout
+        assert header.read_text() == "struct {\n    int ctx_other;\n};\n// the\n// END\n"
+
+
 def test_context_that_is_only_indented_deeper_is_no_drift(checkout: Path) -> None:
-    patch = checkout.parent.parent / "patches" / "0001-first.patch"
+    patch = checkout.parent.parent / "patches" / "hooks.patch"
     patch.write_text(patch.read_text().replace("\n one\n", "\n   one\n"))
     (checkout / "a.txt").write_text("        one\ntwo\nthree\n")
     assert "is patched" in apply(checkout).stdout
@@ -87,7 +135,66 @@ def test_context_that_is_only_indented_deeper_is_no_drift(checkout: Path) -> Non
 
 def test_a_source_that_has_drifted_is_left_alone_with_a_plain_message(checkout: Path) -> None:
     (checkout / "a.txt").write_text("one\nzwei\nthree\n")
-    result = apply(checkout)
-    assert result.returncode != 0
-    assert "do not apply" in result.stderr and "patches/README.md" in result.stderr and "a.txt" in result.stderr
+    assert_refused(checkout, "has drifted", "patch failed: a.txt:1")
+    (checkout / "a.txt").unlink()
+    assert_refused(checkout, "a.txt: No such file")
     assert not (checkout / "b.txt").exists()
+
+
+def test_a_file_in_the_way_is_left_alone(checkout: Path) -> None:
+    (checkout / "b.txt").write_text("somebody else's\n")
+    assert_refused(checkout, "b.txt is there with other content.")
+
+
+def test_a_source_with_an_older_series_is_left_alone(checkout: Path) -> None:
+    patches = checkout.parent.parent / "patches"
+    assert apply(checkout).returncode == 0
+    (patches / "src" / "b.txt").write_text("new\nmore\nnewer\n")
+    assert_refused(checkout, "an older series", "b.txt is there with other content.")
+    (checkout / "b.txt").unlink()
+    assert_refused(checkout, "an older series", "patch failed: a.txt:1")
+
+
+def test_files_without_the_hooks_are_no_series(checkout: Path) -> None:
+    """Such as what `git checkout .` leaves of a patched checkout."""
+    assert apply(checkout).returncode == 0
+    (checkout / "a.txt").write_text("one\ntwo\nthree\n")
+    assert "is patched" in apply(checkout).stdout
+    assert (checkout / "a.txt").read_text() == "one\n2\nthree\n"
+
+
+def test_an_error_in_the_middle_changes_nothing(checkout: Path, tmp_path: Path) -> None:
+    """A git that checks as usual, but runs out of space when it writes."""
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text(
+        f"""#!/bin/sh
+        case "$*" in *apply*) case "$*" in *--check*) ;; *)
+            rm a.txt; echo torn > b.txt; echo "No space left on device" >&2; exit 1;;
+        esac esac
+        exec {shutil.which("git")} "$@"
+        """
+    )
+    git.chmod(0o755)
+    assert_refused(checkout, "No space left on device", PATH=f"{git.parent}:{os.environ['PATH']}")
+    assert "is patched" in apply(checkout).stdout
+
+
+def test_the_build_notices_a_change_of_every_part_of_the_series(checkout: Path) -> None:
+    project = checkout.parent.parent
+    script = project / "series.cmake"
+    script.write_text(
+        f"{(project / 'run.cmake').read_text()}lrope_series_hash(hash)\n"
+        'get_property(depends DIRECTORY PROPERTY CMAKE_CONFIGURE_DEPENDS)\nmessage("${hash};${depends}")\n'
+    )
+    parts = sorted(str(path) for path in (project / "patches").rglob("*") if path.is_file())
+    first, *depends = cmake(script).stderr.strip().split(";")
+    assert sorted(depends) == parts
+    script.write_text('include(cmake/llama-cpp.cmake)\nlrope_series_hash(hash)\nmessage("${hash}")\n')
+    hashes = [first]
+    for part in map(Path, parts):
+        part.write_text(part.read_text() + "\n")
+        hashes.append(cmake(script).stderr.strip())
+    part.rename(part.with_name("other"))
+    hashes.append(cmake(script).stderr.strip())
+    assert len(set(hashes)) == len(hashes) == len(parts) + 2

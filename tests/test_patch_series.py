@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT / "proofs"))
 import compile_sites  # noqa: E402
 import native  # noqa: E402
 
-PATCHES = sorted((ROOT / "patches").glob("[0-9]*.patch"))
+HOOKS = ROOT / "patches" / "hooks.patch"
 FALLBACKS = sorted((ROOT / "patches" / "fallback").glob("*.patch"))
+FILES = native.series_files()
 MAX_ADDED, MAX_HUNK, MAX_LINE = 400, 8, 160
 # a template, lambdas, an inverse rotation, an indexer and a cache, besides the usual
 QUICK = ("llama.cpp", "dflash.cpp", "hy-v4.cpp", "deepseek4.cpp", "llama-kv-cache.cpp", "llama-model-loader.cpp")
@@ -27,11 +28,10 @@ QUICK = ("llama.cpp", "dflash.cpp", "hy-v4.cpp", "deepseek4.cpp", "llama-kv-cach
 
 @dataclass
 class Hunk:
-    """One hunk of a patch; `new` if its file was added by the series."""
+    """One hunk of a patch."""
 
     patch: str
     file: str
-    new: bool
     lines: list[str]
 
     @property
@@ -47,7 +47,6 @@ class Hunk:
 
 def parse(patches: list[Path]) -> list[Hunk]:
     hunks: list[Hunk] = []
-    created: set[str] = set()
     for path in patches:
         file = ""
         left = [0, 0]
@@ -58,35 +57,45 @@ def parse(patches: list[Path]) -> list[Hunk]:
                 left[1] -= line[0] in " +"
             elif match := re.match(r"diff --git a/(\S+) b/(\S+)$", line):
                 file = match[2]
-            elif line.startswith("new file mode"):
-                created.add(file)
             elif match := re.match(r"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@", line):
                 left = [int(match[1] or 1), int(match[2] or 1)]
-                hunks.append(Hunk(path.name, file, file in created, []))
+                hunks.append(Hunk(path.name, file, []))
         assert left == [0, 0], f"{path.name}: cut short"
     return hunks
 
 
-HUNKS = parse(PATCHES + FALLBACKS)
+HUNKS = parse([HOOKS, *FALLBACKS])
+
+
+def added_lines() -> list[tuple[str, str]]:
+    """Each line that the series adds, with its file."""
+    lines = [(hunk.file, line) for hunk in HUNKS for line in hunk.added]
+    return lines + [(file, line) for file, path in FILES.items() for line in path.read_text().splitlines()]
 
 
 def test_the_parser_sees_every_hunk() -> None:
-    text = "".join(path.read_text() for path in PATCHES + FALLBACKS)
+    text = "".join(path.read_text() for path in [HOOKS, *FALLBACKS])
     assert len(HUNKS) == len(re.findall(r"^@@ ", text, re.M)) > 0
     files = {hunk.file for hunk in HUNKS}
     assert files == set(re.findall(r"^\+\+\+ b/(\S+)", text, re.M))
 
 
+def test_new_files_are_files_and_not_patches() -> None:
+    assert FILES and {Path(file).suffix for file in FILES} <= {".cpp", ".h"}
+    assert not {hunk.file for hunk in HUNKS} & FILES.keys()
+    for path in (HOOKS, *FALLBACKS):
+        assert not re.search(r"^(new|deleted) file mode|^rename |^(---|\+\+\+) /dev/null", path.read_text(), re.M)
+
+
 def test_the_series_is_small() -> None:
     """Blank lines do not count."""
-    text = [(hunk.patch, line) for hunk in HUNKS for line in hunk.added if line.strip()]
-    added = Counter(patch for patch, _ in text)
+    added = Counter(file for file, line in added_lines() if line.strip())
     print(added, "total", sum(added.values()))
     assert sum(added.values()) <= MAX_ADDED, added
 
 
 def test_hunks_of_upstream_files_add_few_lines() -> None:
-    large = [(h.patch, h.file, len(h.added)) for h in HUNKS if not h.new and len(h.added) > MAX_HUNK]
+    large = [(h.patch, h.file, len(h.added)) for h in HUNKS if len(h.added) > MAX_HUNK]
     assert not large
 
 
@@ -95,21 +104,20 @@ def test_hunks_quote_one_line_of_context_at_most() -> None:
 
 
 def test_added_lines_are_clean() -> None:
-    lines = [(h.file, line) for h in HUNKS for line in h.added]
+    lines = added_lines()
     assert not [(file, line) for file, line in lines if len(line) > MAX_LINE]
     assert not [(file, line) for file, line in lines if line != line.rstrip() or "\t" in line]
+    assert not [file for file, path in FILES.items() if not re.search(r"\S\n\Z", path.read_text())]
 
 
-@pytest.mark.parametrize("path", PATCHES, ids=lambda path: path.name)
-def test_a_patch_says_what_it_does(path: Path) -> None:
-    head = path.read_text().split("\ndiff --git ")[0]
+def test_the_hooks_say_what_they_do() -> None:
+    head = HOOKS.read_text().split("\ndiff --git ")[0]
     subject, _, body = head.partition("\nSubject: ")[2].partition("\n\n")
     assert re.fullmatch(r"\[PATCH\] [a-z][a-z0-9/-]* : \S.{1,60}[^.\s]", subject), "upstream: 'module : what it does'"
     assert len(body.split()) >= 10
-
-
-def test_names_are_numbered_without_a_gap() -> None:
-    assert [int(path.name[:4]) for path in PATCHES] == list(range(1, len(PATCHES) + 1))
+    places = [place for place in re.findall(r"[\w/-]+", body) if place == "common" or "/" in place]
+    hooked = {hunk.file for hunk in HUNKS if hunk.patch == HOOKS.name}
+    assert not [file for file in hooked if not file.startswith(tuple(places))]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +134,7 @@ def source() -> Path:
 
 
 def test_members_cover_every_rope_function_of_ggml(source: Path) -> None:
-    added = compile_sites.blank("\n".join(line for h in HUNKS if h.file.endswith(".h") for line in h.added))
+    added = compile_sites.blank("\n".join(line for file, line in added_lines() if file.endswith(".h")))
     missing = [name for name in compile_sites.rope_functions(source) if not re.search(rf"\b{name} *\(", added)]
     assert not missing, "a later use of these would rotate without the factor, unnoticed"
 
