@@ -23,10 +23,14 @@ from lrope_search.report.page import page_text, write_report
 from lrope_search.report.pictures import wilson
 from lrope_search.report.reading import read_study
 from lrope_search.report.text import summary_lines
+from lrope_search.results import table
+from lrope_search.results.comparison import Comparison, compare
 from lrope_search.results.summary import StudySummary
 from lrope_search.results.table import depth_table
-from lrope_search.scores import ContextScore
+from lrope_search.scores import ContextScore, Job
+from lrope_search.study import run
 from lrope_search.study.run import SearchOutcome
+from lrope_search.study.store import parse_evaluations
 
 PICTURES = ["accuracy", "cost", "factors", "fitness", "population"]
 SMALL = dataclasses.replace(SETTINGS, max_evaluations=20, search_contexts=2, validation_contexts=2, test_contexts=8)
@@ -108,14 +112,17 @@ def test_the_summary_is_what_was_measured(whole: tuple[Path, SearchOutcome]) -> 
     study, outcome = whole
     summary = read_study(study)
     assert outcome.winner is not None and outcome.uniform is not None
-    assert outcome.winner_test is not None and outcome.uniform_test is not None
+    assert summary == outcome.summary
     assert summary.factors == outcome.winner.factors and summary.uniform == outcome.uniform.factors[0]
-    sides = {
-        "base": outcome.base_test, f"uniform {outcome.uniform.factors[0]:g}": outcome.uniform_test,
-        "curve": outcome.winner_test,
+    results = dict(parse_evaluations((study / "evaluations.jsonl").read_bytes(), study)[0])
+    factors = {
+        "base": (1.0,) * 24, f"uniform {outcome.uniform.factors[0]:g}": outcome.uniform.factors,
+        "curve": outcome.winner.factors,
     }  # fmt: skip
+    sides = {
+        name: [results[Job(side, "test", i)] for i in range(SETTINGS.test_contexts)] for name, side in factors.items()
+    }
     assert summary.table == depth_table(sides, seed=SETTINGS.seed, confidence=SETTINGS.confidence)
-    assert outcome.winner_comparison == summary.table.comparisons["curve"]
     trials = {trial.factors: (trial.contexts, trial.fitness) for trial in summary.trials}
     assert trials == {candidate.factors: score for candidate, score in outcome.candidates}
     seen = sorted(outcome.candidates, key=lambda item: item[0].id)
@@ -127,6 +134,33 @@ def test_the_summary_is_what_was_measured(whole: tuple[Path, SearchOutcome]) -> 
         "search, first context", "search, further contexts", "validation", "test"
     ]  # fmt: skip
     assert 240 < summary.total.rate < 280
+
+
+def test_each_pair_of_sides_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a search with its report, and by `report` with page, JSON and MLflow."""
+    calls: list[str] = []
+
+    def counted(*args: Any, **options: Any) -> Comparison:
+        calls.append("compare")
+        return compare(*args, **options)
+
+    monkeypatch.setattr(table, "compare", counted)
+    monkeypatch.setattr(run, "compare", counted)
+    summary = make_study(tmp_path, SMALL).summary
+    write_report(summary)
+    assert "curve" in str(summary.table) and summary.json()
+    assert len(calls) == 3  # base and uniform, base and curve, uniform and curve
+    calls.clear()
+    assert main(["report", str(tmp_path)]) == 0
+    assert len(calls) == 2  # what the curve gains over the uniform factor stands in best.json
+
+
+def test_old_studies_list_no_factors(copy: Path) -> None:
+    with_factors = read_study(copy)
+    document = json.loads((copy / "best.json").read_text())
+    assert tuple(document.pop("layer_factors")) == with_factors.factors
+    (copy / "best.json").write_text(json.dumps(document))
+    assert read_study(copy) == with_factors
 
 
 def test_without_candidates_the_evaluations_tell_the_same(whole: tuple[Path, SearchOutcome], copy: Path) -> None:

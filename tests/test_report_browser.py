@@ -14,7 +14,6 @@ from support.study_fixtures import CONFIG, make_study
 
 from lrope_gguf.plot import COLOURS
 from lrope_search.report.page import write_report
-from lrope_search.report.reading import read_study
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 

@@ -15,6 +15,7 @@ from ..results.summary import StudySummary, Trial, summarise
 from ..scores import ContextScore, Job
 from ..study.store import parse_evaluations
 
+
 def read_study(directory: Path) -> StudySummary:
     """Read the study in ``directory``, and summarise it.
 

@@ -92,4 +92,5 @@ def _value(value: Any) -> str:
 
 
 def count(n: int, what: str) -> str:
+    """A number of things in words."""
     return f"{n:,} {what}{'' if n == 1 else 's'}"
