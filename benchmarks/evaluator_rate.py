@@ -27,7 +27,8 @@ from patch_speed import cpu_model, spread
 from lrope_gguf import LropeError
 from lrope_gguf.native import tool_path
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
-from lrope_search.evaluation.model import Model, physical_cores
+from lrope_search.evaluation.model import Model
+from lrope_search.machine import physical_cores
 from lrope_search.tasks import IDENTIFIERS, KeyValueTask
 
 _ROWS = 128  # of logits, to measure what one costs

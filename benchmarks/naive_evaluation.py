@@ -24,7 +24,8 @@ from patch_speed import cpu_model
 
 from lrope_gguf import LropeError, write_factors
 from lrope_search.evaluation.evaluator import MAX_NEW_TOKENS, TeacherForcedEvaluator
-from lrope_search.evaluation.model import Model, physical_cores
+from lrope_search.evaluation.model import Model
+from lrope_search.machine import physical_cores
 from lrope_search.tasks import IDENTIFIERS, KeyValueTask
 from lrope_search.tasks.task import Context
 

@@ -15,17 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lrope_gguf.curve import Curve, CurveFile
     from lrope_gguf.errors import LropeError
-    from lrope_gguf.metadata import (
-        ModelInfo,
-        WritePlan,
-        WriteResult,
-        plan_remove,
-        plan_write,
-        read_factors,
-        read_model,
-        remove_factors,
-        write_factors,
-    )
+    from lrope_gguf.metadata import WritePlan, WriteResult, plan_remove, plan_write, remove_factors, write_factors
+    from lrope_gguf.model_info import ModelInfo, read_factors, read_model
 
     __version__: str
 
@@ -45,20 +36,7 @@ __all__ = [
     "write_factors",
 ]
 
-_MODULES = {
-    "Curve": "curve",
-    "CurveFile": "curve",
-    "LropeError": "errors",
-    "ModelInfo": "metadata",
-    "WritePlan": "metadata",
-    "WriteResult": "metadata",
-    "plan_remove": "metadata",
-    "plan_write": "metadata",
-    "read_factors": "metadata",
-    "read_model": "metadata",
-    "remove_factors": "metadata",
-    "write_factors": "metadata",
-}
+_MODULES = ("errors", "curve", "model_info", "metadata")  # each imports those before it only
 
 
 def __getattr__(name: str) -> Any:
@@ -69,10 +47,11 @@ def __getattr__(name: str) -> Any:
             value: Any = version("lrope-gguf")
         except PackageNotFoundError:
             value = "0+unknown"
-    elif name in _MODULES:
+    elif name in __all__:
         from importlib import import_module
 
-        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        modules = (import_module(f"{__name__}.{module}") for module in _MODULES)
+        value = next(getattr(module, name) for module in modules if hasattr(module, name))
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -31,18 +31,15 @@ def height(xs: Sequence[Number], ys: Sequence[Number], x: Number) -> Number:
     Args:
         xs: x of the control points, from 0 to 1 without a step back, so that the curve is a function of x.
         ys: y of the control points.
-        x: from 0 to 1; at both ends y is that of the end points, exactly.
+        x: from 0 to 1; at both ends y is that of the end points, exactly, where rounding would keep t from them.
     """
     t: Any = 0.5 + 0.0 * x
     step = 0.25
     for _ in range(_BISECTIONS):
         t = t + step * (2.0 * (evaluate(xs, t) < x) - 1.0)
         step /= 2.0
-    # where x(t) is flat, rounding keeps t from the ends
-    t = t * (x > 0.0)
-    t = t + (1.0 - t) * (x >= 1.0)
-    result: Number = evaluate(ys, t)
-    return result
+    y: Number = evaluate(ys, t) * ((x > 0.0) & (x < 1.0)) + ys[0] * (x <= 0.0) + ys[-1] * (x >= 1.0)
+    return y
 
 
 def layer_positions(n_layer: int) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,12 @@ COMMANDS = {
 
 class LazyGroup(click.Group):
     """The commands of `COMMANDS`; listing and completing their names imports none of them."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Want a command."""
+        if not args and not ctx.resilient_parsing:
+            ctx.fail(f"give a command: {', '.join(COMMANDS)}")
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names."""
@@ -77,29 +84,59 @@ def lrope_gguf() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 (an error), 2 (usage) or 130 (interrupted)."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # names that the terminal cannot show get question marks
+    _open_streams()
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
+        return status
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            error.show()
         return error.exit_code
     except LropeError as error:
-        print("lrope-gguf:", *str(error).splitlines(), file=sys.stderr)
+        _say(" ".join(str(error).splitlines()))
         return 1
     except KeyboardInterrupt as error:
-        print("lrope-gguf: interrupted", file=sys.stderr)
+        _say("interrupted")
         return next((code for code in error.args if isinstance(code, int)), 130)
     except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"lrope-gguf: {where}{error.strerror or error}", file=sys.stderr)
+        where = error.filename or ("standard output" if _output_fails() else "")
+        _say(f"{where}: {error.strerror or error}" if where else f"{error.strerror or error}")
         return 1
-    return status
+    finally:
+        if _output_fails():  # else the interpreter would try once more at its end
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_streams() -> None:
+    """Have a standard output and error; closed ones are files that cannot be written, and that take all."""
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        for number in range(3):  # else the next file opened would get the number, and be written to by mistake
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)
+        sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # names that the terminal cannot show get question marks
+
+
+def _output_fails() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _say(message: str) -> None:
+    with suppress(OSError):
+        print(f"lrope-gguf: {message}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrope_gguf.bezier import height, layer_positions
 from lrope_gguf.errors import LropeError
-from lrope_gguf.files import atomic_write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,7 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_CONTAINERS = 1 << 16
 MAX_POINTS = 64
+_LIGHT = 1 << 14  # control points, squared, times layers: about 0.05 s without NumPy, which takes longer to load
 AGREEMENT = 1e-5
 """How far `layer_factors` may lie from the curve of `control_points` in the same file."""
 
@@ -132,25 +133,24 @@ class Curve:
     def factors(self, n_layer: int) -> NDArray[np.float64]:
         """The factors of layers 0 to `n_layer - 1`, float64, shape `(n_layer,)`; one layer stands at x = 0."""
         import numpy as np
-        from scipy.interpolate import BPoly
-        from scipy.optimize.elementwise import find_root
 
+        xs, ys = zip(*self.control_points, strict=True)
+        x = np.array(self._positions(n_layer))
+        # the hull bounds the exact curve; rounding must not step out of it
+        factors: NDArray[np.float64] = np.clip(height(xs, ys, x), min(ys), max(ys))
+        return factors
+
+    def factor_list(self, n_layer: int) -> list[float]:
+        """The same as floats; NumPy is loaded only where the curve is so large that it pays."""
+        if len(self.control_points) ** 2 * n_layer > _LIGHT:
+            return list(map(float, self.factors(n_layer)))
+        xs, ys = zip(*self.control_points, strict=True)
+        return [min(max(height(xs, ys, x), min(ys)), max(ys)) for x in self._positions(n_layer)]
+
+    def _positions(self, n_layer: int) -> list[float]:
         if n_layer < 1:
             raise LropeError(f"a curve needs at least one layer, not {n_layer}")
-        curve = BPoly(np.array(self.control_points)[:, None, :], [0.0, 1.0])
-        y = np.array([y for _, y in self.control_points])
-        factors = np.full(n_layer, y[0])
-        factors[1:] = y[-1]
-        if n_layer > 2 and y.min() < y.max():
-            x = np.arange(1, n_layer - 1) / (n_layer - 1)
-
-            def distance(t: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
-                return np.asarray(curve(t)[..., 0] - x)
-
-            root = find_root(distance, (np.zeros_like(x), np.ones_like(x)), args=(x,))
-            # The hull bounds the exact curve; rounding must not step out of it.
-            factors[1:-1] = np.clip(curve(root.x)[..., 1], y.min(), y.max())
-        return factors
+        return layer_positions(n_layer)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class CurveFile:
     def loads(cls, text: str, name: str, *, check_agreement: bool = True) -> CurveFile:
         """Parse a curve document; `name` stands for it in messages.
 
-        `check_agreement=False` skips the comparison of `layer_factors` with `control_points`, which needs SciPy.
+        `check_agreement=False` skips the comparison of `layer_factors` with `control_points`.
 
         Raises:
             LropeError: where it is not a valid document.
@@ -258,7 +258,7 @@ class CurveFile:
         if curve is None or self.layer_factors is None:
             return
         for layer, (given, made) in enumerate(
-            zip(self.layer_factors, curve.factors(len(self.layer_factors)), strict=True)
+            zip(self.layer_factors, curve.factor_list(len(self.layer_factors)), strict=True)
         ):
             if abs(given - made) > AGREEMENT:
                 raise LropeError(
@@ -288,6 +288,8 @@ class CurveFile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the document to `path`, whole or not at all."""
+        from lrope_gguf.files import atomic_write_text
+
         atomic_write_text(path, self.dumps())
 
     def factors_for(self, n_layer: int) -> tuple[float, ...]:
@@ -303,7 +305,7 @@ class CurveFile:
             raise LropeError(
                 f"it has {len(self.layer_factors or ())} layer_factors, but the model has {n_layer} layers"
             )
-        return tuple(curve.factors(n_layer).tolist())
+        return tuple(curve.factor_list(n_layer))
 
 
 def _parse(text: str) -> Any:

@@ -38,8 +38,6 @@ _TEMPORARY = re.compile(r"\.lrope-[0-9a-f]{16}\.tmp")
 # Other file systems, old kernels, and files that are no plain ones: copy_file_range(2), ioctl_ficlonerange(2).
 _NO_KERNEL_COPY = frozenset((errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM))
 _NO_CLONE = _NO_KERNEL_COPY | {errno.ENOTTY, errno.ETXTBSY}
-# File systems that can share blocks: always, or only as they were made.
-_SHARING = {"btrfs": True, "bcachefs": True, **dict.fromkeys(("xfs", "overlay", "nfs4", "cifs", "zfs", "ocfs2"), None)}
 _NO_TMPFILE = (errno.EISDIR, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _NO_LOCK = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -440,28 +438,14 @@ def block_size(path: str | os.PathLike[str]) -> int:
         os.close(handle)
 
 
-def file_system(directory: str | os.PathLike[str]) -> str:
-    """Kind of the file system of a directory, such as `"ext4"`, as Linux names it; empty where that is unknown."""
-    real = os.path.realpath(directory)
-    mount, kind = "", ""
-    with suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-            fields = line.split(" ")
-            point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
-            if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(mount):
-                mount, kind = point, fields[fields.index("-") + 1]
-    return kind
+def free_bytes(directory: Path) -> int:
+    """Bytes that this user may still write into a directory's file system."""
+    if not hasattr(os, "statvfs"):
+        import shutil  # and with it four compressors, which take longer to load than all else here
 
-
-def may_share_blocks(source: str | os.PathLike[str], directory: Path) -> bool | None:
-    """Whether a new file in `directory` could share blocks with `source`; None where only trying tells."""
-    if not sys.platform.startswith("linux"):
-        return False
-    kind = file_system(directory)
-    answer = _SHARING.get(kind, False)
-    if answer is not False and Path(source).stat().st_dev != directory.stat().st_dev:
-        return None if kind == "btrfs" else False  # its subvolumes have devices of their own
-    return answer
+        return shutil.disk_usage(directory).free
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
 
 
 def can_share_blocks(source: FileIO, directory: Path) -> bool | None:
@@ -469,6 +453,8 @@ def can_share_blocks(source: FileIO, directory: Path) -> bool | None:
 
     None where there are no such files.
     """
+    if not sys.platform.startswith("linux"):
+        return False
     try:
         handle = os.open(directory, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
     except (OSError, AttributeError):

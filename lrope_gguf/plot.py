@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrope_gguf.bezier import evaluate
 from lrope_gguf.curve import Point
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import atomic_write_bytes
@@ -184,12 +184,7 @@ def layer_axis(axes: Axes, n_layer: int) -> None:
 
 
 def bezier(points: Sequence[Point], steps: int = _STEPS) -> tuple[list[float], list[float]]:
-    """`steps + 1` points along a Bézier curve, by de Casteljau's construction: their x and their y."""
-    xs, ys = [], []
-    for step in range(steps + 1):
-        t, row = step / steps, list(points)
-        while len(row) > 1:
-            row = [((1 - t) * a + t * c, (1 - t) * b + t * d) for (a, b), (c, d) in pairwise(row)]
-        xs.append(row[0][0])
-        ys.append(row[0][1])
-    return xs, ys
+    """`steps + 1` points along a Bézier curve, evenly spaced in its parameter: their x and their y."""
+    xs, ys = zip(*points, strict=True)
+    ts = [step / steps for step in range(steps + 1)]
+    return [evaluate(xs, t) for t in ts], [evaluate(ys, t) for t in ts]

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -181,7 +182,7 @@ def test_user_mistakes(model: Path, curve: Path, tmp_path: Path) -> None:
 def test_usage_errors(model: Path) -> None:
     for arguments, message in [
         ((), "give a command"),
-        (("bake",), "invalid choice"),
+        (("bake",), "No such command 'bake'"),
         (("show",), "MODEL"),
         (("write", model), "one of the arguments --curve --factors --uniform is required"),
         (("write", model, "--factors", "1,x"), "'1,x' is not a list of numbers"),
@@ -198,13 +199,16 @@ def test_help_and_version() -> None:
     assert version.returncode == 0 and version.stdout.startswith("lrope-gguf ")
 
 
-def test_light_commands_import_nothing_heavy(model: Path) -> None:
+def test_light_commands_import_nothing_heavy(model: Path, curve: Path) -> None:
     run("write", model, "--uniform", "1.5")
     code = (
         "import sys; from lrope_gguf.cli import main; status = main(sys.argv[1:]);"
         "print(sorted({'numpy', 'scipy', 'lrope_search'} & set(sys.modules)), status)"
     )
-    for arguments in (("show", model), ("write", model, "--uniform", "1.25"), ("remove", model)):
+    for arguments in (
+        *(("show", model), ("write", model, "--uniform", "1.25"), ("write", model, "--curve", curve)),
+        *(("show", model), ("remove", model)),
+    ):
         done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
         assert done.stdout.endswith("[] 0\n"), done
 
@@ -229,10 +233,10 @@ def test_errors_of_the_system_and_interrupts(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def raising(error: BaseException) -> None:
-        def run(_: object) -> int:
+        def read_model(_: object) -> None:
             raise error
 
-        monkeypatch.setattr("lrope_gguf.commands.show.run", run)
+        monkeypatch.setattr("lrope_gguf.commands.show.read_model", read_model)
 
     raising(OSError(5, "Input/output error", "/dev/x"))
     assert main(["show", str(model)]) == 1
@@ -273,6 +277,41 @@ def test_closed_pipe_is_quiet(model: Path) -> None:
     )
     os.close(writer)
     assert done.returncode == 141 and done.stderr == ""
+
+
+def shell(line: str, *arguments: object) -> Completed:
+    """Run `"$@"` with this redirection."""
+    command = ["sh", "-c", f'"$@" {line}', "sh", sys.executable, "-m", "lrope_gguf", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no descriptors to close")
+def test_output_that_cannot_be_written_is_an_error(model: Path) -> None:
+    for arguments in (("show", model), ("show", model, "--json"), ("write", model, "--uniform", "1.5"), ("--help",)):
+        assert_error(shell(">&-", *arguments), "lrope-gguf: standard output: Bad file descriptor")
+        if Path("/dev/full").exists():
+            assert_error(shell(">/dev/full", *arguments), "No space left on device")
+    assert read_factors(model) == (1.5,) * LAYERS
+    assert shell(">&-", "remove", model, "--quiet").returncode == 0  # says nothing
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no descriptors to close")
+def test_a_closed_standard_error_changes_nothing(model: Path) -> None:
+    original = model.read_bytes()
+    for closed in ("2>&-", "2>&- <&-", "2>/dev/full"):
+        shown = shell(closed, "show", model)
+        assert shown.returncode == 0 and "512 tokens" in shown.stdout and shown.stderr == ""
+        for arguments, status in ((("show", "none"), 1), (("show",), 2), ((), 2), (("write", model), 2)):
+            done = shell(closed, *arguments)
+            assert (done.returncode, done.stdout, done.stderr) == (status, "", ""), (closed, arguments)
+    model.with_name("other").hardlink_to(model)
+    done = shell("2>&-", "write", model, "--uniform", "2")
+    assert done.returncode == 0 and "hard links" not in done.stdout
+    for line in ("2>&- >&-", "2>&- >&- <&-"):
+        assert shell(line, "show", model).returncode == 1
+        assert shell(line, "remove", model, "--quiet").returncode == 0
+        assert model.read_bytes() == original
+        assert shell(line, "write", model, "--uniform", "2", "--quiet").returncode == 0
 
 
 def test_a_terminal_without_unicode(model: Path) -> None:
@@ -470,100 +509,113 @@ def test_progress_on_a_terminal(model: Path) -> None:
     assert "\r\x1b[Klrope-gguf: " in data and "Input/output error" in data
 
 
-def complete(script: Path, *words: str, cwd: Path) -> set[str]:
-    code = 'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _lrope_gguf; printf "%s\\n" "${COMPREPLY[@]}"'
+PORTED = hasattr(import_module("lrope_search.commands.search"), "command")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Path:
+    """A folder with some files to complete, and `lrope-gguf` beside it."""
+    program = tmp_path / "bin" / "lrope-gguf"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m lrope_gguf "$@"\n')
+    program.chmod(0o755)
+    place = tmp_path / "place"
+    (place / "models").mkdir(parents=True)
+    for name in ("m.gguf", "best.json"):
+        (place / name).touch()
+    return place
+
+
+def in_shell(bench: Path, *command: str) -> Completed:
+    path = f"{bench.with_name('bin')}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "HOME": str(bench.parent)}
     done = subprocess.run(
-        ["bash", "--norc", "-c", code, str(script), "lrope-gguf", *words], capture_output=True, text=True, cwd=cwd
+        command, capture_output=True, text=True, errors="replace", cwd=bench, env=environment, timeout=120
     )
     assert done.returncode == 0 and done.stderr == "", done
-    return set(done.stdout.splitlines()) - {""}
+    return done
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_completion_in_bash(tmp_path: Path) -> None:
-    script = tmp_path / "complete.bash"
-    done = run("completion", "bash")
-    assert done.returncode == 0
-    script.write_text(done.stdout)
-    place = tmp_path / "place"
-    (place / "models").mkdir(parents=True)
-    for name in ("a b.gguf", "star*.GGUF", "best.json"):
-        (place / name).touch()
-    models = {"a b.gguf", "star*.GGUF", "models"}
+def test_completion_in_bash(bench: Path) -> None:
+    code = (
+        'eval "$(_LROPE_GGUF_COMPLETE=bash_source lrope-gguf)"; compopt() { COMPREPLY+=("<$2>"); };'
+        'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _lrope_gguf_completion lrope-gguf;'
+        'printf "%s\\n" "${COMPREPLY[@]}"; complete -p lrope-gguf'
+    )
+    files = {"<default>"}  # that bash completes itself
     for words, expected in [
         (("",), set(COMMANDS)),
         (("s",), {"show", "search"}),
         (("--v",), {"--version"}),
-        (("show", ""), models),
-        (("show", "st"), {"star*.GGUF"}),
+        (("show", ""), files),
         (("show", "--"), {"--help", "--json", "--plot"}),
         (("remove", "m", "--d"), {"--dry-run"}),
-        (("write", "m", "--curve", ""), models | {"best.json"}),
-        (("write", "m", "--curve", "=", "b"), {"best.json"}),
+        (("write", "m", "--curve", ""), files),
         (("write", "m", "--factors", ""), set()),
-        (("write", "m", "--mapped-ok", ""), models),
-        (("completion", ""), {"bash", "zsh", "fish"}),
-        (("search", "m", "--identifiers", "n"), {"number"}),
-        (("search", "m", "--identifiers", "="), {"uuid", "number", "word"}),
-        (("none", ""), set()),
+        (("none", ""), set(COMMANDS)),
+        *([(("search", "m", "--identifiers", "n"), {"number"})] if PORTED else []),
     ]:
-        assert complete(script, *words, cwd=place) == expected, words
-    registered = subprocess.run(
-        ["bash", "--norc", "-c", 'source "$0"; complete -p lrope-gguf', str(script)], capture_output=True, text=True
-    )
-    assert registered.stdout == "complete -F _lrope_gguf lrope-gguf\n"
+        *found, registered = in_shell(
+            bench, "bash", "--norc", "-c", code, "bash", "lrope-gguf", *words
+        ).stdout.splitlines()
+        assert set(found) - {""} == expected, words
+        assert registered.endswith("-F _lrope_gguf_completion lrope-gguf")
 
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="no fish")
-def test_completion_in_fish(tmp_path: Path) -> None:
-    (tmp_path / "complete.fish").write_text(run("completion", "fish").stdout)
-    (tmp_path / "m.gguf").touch()
-
+def test_completion_in_fish(bench: Path) -> None:
     def complete(line: str) -> set[str]:
-        done = subprocess.run(
-            ["fish", "-N", "-c", f"source complete.fish; complete -C '{line}'"],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=os.environ | {"HOME": str(tmp_path)},
-        )
-        assert done.returncode == 0 and done.stderr == "", done
-        return {found.split("\t")[0] for found in done.stdout.splitlines()}
+        code = f"_LROPE_GGUF_COMPLETE=fish_source lrope-gguf | source; complete -C '{line}'"
+        return {found.split("\t")[0] for found in in_shell(bench, "fish", "-N", "-c", code).stdout.splitlines()}
 
     assert complete("lrope-gguf ") == set(COMMANDS)
     assert complete("lrope-gguf show --") == {"--help", "--json", "--plot"}
-    assert "m.gguf" in complete("lrope-gguf show ")
-    assert complete("lrope-gguf completion ") == {"bash", "zsh", "fish"}
-    assert complete("lrope-gguf search --identifiers ") == {"uuid", "number", "word"}
+    assert {"m.gguf", "models/"} <= complete("lrope-gguf show m")
+    if PORTED:
+        assert complete("lrope-gguf search --identifiers ") == {"uuid", "number", "word"}
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
-def test_completion_in_zsh(tmp_path: Path) -> None:
+def test_completion_in_zsh(bench: Path) -> None:
     """Typed into a shell of its own, in a pseudo-terminal."""
-    (tmp_path / "complete.zsh").write_text(run("completion", "zsh").stdout)
-    (tmp_path / "m.gguf").touch()
     driver = r"""
         zmodload zsh/zpty; zpty z zsh -f -i
         wait_for() { local part all; repeat 200; do
             if zpty -r -t z part; then all+=$part; [[ $all == *$1* ]] && break; else sleep 0.05; fi
             done; print -r -- $all }
         zpty -w z 'PS1=; TERM=dumb; autoload -U compinit; compinit -u -D; bindkey "^I" list-choices'
-        zpty -w z 'source ./complete.zsh'
+        zpty -w z 'eval "$(_LROPE_GGUF_COMPLETE=zsh_source lrope-gguf)"'
         zpty -w z 'print REA''DY'; wait_for READY
         try() { zpty -w -n z "$1"$'\t'; print -r -- "<$1>"; wait_for "$2"; zpty -w -n z $'\x15' }
-        try 'lrope-gguf ' 'store layer factors'
+        try 'lrope-gguf ' 'search, write and serve'
         try 'lrope-gguf show ' m.gguf
         try 'lrope-gguf show --' '--plot'
-        try 'lrope-gguf completion ' zsh
-        try 'lrope-gguf search --identifiers ' uuid
     """
-    done = subprocess.run(
-        ["zsh", "-f", "-c", driver], capture_output=True, text=True, cwd=tmp_path, timeout=60, errors="replace"
-    )
+    done = in_shell(bench, "zsh", "-f", "-c", driver)
     shown = dict(part.split(">\n", 1) for part in done.stdout.split("\n<lrope-gguf ")[1:])
-    assert all(name in shown[""] for name in COMMANDS), done
-    assert "m.gguf" in shown["show "] and "--json" in shown["show --"] and "complete.zsh" not in shown["show "]
-    assert "fish" in shown["completion "] and "number" in shown["search --identifiers "]
+    assert all(name in shown[""] for name in COMMANDS), shown
+    assert "m.gguf" in shown["show "] and "--json" in shown["show --"]
+
+
+def completed(words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    for name, value in {"_LROPE_GGUF_COMPLETE": "bash_complete", "COMP_WORDS": f"lrope-gguf {words}"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COMP_CWORD", str(len(f"{words}x".split())))
+    assert main([]) == 0
+    return capsys.readouterr().out
+
+
+def test_completing_a_command_imports_none() -> None:
+    code = (
+        "import sys; from lrope_gguf.cli import main; status = main();"
+        "print(sorted(name for name in sys.modules if 'commands.' in name or name.startswith('lrope_search')), status)"
+    )
+    environment = {"_LROPE_GGUF_COMPLETE": "bash_complete", "COMP_WORDS": "lrope-gguf s", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=60
+    )
+    assert done.stdout == "plain,search\nplain,show\n[] 0\n", done
 
 
 def test_completion_without_the_search_extra(
@@ -571,10 +623,10 @@ def test_completion_without_the_search_extra(
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("lrope_search")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "lrope_search.commands", None)
-    assert main(["completion", "bash"]) == 0
-    script = capsys.readouterr().out
-    assert "--mapped-ok" in script and "search" in script and "--identifiers" not in script
+    monkeypatch.setitem(sys.modules, "lrope_search", None)  # names are completed without it, options not
+    assert completed("", monkeypatch, capsys).split() == [f"plain,{name}" for name in COMMANDS]
+    assert completed("search --id", monkeypatch, capsys).strip() == ""
+    assert completed("write m --map", monkeypatch, capsys) == "plain,--mapped-ok\n"
 
 
 def test_python_api(model: Path) -> None:

@@ -453,13 +453,13 @@ def test_no_token_is_left_to_a_batch_of_its_own(model: Model, monkeypatch: pytes
 
 
 @native
-def test_a_twin_has_the_weights_and_a_context_of_its_own(model: Model) -> None:
+def test_another_context_has_the_weights_and_factors_of_its_own(model: Model) -> None:
     model.reserve(64)
     model.set_factors(CURVE)
-    with model.twin() as twin:
-        twin.reserve(32)
-        twin.set_factors(ONES)
-        twin.prefill([np.array([BOS, 5, 6], np.int32)])
+    with model.another_context() as other:
+        other.reserve(32)
+        other.set_factors(ONES)
+        other.prefill([np.array([BOS, 5, 6], np.int32)])
         assert model.get_factors() == pytest.approx(CURVE)
         model.set_factors(ONES)  # whose memory is empty
     model.prefill([np.array([BOS, 5, 6], np.int32)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from lrope_search.evaluation.divergence import Guard, GuardTexts, read_texts, wr
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.logits import RowWorkers, gold_scores, kl_divergences
 from lrope_search.evaluation.model import Model
+from lrope_search.scores import GUARD, Job
 from lrope_search.tasks import KeyValueTask
 
 native = pytest.mark.native
@@ -81,7 +83,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def reference(model: Model, text: tuple[int, ...], factors: tuple[float, ...]) -> NDArray[np.float64]:
     """Logits after every token of one text, in a context of its own."""
     n = len(text)
-    with model.twin() as own:
+    with model.another_context() as own:
         own.reserve(n)
         own.set_factors(factors)
         arrays = (np.array(text, np.int32), np.arange(n), np.zeros(n, np.int64), np.ones(n, np.bool_))
@@ -95,7 +97,7 @@ def test_guard_measures_kl_between_base_and_curve(model: Model, monkeypatch: pyt
     short = tuple((BOS, *rng.integers(0, 90, n).tolist()) for n in (40, 30))
     long = (BOS, *rng.integers(0, 90, 150).tolist())
     guard = Guard(model, GuardTexts(short, long))
-    result = guard.kl(CURVE)
+    result = guard.score(CURVE)
 
     def divergences(text: tuple[int, ...]) -> NDArray[np.float64]:
         p, q = (np.exp(log_softmax(reference(model, text, factors), axis=1)) for factors in (ONES, CURVE))
@@ -103,37 +105,28 @@ def test_guard_measures_kl_between_base_and_curve(model: Model, monkeypatch: pyt
         return divergence
 
     each = np.concatenate([divergences(text) for text in short])
-    assert result.short.mean == pytest.approx(each.mean(), rel=2e-3)
-    assert result.short.quantile == pytest.approx(np.quantile(each, 0.95), rel=2e-2)
+    assert result.short == pytest.approx(each.mean(), rel=2e-3)
     late = divergences(long)[41:]
-    assert result.long.mean == pytest.approx(late.mean(), rel=2e-3)
-    assert result.worst == max(result.short.mean, result.long.mean) > 0.01
+    assert result.long == pytest.approx(late.mean(), rel=2e-3)
+    assert max(result.short, result.long) > 0.01
     assert result.n_tokens == guard.n_tokens == 2 * (41 + 31 + 151)
-    none = guard.kl(ONES)
-    assert none.short.mean == none.long.mean == none.short.quantile == 0.0
-
-    score = guard.score(CURVE, 0)
-    assert (score.split, score.index, [p.depth for p in score.probes]) == ("guard", 0, [0.0, 1.0])
-    assert [p.log_probability for p in score.probes] == [-result.short.mean, -result.long.mean]
-    assert all(p.correct for p in score.probes)
-    with pytest.raises(LropeError, match="only context 0"):
-        guard.score(CURVE, 1)
+    none = guard.score(ONES)
+    assert none.short == none.long == 0.0
 
 
 @native
-def test_guard_is_a_split_of_the_evaluator_and_leaves_its_context_alone(model: Model) -> None:
+def test_the_evaluator_has_the_guard_and_its_context_is_left_alone(model: Model) -> None:
     texts = write_texts(model, 3, n_short=2, short=24, long=64)
     task = KeyValueTask(6, depths=4)
     evaluator = TeacherForcedEvaluator(model, task, guard=Guard(model, texts))
     before, n_ctx = evaluator.evaluate(CURVE, "test", 0), model.n_ctx
-    guarded = evaluator.evaluate(CURVE, "guard", 0)
-    assert guarded.probes == Guard(model, texts).score(CURVE, 0).probes
+    guarded = Job(CURVE, GUARD, 0).run(evaluator)
+    assert replace(guarded, seconds=0.0) == replace(Guard(model, texts).score(CURVE), seconds=0.0)
     assert model.n_ctx == n_ctx
     assert evaluator.evaluate(CURVE, "test", 0).probes == before.probes
-    mixed = evaluator.evaluate_many(CURVE, [("test", 0), ("guard", 0), ("test", 0)])
-    assert [s.probes for s in mixed] == [before.probes, guarded.probes, before.probes]
+    assert replace(evaluator.divergence(CURVE), seconds=0.0) == replace(guarded, seconds=0.0)
     with pytest.raises(LropeError, match="without a guard"):
-        TeacherForcedEvaluator(model, task).evaluate(CURVE, "guard", 0)
+        TeacherForcedEvaluator(model, task).divergence(CURVE)
 
 
 @native
@@ -189,4 +182,4 @@ def test_a_model_of_nan_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(LropeError, match="NaN on text of its own"):
             write_texts(model, 0, n_short=1, short=4, long=4)
         with pytest.raises(LropeError, match="NaN on ordinary text"):
-            Guard(model, GuardTexts(((1, 2, 3),), (1, 2, 3, 4))).kl(CURVE)
+            Guard(model, GuardTexts(((1, 2, 3),), (1, 2, 3, 4))).score(CURVE)

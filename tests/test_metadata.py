@@ -37,7 +37,7 @@ from lrope_gguf import metadata as metadata_module
 from lrope_gguf.cli import main
 from lrope_gguf.curve import Curve
 from lrope_gguf.gguf_scan import GGUFFile
-from lrope_gguf.metadata import shortest
+from lrope_gguf.model_info import shortest
 
 KEY = "llama.rope.scaling.layer_factors"
 FACTORS = (1.0, 1.25, 0.75, 1.1)
@@ -348,7 +348,7 @@ def test_failures_leave_the_old_file_and_no_litter(
 
 def test_too_little_space_is_seen_before_writing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = model.read_bytes()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    monkeypatch.setattr(metadata_module, "free_bytes", lambda _: 10)
     monkeypatch.setattr(metadata_module, "replacing", fail_with(0))
     with pytest.raises(LropeError, match=r"needs \d+ bytes beside it, 10 are free"):
         write_factors(model, FACTORS)

@@ -15,13 +15,15 @@ from support.synthetic import Landscape
 from support.worker_evaluators import Workers, see
 
 from lrope_gguf.errors import LropeError
-from lrope_search.scores import Job
+from lrope_search import machine
+from lrope_search.machine import free_memory, visible_gpus
+from lrope_search.scores import GUARD, Job
 from lrope_search.study.progress import Progress
 from lrope_search.study.run import SearchSettings, run_search
 from lrope_search.study.store import Study
-from lrope_search.workers import pool, processes
+from lrope_search.workers import pool
 from lrope_search.workers.pool import MAX_MOVES, WorkerError
-from lrope_search.workers.processes import ProcessExecutor, free_memory, visible_gpus
+from lrope_search.workers.processes import ProcessExecutor
 from lrope_search.workers.protocol import Executor, LocalExecutor
 
 SETTINGS = SearchSettings(
@@ -126,6 +128,15 @@ def test_threads_and_gpus_are_handed_out() -> None:
         assert [seen[pid] for pid in executor.pids()] == ["5", "GPU-7", "5"]
 
 
+def test_a_worker_measures_divergence_too() -> None:
+    job = Job(tuple(1.0 + i / 50.0 for i in range(12)), GUARD, 0)
+    local = LocalExecutor(Landscape())
+    local.submit(job)
+    with ProcessExecutor(Workers(), 1) as executor:
+        executor.submit(job)
+        assert executor.next() == local.next() == (job, Landscape().divergence(job.factors))
+
+
 def test_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 3")
     assert visible_gpus() == ("2", "3")
@@ -133,7 +144,7 @@ def test_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
         assert visible_gpus() == ()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr(processes.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     assert visible_gpus() == ()
 
 
@@ -147,7 +158,7 @@ PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
 from support.worker_evaluators import Workers
-from lrope_search.scores import Job
+from lrope_search.scores import GUARD, Job
 from lrope_search.workers.processes import ProcessExecutor
 if __name__ == "__main__":
     executor = ProcessExecutor(Workers(seconds=60.0), 2)

@@ -23,7 +23,7 @@ from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_search.optimizers.protocol import Algorithm, Candidate, Score
 from lrope_search.results.objective import Objective
-from lrope_search.scores import ContextScore, Evaluator, Job, ProbeScore
+from lrope_search.scores import GUARD, ContextScore, DivergenceScore, Evaluator, Job, ProbeScore
 from lrope_search.study.progress import Progress
 from lrope_search.study.racing import Race, Racing
 from lrope_search.study.run import SearchOutcome, SearchSettings, run_search
@@ -56,6 +56,10 @@ class Recorder:
     def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
         self.jobs.append(Job(factors, split, index))
         return self._evaluator.evaluate(factors, split, index)
+
+    def divergence(self, factors: tuple[float, ...]) -> DivergenceScore:
+        self.jobs.append(Job(factors, GUARD, 0))
+        return self._evaluator.divergence(factors)
 
 
 def uneven(job: Job) -> float:
@@ -228,12 +232,9 @@ class Guarded(Landscape):
 
     limit = math.inf
 
-    def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
-        if split != "guard":
-            return super().evaluate(factors, split, index)
+    def divergence(self, factors: tuple[float, ...]) -> DivergenceScore:
         kl = max(abs(math.log(s)) for s in factors)
-        probes = (ProbeScore(0.0, -kl / 2.0, True), ProbeScore(1.0, -kl if kl < self.limit else math.nan, True))
-        return ContextScore("guard", index, probes, 512, 0.0)
+        return DivergenceScore(kl / 2.0, kl if kl < self.limit else math.nan, 512, 0.0)
 
 
 def test_the_guard_passes_over_who_strays(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from support.gguf_fixtures import LAYERS, header, number_pair, text_pair, write_
 
 from lrope_gguf import Curve, CurveFile, read_model, write_factors
 from lrope_gguf.cli import main
-from lrope_gguf.commands.show import _curve_factors, _lines, _row, agrees, sparkline
+from lrope_gguf.commands.show import _lines, _row, agrees
+from lrope_gguf.text import sparkline
 
 POINTS = ((0.0, 1.0), (0.3, 1.4), (1.0, 1.1))
 KEYS = [
@@ -161,21 +162,6 @@ def test_agreement() -> None:
     # a list for another model counts only where nothing else is there
     assert agrees(CurveFile(POINTS, tuple(curve.factors(6).tolist())), factors)
     assert not agrees(CurveFile(layer_factors=listed[:6]), factors)
-
-
-@pytest.mark.parametrize(
-    "points",
-    [
-        ((0, 1), (1, 1.5)),
-        POINTS,
-        ((0, 1), (0, 2), (1, 0.6), (1, 1.5)),
-        ((0, 1), (0.5, 2), (0.5, 0.6), (0.5, 3), (1, 1)),
-        tuple((i / 63, 1 + i % 2) for i in range(64)),
-    ],
-)
-def test_light_evaluation_is_that_of_scipy(points: tuple[tuple[float, float], ...]) -> None:
-    for n in (1, 2, 3, 24, 32):
-        assert _curve_factors(points, n) == pytest.approx(Curve(points).factors(n).tolist(), abs=1e-9)
 
 
 def test_provenance_is_readable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

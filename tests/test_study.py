@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
-from lrope_search.scores import ContextScore, Job, ProbeScore
+from lrope_search.scores import GUARD, ContextScore, DivergenceScore, Job, ProbeScore
 from lrope_search.study import store as study_module
 from lrope_search.study.store import Study
 
@@ -56,6 +56,20 @@ def test_floats_come_back_exactly(factors: list[float], probes: list[tuple[float
     assert line.count(b"\n") == 1
     json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert repr(study_module._parse(line)) == repr((job, score))
+
+
+@pytest.mark.parametrize("long", [0.0, 0.015413350625310624, math.inf])
+def test_a_divergence_is_written_as_it_always_was(long: float) -> None:
+    """As two probes with minus the KL divergence: a study of an earlier version goes on, byte for byte."""
+    job, score = Job((1.0, 1.25), GUARD, 0), DivergenceScore(0.010119496138908321, long, 6144, 18.5)
+    correct = str(math.isfinite(long)).lower()
+    minus = '"-inf"' if math.isinf(long) else repr(-long)
+    line = (
+        '{"factors":[1.0,1.25],"split":"guard","index":0,"n_tokens":6144,"seconds":18.5,'
+        f'"probes":[[0.0,-0.010119496138908321,true],[1.0,{minus},{correct}]]}}\n'
+    )
+    assert study_module._line(job, score) == line.encode()
+    assert study_module._parse(line.encode()) == (job, score)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40, 100])

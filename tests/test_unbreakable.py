@@ -148,8 +148,8 @@ def test_no_space_left(
     expected = model.with_name("expected.gguf")
     write_factors(model, FACTORS, output=expected)
     if not seen_before:
-        usage = shutil.disk_usage(model.parent)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        free = files.free_bytes(model.parent)
+        monkeypatch.setattr(metadata, "free_bytes", lambda _: free)
     pages = -(-len(original) // 4096)
     done = []
     for extra in range(0, pages + 6):
@@ -529,7 +529,7 @@ def test_shared_blocks(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """As on a file system that shares: with the kernel's rules checked, and the bytes copied."""
     model = write_model(tmp_path / "big.gguf", add=lambda writer: writer.add_string("x", "x" * 30_000))
     expected = write_factors(model, FACTORS, output=tmp_path / "copy.gguf")
-    assert expected.bytes_shared == 0 or files.may_share_blocks(model, tmp_path) is not False
+    assert expected.bytes_shared == 0 or plan_write(model, FACTORS).shares is not False
     original, wanted = model.read_bytes(), (tmp_path / "copy.gguf").read_bytes()
     cloned = []
 
@@ -552,13 +552,9 @@ def test_shared_blocks(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_plans_know_whether_blocks_will_be_shared(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for answer, clones, expected in [
-        *((False, True, False), (True, True, True), (None, True, True)),
-        *((True, False, False), (None, False, False), (None, None, None)),
-    ]:
-        monkeypatch.setattr(metadata, "may_share_blocks", lambda *_, answer=answer: answer)
+    for clones in (True, False, None):
         monkeypatch.setattr(metadata, "can_share_blocks", lambda *_, clones=clones: clones)
-        assert plan_write(model, FACTORS).shares is expected
+        assert plan_write(model, FACTORS).shares is clones
 
     def unaligned(writer: GGUFWriter) -> None:
         writer.add_array("llama.rope.scaling.layer_factors", [2.0] * LAYERS)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+FILE = click.Path(readable=False)
+"""A file's name, completed by the shell; whoever opens it says what is wrong with it."""
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
@@ -53,3 +59,35 @@ class Command(click.Command):
 
 def _first(shown: list[tuple[str, Any]], heading: str) -> int:
     return next(i for i, (name, _) in enumerate(shown) if name == heading)
+
+
+def model_argument(function: Function) -> Function:
+    """Declare MODEL."""
+    return click.argument("model", type=FILE)(function)
+
+
+def output_options(function: Function) -> Function:
+    """Declare what `write` and `remove` share: where the result goes and what is said."""
+    for option in reversed(
+        (
+            click.option("--output", type=FILE, metavar="OUT", help="write this file and leave MODEL as it is"),
+            click.option("--dry-run", is_flag=True, help="say what would change and change nothing"),
+            click.option("--quiet", is_flag=True, help="print notes and errors only"),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def exactly_one(**values: object) -> None:
+    """Take one of some options, given by their parameters' names; None stands for one that is not given.
+
+    Raises:
+        click.UsageError: none or several are given.
+    """
+    options = {name: f"--{name.replace('_', '-')}" for name in values}
+    given = [options[name] for name, value in values.items() if value is not None]
+    if not given:
+        raise click.UsageError(f"one of the arguments {' '.join(options.values())} is required")
+    if len(given) > 1:
+        raise click.UsageError(f"argument {given[1]}: not allowed with argument {given[0]}")

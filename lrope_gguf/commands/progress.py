@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -57,6 +56,8 @@ class CopyProgress:
         self._next = now + _PAUSE
         left = "to disk" if done == total else f"{_time((total - done) / rate)} left" if rate else "-- left"
         figures = f" {100 * done // max(total, 1):3}%  {size(done)} of {size(total)}  {size(rate)}/s  {left}"
+        import shutil  # and with it four compressors
+
         room = shutil.get_terminal_size().columns - 1
         width = min(40, room - len(figures) - 2)
         full = width * done // max(total, 1)

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
+import click
 
+from lrope_gguf.commands.options import Command, model_argument, output_options
 from lrope_gguf.commands.progress import CopyProgress
-from lrope_gguf.commands.write import add_output_arguments, plan_line, print_notes, whole_file
-from lrope_gguf.metadata import WritePlan, plan_remove, remove_factors
+from lrope_gguf.commands.write import plan_line, report, whole_file
+from lrope_gguf.metadata import WriteResult, plan_remove, remove_factors
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="GGUF file; of a split model the first shard")
-    add_output_arguments(parser)
+@click.command("remove", cls=Command)
+@model_argument
+@output_options
+def command(model: str, output: str | None, dry_run: bool, quiet: bool) -> None:
+    """Take the layer factors out of MODEL, a GGUF file (of a split model the first shard): the original again."""
+    if dry_run:
+        plan = plan_remove(model, output)
+        removed = [f"  remove {key}" for key in plan.removed or ["nothing: it holds no layer factors"]]
+        report(plan.notes, [] if quiet else [plan_line(plan), *removed])
+        return
+    with CopyProgress(quiet=quiet) as progress:
+        result = remove_factors(model, output, progress=progress)
+    report(result.notes, [] if quiet else [_done(result)])
 
 
-def run(args: argparse.Namespace) -> int:
-    """Remove the factors, or plan it, and say what was done or would be."""
-    if args.dry_run:
-        plan = plan_remove(args.model, args.output)
-        print_notes(plan.notes)
-        if not args.quiet:
-            print("\n".join(_plan_lines(plan)))
-        return 0
-    with CopyProgress(quiet=args.quiet) as progress:
-        result = remove_factors(args.model, args.output, progress=progress)
-    print_notes(result.notes)
-    if not args.quiet:
-        if result.how == "unchanged":
-            print(f"{result.path}: holds no layer factors; unchanged")
-        else:
-            shared = f", {whole_file(result)}" if result.bytes_shared else ""
-            print(f"{result.path}: written without layer factors ({result.bytes_written} bytes{shared})")
-    return 0
-
-
-def _plan_lines(plan: WritePlan) -> list[str]:
-    return [plan_line(plan), *(f"  remove {key}" for key in plan.removed or ["nothing: it holds no layer factors"])]
+def _done(result: WriteResult) -> str:
+    if result.how == "unchanged":
+        return f"{result.path}: holds no layer factors; unchanged"
+    shared = f", {whole_file(result)}" if result.bytes_shared else ""
+    return f"{result.path}: written without layer factors ({result.bytes_written} bytes{shared})"

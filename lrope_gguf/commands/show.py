@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
-from lrope_gguf.curve import AGREEMENT, Curve, CurveFile, Point
+import click
+
+from lrope_gguf.commands.options import FILE, Command, model_argument
+from lrope_gguf.curve import AGREEMENT, CurveFile
 from lrope_gguf.errors import LropeError
-from lrope_gguf.metadata import ModelInfo, factors_key, read_model, shortest
-from lrope_gguf.text import printable
+from lrope_gguf.layout import factors_key
+from lrope_gguf.model_info import ModelInfo, read_model, shortest
+from lrope_gguf.text import printable, shown_in, sparkline
 
 _LABEL = 16
 _BRIEF = 100
@@ -23,38 +25,34 @@ _MOST_PARTS = 50
 _LEAST = 40
 _CELL = 20
 _PROVENANCE_LINES = 40
-_LIGHT = 2048
 _ROUNDING = 2.0**-23
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_ASCII = str.maketrans({**dict(zip(_BLOCKS, "_.-~=+*#", strict=True)), "é": "e", "…": "...", "�": "?"})
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="GGUF file; of a split model the first shard")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw the factors over the layers into this file, .png or .svg (matplotlib)"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print what the model's header says, and draw it where asked to."""
-    info = read_model(args.model)
+@click.command("show", cls=Command)
+@model_argument
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+@click.option("--plot", type=FILE, metavar="FILE", help="draw the factors over the layers, into a .png or .svg file")
+def command(model: str, as_json: bool, plot: str | None) -> None:
+    """Show RoPE settings and layer factors of MODEL, a GGUF file (of a split model the first shard)."""
+    info = read_model(model)
     document, curve_error = stored_curve(info)
     agreement = None if document is None or info.factors is None else agrees(document, info.factors, info.n_layer)
-    if args.plot is not None:
-        _plot(args.plot, info, document, agreement)
-    if args.json:
+    if plot is not None:
+        _plot(plot, info, document, agreement)
+    if as_json:
         # in pieces: a hostile document's text would take many times its size in memory
         json.dump(_json(info, document, curve_error, agreement), sys.stdout, indent=2)
         print()
-        return 0
+        return
     # a file or a program gets whole lines
-    width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else None
-    text = "\n".join(_lines(info, document, curve_error, agreement, width))
-    print(text if _can_show(_BLOCKS + "é…") else text.translate(_ASCII))
-    return 0
+    width = _terminal_width() if sys.stdout.isatty() else None
+    print(shown_in("\n".join(_lines(info, document, curve_error, agreement, width)), sys.stdout.encoding))
+
+
+def _terminal_width() -> int:
+    import shutil  # and with it four compressors
+
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 def stored_curve(info: ModelInfo) -> tuple[CurveFile | None, str | None]:
@@ -73,54 +71,18 @@ def agrees(document: CurveFile, factors: Sequence[float], n_layer: int | None = 
     The curve spans `n_layer` layers, by default all; layers after those of the list or the curve have factor 1.
     """
     n_layer = len(factors) if n_layer is None else n_layer
-    listed, points = document.layer_factors, document.control_points
+    listed, curve = document.layer_factors, document.curve
     if listed is not None and len(listed) in (n_layer, len(factors)):
         if not _close(listed, factors, 0.0):
             return False
-    elif points is None:
+    elif curve is None:
         return False
-    return points is None or _close(_curve_factors(points, n_layer), factors, AGREEMENT)
+    return curve is None or _close(curve.factor_list(n_layer), factors, AGREEMENT)
 
 
 def _close(wanted: Sequence[float], factors: Sequence[float], tolerance: float) -> bool:
     padded = [*wanted, *[1.0] * (len(factors) - len(wanted))]
     return all(abs(a - b) <= tolerance + _ROUNDING * b for a, b in zip(factors, padded, strict=True))
-
-
-def _curve_factors(points: Sequence[Point], n_layer: int) -> list[float]:
-    """As `Curve.factors`, but for curves of the usual size without loading SciPy, which takes longer than all else."""
-    if len(points) * n_layer > _LIGHT:
-        return [float(s) for s in Curve(tuple(points), (1e-300, 1e300)).factors(n_layer)]
-    degree = len(points) - 1
-    weights = [math.comb(degree, i) for i in range(degree + 1)]
-
-    def at(t: float, axis: int) -> float:
-        return math.fsum(
-            w * p[axis] * t**i * (1 - t) ** (degree - i) for i, (w, p) in enumerate(zip(weights, points, strict=True))
-        )
-
-    factors = [points[0][1]]
-    low = 0.0
-    for layer in range(1, n_layer - 1):
-        x, high = layer / (n_layer - 1), 1.0
-        while (t := (low + high) / 2) not in (low, high) and high - low > 1e-12:
-            low, high = (t, high) if at(t, 0) < x else (low, t)
-        factors.append(at(low, 1))
-    return [*factors, points[-1][1]][:n_layer]
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """One block character a value, from the lowest to the highest."""
-    low, high = min(values), max(values)
-    return "".join(_BLOCKS[round(7 * (value - low) / (high - low)) if high > low else 3] for value in values)
-
-
-def _can_show(text: str) -> bool:
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
 
 
 def _lines(

@@ -2,92 +2,64 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import click
+
+from lrope_gguf.commands.options import FILE, Command, Numbers, exactly_one, model_argument, output_options
 from lrope_gguf.commands.progress import CopyProgress
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
-from lrope_gguf.metadata import (
-    CURVE_KEY,
-    ModelInfo,
-    WritePlan,
-    WriteResult,
-    factors_key,
-    plan_write,
-    read_model,
-    shortest,
-    write_factors,
-)
+from lrope_gguf.layout import CURVE_KEY, factors_key
+from lrope_gguf.metadata import WritePlan, WriteResult, plan_write, write_factors
+from lrope_gguf.model_info import ModelInfo, read_model, shortest
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """The numbers of a list such as `1,1.05,0.98`, for argparse."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,1.05,0.98") from None
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="GGUF file; of a split model the first shard")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--curve", metavar="FILE", help="curve file, such as a search's best.json")
-    what.add_argument("--factors", metavar="F0,F1,...", type=numbers, help="one factor a layer")
-    what.add_argument("--uniform", metavar="S", type=float, help="the same factor for all layers")
-    add_output_arguments(parser)
-    parser.add_argument(
-        "--mapped-ok", action="store_true", help="change MODEL in place even while a running program maps it"
-    )
-
-
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `write` and `remove` share: where the result goes and what is said."""
-    parser.add_argument("--output", metavar="OUT", help="write this file and leave MODEL as it is")
-    parser.add_argument("--dry-run", action="store_true", help="say what would change and change nothing")
-    parser.add_argument("--quiet", action="store_true", help="print notes and errors only")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Write the factors, or plan it, and say what was done or would be."""
-    info = read_model(args.model)
-    if args.curve is not None:
-        document, factors = curve_for(args.curve, info)
+@click.command("write", cls=Command)
+@model_argument
+@click.option("--curve", type=FILE, metavar="FILE", help="curve file, such as a search's best.json")
+@click.option("--factors", type=Numbers(), metavar="F0,F1,...", help="one factor a layer")
+@click.option("--uniform", type=float, metavar="S", help="the same factor for all layers")
+@output_options
+@click.option("--mapped-ok", is_flag=True, help="change MODEL in place even while a running program maps it")
+def command(
+    model: str,
+    curve: str | None,
+    factors: tuple[float, ...] | None,
+    uniform: float | None,
+    output: str | None,
+    dry_run: bool,
+    quiet: bool,
+    mapped_ok: bool,
+) -> None:
+    """Store layer factors in MODEL, a GGUF file (of a split model the first shard)."""
+    exactly_one(curve=curve, factors=factors, uniform=uniform)
+    info = read_model(model)
+    curve_json = None
+    if curve is not None:
+        document, factors = curve_for(curve, info)
         curve_json = document.dumps(compact=True)
-    else:
-        factors = args.factors if args.uniform is None else (args.uniform,) * (info.n_layer or 1)
-        curve_json = None
-    if args.dry_run:
-        plan = plan_write(args.model, factors, curve_json=curve_json, output=args.output, mapped_ok=args.mapped_ok)
-        print_notes(plan.notes)
-        if not args.quiet:
-            print("\n".join(_plan_lines(plan, info)))
-        return 0
-    with CopyProgress(quiet=args.quiet) as progress:
+    elif uniform is not None:
+        factors = (uniform,) * (info.n_layer or 1)
+    if dry_run:
+        plan = plan_write(model, factors or (), curve_json=curve_json, output=output, mapped_ok=mapped_ok)
+        report(plan.notes, [] if quiet else _plan_lines(plan, info))
+        return
+    with CopyProgress(quiet=quiet) as progress:
         result = write_factors(
-            args.model,
-            factors,
-            curve_json=curve_json,
-            output=args.output,
-            progress=progress,
-            mapped_ok=args.mapped_ok,
+            model, factors or (), curve_json=curve_json, output=output, progress=progress, mapped_ok=mapped_ok
         )
-    print_notes(result.notes)
-    if not args.quiet:
-        done = {
-            "in place": f"written in place ({result.bytes_written} bytes)",
-            "rewritten": f"written ({result.bytes_written} bytes, {whole_file(result)})",
-            "unchanged": "unchanged, it held them already",
-        }[result.how]
-        print(
-            f"{result.path}: {done}; {_factors(result.factors)}; next: llama-server -m {shlex.quote(str(result.path))}"
-        )
-    return 0
+    done = {
+        "in place": f"written in place ({result.bytes_written} bytes)",
+        "rewritten": f"written ({result.bytes_written} bytes, {whole_file(result)})",
+        "unchanged": "unchanged, it held them already",
+    }[result.how]
+    server = f"llama-server -m {shlex.quote(str(result.path))}"
+    report(result.notes, [] if quiet else [f"{result.path}: {done}; {_factors(result.factors)}; next: {server}"])
 
 
 def whole_file(result: WriteResult) -> str:
@@ -97,10 +69,12 @@ def whole_file(result: WriteResult) -> str:
     return f"{result.bytes_shared} of them shared with the old file"
 
 
-def print_notes(notes: Iterable[str]) -> None:
-    """Print what the user should know besides, on the standard error."""
+def report(notes: Iterable[str], lines: Iterable[str]) -> None:
+    """Print lines, and on the standard error what the user should know besides."""
     for note in notes:
         print(f"lrope-gguf: note: {note}", file=sys.stderr)
+    for line in lines:
+        print(line)
 
 
 def plan_line(plan: WritePlan) -> str:

@@ -1,9 +1,12 @@
-"""What is evaluated and what comes of it: jobs and scores."""
+"""What is evaluated and what comes of it: jobs, and scores on questions or on ordinary text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
+
+Factors: TypeAlias = tuple[float, ...]
+"""One positive float a layer: layer ``l`` rotates by ``position / factors[l]``; 1 changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +43,54 @@ class ContextScore:
         return sum(probe.correct for probe in self.probes) / len(self.probes)
 
 
+@dataclass(frozen=True)
+class DivergenceScore:
+    """How far factors stray from the base model on ordinary text, and the cost of knowing: see `GUARD`.
+
+    ``short`` and ``long``: mean KL(base || factors) over tokens of short texts and of a long one, in nats per token;
+    ``inf`` where the factors lead to something else than numbers.
+    """
+
+    short: float
+    long: float
+    n_tokens: int
+    seconds: float
+
+
+Evaluation: TypeAlias = ContextScore | DivergenceScore
+"""What comes of a `Job`."""
+
+GUARD = "guard"
+"""The split of jobs that score no questions: the guard keeps a curve from harming ordinary text."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One evaluation: layer factors on context ``index`` of ``split``."""
+    """One evaluation: layer factors on context ``index`` of ``split``, or on ordinary text (`GUARD`, index 0)."""
 
-    factors: tuple[float, ...]
+    factors: Factors
     split: str
     index: int
 
+    def run(self, evaluator: Evaluator) -> Evaluation:
+        """Have ``evaluator`` do it; raises what that raises."""
+        if self.split == GUARD:
+            return evaluator.divergence(self.factors)
+        return evaluator.evaluate(self.factors, self.split, self.index)
+
 
 class Evaluator(Protocol):
-    """A model and a task: scores layer factors on one context."""
+    """A model and a task: scores layer factors on one context, or on ordinary text."""
 
     @property
     def n_layer(self) -> int:
         """Number of transformer layers, the length of ``factors``."""
         ...
 
-    def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
+    def evaluate(self, factors: Factors, split: str, index: int) -> ContextScore:
         """Score context ``index`` of ``split`` under ``factors`` (one positive float a layer)."""
+        ...
+
+    def divergence(self, factors: Factors) -> DivergenceScore:
+        """Hold ``factors`` against the base model on ordinary text."""
         ...

@@ -8,7 +8,7 @@ import struct
 
 import numpy as np
 
-from lrope_search.scores import ContextScore, ProbeScore
+from lrope_search.scores import ContextScore, DivergenceScore, ProbeScore
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -53,3 +53,8 @@ class Landscape:
             threshold = -1.2 + 0.15 * noise(self.seed, "threshold", split, index, depth)
             probes.append(ProbeScore(depth, log_p, log_p > threshold))
         return ContextScore(split, index, tuple(probes), n_tokens=100, seconds=0.0)
+
+    def divergence(self, factors: tuple[float, ...]) -> DivergenceScore:
+        """Ordinary text suffers by what the factors differ from 1, long text twice as much as short."""
+        kl = max(abs(math.log(s)) for s in factors)
+        return DivergenceScore(kl / 2.0, kl, n_tokens=512, seconds=0.0)

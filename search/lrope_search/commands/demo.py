@@ -13,10 +13,10 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lrope_gguf.commands.show import sparkline
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import write_factors
 from lrope_gguf.plot import plot_factors
+from lrope_gguf.text import sparkline
 
 from ..demo.model import NAME, SHA256, embedded_model
 from ..demo.server import LlamaServer

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lrope_gguf.commands.write import curve_for, numbers
+from lrope_gguf.commands.options import Numbers
+from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import read_model
 
@@ -28,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--curve", metavar="FILE", help="curve file (the factors in MODEL, if it has any)")
-    what.add_argument("--factors", metavar="F0,F1,...", type=numbers, help="one factor a layer")
+    what.add_argument(
+        "--factors",
+        metavar="F0,F1,...",
+        type=lambda text: Numbers().convert(text, None, None),
+        help="one factor a layer",
+    )
     parser.add_argument(
         "--uniform", metavar="S", type=float, help="the same factor for all layers, as a side of its own"
     )

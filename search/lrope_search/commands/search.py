@@ -16,7 +16,8 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import read_model
 
 from ..evaluation.memory import MemoryNeeded
-from ..evaluation.model import binding_version, physical_cores
+from ..evaluation.model import binding_version
+from ..machine import free_memory, physical_cores, visible_gpus
 from ..optimizers.registry import ALGORITHMS
 from ..report.page import write_report
 from ..results.summary import StudySummary
@@ -25,7 +26,7 @@ from ..study.interrupt import one_interrupt
 from ..study.progress import Progress
 from ..study.run import SearchOutcome, SearchSettings, run_search
 from ..study.store import Study
-from ..workers.processes import ProcessExecutor, free_memory, visible_gpus
+from ..workers.processes import ProcessExecutor
 from ..workers.protocol import Executor, LocalExecutor
 from ..workers.ray_cluster import RayExecutor
 from .options import add_model_arguments, add_task_arguments, file_identity, open_task, positive, task_config

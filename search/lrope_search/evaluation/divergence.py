@@ -6,6 +6,7 @@ takes for ordinary.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,17 +17,14 @@ from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
 
-from ..scores import ContextScore, ProbeScore
+from ..scores import DivergenceScore, Factors
 from .logits import RowWorkers, kl_divergences
 from .model import Model, Tokens
 
-GUARD = "guard"
-"""The split of guard scores."""
 SHORT_TOKENS = 256
 LONG_TOKENS = 2048
 N_SHORT = 4
 _LONG_ROWS = 256  # positions of a long text that are looked at
-_QUANTILE = 0.95
 _SPAWN_KEY = 0x67756172  # apart from the streams of tasks and algorithms with the same seed
 
 
@@ -36,29 +34,6 @@ class GuardTexts:
 
     short: tuple[tuple[int, ...], ...]
     long: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """KL divergence over the tokens of a text, in nats per token: their mean, and the value that 95 % stay below."""
-
-    mean: float
-    quantile: float
-
-
-@dataclass(frozen=True)
-class GuardResult:
-    """How far a curve strays from the base model on short and on long text, and the cost of knowing."""
-
-    short: Divergence
-    long: Divergence
-    n_tokens: int
-    seconds: float
-
-    @property
-    def worst(self) -> float:
-        """The larger of the two means: what a limit is held against."""
-        return max(self.short.mean, self.long.mean)
 
 
 def read_texts(
@@ -104,7 +79,7 @@ def write_texts(
     length = max(short, -(-long // n_short))
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_SPAWN_KEY,)))
     rows: list[list[int]] = [list(begin) for _ in range(n_short)]
-    with model.twin() as writer:
+    with model.another_context() as writer:
         writer.reserve(n_short * (length + 1), n_short)
         writer.set_factors((1.0,) * model.n_layer)
         if not begin:  # no token of its own begins a text: any other one
@@ -156,54 +131,38 @@ class Guard:
         start = min(max(map(len, short)), len(long) - 1)
         rows = np.zeros(len(long), np.bool_)
         rows[np.unique(np.linspace(start, len(long) - 1, min(_LONG_ROWS, len(long) - start)).astype(int))] = True
-        self._jobs = ((short, [np.ones(len(text), np.bool_) for text in short]), ([long], [rows]))
+        self._texts = ((short, [np.ones(len(text), np.bool_) for text in short]), ([long], [rows]))
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that a call of `kl` computes: each twice."""
-        return 2 * sum(len(text) for texts, _ in self._jobs for text in texts)
+        """Tokens that a call of `score` computes: each twice."""
+        return 2 * sum(len(text) for texts, _ in self._texts for text in texts)
 
     @property
     def n_cells(self) -> int:
         """Tokens that each of its two contexts holds."""
-        return max(sum(map(len, texts)) for texts, _ in self._jobs)
+        return max(sum(map(len, texts)) for texts, _ in self._texts)
 
     @property
     def n_seq(self) -> int:
         """Sequences in each of its two contexts."""
-        return max(len(texts) for texts, _ in self._jobs)
+        return max(len(texts) for texts, _ in self._texts)
 
-    def kl(self, factors: tuple[float, ...]) -> GuardResult:
+    def score(self, factors: Factors) -> DivergenceScore:
         """Compare ``factors`` with the base model. Where they lead to NaN, the divergence is inf.
 
         Raises `LropeError` if the factors are refused or the base model computes something else than numbers.
         """
         begin = time.perf_counter()
-        with self._model.twin() as base, self._model.twin() as curve:
+        with self._model.another_context() as base, self._model.another_context() as curve:
             for side, of_side in ((base, (1.0,) * self._model.n_layer), (curve, factors)):
                 side.reserve(self.n_cells, self.n_seq)
                 side.set_factors(of_side)
-            short, long = (self._diverge(base, curve, texts, rows) for texts, rows in self._jobs)
-        return GuardResult(short, long, self.n_tokens, time.perf_counter() - begin)
+            short, long = (self._diverge(base, curve, texts, rows) for texts, rows in self._texts)
+        return DivergenceScore(short, long, self.n_tokens, time.perf_counter() - begin)
 
-    def score(self, factors: tuple[float, ...], index: int) -> ContextScore:
-        """Return `kl` in the form of a context's score: two probes, at depth 0 the short texts, at depth 1 the long.
-
-        A probe's log-probability is minus the mean divergence; it is ``correct`` if that is a number. There is one
-        such context, ``index`` 0.
-        """
-        if index:
-            raise LropeError(f"{GUARD} context {index}: there is only context 0")
-        result = self.kl(factors)
-        probes = tuple(
-            ProbeScore(depth, -d.mean, bool(np.isfinite(d.mean)))
-            for depth, d in ((0.0, result.short), (1.0, result.long))
-        )
-        return ContextScore(GUARD, index, probes, result.n_tokens, result.seconds)
-
-    def _diverge(
-        self, base: Model, curve: Model, texts: Sequence[Tokens], rows: Sequence[NDArray[np.bool_]]
-    ) -> Divergence:
+    def _diverge(self, base: Model, curve: Model, texts: Sequence[Tokens], rows: Sequence[NDArray[np.bool_]]) -> float:
+        """Return the mean divergence over the wanted ``rows`` of ``texts``, in nats per token."""
         tokens = np.concatenate(texts)
         positions = np.concatenate([np.arange(len(text)) for text in texts])
         sequences = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
@@ -216,6 +175,4 @@ class Guard:
             divergences[part] = kl_divergences(p, q, self._workers)
         if np.isnan(divergences).any():
             raise LropeError(f"{self._model.path}: its logits are NaN on ordinary text; the file may be damaged")
-        if not np.isfinite(divergences).all():
-            return Divergence(np.inf, np.inf)
-        return Divergence(float(divergences.mean()), float(np.quantile(divergences, _QUANTILE)))
+        return float(divergences.mean()) if np.isfinite(divergences).all() else math.inf

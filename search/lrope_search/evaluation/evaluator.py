@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
 
-from ..scores import ContextScore, ProbeScore
+from ..scores import ContextScore, DivergenceScore, Factors, ProbeScore
 from ..tasks import SPLITS, Task
 from ..tasks.task import Context, Probe
-from .divergence import GUARD, Guard
+from .divergence import Guard
 from .logits import RowWorkers, gold_scores
 from .memory import MemoryNeeded, memory_needed
 from .model import MAX_SEQUENCES, Model, Rows, Tokens
@@ -117,7 +117,7 @@ class TeacherForcedEvaluator:
         """Hold ``model``, whose context is made here and whose lifetime stays the caller's concern.
 
         ``answer_prefix``: text that begins the answer and is given to the model as part of the prompt, for base
-        models that would not answer in the wanted form by themselves. ``guard`` scores the split ``guard``.
+        models that would not answer in the wanted form by themselves. ``guard`` measures the `divergence`.
         ``pack_tokens``: `evaluate_many` computes contexts together until they have so many tokens. A GPU that short
         contexts would starve wants some thousands; 0, one after the other, is best for a CPU.
         """
@@ -131,7 +131,7 @@ class TeacherForcedEvaluator:
         self._encodings: dict[tuple[str, int], _Encoding] = {}
         self._n_cells = self._n_seq = 0
         self._warned = False
-        self._prefilled: tuple[tuple[float, ...], str, int] | None = None
+        self._prefilled: tuple[Factors, str, int] | None = None
         self._lead = self._calibrate(task.calibration())
         # From the task alone, never from what was asked for first: the size of a cache can sway rounding.
         first = (self._encode(split, i) for split in SPLITS for i in range(2) if self._has(split, i))
@@ -171,30 +171,32 @@ class TeacherForcedEvaluator:
         one = memory_needed(model.path, self._guard.n_cells, n_seq=self._guard.n_seq, n_batch=model.n_batch)
         return replace(needed, kv_cache=needed.kv_cache + 2 * one.kv_cache, compute=needed.compute + 2 * one.compute)
 
-    def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
+    def evaluate(self, factors: Factors, split: str, index: int) -> ContextScore:
         """Score context ``index`` of ``split`` under ``factors``.
 
         The log-probability is that of the value, after its lead; ``correct`` asks for the lead's tokens too. Where
-        the model computes something else than numbers, all log-probabilities are -inf. Split ``guard``: see `Guard`.
+        the model computes something else than numbers, all log-probabilities are -inf.
         Raises `LropeError` if the factors are refused.
         """
         return self.evaluate_many(factors, [(split, index)])[0]
 
-    def evaluate_many(self, factors: tuple[float, ...], jobs: Sequence[tuple[str, int]]) -> list[ContextScore]:
+    def evaluate_many(self, factors: Factors, jobs: Sequence[tuple[str, int]]) -> list[ContextScore]:
         """Score contexts, each given as split and index, as `evaluate` does; in their order.
 
         Consecutive contexts share batches as far as ``pack_tokens`` allows. That changes scores by rounding, so that
         whoever wants the same bits again must ask for the same contexts in the same order. Seconds are shared by
         tokens.
         """
-        scores: list[ContextScore] = []
-        for guarded, group in itertools.groupby(jobs, lambda job: job[0] == GUARD):
-            if guarded:
-                scores += [self._evaluate_guard(factors, index) for _, index in group]
-            else:
-                for pack in self._packs(list(group)):
-                    scores += self._evaluate_pack(factors, pack)
-        return scores
+        return [score for pack in self._packs(jobs) for score in self._evaluate_pack(factors, pack)]
+
+    def divergence(self, factors: Factors) -> DivergenceScore:
+        """Hold ``factors`` against the base model on ordinary text: see `Guard`.
+
+        Raises `LropeError` if the evaluator has no guard, the factors are refused, or the base model gives NaN.
+        """
+        if self._guard is None:
+            raise LropeError("the evaluator was made without a guard; give it one to score ordinary text")
+        return self._guard.score(factors)
 
     def _packs(self, jobs: Sequence[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
         pack: list[tuple[str, int]] = []
@@ -210,7 +212,7 @@ class TeacherForcedEvaluator:
         if pack:
             yield pack
 
-    def _evaluate_pack(self, factors: tuple[float, ...], jobs: Sequence[tuple[str, int]]) -> list[ContextScore]:
+    def _evaluate_pack(self, factors: Factors, jobs: Sequence[tuple[str, int]]) -> list[ContextScore]:
         start = time.perf_counter()
         encodings = [self._encode(*job) for job in jobs]
         gold = np.concatenate([encoding.gold for encoding in encodings])
@@ -244,12 +246,7 @@ class TeacherForcedEvaluator:
         depths = (probe.depth for probe in self._task.context(*job).probes)
         return tuple(map(ProbeScore, depths, means.tolist(), correct.tolist()))
 
-    def _evaluate_guard(self, factors: tuple[float, ...], index: int) -> ContextScore:
-        if self._guard is None:
-            raise LropeError("the evaluator was made without a guard; give it one to score ordinary text")
-        return self._guard.score(factors, index)
-
-    def generate(self, factors: tuple[float, ...], split: str, index: int) -> tuple[Generation, ...]:
+    def generate(self, factors: Factors, split: str, index: int) -> tuple[Generation, ...]:
         """Answer all probes of a context by greedy decoding, side by side.
 
         An answer ends at the model's end token, after 100 tokens, or as soon as it is right: later text cannot
@@ -263,7 +260,7 @@ class TeacherForcedEvaluator:
         texts = (self._model.text(tokens) for tokens in written)
         return tuple(Generation(p.depth, t, _contains(t, p)) for p, t in zip(context.probes, texts, strict=True))
 
-    def _decode(self, encodings: Sequence[_Encoding], factors: tuple[float, ...]) -> Iterator[Rows]:
+    def _decode(self, encodings: Sequence[_Encoding], factors: Factors) -> Iterator[Rows]:
         """Compute the contexts under ``factors`` and yield the logits of the wanted positions.
 
         Prefixes and probes go in one row, so that only the last batch is not full; a prefix's tokens belong to the
@@ -281,11 +278,11 @@ class TeacherForcedEvaluator:
         tokens, positions, sequences, wanted, n_seq = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return self._model.decode(tokens, positions, sequences, wanted, n_seq)
 
-    def _prefill(self, encoding: _Encoding, factors: tuple[float, ...]) -> None:
+    def _prefill(self, encoding: _Encoding, factors: Factors) -> None:
         """Compute the prefix under ``factors``; whoever writes answers gives each probe a copy of it."""
         self._model.prefill([encoding.prefix], self._begin([encoding], factors))
 
-    def _begin(self, encodings: Sequence[_Encoding], factors: tuple[float, ...]) -> list[int]:
+    def _begin(self, encodings: Sequence[_Encoding], factors: Factors) -> list[int]:
         """Make room and set the factors. Returns each context's first sequence; those of its probes follow."""
         self._prefilled = None
         longest = max(encoding.length for encoding in encodings)
@@ -310,7 +307,7 @@ class TeacherForcedEvaluator:
         self._n_cells, self._n_seq = n_cells, n_seq
         self._model.reserve(n_cells * 11 // 10, n_seq)
 
-    def _write(self, encoding: _Encoding, probes: Sequence[Probe], factors: tuple[float, ...]) -> list[list[int]]:
+    def _write(self, encoding: _Encoding, probes: Sequence[Probe], factors: Factors) -> list[list[int]]:
         """Return the tokens that greedy decoding writes after each question; the prefix is there already."""
         self._prefilled = None
         self._fork(encoding)
@@ -420,7 +417,7 @@ class TeacherForcedEvaluator:
             n_lead, answer = len(before), np.append(before, self._model.tokenize(value))
         return prompt, n_lead, answer
 
-    def _fail(self, factors: tuple[float, ...]) -> NoReturn:
+    def _fail(self, factors: Factors) -> NoReturn:
         self._model.clear(data=True)
         listed = ",".join(f"{factor:g}" for factor in factors)
         raise LropeError(f"{self._model.path}: its logits are NaN with factors {listed}; the file may be damaged")

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from lrope_gguf.errors import LropeError
 from lrope_gguf.native import native_dir
 
+from ..machine import physical_cores
+
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
 
@@ -114,16 +116,6 @@ def _llama() -> Any:
 def binding_version() -> str:
     """Return the version of llama-cpp-python, which fixes llama.cpp's."""
     return version("llama-cpp-python")
-
-
-def physical_cores() -> int:
-    """Return the number of physical cores that this process may run on (logical ones where unknown)."""
-    try:
-        cpus = os.sched_getaffinity(0)
-        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-        return len({Path(siblings.format(cpu)).read_text(encoding="ascii") for cpu in cpus})
-    except (AttributeError, OSError):
-        return os.cpu_count() or 1
 
 
 def _pointer(array: NDArray[Any], kind: Any) -> Any:
@@ -232,8 +224,8 @@ class Model:
             self._llama.llama_model_free(self._model)
         self._context = self._model = None
 
-    def twin(self) -> Model:
-        """Return the same loaded model with a context of its own, to be closed before this one."""
+    def another_context(self) -> Model:
+        """Return the same loaded weights with a llama.cpp context of their own, to be closed before this one."""
         other = copy.copy(self)
         other._context = None
         other._owns_model = False

@@ -12,7 +12,7 @@ from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
 
 from ..results.summary import StudySummary, Trial, summarise
-from ..scores import ContextScore, Job
+from ..scores import ContextScore, Evaluation, Job
 from ..study.store import parse_evaluations
 
 
@@ -26,11 +26,11 @@ def read_study(directory: Path) -> StudySummary:
     path = directory / "best.json"
     best = CurveFile.load(path) if path.exists() else None
     evaluations = _evaluations(directory)
-    depths: dict[tuple[str, int], list[float]] = {}
+    depths: dict[tuple[str, int], list[float] | None] = {}
     n_layer = next((len(job.factors) for job in evaluations), None if best is None else best.block_count)
     for job, score in evaluations.items():
-        asked = [probe.depth for probe in score.probes]
-        if len(job.factors) != n_layer or not asked or depths.setdefault((job.split, job.index), asked) != asked:
+        asked = [probe.depth for probe in score.probes] if isinstance(score, ContextScore) else None
+        if len(job.factors) != n_layer or depths.setdefault((job.split, job.index), asked) != asked:
             raise LropeError(
                 f"{directory / 'evaluations.jsonl'}: its lines differ in layers or probes, as if two searches had "
                 "written it; search again in another directory"
@@ -64,7 +64,7 @@ def _with_factors(directory: Path, best: CurveFile, n_layer: int) -> CurveFile:
     return best if listed else replace(best, layer_factors=tuple(round(s, 9) for s in factors))
 
 
-def _evaluations(directory: Path) -> dict[Job, ContextScore]:
+def _evaluations(directory: Path) -> dict[Job, Evaluation]:
     path = directory / "evaluations.jsonl"
     try:
         data = path.read_bytes()
@@ -72,7 +72,7 @@ def _evaluations(directory: Path) -> dict[Job, ContextScore]:
         if (directory / "best.json").exists():
             raise LropeError(f"{path}: is missing, the report is made from it; search again") from None
         return {}
-    results: dict[Job, ContextScore] = {}
+    results: dict[Job, Evaluation] = {}
     for job, score in parse_evaluations(data, path)[0]:
         results.setdefault(job, score)
     return results

@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lrope_gguf.commands.show import sparkline
-from lrope_gguf.text import printable
+from lrope_gguf.text import printable, sparkline
 
 from ..results.summary import Cost, StudySummary
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from ..scores import ContextScore
+from ..scores import DivergenceScore
 
 
-def divergences_by_length(scores: Iterable[ContextScore]) -> dict[str, float]:
-    """Return the mean KL divergence of guard scores, nats per token, on ``short`` and on ``long`` texts.
+def divergences_by_length(scores: Iterable[DivergenceScore]) -> dict[str, float]:
+    """Return the mean KL divergence, nats per token, on ``short`` and on ``long`` texts; empty without scores.
 
-    Probes at depth 0 are of short texts, at depth 1 of long ones; a probe's log-probability is minus its divergence.
-    ``inf`` where one is not finite; a length without probes is left out.
+    ``inf`` where one is not finite.
     """
-    values: dict[str, list[float]] = {}
-    for score in scores:
-        for probe in score.probes:
-            values.setdefault("long" if probe.depth > 0.5 else "short", []).append(-probe.log_probability)
-    return {name: math.fsum(of) / len(of) if all(map(math.isfinite, of)) else math.inf for name, of in values.items()}
+    scores = list(scores)
+    lengths = {"short": [score.short for score in scores], "long": [score.long for score in scores]}
+    return {
+        name: math.fsum(of) / len(of) if all(map(math.isfinite, of)) else math.inf for name, of in lengths.items() if of
+    }

@@ -10,13 +10,12 @@ from typing import Any
 
 from lrope_gguf.curve import CurveFile, Point
 
-from ..scores import ContextScore, Job
+from ..scores import ContextScore, DivergenceScore, Evaluation, Factors, Job
 from .comparison import finite
 from .guard import divergences_by_length
 from .objective import Objective
 from .table import DepthTable, depth_table
 
-Factors = tuple[float, ...]
 Scores = Mapping[Factors, Mapping[int, ContextScore]]
 """Of one split, by factors and context."""
 
@@ -145,7 +144,7 @@ def summarise(
     directory: Path,
     config: dict[str, Any],
     best: CurveFile | None,
-    evaluations: Mapping[Job, ContextScore],
+    evaluations: Mapping[Job, Evaluation],
     trials: Sequence[Trial] | None = None,
     table: DepthTable | None = None,
 ) -> StudySummary:
@@ -161,8 +160,12 @@ def summarise(
     """
     results = {} if best is None else _section(best.provenance, "results")
     splits: dict[str, dict[Factors, dict[int, ContextScore]]] = {}
+    divergences: dict[Factors, list[DivergenceScore]] = {}
     for job, score in evaluations.items():
-        splits.setdefault(job.split, {}).setdefault(job.factors, {})[job.index] = score
+        if isinstance(score, DivergenceScore):
+            divergences.setdefault(job.factors, []).append(score)
+        else:
+            splits.setdefault(job.split, {}).setdefault(job.factors, {})[job.index] = score
     n_layer = next((len(job.factors) for job in evaluations), 0)
     settings = _section(config, "search")
     searched = splits.get("search", {})
@@ -193,7 +196,7 @@ def summarise(
         confidence=confidence,
         table=table,
         table_split=table_split,
-        guard=divergences_by_length(splits.get("guard", {}).get(factors or (), {}).values()),
+        guard=divergences_by_length(divergences.get(factors or (), ())),
         costs=_costs(evaluations),
     )
 
@@ -219,8 +222,8 @@ def _table(scores: Scores, sides: Mapping[str, Factors], seed: int, confidence: 
     return depth_table(chosen, seed=max(seed, 0), confidence=confidence)
 
 
-def _costs(evaluations: Mapping[Job, ContextScore]) -> tuple[Cost, ...]:
-    phases: dict[str, list[ContextScore]] = {}
+def _costs(evaluations: Mapping[Job, Evaluation]) -> tuple[Cost, ...]:
+    phases: dict[str, list[Evaluation]] = {}
     for job, score in evaluations.items():
         phase = (
             job.split if job.split != "search" else f"search, {'further contexts' if job.index else 'first context'}"

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from lrope_gguf.text import sparkline
+
 from ..scores import ContextScore
 from .comparison import Comparison, compare, contexts_needed, depth_groups, finite
-
-_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class DepthTable:
     def _pictures(self) -> list[str]:
         width = max(map(len, self.cells))
         return [
-            f"{name:<{width}}  {''.join(_BLOCKS[round(7 * cell.accuracy)] for cell in cells)}  accuracy by depth"
+            f"{name:<{width}}  {sparkline([cell.accuracy for cell in cells], 0.0, 1.0)}  accuracy by depth"
             for name, cells in self.cells.items()
         ]
 

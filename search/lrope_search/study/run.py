@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, CurveFile
 from lrope_gguf.errors import LropeError
@@ -25,14 +25,12 @@ from ..results.objective import Objective
 from ..results.summary import StudySummary, Trial, summarise
 from ..results.table import depth_table
 from ..results.verdict import Verdict, verdict
-from ..scores import ContextScore, Job
+from ..scores import GUARD, ContextScore, DivergenceScore, Factors, Job
 from ..workers.protocol import Executor
 from .progress import Progress
 from .racing import Race, Racing
 from .scheduler import Pipeline, Urgency
 from .store import Study
-
-Factors: TypeAlias = tuple[float, ...]
 
 _LINE_EVERY = 8  # candidates without an improvement after which a line says how far it is
 
@@ -221,8 +219,7 @@ def run_search(
         curves: Further curves for the optimizer of the settings to begin with.
         architecture: The model's ``general.architecture``, for ``best.json``.
         block_count: The model's, for ``best.json``; None: ``executor.n_layer``.
-        guard_contexts: Contexts of the split ``guard`` that the evaluator has: a probe's log-probability there is
-            minus the KL divergence from the base model in nats per token. 0: no guard.
+        guard_contexts: 1 if the evaluator can measure the `divergence` from the base model, 0 if not.
 
     Raises:
         LropeError: the base model's log-probabilities are not finite, an evaluation failed, or the study cannot be
@@ -342,12 +339,12 @@ class _Search:
         """Return the fitness on the first ``n_contexts`` search contexts; None as long as a result is missing."""
         results, contexts = self.pipeline.results, range(n_contexts)
         scores = [results.get(job) for job in self.jobs(factors, "search", contexts)]
-        known = [score for score in scores if score is not None]
+        known = [score for score in scores if isinstance(score, ContextScore)]
         if len(known) < n_contexts:
             return None
         if n_contexts not in self.objectives:
             base = [results.get(job) for job in self.jobs(self.identity, "search", contexts)]
-            known_base = [score for score in base if score is not None]
+            known_base = [score for score in base if isinstance(score, ContextScore)]
             if len(known_base) < n_contexts:
                 return None
             if not all(math.isfinite(score.log_probability) for score in known_base):
@@ -497,7 +494,7 @@ class _Search:
 
     def all_of(self, factors: Factors, split: str) -> list[ContextScore]:
         """Return the scores on all contexts of ``split``, waiting for them."""
-        return self.pipeline.get(self.jobs(factors, split))
+        return [score for score in self.pipeline.get(self.jobs(factors, split)) if isinstance(score, ContextScore)]
 
     def choose(
         self, finalists: Sequence[Candidate], fitness: Mapping[Candidate, float]
@@ -511,7 +508,8 @@ class _Search:
             if not self.guard_contexts:
                 return candidate, divergences
             self.pipeline.want(self.jobs(candidate.factors, "test"), Urgency.MAYBE)
-            divergences[candidate] = divergences_by_length(self.all_of(candidate.factors, "guard"))
+            scores = self.pipeline.get(self.jobs(candidate.factors, GUARD))
+            divergences[candidate] = divergences_by_length(s for s in scores if isinstance(s, DivergenceScore))
             worst, limit = max(divergences[candidate].values()), self.settings.max_kl
             if worst <= limit:
                 return candidate, divergences

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable
 from enum import IntEnum
 
-from ..scores import ContextScore, Job
+from ..scores import Evaluation, Job
 from ..workers.protocol import Executor
 from .progress import Progress
 from .store import Study
@@ -33,7 +33,7 @@ class Pipeline:
         self._queue: list[tuple[Urgency, int, int, Job]] = []  # urgency, caller's order, order of asking
         self._n_asked = itertools.count()
         self._running: set[Job] = set()
-        self.results: dict[Job, ContextScore] = {}
+        self.results: dict[Job, Evaluation] = {}
         self.n_fresh = 0
         """Results that were not replayed."""
 
@@ -69,7 +69,7 @@ class Pipeline:
         self.n_fresh += 1
         self._progress.advance()
 
-    def get(self, jobs: Iterable[Job]) -> list[ContextScore]:
+    def get(self, jobs: Iterable[Job]) -> list[Evaluation]:
         """Return the results of ``jobs``, as urgently as can be."""
         jobs = list(jobs)
         self.want(jobs)

@@ -18,7 +18,7 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.files import atomic_write_text, write_all, write_error
 
 from ..optimizers.protocol import Candidate, Score
-from ..scores import ContextScore, Job, ProbeScore
+from ..scores import GUARD, ContextScore, DivergenceScore, Evaluation, Job, ProbeScore
 
 _KEPT = "what was recorded is kept: the same command resumes"
 
@@ -45,7 +45,7 @@ class Study:
         """Open the study, or begin it."""
         self.directory = Path(directory)
         self.config: dict[str, Any] = json.loads(json.dumps(config))  # as it comes back from disk
-        self._results: dict[Job, ContextScore] = {}
+        self._results: dict[Job, Evaluation] = {}
         self._end = 0  # length of what is whole in evaluations.jsonl
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -86,15 +86,15 @@ class Study:
         os.close(self._lock)
 
     @property
-    def results(self) -> Mapping[Job, ContextScore]:
+    def results(self) -> Mapping[Job, Evaluation]:
         """Every result on record."""
         return self._results
 
-    def lookup(self, job: Job) -> ContextScore | None:
+    def lookup(self, job: Job) -> Evaluation | None:
         """Return the recorded result of ``job``, if there is one."""
         return self._results.get(job)
 
-    def record(self, job: Job, score: ContextScore) -> None:
+    def record(self, job: Job, score: Evaluation) -> None:
         """Append a result; it is on disk when this returns.
 
         Raises:
@@ -213,7 +213,7 @@ class Study:
             self._results.setdefault(job, score)
 
 
-def parse_evaluations(data: bytes, path: Path) -> tuple[list[tuple[Job, ContextScore]], int]:
+def parse_evaluations(data: bytes, path: Path) -> tuple[list[tuple[Job, Evaluation]], int]:
     """Return the results in the bytes of an ``evaluations.jsonl``, line by line, and the length of the whole lines.
 
     A last line that is torn is left out.
@@ -222,7 +222,7 @@ def parse_evaluations(data: bytes, path: Path) -> tuple[list[tuple[Job, ContextS
         LropeError: another line is damaged; ``path`` stands for the file in the message.
     """
     lines = data.splitlines(keepends=True)
-    results: list[tuple[Job, ContextScore]] = []
+    results: list[tuple[Job, Evaluation]] = []
     end = 0
     for number, line in enumerate(lines, start=1):
         try:
@@ -240,16 +240,30 @@ def parse_evaluations(data: bytes, path: Path) -> tuple[list[tuple[Job, ContextS
     return results, end
 
 
-def _line(job: Job, score: ContextScore) -> bytes:
+def _line(job: Job, score: Evaluation) -> bytes:
     record = {
         "factors": job.factors,
         "split": job.split,
         "index": job.index,
         "n_tokens": score.n_tokens,
         "seconds": score.seconds,
-        "probes": [[p.depth, _encode(p.log_probability), p.correct] for p in score.probes],
+        "probes": [[depth, _encode(log_probability), correct] for depth, log_probability, correct in _probes(score)],
     }
     return json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _probes(score: Evaluation) -> Iterator[tuple[float, float, bool]]:
+    """Yield the depth, log-probability and correctness of each probe, as they stand in a line.
+
+    A divergence stands there as it always has: as two probes, of short texts at depth 0 and of the long one at
+    depth 1, with minus the KL divergence for a log-probability. `_parse` turns that back.
+    """
+    if isinstance(score, DivergenceScore):
+        for depth, kl in ((0.0, score.short), (1.0, score.long)):
+            yield depth, -kl, math.isfinite(kl)
+    else:
+        for probe in score.probes:
+            yield probe.depth, probe.log_probability, probe.correct
 
 
 def _encode(value: float) -> float | str:
@@ -257,17 +271,21 @@ def _encode(value: float) -> float | str:
     return value if math.isfinite(value) else repr(value)
 
 
-def _parse(line: bytes) -> tuple[Job, ContextScore]:
+def _parse(line: bytes) -> tuple[Job, Evaluation]:
     record = json.loads(line)
     job = Job(tuple(float(s) for s in record["factors"]), str(record["split"]), int(record["index"]))
     probes = tuple(ProbeScore(float(d), float(lp), bool(correct)) for d, lp, correct in record["probes"])
-    score = ContextScore(job.split, job.index, probes, int(record["n_tokens"]), float(record["seconds"]))
+    n_tokens, seconds = int(record["n_tokens"]), float(record["seconds"])
+    score: Evaluation = ContextScore(job.split, job.index, probes, n_tokens, seconds)
+    if job.split == GUARD:
+        short, long = sorted(probes, key=lambda probe: probe.depth)
+        score = DivergenceScore(-short.log_probability, -long.log_probability, n_tokens, seconds)
     sound = (
         all(0.0 < factor < math.inf for factor in job.factors)
         and probes
         and all(0.0 <= probe.depth <= 1.0 for probe in probes)
-        and min(job.index, score.n_tokens, score.seconds) >= 0
-        and score.seconds < math.inf
+        and min(job.index, n_tokens, seconds) >= 0
+        and seconds < math.inf
     )
     if not sound:
         raise ValueError("out of range")

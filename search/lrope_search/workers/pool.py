@@ -1,4 +1,7 @@
-"""Workers that come and go: jobs wait for one, results come back, and who is lost is replaced."""
+"""A pool of workers that come and go: jobs wait for one, results come back, and who is lost is replaced.
+
+Our own and not `concurrent.futures`, whose pools break for good as soon as one worker dies.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ from typing import Any, TypeAlias, TypeVar
 
 from lrope_gguf.errors import LropeError
 
-from ..scores import ContextScore, Evaluator, Job
+from ..scores import Evaluation, Evaluator, Job
 
 MAX_MOVES = 3
 """How often a job is given to another worker after the one that had it was lost."""
 
 T = TypeVar("T")
-Task: TypeAlias = Job | Callable[[Evaluator], Any]
+Work: TypeAlias = Job | Callable[[Evaluator], Any]
+"""What a worker is given to do with its evaluator: an evaluation, or a question about it (`Executor.ask`)."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,14 @@ class Ready:
 
 @dataclass(frozen=True)
 class Done:
-    """A task's result."""
+    """What came of the work."""
 
     result: Any
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A task or the start of a worker failed: the user's mistake, said in a line, or a traceback of ours."""
+    """A work or the start of a worker failed: the user's mistake, said in a line, or a traceback of ours."""
 
     text: str
     is_mistake: bool
@@ -52,12 +56,10 @@ class Lost:
 Reply: TypeAlias = Ready | Done | Failed | Lost
 
 
-def perform(task: Task, evaluator: Evaluator) -> Reply:
-    """Do ``task`` in a worker."""
+def perform(work: Work, evaluator: Evaluator) -> Reply:
+    """Do ``work`` in a worker."""
     try:
-        if isinstance(task, Job):
-            return Done(evaluator.evaluate(task.factors, task.split, task.index))
-        return Done(task(evaluator))
+        return Done(work.run(evaluator) if isinstance(work, Job) else work(evaluator))
     except MemoryError:
         return Lost("out of memory")
     except Exception as error:
@@ -83,10 +85,10 @@ class WorkerPool(ABC):
         self._n_workers = n_workers
         self._n_layer: int | None = None
         self._idle: deque[int] = deque()
-        self._tasks: dict[int, Task] = {}  # by the worker that has it
-        self._waiting: deque[Task] = deque()
-        self._done: deque[tuple[Task, Any]] = deque()
-        self._losses: dict[Task | None, int] = {}  # workers lost over a task, or (None) while they started
+        self._at_work: dict[int, Work] = {}  # by the worker that has it
+        self._waiting: deque[Work] = deque()
+        self._done: deque[tuple[Work, Any]] = deque()
+        self._losses: dict[Work | None, int] = {}  # workers lost over a work, or (None) while they started
         try:
             for worker in range(n_workers):
                 self._start(worker)
@@ -101,8 +103,8 @@ class WorkerPool(ABC):
         """Start a worker; `_wait` will bring its `Ready`."""
 
     @abstractmethod
-    def _send(self, worker: int, task: Task) -> None:
-        """Give a task to a worker that is ready and has none."""
+    def _send(self, worker: int, work: Work) -> None:
+        """Give a work to a worker that is ready and has none."""
 
     @abstractmethod
     def _wait(self) -> Iterable[tuple[int, Reply]]:
@@ -140,7 +142,7 @@ class WorkerPool(ABC):
         self._waiting.append(job)
         self._dispatch()
 
-    def next(self) -> tuple[Job, ContextScore]:
+    def next(self) -> tuple[Job, Evaluation]:
         """Wait for any of the jobs submitted; see `Executor.next`.
 
         Raises:
@@ -149,9 +151,9 @@ class WorkerPool(ABC):
         """
         while not self._done:
             self._listen()
-        task, score = self._done.popleft()
-        assert isinstance(task, Job)
-        return task, score
+        work, score = self._done.popleft()
+        assert isinstance(work, Job)
+        return work, score
 
     def ask(self, function: Callable[[Evaluator], T]) -> T:
         """Return what ``function``, which must be picklable, finds out from a worker's evaluator. Not between jobs."""
@@ -163,9 +165,9 @@ class WorkerPool(ABC):
 
     def _dispatch(self) -> None:
         while self._waiting and self._idle:
-            worker, task = self._idle.popleft(), self._waiting.popleft()
-            self._tasks[worker] = task
-            self._send(worker, task)
+            worker, work = self._idle.popleft(), self._waiting.popleft()
+            self._at_work[worker] = work
+            self._send(worker, work)
 
     def _listen(self) -> None:
         self._dispatch()
@@ -176,9 +178,9 @@ class WorkerPool(ABC):
                     self._losses.pop(None, None)
                     self._idle.append(worker)
                 case Done(result):
-                    task = self._tasks.pop(worker)
-                    self._losses.pop(task, None)
-                    self._done.append((task, result))
+                    work = self._at_work.pop(worker)
+                    self._losses.pop(work, None)
+                    self._done.append((work, result))
                     self._idle.append(worker)
                 case Failed(text, is_mistake):
                     raise LropeError(text) if is_mistake else WorkerError(f"in a worker:\n{text}")
@@ -187,19 +189,19 @@ class WorkerPool(ABC):
         self._dispatch()
 
     def _replace(self, worker: int, how: str) -> None:
-        task = self._tasks.pop(worker, None)
+        work = self._at_work.pop(worker, None)
         if worker in self._idle:
             self._idle.remove(worker)
-        self._losses[task] = self._losses.get(task, 0) + 1
-        if self._losses[task] > MAX_MOVES:
+        self._losses[work] = self._losses.get(work, 0) + 1
+        if self._losses[work] > MAX_MOVES:
             over = (
-                f"over the evaluation of {task.split} {task.index}" if isinstance(task, Job) else "while they started"
+                f"over the evaluation of {work.split} {work.index}" if isinstance(work, Job) else "while they started"
             )
             raise LropeError(
-                f"--workers {self._n_workers}: {self._losses[task]} workers were lost {over}, the last one {how}; if "
+                f"--workers {self._n_workers}: {self._losses[work]} workers were lost {over}, the last one {how}; if "
                 "memory ran out, give fewer workers or shorter contexts; what was recorded is kept"
             )
-        if task is not None:
-            self._waiting.appendleft(task)
+        if work is not None:
+            self._waiting.appendleft(work)
         self._discard(worker)
         self._start(worker)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
-from .pool import Lost, Ready, Reply, Task, WorkerPool, failure, perform
+from .pool import Lost, Ready, Reply, Work, WorkerPool, failure, perform
 from .protocol import EvaluatorFactory
 
 _EXIT_SECONDS = 10.0  # a process that closed its pipe has so long to end
@@ -74,9 +71,9 @@ class ProcessExecutor(WorkerPool):
         theirs.close()
         self._processes[worker], self._pipes[worker] = process, ours
 
-    def _send(self, worker: int, task: Task) -> None:
+    def _send(self, worker: int, work: Work) -> None:
         with suppress(OSError):  # it just died: `_wait` finds the end of its pipe
-            self._pipes[worker].send(task)
+            self._pipes[worker].send(work)
 
     def _wait(self) -> Iterable[tuple[int, Reply]]:
         ready = connection.wait(list(self._pipes.values()))
@@ -141,35 +138,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
-
-
-def visible_gpus() -> tuple[str, ...]:
-    """Return the GPUs that this process may use, by the names that ``CUDA_VISIBLE_DEVICES`` knows; none: no NVIDIA."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return tuple(name.strip() for name in visible.split(",") if name.strip() not in ("", "-1"))
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-    try:
-        listed = subprocess.run(
-            [tool, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=30.0
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return tuple(listed.stdout.split()) if listed.returncode == 0 else ()
-
-
-def free_memory() -> int | None:
-    """Return the bytes that processes here may still take, by Linux and the control group; None if it does not say."""
-    free = []
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
-    with suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text(encoding="ascii"))  # "max": ValueError, no limit
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        free.append(limit - used + int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0)))
-    return min(free, default=None)

@@ -1,4 +1,4 @@
-"""Executors move evaluations to where a model is loaded; they know of neither search nor model."""
+"""Executors (as in `concurrent.futures`) move jobs to where a model is; they know of neither search nor model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 from lrope_gguf.errors import LropeError
 
-from ..scores import ContextScore, Evaluator, Job
+from ..scores import Evaluation, Evaluator, Job
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class Executor(Protocol):
         """Take one more job. More than ``n_workers`` at once wait for their turn."""
         ...
 
-    def next(self) -> tuple[Job, ContextScore]:
+    def next(self) -> tuple[Job, Evaluation]:
         """Wait for any of the jobs submitted and return its result, each once.
 
         Raises:
@@ -82,7 +82,7 @@ class LocalExecutor:
         """Take one more job."""
         self._jobs.append(job)
 
-    def next(self) -> tuple[Job, ContextScore]:
+    def next(self) -> tuple[Job, Evaluation]:
         """Evaluate the oldest job.
 
         Raises:
@@ -90,7 +90,7 @@ class LocalExecutor:
         """
         job = self._jobs.popleft()
         try:
-            return job, self._evaluator.evaluate(job.factors, job.split, job.index)
+            return job, job.run(self._evaluator)
         except MemoryError:
             raise LropeError(
                 f"memory ran out over the evaluation of {job.split} {job.index}; what was recorded is kept: the same "

@@ -10,7 +10,7 @@ from typing import Any
 
 from lrope_gguf.errors import LropeError
 
-from .pool import Failed, Lost, Ready, Reply, Task, WorkerPool, failure, perform
+from .pool import Failed, Lost, Ready, Reply, Work, WorkerPool, failure, perform
 from .protocol import EvaluatorFactory
 
 _PATIENCE = 60.0  # seconds without an answer after which to look whether anybody is left to give one
@@ -95,8 +95,8 @@ class RayExecutor(WorkerPool):
         self._actors[worker] = actor
         self._pending[actor.introduce.remote()] = worker
 
-    def _send(self, worker: int, task: Task) -> None:
-        self._pending[self._actors[worker].perform.remote(task)] = worker
+    def _send(self, worker: int, work: Work) -> None:
+        self._pending[self._actors[worker].perform.remote(work)] = worker
 
     def _wait(self) -> Iterable[tuple[int, Reply]]:
         ready, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=_PATIENCE)
@@ -148,8 +148,8 @@ class _Worker:
     def introduce(self) -> Reply:
         return self._first
 
-    def perform(self, task: Task) -> Reply:
-        reply = perform(task, self._evaluator)
+    def perform(self, work: Work) -> Reply:
+        reply = perform(work, self._evaluator)
         return _on_this_node(reply) if isinstance(reply, Failed) else reply
 
 

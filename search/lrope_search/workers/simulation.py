@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..scores import ContextScore, Evaluator, Job
+from ..scores import Evaluation, Evaluator, Job
 from .protocol import LocalExecutor
 
 
@@ -62,11 +62,11 @@ class VirtualExecutor(LocalExecutor):
         if since < self.now:
             self.gaps.append((since, self.now))
 
-    def next(self) -> tuple[Job, ContextScore]:
+    def next(self) -> tuple[Job, Evaluation]:
         """Let time pass until the next job ends."""
         self.now, _, span = heapq.heappop(self._running)
         heapq.heappush(self._idle, (self.now, span.worker))
-        return span.job, self._evaluator.evaluate(span.job.factors, span.job.split, span.job.index)
+        return span.job, span.job.run(self._evaluator)
 
     def busy(self, until: float) -> float:
         """Return the share of all workers' time from 0 to ``until`` that they were at work."""

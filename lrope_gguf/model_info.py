@@ -1,0 +1,214 @@
+"""What a GGUF model's header says of its layers, its RoPE and our two keys."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrope_gguf.errors import LropeError
+from lrope_gguf.gguf_scan import ARRAY, FLOAT32, GGUFFile
+from lrope_gguf.layout import CURVE_KEY, PAGE, factors_key, kept, prefix
+
+MAX_LAYERS = 4096
+_MAX_CURVE_BYTES = 4 << 20
+_BUFFER = 1 << 20
+_SAMPLES = 64
+
+# Architectures whose graphs never rotate: LLAMA_ROPE_TYPE_NONE in llama_model_rope_type() (llama.cpp 0c1e570,
+# src/llama-model.cpp; names from src/llama-arch.cpp), and two with learned positions that it gives a rope type
+# nevertheless, though src/models/bert.cpp and starcoder.cpp apply none.
+WITHOUT_ROPE = frozenset(
+    (
+        *("arwkv7", "bloom", "clip", "glm5-next", "gpt2", "gptj", "jais", "jamba", "jina-bert-v2", "kimi-k3"),
+        *("kimi-linear", "mamba", "mamba2", "mpt", "nemotron_h", "nemotron_h_moe", "refact", "rwkv6", "rwkv6qwen2"),
+        *("rwkv7", "t5", "t5encoder", "wavtokenizer-dec", "bert", "starcoder"),
+    )
+)
+# These take rope.scaling.finetuned as a switch for RoPE (src/models/granite*.cpp).
+_ROPE_SWITCH = frozenset(("granite", "granitehybrid", "graniteswitch"))
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+"""The name of a split model's file: its beginning, its number from 1 on, and how many there are."""
+
+
+def shortest(value: float) -> float:
+    """The float64 with the fewest decimal digits that is `value` in float32."""
+    single = struct.pack("<f", value)
+    for digits in range(1, 9):
+        candidate = float(f"{value:.{digits}g}")
+        if struct.pack("<f", candidate) == single:
+            return candidate
+    return float(f"{value:.9g}")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model's header says; None where it says nothing.
+
+    Attributes:
+        block_count: layers, those of a multi-token-prediction head included.
+        nextn_predict_layers: layers of that head, the last ones.
+        context_length: trained length in tokens.
+        rope_freq_base, rope_dimension_count, rope_scaling_type, rope_scaling_factor: of the base model's RoPE.
+        factors: `s_l` of all `block_count` layers, float32 values; None where absent or not usable.
+        factors_error: why a stored array is not usable, as a sentence's end.
+        curve_json: the curve's document as stored, without its padding.
+        shards: number of files of a split model, of which this is the first; 1 for a whole one.
+    """
+
+    path: Path
+    file_size: int
+    version: int
+    n_tensors: int
+    name: str | None
+    kind: str | None
+    architecture: str | None
+    block_count: int | None
+    nextn_predict_layers: int
+    context_length: int | None
+    rope_freq_base: float | None
+    rope_dimension_count: int | None
+    rope_scaling_type: str | None
+    rope_scaling_factor: float | None
+    rope_switched_off: bool
+    factors: tuple[float, ...] | None
+    factors_error: str | None
+    curve_json: str | None
+    shards: int
+
+    @property
+    def n_layer(self) -> int | None:
+        """The layers that a curve shapes: all but those of a multi-token-prediction head."""
+        return None if self.block_count is None else self.block_count - self.nextn_predict_layers
+
+    @property
+    def has_rope(self) -> bool:
+        """Whether the model uses RoPE, as far as its metadata tells; an unknown architecture is taken to."""
+        # src/models/baichuan.cpp: only the model of 32 layers has RoPE, the larger one has ALiBi
+        alibi = self.architecture == "baichuan" and self.block_count != 32
+        return (
+            self.architecture not in WITHOUT_ROPE
+            and self.rope_dimension_count != 0
+            and not self.rope_switched_off
+            and not alibi
+        )
+
+    def fingerprint(self) -> str:
+        """Identity of the base model: SHA-256 in hex, the same before and after `write_factors`.
+
+        Covers the header without our two keys, and of the tensor data 64 blocks of 4 KiB, evenly spaced, the first
+        and the last included.
+        """
+        import hashlib  # loads OpenSSL
+
+        with GGUFFile(self.path) as gguf:
+            digest = hashlib.sha256(prefix(gguf, 0))
+            for start, end in kept(gguf, gguf.info_end):
+                for at in range(start, end, _BUFFER):
+                    digest.update(gguf.read(at, min(end, at + _BUFFER)))
+            last = max(gguf.data_start, gguf.size - PAGE)
+            for i in range(_SAMPLES):
+                at = gguf.data_start + (last - gguf.data_start) * i // (_SAMPLES - 1)
+                digest.update(gguf.read(at, min(gguf.size, at + PAGE)))
+            return digest.hexdigest()
+
+
+def read_model(path: str | os.PathLike[str]) -> ModelInfo:
+    """What the header of the GGUF file `path` says.
+
+    Raises:
+        LropeError: where it is missing, not GGUF, damaged or truncated, or a later shard of a split model.
+    """
+    with GGUFFile(path) as gguf:
+        return info_of(gguf)
+
+
+def read_factors(path: str | os.PathLike[str]) -> tuple[float, ...] | None:
+    """The stored factors, one for each of `block_count` layers as float32 values; None where there are none.
+
+    Raises:
+        LropeError: as `read_model`, and where the stored array is not usable.
+    """
+    info = read_model(path)
+    if info.factors_error:
+        raise LropeError(f"{path}: {info.factors_error}; write the factors again or remove them")
+    return info.factors
+
+
+def info_of(gguf: GGUFFile) -> ModelInfo:
+    """What the header of an open file says; raises as `read_model`."""
+    shards = _shards(gguf)
+    architecture = gguf.text("general.architecture")
+
+    def of(key: str) -> str:
+        return f"{architecture}.{key}"
+
+    def real(key: str) -> float | None:
+        value = gguf.scalar(of(key))
+        return None if value is None else float(value)
+
+    block_count = gguf.integer(of("block_count"))
+    if block_count is not None and not 0 < block_count <= MAX_LAYERS:
+        at = gguf.entries[of("block_count")].value
+        raise LropeError(f"{gguf.path}: {of('block_count')} is {block_count} (byte {at}); the file is damaged")
+    nextn = gguf.integer(of("nextn_predict_layers")) or 0
+    if not 0 <= nextn < (block_count or MAX_LAYERS):
+        at = gguf.entries[of("nextn_predict_layers")].value
+        raise LropeError(f"{gguf.path}: {of('nextn_predict_layers')} is {nextn} (byte {at}); the file is damaged")
+    factor = real("rope.scaling.factor")
+    factors, factors_error = _stored_factors(gguf, factors_key(str(architecture)), block_count)
+    curve = gguf.text(CURVE_KEY, _MAX_CURVE_BYTES)
+    return ModelInfo(
+        path=gguf.path,
+        file_size=gguf.size,
+        version=gguf.version,
+        n_tensors=gguf.n_tensors,
+        name=gguf.text("general.name"),
+        kind=gguf.text("general.type"),
+        architecture=architecture,
+        block_count=block_count,
+        nextn_predict_layers=nextn,
+        context_length=gguf.integer(of("context_length")),
+        rope_freq_base=real("rope.freq_base"),
+        rope_dimension_count=gguf.integer(of("rope.dimension_count")),
+        rope_scaling_type=gguf.text(of("rope.scaling.type")),
+        rope_scaling_factor=real("rope.scale_linear") if factor is None else factor,
+        rope_switched_off=architecture in _ROPE_SWITCH and gguf.scalar(of("rope.scaling.finetuned")) is False,
+        factors=factors,
+        factors_error=factors_error,
+        curve_json=None if curve is None else curve.rstrip(" "),
+        shards=shards,
+    )
+
+
+def _shards(gguf: GGUFFile) -> int:
+    """The number of shards, where this file is the first of them."""
+    number, count = gguf.integer("split.no") or 0, gguf.integer("split.count") or 1
+    match = SHARD.fullmatch(gguf.path.name)
+    if match and count == 1:
+        number, count = int(match[2]) - 1, int(match[3])
+    if number > 0:
+        first = gguf.path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf") if match else "the file -00001-of-..."
+        raise LropeError(
+            f"{gguf.path}: is shard {number + 1} of {count} of a split model; its metadata are in {first}, give that"
+        )
+    return max(count, 1)
+
+
+def _stored_factors(gguf: GGUFFile, key: str, n: int | None) -> tuple[tuple[float, ...] | None, str | None]:
+    """The array of `key` and None, or None and what is wrong with it; None and None where it is absent."""
+    entry = gguf.entries.get(key)
+    if entry is None:
+        return None, None
+    if (entry.kind, entry.item) != (ARRAY, FLOAT32):
+        return None, f"{key} is no array of float32"
+    if entry.length != n:
+        return None, f"{key} has {entry.length} values for {n or 'an unknown number of'} layers"
+    values = struct.unpack(f"{gguf.order}{n}f", gguf.read(entry.value, entry.end))
+    for layer, value in enumerate(values):
+        if not (math.isfinite(value) and value > 0):
+            return None, f"{key} is {value} in layer {layer}"
+    return values, None
