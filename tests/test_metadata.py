@@ -34,6 +34,8 @@ from support.gguf_fixtures import (
 import lrope_gguf
 from lrope_gguf import CurveFile, LropeError, plan_remove, read_factors, read_model, remove_factors, write_factors
 from lrope_gguf import metadata as metadata_module
+from lrope_gguf.cli import main
+from lrope_gguf.curve import Curve
 from lrope_gguf.gguf_scan import GGUFFile
 from lrope_gguf.model_info import shortest
 
@@ -449,6 +451,17 @@ def test_multi_token_prediction_layers_keep_one(tmp_path: Path) -> None:
         write_factors(model, (2, 2, 2, 2))
     with pytest.raises(LropeError, match="2 factors for a model of 3 layers"):
         write_factors(model, (2, 2))
+
+
+def test_a_search_s_document_fits_a_model_with_multi_token_prediction_layers(tmp_path: Path) -> None:
+    """It lists one factor for each layer that was searched; its block count is that of the whole model."""
+    model = write_model(tmp_path / "m.gguf", add=lambda writer: writer.add_nextn_predict_layers(1))
+    points = ((0.0, 1.0), (0.5, 1.4), (1.0, 1.2))
+    listed = tuple(round(float(s), 9) for s in Curve(points).factors(LAYERS - 1))
+    CurveFile(points, listed, architecture="llama", block_count=LAYERS).save(tmp_path / "best.json")
+    assert main(["write", str(model), "--curve", str(tmp_path / "best.json")]) == 0
+    assert read_factors(model) == pytest.approx((*listed, 1.0), abs=1e-6)
+    assert main(["show", str(model)]) == 0
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom", "mamba", "rwkv7", "t5", "bert", "jina-bert-v2", "starcoder"])

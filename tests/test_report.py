@@ -19,12 +19,18 @@ from support.synthetic import Landscape
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
 from lrope_gguf.plot import PlotUnavailableError
-from lrope_search.report.page import page_text, summary_lines, write_report
-from lrope_search.report.summary import StudySummary, summarise
-from lrope_search.results.comparison import wilson
+from lrope_search.report.page import page_text, write_report
+from lrope_search.report.pictures import wilson
+from lrope_search.report.reading import read_study
+from lrope_search.report.text import summary_lines
+from lrope_search.results import table
+from lrope_search.results.comparison import Comparison, compare
+from lrope_search.results.summary import StudySummary
 from lrope_search.results.table import depth_table
-from lrope_search.scores import ContextScore
+from lrope_search.scores import ContextScore, Job
+from lrope_search.study import run
 from lrope_search.study.run import SearchOutcome
+from lrope_search.study.store import parse_evaluations
 
 PICTURES = ["accuracy", "cost", "factors", "fitness", "population"]
 SMALL = dataclasses.replace(SETTINGS, max_evaluations=20, search_contexts=2, validation_contexts=2, test_contexts=8)
@@ -91,7 +97,7 @@ def pictures(page: Path) -> list[str]:
 
 def test_a_finished_study(whole: tuple[Path, SearchOutcome]) -> None:
     study, outcome = whole
-    page = write_report(study)
+    page = write_report(read_study(study))
     assert page == study / "report.html" and pictures(page) == PICTURES
     assert [path.name for path in sorted(study.glob("*.png"))] == [f"report-{name}.png" for name in PICTURES]
     text = read(page)
@@ -104,16 +110,19 @@ def test_a_finished_study(whole: tuple[Path, SearchOutcome]) -> None:
 
 def test_the_summary_is_what_was_measured(whole: tuple[Path, SearchOutcome]) -> None:
     study, outcome = whole
-    summary = summarise(study)
+    summary = read_study(study)
     assert outcome.winner is not None and outcome.uniform is not None
-    assert outcome.winner_test is not None and outcome.uniform_test is not None
+    assert summary == outcome.summary
     assert summary.factors == outcome.winner.factors and summary.uniform == outcome.uniform.factors[0]
-    sides = {
-        "base": outcome.base_test, f"uniform {outcome.uniform.factors[0]:g}": outcome.uniform_test,
-        "curve": outcome.winner_test,
+    results = dict(parse_evaluations((study / "evaluations.jsonl").read_bytes(), study)[0])
+    factors = {
+        "base": (1.0,) * 24, f"uniform {outcome.uniform.factors[0]:g}": outcome.uniform.factors,
+        "curve": outcome.winner.factors,
     }  # fmt: skip
+    sides = {
+        name: [results[Job(side, "test", i)] for i in range(SETTINGS.test_contexts)] for name, side in factors.items()
+    }
     assert summary.table == depth_table(sides, seed=SETTINGS.seed, confidence=SETTINGS.confidence)
-    assert outcome.winner_comparison == summary.table.comparisons["curve"]
     trials = {trial.factors: (trial.contexts, trial.fitness) for trial in summary.trials}
     assert trials == {candidate.factors: score for candidate, score in outcome.candidates}
     seen = sorted(outcome.candidates, key=lambda item: item[0].id)
@@ -127,22 +136,49 @@ def test_the_summary_is_what_was_measured(whole: tuple[Path, SearchOutcome]) -> 
     assert 240 < summary.total.rate < 280
 
 
+def test_each_pair_of_sides_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a search with its report, and by `report` with page, JSON and MLflow."""
+    calls: list[str] = []
+
+    def counted(*args: Any, **options: Any) -> Comparison:
+        calls.append("compare")
+        return compare(*args, **options)
+
+    monkeypatch.setattr(table, "compare", counted)
+    monkeypatch.setattr(run, "compare", counted)
+    summary = make_study(tmp_path, SMALL).summary
+    write_report(summary)
+    assert "curve" in str(summary.table) and summary.json()
+    assert len(calls) == 3  # base and uniform, base and curve, uniform and curve
+    calls.clear()
+    assert main(["report", str(tmp_path)]) == 0
+    assert len(calls) == 2  # what the curve gains over the uniform factor stands in best.json
+
+
+def test_old_studies_list_no_factors(copy: Path) -> None:
+    with_factors = read_study(copy)
+    document = json.loads((copy / "best.json").read_text())
+    assert tuple(document.pop("layer_factors")) == with_factors.factors
+    (copy / "best.json").write_text(json.dumps(document))
+    assert read_study(copy) == with_factors
+
+
 def test_without_candidates_the_evaluations_tell_the_same(whole: tuple[Path, SearchOutcome], copy: Path) -> None:
-    with_file = summarise(copy)
+    with_file = read_study(copy)
     (copy / "candidates.jsonl").unlink()
-    without = summarise(copy)
+    without = read_study(copy)
 
     def scores(study: StudySummary) -> dict[Any, Any]:
         return {trial.factors: (trial.contexts, round(trial.fitness, 12)) for trial in study.trials}
 
     assert scores(without) == scores(with_file) and len(without.trials) == SETTINGS.max_evaluations
     assert max(without.best_so_far()) == max(with_file.best_so_far())
-    assert pictures(write_report(copy)) == PICTURES
+    assert pictures(write_report(read_study(copy))) == PICTURES
 
 
 def test_the_same_study_gives_the_same_bytes(whole: tuple[Path, SearchOutcome], copy: Path) -> None:
-    first = write_report(whole[0])
-    second = write_report(copy)
+    first = write_report(read_study(whole[0]))
+    second = write_report(read_study(copy))
     assert first.read_bytes() == second.read_bytes()
     for name in PICTURES:
         assert (whole[0] / f"report-{name}.png").read_bytes() == (copy / f"report-{name}.png").read_bytes()
@@ -152,7 +188,7 @@ def test_reading_changes_nothing(copy: Path, tmp_path: Path) -> None:
     with (copy / "evaluations.jsonl").open("ab") as file:
         file.write(b'{"factors":[1.0,1.0')  # a search is writing just now
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
-    write_report(copy, tmp_path / "elsewhere.html")
+    write_report(read_study(copy), tmp_path / "elsewhere.html")
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     assert sorted(path.name for path in tmp_path.glob("elsewhere*")) == [
         *(f"elsewhere-{name}.png" for name in PICTURES), "elsewhere.html"
@@ -175,7 +211,7 @@ def test_an_unfinished_study(copy: Path, lines: int, capsys: pytest.CaptureFixtu
 
 def test_a_study_killed_before_its_first_result(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    assert pictures(write_report(tmp_path)) == []
+    assert pictures(write_report(read_study(tmp_path))) == []
     assert "0 candidates so far, none better than the base model" in read(tmp_path / "report.html")
 
 
@@ -188,7 +224,7 @@ def test_nothing_gained(tmp_path: Path) -> None:
             return dataclasses.replace(score, probes=tuple(probes))
 
     make_study(tmp_path, SMALL, evaluator=Flat(6))
-    text = read(write_report(tmp_path))
+    text = read(write_report(read_study(tmp_path)))
     assert "Not recommended" in text and "write MODEL" not in text and "all factors are 1" in text
 
 
@@ -197,7 +233,7 @@ def test_any_number_of_layers(n_layer: int, listed: bool, tmp_path: Path) -> Non
     make_study(tmp_path, SMALL, n_layer=n_layer)
     if not listed:
         (tmp_path / "candidates.jsonl").unlink()
-    page = write_report(tmp_path)
+    page = write_report(read_study(tmp_path))
     assert pictures(page) == PICTURES
     assert "nan" not in re.sub(r"[^\W_]*nan[^\W_]+", "", read(page))
 
@@ -215,9 +251,9 @@ def test_scores_that_are_not_finite(bad: float, listed: bool, tmp_path: Path) ->
     make_study(tmp_path, SMALL, evaluator=Broken(8))
     if not listed:
         (tmp_path / "candidates.jsonl").unlink()
-    summary = summarise(tmp_path)
+    summary = read_study(tmp_path)
     assert any(trial.fitness == -math.inf for trial in summary.trials)
-    assert pictures(write_report(tmp_path)) == PICTURES
+    assert pictures(write_report(read_study(tmp_path))) == PICTURES
     assert "not a finite number" in read(tmp_path / "report.html")
 
 
@@ -229,19 +265,19 @@ def test_thousands_of_candidates_stay_small(copy: Path) -> None:
                 record = json.loads(lines[i % len(lines)]) | {"id": i}
                 record |= {} if points else {"control_points": None}
                 file.write(json.dumps(record) + "\n")
-        page = write_report(copy)
+        page = write_report(read_study(copy))
         assert page.stat().st_size < 2_000_000
         assert "of 2100 candidates, evenly chosen" in read(page)
 
 
 def test_guard(copy: Path) -> None:
-    factors = summarise(copy).factors
+    factors = read_study(copy).factors
     with (copy / "evaluations.jsonl").open("a") as file:
         for i, (short, long) in enumerate([(0.002, 0.01), (0.004, 0.03)]):
             record = {"factors": factors, "split": "guard", "index": i, "n_tokens": 256, "seconds": 1.0}
             file.write(json.dumps(record | {"probes": [[0.0, -short, True], [1.0, -long, True]]}) + "\n")
-    assert summarise(copy).guard == pytest.approx({"short": 0.003, "long": 0.02})
-    assert "KL on ordinary text0.02" in read(write_report(copy))
+    assert read_study(copy).guard == pytest.approx({"short": 0.003, "long": 0.02})
+    assert "KL on ordinary text0.02" in read(write_report(read_study(copy)))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +309,7 @@ def test_two_studies_in_one_file(copy: Path) -> None:
         changed = json.dumps(first | change) + "\n"
         path.write_text(path.read_text() + changed)
         with pytest.raises(LropeError, match=r"differ in layers or probes"):
-            summarise(copy)
+            read_study(copy)
         path.write_text(path.read_text().removesuffix(changed))
 
 
@@ -284,7 +320,7 @@ def test_free_json_may_be_anything(copy: Path) -> None:
         (copy / "best.json").write_text(json.dumps(best | {"provenance": provenance}))
         for config in ({}, {"model": [], "task": None, "search": 7, "versions": "x"}, {"search": {"seed": "a"}}):
             (copy / "config.json").write_text(json.dumps(config))
-            study = summarise(copy)
+            study = read_study(copy)
             (copy / "page.html").write_text(page_text(study, {}))
             assert "Not finished" in read(copy / "page.html") and summary_lines(study)
 
@@ -307,7 +343,7 @@ def test_text_and_json(whole: tuple[Path, SearchOutcome], copy: Path, capsys: py
 def test_without_matplotlib(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(PlotUnavailableError, match=r"pip install 'lrope-gguf\[plot\]'"):
-        write_report(copy)
+        write_report(read_study(copy))
     assert main(["report", str(copy)]) == 0
     out, err = capsys.readouterr()
     assert "unseen contexts" in out and "pip install 'lrope-gguf[plot]'" in err and len(err.splitlines()) == 1
@@ -332,5 +368,5 @@ def test_wilson() -> None:
 
 def test_a_landscape_without_cost(tmp_path: Path) -> None:
     make_study(tmp_path, SMALL, evaluator=Landscape(4))  # seconds are 0
-    assert pictures(write_report(tmp_path)) == PICTURES
+    assert pictures(write_report(read_study(tmp_path))) == PICTURES
     assert "tokens/s" not in read(tmp_path / "report.html").split("Cost, in numbers")[0]

@@ -29,8 +29,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("study")
-    make_study(directory)
-    return write_report(directory)
+    return write_report(make_study(directory).summary)
 
 
 def quiet(page: Page) -> None:
@@ -138,8 +137,8 @@ def test_contrast_of_text(browser: Page, report: Path) -> None:
 
 def test_hostile_names_do_nothing(browser: Page, tmp_path: Path) -> None:
     config = CONFIG | {"model": {"name": HOSTILE * 3}, "task": {"task": HOSTILE, HOSTILE: ["x" * 500, HOSTILE]}}
-    make_study(tmp_path, config=config)
-    browser.open(write_report(tmp_path), width=400)
+
+    browser.open(write_report(make_study(tmp_path, config=config).summary), width=400)
     quiet(browser)
     assert browser.evaluate("document.querySelectorAll('script, img').length") == 0
     assert browser.evaluate("document.title").startswith("Layer factors of <script>")

@@ -103,9 +103,10 @@ def test_finds_a_gain_and_reports_it_from_unseen_contexts(tmp_path: Path) -> Non
     gains = [
         land.evaluate(factors, "test", i).accuracy - land.evaluate(identity, "test", i).accuracy for i in range(12)
     ]
-    assert outcome.winner_comparison is not None
-    assert outcome.winner_comparison.accuracy_gain.mean == pytest.approx(sum(gains) / 12)
-    assert [row.depth for row in outcome.winner_comparison.by_depth] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert outcome.summary.table is not None
+    comparison = outcome.summary.table.comparisons["curve"]
+    assert comparison.accuracy_gain.mean == pytest.approx(sum(gains) / 12)
+    assert [row.depth for row in comparison.by_depth] == [0.0, 0.25, 0.5, 0.75, 1.0]
 
     # the winner is the best of the finalists on validation
     def validation(side: tuple[float, ...]) -> float:
@@ -117,7 +118,7 @@ def test_finds_a_gain_and_reports_it_from_unseen_contexts(tmp_path: Path) -> Non
     # the document is what was measured
     best = CurveFile.load(tmp_path / "best.json")
     assert best == outcome.best
-    assert best.factors_for(land.n_layer) == pytest.approx(factors, abs=1e-8)
+    assert best.layer_factors == best.factors_for(land.n_layer) == factors
     assert (best.architecture, best.block_count) == ("synthetic", land.n_layer)
     results = best.provenance["results"]
     assert results["verdict"] == outcome.verdict.text and results["candidates"] == 44
@@ -162,13 +163,14 @@ def test_a_model_that_nothing_helps_gets_no_recommendation(tmp_path: Path) -> No
             return -0.9 - 20.0 * sum(abs(math.log(s)) for s in factors) / len(factors)
 
     outcome = search(tmp_path, Flat())
-    assert outcome.winner is None and outcome.winner_test is None and not outcome.verdict.recommended
+    assert outcome.summary.table is not None and "curve" not in outcome.summary.table.totals
+    assert outcome.winner is None and not outcome.verdict.recommended
     assert "no curve beat the base model" in outcome.verdict.text
     best = CurveFile.load(tmp_path / "best.json")
     assert set(best.factors_for(12)) == {1.0}
     assert best.provenance["results"]["recommended"] is False
     assert best.provenance["results"]["test"]["base_accuracy"] == pytest.approx(
-        sum(score.accuracy for score in outcome.base_test) / 12
+        sum(Flat().evaluate((1.0,) * 12, "test", i).accuracy for i in range(12)) / 12
     )
 
 
@@ -237,18 +239,19 @@ class Guarded(Landscape):
 
 def test_the_guard_passes_over_who_strays(tmp_path: Path) -> None:
     free = search(tmp_path / "free", Guarded(), dataclasses.replace(SETTINGS, max_kl=9.0), guard_contexts=1)
-    assert free.winner is not None and free.kl is not None
-    assert free.kl == pytest.approx(max(abs(math.log(s)) for s in free.winner.factors))
+    assert free.winner is not None
+    kl = max(free.summary.guard.values())
+    assert kl == pytest.approx(max(abs(math.log(s)) for s in free.winner.factors))
     results = free.best.provenance["results"]["guard"]
-    assert results == {"max_kl": 9.0, "passed_over": 0, "short": round(free.kl / 2.0, 6), "long": round(free.kl, 6)}
+    assert results == {"max_kl": 9.0, "passed_over": 0, "short": round(kl / 2.0, 6), "long": round(kl, 6)}
     assert "; KL on ordinary text 0." in free.verdict.text
 
     # just below the winner's: the next best that stays within takes its place
-    tight = dataclasses.replace(SETTINGS, max_kl=free.kl - 1e-6)
+    tight = dataclasses.replace(SETTINGS, max_kl=kl - 1e-6)
     bounded = search(tmp_path / "bounded", Guarded(), tight, guard_contexts=1)
     assert bounded.winner != free.winner
     if bounded.winner is not None:
-        assert bounded.kl is not None and bounded.kl <= tight.max_kl
+        assert max(bounded.summary.guard.values()) <= tight.max_kl
     assert bounded.best.provenance["results"]["guard"]["passed_over"] >= 1
     assert "is passed over: KL divergence" in (tmp_path / "bounded" / "log.txt").read_text()
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lrope_search.results.comparison import Comparison, Interval, _interval, compare, contexts_needed, verdict
+from lrope_search.results.comparison import Comparison, Interval, _interval, compare, contexts_needed
+from lrope_search.results.verdict import verdict
 from lrope_search.scores import ContextScore, ProbeScore
 
 

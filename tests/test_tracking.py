@@ -14,7 +14,7 @@ from support.study_fixtures import SETTINGS, make_study
 
 from lrope_gguf.cli import main
 from lrope_search.report.page import write_report
-from lrope_search.report.summary import summarise
+from lrope_search.report.reading import read_study
 from lrope_search.report.tracking import log_study
 
 
@@ -66,14 +66,14 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> Fake:
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tracked") / "best.study"
     make_study(directory, dataclasses.replace(SETTINGS, max_evaluations=20, search_contexts=2, test_contexts=8))
-    write_report(directory)
+    write_report(read_study(directory))
     return directory
 
 
 def test_a_study_is_one_run(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = install(monkeypatch, Fake())
-    assert log_study(study) == "r1"
-    summary = summarise(study)
+    assert log_study(read_study(study)) == "r1"
+    summary = read_study(study)
     logged = fake.logged
     assert logged["name"] == "best.study" and logged["params"]["search.seed"] == "3"
     assert logged["tags"] == {"verdict": summary.verdict, "recommended": summary.recommended}

@@ -67,10 +67,11 @@ def run(args: argparse.Namespace) -> int:
     assert outcome is not None  # not a dry run
     curve = args.dir / f"{base.stem}.json"
     outcome.best.save(curve)
-    print(f"\n{outcome_text(outcome, settings)}\n", flush=True)
+    print(f"\n{outcome_text(outcome)}\n", flush=True)
 
     written = base.with_name(f"{base.stem}-lrope.gguf")
-    factors = outcome.best.factors_for(len(outcome.identity))
+    factors = outcome.best.layer_factors
+    assert factors is not None  # every search lists them
     write_factors(base, factors, curve_json=outcome.best.dumps(compact=True), output=written)
     listed = ",".join(f"{factor:.3g}" for factor in factors)
     print(f"2. write: {written}, factors {sparkline(factors)} {listed}{_picture(outcome, factors, curve)}", flush=True)

@@ -20,7 +20,7 @@ from ..evaluation.model import binding_version
 from ..machine import free_memory, physical_cores, visible_gpus
 from ..optimizers.registry import ALGORITHMS
 from ..report.page import write_report
-from ..results.table import depth_table
+from ..results.summary import StudySummary
 from ..scores import Job
 from ..study.interrupt import one_interrupt
 from ..study.progress import Progress
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     if outcome is None:
         return 0
     outcome.best.save(output)
-    print(outcome_text(outcome, settings))
+    print(outcome_text(outcome))
     if outcome.winner is None:
         print(f"{output}: holds the base model's factors, all 1")
     else:
@@ -184,14 +184,14 @@ def search(
                 block_count=info.block_count,
                 guard_contexts=1,
             )
-            progress.line(_report(directory))
+            progress.line(_report(outcome.summary))
             return outcome
 
 
-def _report(directory: Path) -> str:
+def _report(summary: StudySummary) -> str:
     """Make the study's report; say where it is, or why there is none, for want of which no search fails."""
     try:
-        return f"report: {write_report(directory)}"
+        return f"report: {write_report(summary)}"
     except LropeError as error:
         return f"no report: {error}"
 
@@ -316,15 +316,9 @@ def check_memory(memory: MemoryNeeded, n_workers: int, free: int | None) -> None
     )
 
 
-def outcome_text(outcome: SearchOutcome, settings: SearchSettings) -> str:
-    """The test in words and by depth, and the factors found."""
-    sides = {"base": outcome.base_test}
-    if outcome.uniform is not None and outcome.uniform_test is not None:
-        sides[f"uniform {outcome.uniform.factors[0]:g}"] = outcome.uniform_test
-    if outcome.winner_test is not None:
-        sides["curve"] = outcome.winner_test
-    table = depth_table(sides, seed=settings.seed, confidence=settings.confidence)
-    return f"{table}\n\n{outcome.verdict.text}"
+def outcome_text(outcome: SearchOutcome) -> str:
+    """The test by depth and the verdict."""
+    return f"{outcome.summary.table}\n\n{outcome.summary.verdict}"
 
 
 def _at_the_bounds(curve: Curve) -> str | None:

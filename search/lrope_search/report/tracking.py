@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
-from pathlib import Path
 
 from lrope_gguf.errors import LropeError
 
-from .page import flat
-from .summary import summarise
+from ..results.summary import StudySummary
+from .text import flat
 
 _MOST = 1000  # metrics that an MLflow server takes at once
 
 
-def log_study(study_dir: Path) -> str:
+def log_study(study: StudySummary) -> str:
     """Log settings, every candidate's fitness, accuracies and files of a study as one run; return the run's id.
 
     Raises:
-        LropeError: mlflow is missing or gives an error, or the study cannot be read.
+        LropeError: mlflow is missing or gives an error.
     """
     try:
         mlflow, entities = import_module("mlflow"), import_module("mlflow.entities")
     except ModuleNotFoundError:
         raise LropeError("--mlflow: needs the Python package mlflow; pip install mlflow-skinny") from None
-    study = summarise(study_dir)
     metrics = [("fitness", trial.fitness, i) for i, trial in enumerate(study.trials)]
     metrics += [("best_fitness", value, i) for i, value in enumerate(study.best_so_far())]
     if study.table is not None:
@@ -33,7 +31,7 @@ def log_study(study_dir: Path) -> str:
     metrics += [(f"kl_{length}", value, 0) for length, value in study.guard.items()]
     metrics += [("tokens", study.total.tokens, 0), ("seconds", study.total.seconds, 0)]
     try:
-        with mlflow.start_run(run_name=study_dir.name) as run:
+        with mlflow.start_run(run_name=study.directory.name) as run:
             mlflow.log_params({key: value[:250] for key, value in flat(study.config)})
             mlflow.set_tags({"verdict": study.verdict, "recommended": study.recommended})
             entries = [
@@ -41,7 +39,7 @@ def log_study(study_dir: Path) -> str:
             ]
             for start in range(0, len(entries), _MOST):
                 mlflow.MlflowClient().log_batch(run.info.run_id, metrics=entries[start : start + _MOST])
-            for path in sorted({*study_dir.glob("report*"), *study_dir.glob("best.json")}):
+            for path in sorted({*study.directory.glob("report*"), *study.directory.glob("best.json")}):
                 mlflow.log_artifact(str(path))
             return str(run.info.run_id)
     except mlflow.exceptions.MlflowException as error:

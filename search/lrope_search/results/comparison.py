@@ -1,17 +1,23 @@
-"""Is the gain real? Paired bootstrap over contexts, and a verdict in words."""
+"""Is the gain real? Paired bootstrap over contexts.
+
+SciPy's `bootstrap` resamples one statistic; here the contexts' resamples serve all depths, both measures and all sides,
+and probes stay in their contexts' clusters.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from ..scores import ContextScore, DivergenceScore
+from ..scores import ContextScore
+
+_MAX_DEPTHS = 11
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,10 @@ class Interval:
     mean: float
     low: float
     high: float
+
+    def json(self, digits: int | None = None) -> dict[str, float | None]:
+        """Return the three numbers by name, as `finite` gives them."""
+        return {name: finite(value, digits) for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -55,13 +65,32 @@ class Comparison:
         """Whether the accuracy's interval lies above zero, on enough contexts for that to mean something."""
         return self.n_contexts >= contexts_needed(self.confidence) and self.accuracy_gain.low > 0.0
 
+    def json(self) -> dict[str, Any]:
+        """Return what ``best.json`` holds of a comparison: six decimals, an interval as its mean and ends."""
+        return {
+            "contexts": self.n_contexts,
+            "base_accuracy": finite(self.base_accuracy, 6),
+            "accuracy": finite(self.accuracy, 6),
+            "accuracy_gain": list(self.accuracy_gain.json(6).values()),
+            "log_probability_gain": list(self.log_probability_gain.json(6).values()),
+            "by_depth": [
+                {
+                    "depth": finite(row.depth, 6),
+                    "probes": row.n_probes,
+                    "base_accuracy": finite(row.base_accuracy, 6),
+                    "accuracy": finite(row.accuracy, 6),
+                    "accuracy_gain": list(row.accuracy_gain.json(6).values()),
+                }
+                for row in self.by_depth
+            ],
+        }
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether to use the curve, and why, in words."""
 
-    recommended: bool
-    text: str
+def finite(value: float, digits: int | None = None) -> float | None:
+    """Return ``value``, rounded to ``digits`` decimals if they are given; None in place of what JSON does not know."""
+    if not math.isfinite(value):
+        return None
+    return value if digits is None else round(value, digits)
 
 
 def contexts_needed(confidence: float) -> int:
@@ -73,18 +102,6 @@ def contexts_needed(confidence: float) -> int:
     return math.ceil(1.0 - math.log2(1.0 - confidence))
 
 
-def wilson(share: float, n: int, confidence: float = 0.95) -> Interval:
-    """Return the score interval of a share seen in ``n`` independent trials (Wilson 1927).
-
-    Unlike a bootstrap interval it keeps a width where all trials agree: 16 right answers of 16 do not show that
-    every answer is right.
-    """
-    z2 = NormalDist().inv_cdf(0.5 + confidence / 2.0) ** 2
-    centre = (share + z2 / (2.0 * n)) / (1.0 + z2 / n)
-    half = math.sqrt(z2 / n * (share * (1.0 - share) + z2 / (4.0 * n))) / (1.0 + z2 / n)
-    return Interval(share, max(centre - half, 0.0), min(centre + half, 1.0))
-
-
 def compare(
     base: Sequence[ContextScore],
     other: Sequence[ContextScore],
@@ -92,7 +109,6 @@ def compare(
     seed: int = 0,
     resamples: int = 10_000,
     confidence: float = 0.95,
-    max_depths: int = 11,
 ) -> Comparison:
     """Compare ``other`` with ``base``, context by context, with expanded percentile bootstrap intervals.
 
@@ -100,7 +116,7 @@ def compare(
     (cluster bootstrap; Davison and Hinkley 1997, section 3.8). Few contexts make plain percentile intervals too
     narrow (of six normal differences, 86 % cover instead of 95 %): the percentiles are those that would give Student's
     t interval if the means were normal ("expanded" in Hesterberg, arXiv 1411.5279). Probes are grouped by depth, and by
-    the nearest of ``max_depths`` evenly spaced depths where there are more of them than that.
+    the nearest of 11 evenly spaced depths where there are more of them than that.
 
     Raises:
         ValueError: no contexts, or the two sides are not of the same contexts and probes.
@@ -116,7 +132,7 @@ def compare(
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(np.float64)  # (resamples, contexts)
 
-    depths, group = _depth_groups([p.depth for a, _ in pairs for p in a.probes], max_depths)
+    depths, group = depth_groups([p.depth for a, _ in pairs for p in a.probes])
     context = np.repeat(np.arange(n), [len(a.probes) for a, _ in pairs])
     sides = (base, other)
     correct = np.array([[float(p.correct) for score in side for p in score.probes] for side in sides])
@@ -148,68 +164,11 @@ def compare(
     )
 
 
-def verdict(
-    curve: Comparison | None,
-    uniform: tuple[float, Comparison] | None = None,
-    kl: float | None = None,
-    *,
-    over_uniform: Comparison | None = None,
-) -> Verdict:
-    """Say whether the curve is worth using: its accuracy must lie above the base model's, interval and all.
-
-    Args:
-        curve: The curve against the base model on contexts that neither search nor validation saw;
-            None if no curve beat the base model on validation.
-        uniform: The best uniform factor, and its comparison with the base model on the same contexts.
-        kl: KL divergence from the base model on ordinary text, in nats per token; None if not measured.
-        over_uniform: The curve against the best uniform factor (`compare` with that as the base), on the same
-            contexts; says how much of the gain is owed to the layers' different factors.
-    """
-    beside = ""
-    if uniform is not None:
-        beside = f"; best uniform factor {uniform[0]:g} gains {_points(uniform[1].accuracy_gain.mean)}"
-        if over_uniform is not None and curve is not None:
-            more = _gain(over_uniform.accuracy_gain)
-            beside += f"; {more} above it" if over_uniform.significant else f"; not significantly better: {more}"
-    if kl is not None:
-        size = f"{kl:.3f}" if not 0.0 < kl < 0.0005 else "under 0.001"
-        beside += f"; KL on ordinary text {size}"
-    if curve is None:
-        return Verdict(False, f"no curve beat the base model on validation: no gain, not recommended{beside}")
-    n, needed = curve.n_contexts, contexts_needed(curve.confidence)
-    text = f"gain {_gain(curve.accuracy_gain)} on {n} unseen contexts{beside}"
-    if curve.significant:
-        return Verdict(True, text)
-    if n < needed:
-        return Verdict(False, f"too few contexts to tell, at least {needed} are needed, not recommended: {text}")
-    return Verdict(False, f"no significant gain, not recommended: {text}")
-
-
-def _gain(gain: Interval) -> str:
-    return f"{_points(gain.mean)} points [{_points(gain.low)}, {_points(gain.high)}]"
-
-
-def divergences_by_length(scores: Iterable[DivergenceScore]) -> dict[str, float]:
-    """Return the mean KL divergence, nats per token, on ``short`` and on ``long`` texts; empty without scores.
-
-    ``inf`` where one is not finite.
-    """
-    scores = list(scores)
-    lengths = {"short": [score.short for score in scores], "long": [score.long for score in scores]}
-    return {
-        name: math.fsum(of) / len(of) if all(map(math.isfinite, of)) else math.inf for name, of in lengths.items() if of
-    }
-
-
-def _points(share: float) -> str:
-    return f"{100.0 * share:.1f}"
-
-
-def _depth_groups(depths: Sequence[float], max_depths: int) -> tuple[NDArray[np.float64], NDArray[np.int_]]:
-    """Return the groups' depths, ascending, and the group of every probe."""
+def depth_groups(depths: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.int_]]:
+    """Return the groups' depths, ascending, and the group of every probe: a row of a table each."""
     values = np.array(depths, dtype=np.float64)
-    if len(np.unique(values)) > max_depths:
-        values = np.round(values * (max_depths - 1)) / (max_depths - 1)
+    if len(np.unique(values)) > _MAX_DEPTHS:
+        values = np.round(values * (_MAX_DEPTHS - 1)) / (_MAX_DEPTHS - 1)
     groups, index = np.unique(values, return_inverse=True)
     return groups, index
 

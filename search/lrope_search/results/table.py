@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from lrope_gguf.text import sparkline
 
 from ..scores import ContextScore
-from .comparison import Comparison, Interval, compare, contexts_needed
+from .comparison import Comparison, compare, contexts_needed, depth_groups, finite
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ class DepthTable:
             **{name: _cell(cell) for name, cell in self.totals.items()},
             "difference": {
                 name: {
-                    "accuracy": _interval(comparison.accuracy_gain),
-                    "log_probability": _interval(comparison.log_probability_gain),
+                    "accuracy": comparison.accuracy_gain.json(),
+                    "log_probability": comparison.log_probability_gain.json(),
                     "confidence": comparison.confidence,
                     "significant": comparison.significant,
                 }
@@ -110,12 +109,11 @@ def depth_table(sides: Mapping[str, Sequence[ContextScore]], *, seed: int = 0, c
     Raises:
         ValueError: no contexts, or not the same ones.
     """
-    base = next(iter(sides.values()))
-    against = {name: compare(base, scores, seed=seed, confidence=confidence) for name, scores in sides.items()}
-    depths = np.array([row.depth for row in next(iter(against.values())).by_depth])
-    # each probe belongs to the nearest of the depths that `compare` chose
-    asked = np.array([probe.depth for score in base for probe in score.probes])
-    row = np.abs(asked[:, None] - depths).argmin(axis=1)
+    (_, base), *others = sides.items()
+    if not base:
+        raise ValueError("nothing to compare")
+    comparisons = {name: compare(base, scores, seed=seed, confidence=confidence) for name, scores in others}
+    depths, row = depth_groups([probe.depth for score in base for probe in score.probes])
     cells, totals = {}, {}
     for name, scores in sides.items():
         correct = np.array([probe.correct for score in scores for probe in score.probes], np.float64)
@@ -127,11 +125,11 @@ def depth_table(sides: Mapping[str, Sequence[ContextScore]], *, seed: int = 0, c
         )
     return DepthTable(
         n_contexts=len(base),
-        n_probes=len(asked),
+        n_probes=len(row),
         depths=tuple(depths.tolist()),
         cells=cells,
         totals=totals,
-        comparisons=dict(list(against.items())[1:]),
+        comparisons=comparisons,
     )
 
 
@@ -151,12 +149,4 @@ def _aligned(block: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _cell(cell: Cell) -> dict[str, float | None]:
-    return {"accuracy": _finite(cell.accuracy), "log_probability": _finite(cell.log_probability)}
-
-
-def _interval(interval: Interval) -> dict[str, float | None]:
-    return {"mean": _finite(interval.mean), "low": _finite(interval.low), "high": _finite(interval.high)}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return {"accuracy": finite(cell.accuracy), "log_probability": finite(cell.log_probability)}

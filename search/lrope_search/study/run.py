@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import inspect
+import json
 import math
 import time
 from collections import deque
@@ -18,8 +19,12 @@ from lrope_gguf.errors import LropeError
 from ..optimizers.protocol import Candidate, Optimizer, Score, rank
 from ..optimizers.registry import ALGORITHMS, make_algorithm
 from ..optimizers.space import UNIFORM_FACTORS
-from ..results.comparison import Comparison, Interval, Verdict, compare, divergences_by_length, verdict
+from ..results.comparison import compare, finite
+from ..results.guard import divergences_by_length
 from ..results.objective import Objective
+from ..results.summary import StudySummary, Trial, summarise
+from ..results.table import depth_table
+from ..results.verdict import Verdict, verdict
 from ..scores import GUARD, ContextScore, DivergenceScore, Factors, Job
 from ..workers.protocol import Executor
 from .progress import Progress
@@ -154,36 +159,32 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """What a search found.
+    """What a search found: its summary, and the optimizer's view that no study keeps.
 
     Attributes:
-        best: The document that ``best.json`` holds.
-        identity: The base model's factors, 1 for every layer.
+        summary: The study, as every report shows it.
         winner: The winner on validation; None if that was the base model.
         uniform: The best uniform factor on search contexts; None if none was tried.
-        base_test, uniform_test, winner_test: Scores on the test contexts.
-        uniform_comparison, winner_comparison: The same against the base model.
-        over_uniform: The winner against the best uniform factor.
-        kl: The winner's divergence on ordinary text, nats per token; None if there was no guard.
-        verdict: Whether to use the curve.
         candidates: Every candidate evaluated with its score, best first.
         stopped_by: ``evaluations``, ``converged`` or ``hours``.
     """
 
-    best: CurveFile
-    identity: Factors
+    summary: StudySummary
     winner: Candidate | None
     uniform: Candidate | None
-    base_test: tuple[ContextScore, ...]
-    uniform_test: tuple[ContextScore, ...] | None
-    winner_test: tuple[ContextScore, ...] | None
-    uniform_comparison: Comparison | None
-    winner_comparison: Comparison | None
-    over_uniform: Comparison | None
-    kl: float | None
-    verdict: Verdict
     candidates: tuple[tuple[Candidate, Score], ...]
     stopped_by: str
+
+    @property
+    def best(self) -> CurveFile:
+        """The document that ``best.json`` holds."""
+        assert self.summary.best is not None  # of a search that has ended
+        return self.summary.best
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether to use the curve."""
+        return Verdict(self.summary.recommended, self.summary.verdict)
 
 
 def run_search(
@@ -360,7 +361,7 @@ class _Search:
         best, fitness = next(iter(self.better_than_base()), (self.base, 0.0))
         improved = best != self.saved
         if improved and self.pipeline.n_fresh:
-            results = {"search": {"contexts": self.settings.search_contexts, "fitness": _number(fitness)}}
+            results = {"search": {"contexts": self.settings.search_contexts, "fitness": finite(fitness, 6)}}
             self.study.save_best(self.document(best, results))
             self.saved = best
         text = f"best {fitness:+.4f} nats"
@@ -437,21 +438,23 @@ class _Search:
         )
         for side in (self.identity, *sides):
             self.pipeline.want(self.jobs(side, "test"))
-        tested = {side: tuple(self.all_of(side, "test")) for side in (self.identity, *sides)}
-        base_test = tested[self.identity]
-
-        def compared(candidate: Candidate | None, base: Sequence[ContextScore] = base_test) -> Comparison | None:
-            if candidate is None:
-                return None
-            return compare(base, tested[candidate.factors], seed=settings.seed, confidence=settings.confidence)
-
-        uniform_comparison, winner_comparison = compared(uniform), compared(winner)
-        beside = None if uniform is None or uniform_comparison is None else (uniform.factors[0], uniform_comparison)
-        over_uniform = None
-        if uniform is not None and winner not in (None, uniform):
-            over_uniform = compared(winner, tested[uniform.factors])
+        scores = {"base": self.all_of(self.identity, "test")}
+        if uniform is not None:
+            beside = f"uniform {uniform.factors[0]:g}"
+            scores[beside] = self.all_of(uniform.factors, "test")
+        if winner is not None:
+            scores["curve"] = self.all_of(winner.factors, "test")
+        table = depth_table(scores, seed=settings.seed, confidence=settings.confidence)
+        curve_gain = table.comparisons.get("curve")
+        uniform_gain = over_uniform = None
+        if uniform is not None:
+            uniform_gain = uniform.factors[0], table.comparisons[beside]
+            if winner not in (None, uniform):
+                over_uniform = compare(
+                    scores[beside], scores["curve"], seed=settings.seed, confidence=settings.confidence
+                )
         kl = None if winner is None or winner not in divergences else max(divergences[winner].values())
-        judgement = verdict(winner_comparison, beside, kl, over_uniform=over_uniform)
+        judgement = verdict(curve_gain, uniform_gain, kl, over_uniform=over_uniform)
         if winner is None and divergences:
             judgement = Verdict(
                 False,
@@ -460,42 +463,35 @@ class _Search:
             )
         best = winner or self.base
         contexts, search_fitness = dict(self.ranking).get(best, (settings.search_contexts, 0.0))
+        base_alone = {"contexts": table.n_contexts, "base_accuracy": finite(table.totals["base"].accuracy, 6)}
         results: dict[str, Any] = {
             "candidates": len(self.ranking),
             "stopped_by": stopped_by,
-            "search": {"contexts": contexts, "fitness": _number(search_fitness)},
-            "validation": {"contexts": settings.validation_contexts, "fitness": _number(fitness.get(best, 0.0))},
-            "test": _summary(base_test, winner_comparison),
+            "search": {"contexts": contexts, "fitness": finite(search_fitness, 6)},
+            "validation": {"contexts": settings.validation_contexts, "fitness": finite(fitness.get(best, 0.0), 6)},
+            "test": base_alone if curve_gain is None else curve_gain.json(),
             "recommended": judgement.recommended,
             "verdict": judgement.text,
         }
-        if uniform is not None and uniform_comparison is not None:
-            results["best_uniform"] = {"factor": uniform.factors[0], "test": _summary(base_test, uniform_comparison)}
-            if over_uniform is not None:
-                results["over_uniform"] = _summary(tested[uniform.factors], over_uniform)
+        if uniform_gain is not None:
+            results["best_uniform"] = {"factor": uniform_gain[0], "test": uniform_gain[1].json()}
+        if over_uniform is not None:
+            results["over_uniform"] = over_uniform.json()
         if divergences:
             results["guard"] = {"max_kl": settings.max_kl, "passed_over": len(divergences) - (winner is not None)}
             if winner is not None:
-                results["guard"] |= {name: _number(value) for name, value in divergences[winner].items()}
+                results["guard"] |= {name: finite(value, 6) for name, value in divergences[winner].items()}
         document = self.document(best, results)
         self.study.save_best(document)
         self.study.log(judgement.text)
-        return SearchOutcome(
-            best=document,
-            identity=self.identity,
-            winner=winner,
-            uniform=uniform,
-            base_test=base_test,
-            uniform_test=None if uniform is None else tested[uniform.factors],
-            winner_test=None if winner is None else tested[winner.factors],
-            uniform_comparison=uniform_comparison,
-            winner_comparison=winner_comparison,
-            over_uniform=over_uniform,
-            kl=kl,
-            verdict=judgement,
-            candidates=tuple(self.ranking),
-            stopped_by=stopped_by,
-        )
+        trials = [
+            Trial(c.id, c.origin, c.factors, c.curve.control_points, *score)
+            for c, score in sorted(self.ranking, key=lambda item: item[0].id)
+        ]
+        # in the order of config.json, as a report shows it
+        config = json.loads(json.dumps(self.study.config, sort_keys=True))
+        summary = summarise(self.study.directory, config, document, self.study.results, trials, table)
+        return SearchOutcome(summary, winner, uniform, tuple(self.ranking), stopped_by)
 
     def all_of(self, factors: Factors, split: str) -> list[ContextScore]:
         """Return the scores on all contexts of ``split``, waiting for them."""
@@ -528,6 +524,7 @@ class _Search:
         """Return the curve file of ``best``: no times in it, so that a resumed search writes the same bytes."""
         return CurveFile(
             control_points=best.curve.control_points,
+            layer_factors=best.factors,
             bounds=best.curve.bounds,
             architecture=self.architecture,
             block_count=self.block_count,
@@ -542,36 +539,3 @@ def _option(name: str) -> str:
 
 def _plan_text(planned: dict[str, int]) -> str:
     return "about " + ", ".join(f"{n} {split}" for split, n in planned.items()) + " evaluations of one context each"
-
-
-def _number(value: float) -> float | None:
-    """Six decimals for people; JSON has no NaN."""
-    return round(value, 6) if math.isfinite(value) else None
-
-
-def _summary(base: Sequence[ContextScore], comparison: Comparison | None) -> dict[str, Any]:
-    """Return a comparison as JSON; without one, the base model's accuracy alone."""
-    if comparison is None:
-        accuracy = math.fsum(score.accuracy for score in base) / len(base)
-        return {"contexts": len(base), "base_accuracy": _number(accuracy)}
-
-    def interval(gain: Interval) -> list[float | None]:
-        return [_number(gain.mean), _number(gain.low), _number(gain.high)]
-
-    return {
-        "contexts": comparison.n_contexts,
-        "base_accuracy": _number(comparison.base_accuracy),
-        "accuracy": _number(comparison.accuracy),
-        "accuracy_gain": interval(comparison.accuracy_gain),
-        "log_probability_gain": interval(comparison.log_probability_gain),
-        "by_depth": [
-            {
-                "depth": _number(row.depth),
-                "probes": row.n_probes,
-                "base_accuracy": _number(row.base_accuracy),
-                "accuracy": _number(row.accuracy),
-                "accuracy_gain": interval(row.accuracy_gain),
-            }
-            for row in comparison.by_depth
-        ],
-    }

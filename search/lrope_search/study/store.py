@@ -85,6 +85,11 @@ class Study:
         self._evaluations.close()
         os.close(self._lock)
 
+    @property
+    def results(self) -> Mapping[Job, Evaluation]:
+        """Every result on record."""
+        return self._results
+
     def lookup(self, job: Job) -> Evaluation | None:
         """Return the recorded result of ``job``, if there is one."""
         return self._results.get(job)

@@ -1,28 +1,23 @@
-"""What a study holds, finished or not, read without changing it and while a search may be writing to it."""
+"""The one summary of a study, from the scores in memory or read back: what it tried, found and cost."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lrope_gguf.curve import CurveFile, Point
-from lrope_gguf.errors import LropeError
 
-from ..results.comparison import divergences_by_length
-from ..results.objective import Objective
-from ..results.table import DepthTable, depth_table
 from ..scores import ContextScore, DivergenceScore, Evaluation, Factors, Job
-from ..study.store import parse_evaluations
+from .comparison import finite
+from .guard import divergences_by_length
+from .objective import Objective
+from .table import DepthTable, depth_table
 
 Scores = Mapping[Factors, Mapping[int, ContextScore]]
 """Of one split, by factors and context."""
-
-_SAME = 6e-4
-"""How far factors from a control polygon may lie from those that were evaluated; candidates are further apart."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,11 @@ class Trial:
     control_points: tuple[Point, ...] | None
     contexts: int
     fitness: float
+
+    def __post_init__(self) -> None:
+        """Call a fitness that is no finite number the worst."""
+        if not math.isfinite(self.fitness):
+            object.__setattr__(self, "fitness", -math.inf)
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,14 @@ class Cost:
         """Tokens a second; NaN where no time was measured."""
         return self.tokens / self.seconds if self.seconds > 0.0 else math.nan
 
+    def json(self) -> dict[str, Any]:
+        """Return it with its rate, None where no time was measured."""
+        return asdict(self) | {"tokens_per_second": finite(self.rate)}
+
 
 @dataclass(frozen=True)
 class StudySummary:
-    """A study as its files tell it.
+    """A study, finished or not: what text, JSON, page and MLflow show.
 
     Attributes:
         config: what the search was begun with.
@@ -104,6 +108,18 @@ class StudySummary:
             f"{text}, none better than the base model; the same command resumes it"
         )  # fmt: skip
 
+    def json(self) -> dict[str, Any]:
+        """Return the results of ``best.json`` and what the evaluations add; finite numbers only."""
+        return self.results | {
+            "finished": self.finished,
+            "recommended": self.recommended,
+            "verdict": self.verdict,
+            "candidates": len(self.trials),
+            "accuracy": None if self.table is None else {"split": self.table_split, **self.table.json()},
+            "kl": self.guard,
+            "cost": [cost.json() for cost in (*self.costs, self.total)],
+        }
+
     @property
     def total(self) -> Cost:
         """The sum of all phases."""
@@ -124,15 +140,25 @@ class StudySummary:
         return values
 
 
-def summarise(directory: Path) -> StudySummary:
-    """Read the study in ``directory``.
+def summarise(
+    directory: Path,
+    config: dict[str, Any],
+    best: CurveFile | None,
+    evaluations: Mapping[Job, Evaluation],
+    trials: Sequence[Trial] | None = None,
+    table: DepthTable | None = None,
+) -> StudySummary:
+    """Summarise a study.
 
-    Raises:
-        LropeError: there is none, or a file of it is damaged; the message says which, and what to do.
+    Args:
+        directory: where it is kept.
+        config: what the search was begun with; may be any JSON object.
+        best: the best curve so far with the factors that were evaluated, and in its provenance the results.
+        evaluations: every result.
+        trials: all candidates with a score; None: those that the evaluations tell of.
+        table: the sides on the contexts of the test, if it is known already.
     """
-    config = _config(directory)
-    best, results = _best(directory)
-    evaluations = _evaluations(directory)
+    results = {} if best is None else _section(best.provenance, "results")
     splits: dict[str, dict[Factors, dict[int, ContextScore]]] = {}
     divergences: dict[Factors, list[DivergenceScore]] = {}
     for job, score in evaluations.items():
@@ -140,35 +166,24 @@ def summarise(directory: Path) -> StudySummary:
             divergences.setdefault(job.factors, []).append(score)
         else:
             splits.setdefault(job.split, {}).setdefault(job.factors, {})[job.index] = score
-    n_layer = next((len(job.factors) for job in evaluations), None if best is None else best.block_count)
-    depths: dict[tuple[str, int], list[float] | None] = {}
-    for job, score in evaluations.items():
-        asked = [probe.depth for probe in score.probes] if isinstance(score, ContextScore) else None
-        if len(job.factors) != n_layer or depths.setdefault((job.split, job.index), asked) != asked:
-            raise LropeError(
-                f"{directory / 'evaluations.jsonl'}: its lines differ in layers or probes, as if two searches had "
-                "written it; search again in another directory"
-            )
-
+    n_layer = next((len(job.factors) for job in evaluations), 0)
     settings = _section(config, "search")
-    middle_weight = _number(settings.get("middle_weight"), 0.0)
     searched = splits.get("search", {})
-    base: Factors = (1.0,) * (n_layer or 0)
-    trials = _trials(directory, n_layer)
+    base: Factors = (1.0,) * n_layer
     if trials is None:
-        trials = _trials_from(searched, base, middle_weight)
-    search_contexts = int(
-        _number(settings.get("search_contexts"), max((len(scores) for scores in searched.values()), default=0))
-    )
-    factors = None if best is None or n_layer is None else _evaluated(_best_factors(directory, best, n_layer), splits)
+        trials = _trials_from(searched, base, _number(settings.get("middle_weight"), 0.0))
+    seen = max((len(scores) for scores in searched.values()), default=0)
+    factors = None if best is None else best.layer_factors
     uniform = _number(_section(results, "best_uniform").get("factor"), math.nan)
     confidence = min(max(_number(settings.get("confidence"), 0.95), 0.01), 0.9999)
     sides = {"base": base}
     if math.isfinite(uniform):
-        sides[f"uniform {uniform:g}"] = (uniform,) * (n_layer or 0)
+        sides[f"uniform {uniform:g}"] = (uniform,) * n_layer
     if factors is not None and factors != base:
         sides["curve"] = factors
     table_split = "test" if isinstance(results.get("verdict"), str) else "search"
+    if table is None:
+        table = _table(splits.get(table_split, {}), sides, int(_number(settings.get("seed"), 0)), confidence)
     return StudySummary(
         directory=directory,
         config=config,
@@ -176,90 +191,13 @@ def summarise(directory: Path) -> StudySummary:
         best=best,
         factors=factors,
         uniform=uniform if math.isfinite(uniform) else None,
-        trials=trials,
-        search_contexts=search_contexts,
+        trials=tuple(trials),
+        search_contexts=int(_number(settings.get("search_contexts"), seen)),
         confidence=confidence,
-        table=_table(splits.get(table_split, {}), sides, int(_number(settings.get("seed"), 0)), confidence),
+        table=table,
         table_split=table_split,
         guard=divergences_by_length(divergences.get(factors or (), ())),
         costs=_costs(evaluations),
-    )
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    if not path.is_file():
-        raise LropeError(f"{directory}: no config.json there; give the directory of a search, such as best.study")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise LropeError(f"{path}: is not JSON ({error}); search again in another directory") from None
-    if not isinstance(config, dict):
-        raise LropeError(f"{path}: is not a JSON object; search again in another directory")
-    return config
-
-
-def _best(directory: Path) -> tuple[CurveFile | None, dict[str, Any]]:
-    path = directory / "best.json"
-    if not path.exists():
-        return None, {}
-    best = CurveFile.load(path)
-    return best, _section(best.provenance, "results")
-
-
-def _best_factors(directory: Path, best: CurveFile, n_layer: int) -> Factors:
-    try:
-        return best.factors_for(n_layer)
-    except LropeError as error:
-        raise LropeError(f"{directory / 'best.json'}: {error}; is it this study's?") from None
-
-
-def _evaluations(directory: Path) -> dict[Job, Evaluation]:
-    path = directory / "evaluations.jsonl"
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        if (directory / "best.json").exists():
-            raise LropeError(f"{path}: is missing, the report is made from it; search again") from None
-        return {}
-    results: dict[Job, Evaluation] = {}
-    for job, score in parse_evaluations(data, path)[0]:
-        results.setdefault(job, score)
-    return results
-
-
-def _trials(directory: Path, n_layer: int | None) -> tuple[Trial, ...] | None:
-    """The trials in ``candidates.jsonl``, a torn last line left out; None if there is no such file."""
-    path = directory / "candidates.jsonl"
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return None
-    trials = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            trials.append(_trial(json.loads(line), n_layer))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            if number < len(lines) or line.endswith(b"\n"):
-                raise LropeError(
-                    f"{path}: line {number} is damaged; delete the file, the report does without it"
-                ) from None
-    return tuple(sorted(trials, key=lambda trial: trial.number))
-
-
-def _trial(record: dict[str, Any], n_layer: int | None) -> Trial:
-    factors = tuple(float(s) for s in record["factors"])
-    points = record.get("control_points")
-    if len(factors) != (n_layer or len(factors)) or not all(math.isfinite(s) for s in factors):
-        raise ValueError("factors")
-    fitness = record["fitness"]
-    return Trial(
-        number=int(record["id"]),
-        origin=str(record.get("origin", "")),
-        factors=factors,
-        control_points=None if points is None else tuple((float(x), float(y)) for x, y in points),
-        contexts=int(record["contexts"]),
-        fitness=_finite_or_worst(math.nan if fitness is None else float(fitness)),
     )
 
 
@@ -271,18 +209,8 @@ def _trials_from(searched: Scores, base: Factors, middle_weight: float) -> tuple
         seen = [score for index, score in scores.items() if index in searched.get(base, {})]
         if seen:
             fitness = 0.0 if factors == base else objective.fitness(seen)
-            trials.append(Trial(number, "", factors, None, len(seen), _finite_or_worst(fitness)))
+            trials.append(Trial(number, "", factors, None, len(seen), fitness))
     return tuple(trials)
-
-
-def _evaluated(factors: Factors, splits: Mapping[str, Scores]) -> Factors:
-    """The factors, as they were evaluated."""
-
-    def distance(other: Factors) -> float:
-        return max(abs(a - b) for a, b in zip(factors, other, strict=True))
-
-    nearest = min((other for scores in splits.values() for other in scores), key=distance, default=factors)
-    return nearest if distance(nearest) <= _SAME else factors
 
 
 def _table(scores: Scores, sides: Mapping[str, Factors], seed: int, confidence: float) -> DepthTable | None:
@@ -321,7 +249,3 @@ def _number(value: Any, default: float) -> float:
     """A finite number from a file that may hold anything."""
     usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if usable else default
-
-
-def _finite_or_worst(value: float) -> float:
-    return value if math.isfinite(value) else -math.inf

@@ -1,0 +1,95 @@
+"""A study's summary in words, for a terminal and for the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lrope_gguf.text import printable, sparkline
+
+from ..results.summary import Cost, StudySummary
+
+LONG = 300
+"""Characters that a name or a value may take."""
+
+
+def summary_lines(study: StudySummary) -> Sequence[str]:
+    """The report as text for a terminal."""
+    lines = [f"model       {model_name(study)}", f"study       {about(study)}"]
+    if study.factors is not None:
+        low, high = min(study.factors), max(study.factors)
+        lines.append(f"factors     {sparkline(study.factors)} from {low:.4g} to {high:.4g}")
+    if study.best is not None and study.best.control_points is not None:
+        points = ", ".join(f"({x:.3g}, {y:.4g})" for x, y in study.best.control_points)
+        lines.append(f"curve       control points {points}")
+    for split in ("search", "validation"):
+        result = study.results.get(split)
+        if isinstance(result, dict) and isinstance(result.get("fitness"), (int, float)):
+            lines.append(f"{split:<11} {result['fitness']:+.4f} nats a token on {result.get('contexts')} contexts")
+    lines += [f"{f'KL, {name}':<11} {value:.4g} nats a token on ordinary text" for name, value in study.guard.items()]
+    if study.costs:
+        lines.append(f"cost        {cost_words(study.total)}")
+    if study.table is not None:
+        lines += ["", str(study.table)]
+        if study.table_split != "test":
+            lines += ["(on the search contexts, which candidates were chosen on: no evidence of a gain)"]
+    return [*lines, "", printable(study.verdict)]
+
+
+def model_name(study: StudySummary) -> str:
+    """What the searched model is called."""
+    model = study.config.get("model")
+    name = (model.get("name") or model.get("architecture")) if isinstance(model, dict) else model
+    return printable(name if isinstance(name, str) and name.strip() else "a model", 120)
+
+
+def about(study: StudySummary) -> str:
+    """The study in one line: task, architecture, layers, versions."""
+    task = study.config.get("task")
+    words = [f"task {_value(task.get('task', task.get('name', 'not named')) if isinstance(task, dict) else task)}"]
+    if study.best is not None and study.best.architecture:
+        words.append(f"architecture {study.best.architecture}")
+    if study.factors is not None:
+        words.append(count(len(study.factors), "layer"))
+    versions = study.config.get("versions")
+    if isinstance(versions, dict):
+        words += [f"{name} {_value(version)}" for name, version in versions.items()]
+    return printable(", ".join(words), LONG)
+
+
+def cost_words(cost: Cost) -> str:
+    """Evaluations, tokens, time and rate in words."""
+    text = f"{count(cost.evaluations, 'evaluation')}, {cost.tokens:,} tokens"
+    return text if math.isnan(cost.rate) else f"{text}, {duration(cost.seconds)}, {cost.rate:,.0f} tokens/s"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits."""
+    if seconds >= 7200.0:
+        return f"{seconds / 3600.0:.1f} hours"
+    return f"{seconds / 60.0:.1f} minutes" if seconds >= 120.0 else f"{seconds:.1f} seconds"
+
+
+def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield rows of nested JSON: dotted key, and value in words."""
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from flat(item, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, _value(value)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        text = ", ".join(map(_value, value[:LONG]))
+    elif value is None or isinstance(value, bool):
+        text = "" if value is None else "yes" if value else "no"
+    else:
+        text = f"{value:.10g}" if isinstance(value, float) else str(value)
+    return printable(text or "–", LONG)
+
+
+def count(n: int, what: str) -> str:
+    """A number of things in words."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
