@@ -61,7 +61,7 @@ BAD: dict[str, tuple[Callable[[gguf.GGUFWriter], None], str]] = {
 
 def load_elsewhere(path: Path) -> subprocess.CompletedProcess[str]:
     """Load in a process of its own: llama.cpp writes its errors to the standard error stream."""
-    code = f"import llama_direct, pathlib; llama_direct.Context(pathlib.Path({str(path)!r}))"
+    code = f"from support import llama_direct; import pathlib; llama_direct.Context(pathlib.Path({str(path)!r}))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 

@@ -769,7 +769,9 @@ def _variants() -> Iterator[Fixture]:
     yield _fixture("deepseek2", "-no-mla", moe=True, metadata={key: None for key in MLA if "mla" in key})
     yield _fixture("deepseek2", "-lite", moe=True, n_layer=27)
     yield _fixture("baichuan", "-alibi", n_layer=40, without=frozenset(range(40)))
-    yield _fixture("granitehybrid", "-no-rope", metadata={"rope.scaling.finetuned": False}, without=ALL, shift=False)
+    for arch in ("granite", "granitehybrid", "graniteswitch"):
+        off = {**SPECIAL.get(arch, {}).get("metadata", {}), "rope.scaling.finetuned": False}
+        yield _fixture(arch, "-no-rope", metadata=off, without=ALL, shift=False)
     rotating: list[int] = [1 - il % 2 for il in range(N_LAYER)]
     yield _fixture("granite_swa", "-pattern", metadata={"attention.rope_pattern": rotating}, without=ODD, shift=False)
     yield _fixture("nanbeige", "-looped", metadata={"num_loops": 2}, layer_of=_looped)

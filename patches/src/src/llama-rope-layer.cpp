@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 
 // far outside of anything useful, but inside of what float32 angles can represent
@@ -57,17 +58,19 @@ void llama_rope_layer_load(llama_model_loader & ml, llama_hparams & hparams) {
     llama_rope_layer_check(("key " + key).c_str(), data, n, hparams.n_rope_layer_factors);
 
     std::copy(data, data + n, hparams.rope_layer_factors.begin());
+
+    hparams.has_rope_layer_factors = true;
 }
 
 std::vector<float> llama_rope_layer_expand(const llama_model & model, const float * factors) {
     const auto & hparams = model.hparams;
 
-    factors = factors ? factors : hparams.rope_layer_factors.data();
-
     const uint32_t n = hparams.n_rope_layer_factors;
-    if (n == 0 || factors[0] == 0.0f) {
+    if (n == 0 || (factors == nullptr && !hparams.has_rope_layer_factors)) {
         return {};
     }
+
+    factors = factors ? factors : hparams.rope_layer_factors.data();
 
     std::vector<float> result(factors, factors + n);
 
@@ -80,16 +83,18 @@ std::vector<float> llama_rope_layer_expand(const llama_model & model, const floa
 }
 
 static bool llama_rope_layer_has_rope(const llama_model & model) {
-    switch (model.arch) {
-        case LLM_ARCH_BERT:
-        case LLM_ARCH_STARCODER:
-            return false; // learned positions
-        case LLM_ARCH_GRANITE:
-        case LLM_ARCH_GRANITE_HYBRID:
-            return model.hparams.rope_finetuned; // used as a switch
-        default:
-            return model.hparams.rope_type != LLAMA_ROPE_TYPE_NONE && !model.hparams.use_alibi;
+    if (model.arch == LLM_ARCH_BERT || model.arch == LLM_ARCH_STARCODER) {
+        return false; // learned positions
     }
+
+    // these use the key as a switch - by name, older versions do not have them all
+    for (const char * arch : { "granite", "granitehybrid", "graniteswitch" }) {
+        if (strcmp(llm_arch_name(model.arch), arch) == 0) {
+            return model.hparams.rope_finetuned;
+        }
+    }
+
+    return model.hparams.rope_type != LLAMA_ROPE_TYPE_NONE && !model.hparams.use_alibi;
 }
 
 // the factor of the layer whose keys a layer without keys attends to, see llama_model::create_memory()
@@ -113,7 +118,7 @@ llama_rope_layer_factors llama_rope_layer_init(const llama_model & model, const 
             throw std::runtime_error("this model uses the RoPE factors of its target");
         }
 
-        if (hparams.rope_layer_factors[0] > 0.0f) {
+        if (hparams.has_rope_layer_factors) {
             LLAMA_LOG_WARN("%s: ignoring the RoPE factors of this model, it uses those of its target\n", __func__);
         }
 
@@ -239,7 +244,7 @@ int32_t llama_get_rope_layer_factors(const llama_context * ctx, float * out, siz
 bool llama_model_rope_layer_factors(const llama_model * model, float * out, size_t n) {
     const auto & hparams = model->hparams;
 
-    if (n != hparams.n_rope_layer_factors || hparams.rope_layer_factors[0] == 0.0f) {
+    if (!hparams.has_rope_layer_factors || n != hparams.n_rope_layer_factors) {
         return false;
     }
 
