@@ -30,23 +30,18 @@ from typing import Protocol
 
 import numpy as np
 from landscapes import HELD_OUT, TUNING, Landscape
+from options import add_model_options, add_task_options, model_of, task_of
 from scipy.stats import spearmanr
 
 from lrope_gguf import LropeError
-from lrope_search.commands.options import (
-    add_model_options,
-    add_task_arguments,
-    fit_task,
-    open_model,
-    open_task,
-    positive,
-    task_config,
-)
+from lrope_search.config import UNIFORM_FACTORS
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
+from lrope_search.evaluation.make import open_model, task_for
 from lrope_search.optimizers.protocol import Candidate, Optimizer, Score
 from lrope_search.optimizers.registry import ALGORITHMS, make_algorithm
-from lrope_search.optimizers.space import UNIFORM_FACTORS, CurveSpace
+from lrope_search.optimizers.space import CurveSpace
 from lrope_search.study.racing import Race, Racing
+from lrope_search.tasks import task_identity
 
 Factors = tuple[float, ...]
 
@@ -70,11 +65,13 @@ class ModelProblem:
 
     def __init__(self, args: argparse.Namespace, n_true: int) -> None:
         """Load the model; ``n_true`` validation contexts decide what a curve is worth."""
-        loaded = open_model(args)
-        task = fit_task(open_task(args), args, loaded)
+        loaded = open_model(model_of(args))
+        task = task_for(loaded, task_of(args))
         self._evaluator = TeacherForcedEvaluator(loaded, task, answer_prefix=args.answer_prefix)
         self.n_layer, self._n_true = self._evaluator.n_layer, n_true
-        self._key = json.dumps([Path(args.model).name, task_config(args)])
+        self._key = json.dumps(
+            [Path(args.model).name, task_identity(task_of(args)) | {"chat_template": not args.no_chat_template}]
+        )
         self._known: dict[tuple[Factors, str, int], float] = {}
         self._path = Path(args.cache) if args.cache else None
         if self._path is not None and self._path.exists():
@@ -331,29 +328,29 @@ def main() -> None:
     functions = {"synthetic": synthetic, "model": model, "racing": compare_racing, "fidelity": fidelity}
     for name, function in functions.items():
         command = commands.add_parser(name, help=(function.__doc__ or "").rstrip("."))
-        command.add_argument("--seeds", metavar="N", type=positive, default=10, help="runs (%(default)s)")
+        command.add_argument("--seeds", metavar="N", type=int, default=10, help="runs (%(default)s)")
         command.add_argument("--algorithms", metavar="NAME,...", type=words, default=list(ALGORITHMS))
         command.add_argument("--budgets", metavar="N,...", type=numbers, default=[50, 100, 200, 400])
         command.add_argument("--context-budgets", metavar="N,...", type=numbers, default=[100, 200, 400, 800])
-        command.add_argument("--contexts", metavar="N", type=positive, default=2, help="search contexts (%(default)s)")
+        command.add_argument("--contexts", metavar="N", type=int, default=2, help="search contexts (%(default)s)")
         if name != "synthetic":
             nargs = "?" if name == "racing" else None
             command.add_argument("model", metavar="MODEL", nargs=nargs, help="GGUF file")
             add_model_options(command)
-            add_task_arguments(command)
+            add_task_options(command)
             command.add_argument("--width", metavar="W", type=float, default=0.05, help="as of search (%(default)s)")
             command.add_argument("--uniform-factors", metavar="F,...", default=UNIFORM_FACTORS,
                                  type=lambda text: tuple(map(float, text.split(","))))  # fmt: skip
             command.add_argument("--cache", metavar="FILE", help="results, kept and used again")
-            command.add_argument("--true-contexts", metavar="N", type=positive, default=16)
+            command.add_argument("--true-contexts", metavar="N", type=int, default=16)
             command.add_argument("--short-keys", metavar="N,...", type=numbers, default=[11])
-            command.add_argument("--curves", metavar="N", type=positive, default=60)
+            command.add_argument("--curves", metavar="N", type=int, default=60)
         if name != "fidelity":
             command.add_argument("--first-seed", metavar="N", type=int, default=0 if name == "model" else 1000)
         if name in ("synthetic", "racing"):
             command.add_argument("--kinds", metavar="KIND,...", type=words, default=list(HELD_OUT),
                                  help=f"of {','.join((*TUNING, *HELD_OUT))} (%(default)s)")  # fmt: skip
-            command.add_argument("--jobs", metavar="N", type=positive, default=1, help="processes (%(default)s)")
+            command.add_argument("--jobs", metavar="N", type=int, default=1, help="processes (%(default)s)")
             command.add_argument("--target", metavar="PERCENT", type=float, default=60.0)
     args = parser.parse_args()
     try:

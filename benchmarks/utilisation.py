@@ -35,10 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.virtual_workers import VirtualExecutor
 
 from lrope_gguf.curve import Curve, CurveFile
+from lrope_search.config import SearchConfig
 from lrope_search.optimizers.protocol import Candidate, Score
 from lrope_search.scores import ContextScore, Job, ProbeScore
 from lrope_search.study.progress import Progress
-from lrope_search.study.run import SearchSettings, run_search
+from lrope_search.study.run import run_search
 from lrope_search.study.store import Study
 
 CONTEXTS = 4
@@ -114,9 +115,7 @@ class Usage:
 
 def usage(n_workers: int, lag: int, spread: float, rounds: int) -> Usage:
     """Search with ``rounds`` candidates a worker."""
-    settings = SearchSettings(
-        max_evaluations=rounds * n_workers, search_contexts=CONTEXTS, racing_fraction=0.5, lag=lag
-    )
+    settings = SearchConfig(max_evaluations=rounds * n_workers, search_contexts=CONTEXTS, racing_fraction=0.5, lag=lag)
     executor = VirtualExecutor(RandomWorth(), n_workers, lambda job: duration(job, spread))
     with tempfile.TemporaryDirectory() as directory, PaperStudy(Path(directory), {}) as study:
         run_search(executor, study, settings, Progress(quiet=True), algorithm=Anything(lag))
@@ -212,7 +211,7 @@ def run_to_target(kind: str, seed: int, n_workers: int, lag: int, budget: int, s
     """One search with the genetic algorithm."""
     landscape = Landscape(kind, seed)
     executor = VirtualExecutor(OnLandscape(landscape), n_workers, lambda job: duration(job, 0.25))
-    settings = SearchSettings(seed=seed, max_evaluations=budget, search_contexts=CONTEXTS, racing_fraction=0.5, lag=lag)
+    settings = SearchConfig(seed=seed, max_evaluations=budget, search_contexts=CONTEXTS, racing_fraction=0.5, lag=lag)
     with (
         tempfile.TemporaryDirectory() as directory,
         Watch(Path(directory), landscape, executor, share) as study,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -58,8 +58,6 @@ class LazyGroup(click.Group):
             if ctx.resilient_parsing:  # completing a word: nothing to say
                 return None
             raise _missing(cmd_name, error) from error
-        if not hasattr(module, "command"):
-            return _bridge(cmd_name, module)
         command: click.Command = module.command
         return command
 
@@ -155,22 +153,6 @@ def _run(arguments: list[str]) -> int:
         if chosen not in COMMANDS:
             raise
         raise _missing(chosen, error) from error
-
-
-def _bridge(name: str, module: Any) -> click.Command:
-    """Only until every command is click's: run one that still is argparse's."""
-    import argparse
-
-    @click.pass_context
-    def run(context: click.Context, words: tuple[str, ...]) -> int:
-        parser = argparse.ArgumentParser(prog=f"lrope-gguf {name}")
-        module.add_arguments(parser)
-        status: int = module.run(parser.parse_args(words))
-        return status
-
-    settings = {"ignore_unknown_options": True, "help_option_names": []}
-    words = click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)
-    return click.Command(name, params=[words], callback=run, context_settings=settings)
 
 
 def _missing(command: str, error: ModuleNotFoundError) -> Exception:

@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -509,9 +508,6 @@ def test_progress_on_a_terminal(model: Path) -> None:
     assert "\r\x1b[Klrope-gguf: " in data and "Input/output error" in data
 
 
-PORTED = hasattr(import_module("lrope_search.commands.search"), "command")
-
-
 @pytest.fixture
 def bench(tmp_path: Path) -> Path:
     """A folder with some files to complete, and `lrope-gguf` beside it."""
@@ -554,7 +550,7 @@ def test_completion_in_bash(bench: Path) -> None:
         (("write", "m", "--curve", ""), files),
         (("write", "m", "--factors", ""), set()),
         (("none", ""), set(COMMANDS)),
-        *([(("search", "m", "--identifiers", "n"), {"number"})] if PORTED else []),
+        (("search", "m", "--identifiers", "n"), {"number"}),
     ]:
         *found, registered = in_shell(
             bench, "bash", "--norc", "-c", code, "bash", "lrope-gguf", *words
@@ -572,8 +568,7 @@ def test_completion_in_fish(bench: Path) -> None:
     assert complete("lrope-gguf ") == set(COMMANDS)
     assert complete("lrope-gguf show --") == {"--help", "--json", "--plot"}
     assert {"m.gguf", "models/"} <= complete("lrope-gguf show m")
-    if PORTED:
-        assert complete("lrope-gguf search --identifiers ") == {"uuid", "number", "word"}
+    assert complete("lrope-gguf search --identifiers ") == {"uuid", "number", "word"}
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")

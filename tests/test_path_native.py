@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -24,10 +23,11 @@ from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import read_factors, remove_factors, write_factors
 from lrope_gguf.native import tool_path
-from lrope_search.commands.search import _at_the_bounds, add_arguments
-from lrope_search.commands.spec import EvaluatorSpec
+from lrope_search.commands.search import at_the_bounds
+from lrope_search.config import ModelConfig, TaskConfig
 from lrope_search.demo.server import LlamaServer
 from lrope_search.evaluation.divergence import GuardTexts
+from lrope_search.evaluation.make import EvaluatorSpec
 
 pytestmark = pytest.mark.native
 
@@ -225,9 +225,9 @@ def test_a_search_begins_with_the_curves_it_is_given(model: Path, tmp_path: Path
 
 def test_a_control_point_at_the_bounds_is_pointed_out() -> None:
     inside = Curve(((0.0, 1.0), (0.5, 1.2), (1.0, 3.9)))
-    assert _at_the_bounds(inside) is None
+    assert at_the_bounds(inside) is None
     outside = Curve(((0.0, 0.8), (0.5, 1.5), (1.0, 1.1)), bounds=(0.8, 1.5))
-    assert _at_the_bounds(outside) == "control points lie at the bounds (0.8 and 1.5): wider --bounds may find more"
+    assert at_the_bounds(outside) == "control points lie at the bounds (0.8 and 1.5): wider --bounds may find more"
 
 
 def test_a_verdict_without_a_gain_has_a_status_of_its_own_if_asked(model: Path, tmp_path: Path) -> None:
@@ -264,13 +264,12 @@ def test_ray_finds_the_same(model: Path, tmp_path: Path) -> None:
 
 def test_the_number_of_threads_does_not_matter(model: Path) -> None:
     """Which is why workers may share the threads that one would have: scores are equal bit by bit."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    args = parser.parse_args([str(model), *SEARCH])
+    how, task = ModelConfig(str(model)), TaskConfig(identifiers="number", keys=12, depths=4)
     text = tuple(range(10, 74))
+    texts = GuardTexts((text[:16], text[16:32]), text)
     scores = []
     for n_threads in (1, 2):
-        with EvaluatorSpec(args, guard_texts=GuardTexts((text[:16], text[16:32]), text))(n_threads) as evaluator:
+        with EvaluatorSpec(how, task, guard_texts=texts)(n_threads) as evaluator:
             of_text = evaluator.divergence(tuple(FACTORS))
             of_tasks = [evaluator.evaluate(tuple(FACTORS), *job).probes for job in (("search", 0), ("test", 1))]
             scores.append((of_tasks, of_text.short, of_text.long))

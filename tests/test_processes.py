@@ -16,17 +16,18 @@ from support.worker_evaluators import Workers, see
 
 from lrope_gguf.errors import LropeError
 from lrope_search import machine
+from lrope_search.config import SearchConfig
 from lrope_search.machine import free_memory, visible_gpus
 from lrope_search.scores import GUARD, Job
 from lrope_search.study.progress import Progress
-from lrope_search.study.run import SearchSettings, run_search
+from lrope_search.study.run import run_search
 from lrope_search.study.store import Study
 from lrope_search.workers import pool
 from lrope_search.workers.pool import MAX_MOVES, WorkerError
 from lrope_search.workers.processes import ProcessExecutor
 from lrope_search.workers.protocol import Executor, LocalExecutor
 
-SETTINGS = SearchSettings(
+SETTINGS = SearchConfig(
     seed=4,
     max_evaluations=24,
     search_contexts=2,
@@ -39,7 +40,7 @@ JOBS = [Job((1.0 + i / 100.0,) * 12, "search", i) for i in range(12)]
 
 
 def search(directory: Path, executor: Executor) -> bytes:
-    with Study(directory, {"search": SETTINGS.config()}) as study:
+    with Study(directory, {"search": SETTINGS.identity()}) as study:
         run_search(executor, study, SETTINGS, Progress(study.log, quiet=True))
     return (directory / "best.json").read_bytes()
 

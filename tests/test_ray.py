@@ -15,9 +15,10 @@ from support.synthetic import Landscape
 from support.worker_evaluators import Workers, see
 
 from lrope_gguf.errors import LropeError
+from lrope_search.config import SearchConfig
 from lrope_search.scores import Job
 from lrope_search.study.progress import Progress
-from lrope_search.study.run import SearchSettings, run_search
+from lrope_search.study.run import run_search
 from lrope_search.study.store import Study
 from lrope_search.workers import ray_cluster as ray_executor
 from lrope_search.workers.pool import MAX_MOVES
@@ -25,7 +26,7 @@ from lrope_search.workers.protocol import Executor, LocalExecutor
 from lrope_search.workers.ray_cluster import RayExecutor
 
 pytestmark = pytest.mark.slow
-SETTINGS = SearchSettings(
+SETTINGS = SearchConfig(
     seed=4,
     max_evaluations=24,
     search_contexts=2,
@@ -37,7 +38,7 @@ SETTINGS = SearchSettings(
 
 
 def search(directory: Path, executor: Executor) -> bytes:
-    with Study(directory, {"search": SETTINGS.config()}) as study:
+    with Study(directory, {"search": SETTINGS.identity()}) as study:
         run_search(executor, study, SETTINGS, Progress(study.log, quiet=True))
     return (directory / "best.json").read_bytes()
 
@@ -118,7 +119,7 @@ def test_a_node_lost_mid_run_costs_nothing_but_time(tmp_path: Path, cluster: Any
 
     with (
         RayExecutor(Workers(seconds=0.01), 6, n_threads=1) as executor,
-        Watch(tmp_path / "six", {"search": SETTINGS.config()}) as study,
+        Watch(tmp_path / "six", {"search": SETTINGS.identity()}) as study,
     ):
         # the others have room for four: the two that the node took with it are waited for by nobody
         run_search(executor, study, SETTINGS, Progress(study.log, quiet=True))

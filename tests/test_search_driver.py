@@ -22,16 +22,18 @@ from support.virtual_workers import VirtualExecutor
 
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
+from lrope_search.config import SearchConfig
 from lrope_search.optimizers.protocol import Candidate, Optimizer, Score
 from lrope_search.results.objective import Objective
 from lrope_search.scores import GUARD, ContextScore, DivergenceScore, Evaluator, Job, ProbeScore
+from lrope_search.study.plan import make_optimizer, planned_evaluations
 from lrope_search.study.progress import Progress
 from lrope_search.study.racing import Race, Racing
-from lrope_search.study.run import SearchOutcome, SearchSettings, run_search
+from lrope_search.study.run import SearchOutcome, run_search
 from lrope_search.study.store import Study
 from lrope_search.workers.protocol import LocalExecutor
 
-SETTINGS = SearchSettings(
+SETTINGS = SearchConfig(
     seed=3,
     max_evaluations=44,
     search_contexts=3,
@@ -73,10 +75,10 @@ def workers(n: int, evaluator: Evaluator | None = None) -> Callable[[object], Vi
 
 
 def search(
-    directory: Path, evaluator: Evaluator | None = None, settings: SearchSettings = SETTINGS, **options
+    directory: Path, evaluator: Evaluator | None = None, settings: SearchConfig = SETTINGS, **options
 ) -> SearchOutcome:
     executor = options.pop("executor", LocalExecutor)(evaluator or Landscape())
-    with Study(directory, {"task": "synthetic", "search": settings.config()}) as study:
+    with Study(directory, {"task": "synthetic", "search": settings.identity()}) as study:
         return run_search(executor, study, settings, Progress(study.log, quiet=True), **options)
 
 
@@ -150,7 +152,7 @@ def test_the_plan_is_about_what_a_search_takes(tmp_path: Path) -> None:
         recorder = Recorder(Landscape())
         outcome = search(tmp_path / f"{settings.racing_fraction}", recorder, settings)
         taken = {s: sum(job.split == s for job in recorder.jobs) for s in ("search", "validation", "test")}
-        planned = settings.planned_evaluations()
+        planned = planned_evaluations(settings)
         assert planned["search"] == pytest.approx(taken["search"], rel=0.35 if settings.racing_fraction < 1.0 else 0.0)
         assert planned["test"] == taken["test"]
         assert planned["validation"] >= taken["validation"]
@@ -312,10 +314,10 @@ def test_the_other_algorithms_search_too(tmp_path: Path) -> None:
 
 def test_a_setting_that_the_algorithm_lacks_is_refused() -> None:
     with pytest.raises(LropeError, match=r"^--population: means nothing to --algorithm random; leave it out$"):
-        SearchSettings(algorithm="random", population=12)
+        SearchConfig(algorithm="random", population=12)
     with pytest.raises(LropeError, match=r"^--lag: means nothing to --algorithm de"):
-        SearchSettings(algorithm="de", lag=20)
-    assert SearchSettings(population=12).algorithm_for(4).lag == 8
+        SearchConfig(algorithm="de", lag=20)
+    assert make_optimizer(SearchConfig(population=12), 4).lag == 8
 
 
 def test_a_finished_search_runs_again_without_evaluating(tmp_path: Path) -> None:
@@ -329,7 +331,7 @@ def test_a_finished_search_runs_again_without_evaluating(tmp_path: Path) -> None
             saved.append((self.directory / "best.json").read_bytes())
 
     recorder = Recorder(Landscape())
-    with Watch(tmp_path, {"task": "synthetic", "search": SETTINGS.config()}) as study:
+    with Watch(tmp_path, {"task": "synthetic", "search": SETTINGS.identity()}) as study:
         run_search(LocalExecutor(recorder), study, SETTINGS, Progress(quiet=True))
     assert recorder.jobs == []
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
@@ -647,7 +649,7 @@ def test_the_base_model_is_told_in_full_whatever_the_race_makes_of_it(tmp_path: 
 )
 def test_settings_out_of_range_are_named(option: str, value: object) -> None:
     with pytest.raises(LropeError, match=rf"^--{option.replace('_', '-')} "):
-        SearchSettings(**{option: value})
+        SearchConfig(**{option: value})
 
 
 def context(index: int, *log_probabilities: float) -> ContextScore:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+import inspect
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from support.task_files import words, write
 from support.tiny_models import write_readable
@@ -16,18 +18,52 @@ from test_task_mdqa import line as qa_line
 
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
-from lrope_search.commands.options import add_model_options, add_task_arguments, fit_task, open_task, task_config
+from lrope_search import config
+from lrope_search.commands.options import first_task_options, model_config, model_options, task_config, task_options
+from lrope_search.config import ModelConfig, TaskConfig
+from lrope_search.evaluation.make import task_for
 from lrope_search.evaluation.model import Model
-from lrope_search.tasks import JsonlTask, KeyValueTask, MultiDocumentTask, TokenLimit
+from lrope_search.optimizers.registry import ALGORITHMS
+from lrope_search.tasks import (
+    IDENTIFIERS,
+    JsonlTask,
+    KeyValueTask,
+    MultiDocumentTask,
+    Task,
+    TokenLimit,
+    make_task,
+    task_identity,
+)
 
 native = pytest.mark.native
 
 
-def parse(*options: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_model_options(parser)
-    add_task_arguments(parser)
-    return parser.parse_args(options)
+def configs(*options: str) -> tuple[ModelConfig, TaskConfig]:
+    """The settings that a command makes of these options."""
+
+    @click.command()
+    @first_task_options
+    @task_options
+    @model_options
+    def command(**values: Any) -> tuple[ModelConfig, TaskConfig]:
+        return model_config("m.gguf", values), task_config(values)
+
+    made: tuple[ModelConfig, TaskConfig] = command.main(list(options), standalone_mode=False)
+    return made
+
+
+def parse(*options: str) -> TaskConfig:
+    return configs(*options)[1]
+
+
+def open_task(settings: TaskConfig) -> Task:
+    return make_task(settings)
+
+
+def studied(*options: str) -> dict[str, Any]:
+    """What a study's configuration holds of these options."""
+    model, task = configs(*options)
+    return task_identity(task) | {"chat_template": model.chat_template}
 
 
 @pytest.fixture
@@ -51,7 +87,7 @@ def test_every_option_reaches_its_task(data: dict[str, str]) -> None:
     )
     expected = JsonlTask(data["jsonl"], seed=5, template="{context}\n\n{question}\n").context("test", 0)
     assert open_task(own).context("test", 0) == expected
-    assert open_task(argparse.Namespace(keys=9, depths=3)).context("test", 0).prefix.count("-") == 4 * 18
+    assert open_task(TaskConfig(keys=9, depths=3)).context("test", 0).prefix.count("-") == 4 * 18
 
 
 def test_contexts_are_sized_when_a_model_is_there(data: dict[str, str]) -> None:
@@ -63,13 +99,13 @@ def test_contexts_are_sized_when_a_model_is_there(data: dict[str, str]) -> None:
     kv = parse(*options)
     assert len(open_task(kv).context("test", 0).prefix) < 400  # as small as can be
     limit = TokenLimit(89, words)  # less the answer's beginning
-    fitted = fit_task(open_task(kv), kv, Counting())  # type: ignore[arg-type]
+    fitted = task_for(Counting(), kv)  # type: ignore[arg-type]
     assert fitted.context("test", 0) == KeyValueTask(depths=3, limit=limit).context("test", 0)
     qa = parse("--task", "mdqa", "--data", data["mdqa"], *options)
-    fitted = fit_task(open_task(qa), qa, Counting())  # type: ignore[arg-type]
+    fitted = task_for(Counting(), qa)  # type: ignore[arg-type]
     assert fitted.context("test", 0) == MultiDocumentTask(data["mdqa"], depths=3, limit=limit).context("test", 0)
-    task = open_task(parse("--keys", "12"))
-    assert fit_task(task, parse("--keys", "12"), Counting()) is task  # type: ignore[arg-type]
+    same = task_for(Counting(), parse("--keys", "12"))  # type: ignore[arg-type]
+    assert same.context("test", 0) == open_task(parse("--keys", "12")).context("test", 0)
     many = parse("--context-tokens", "900", "--depths", "60")
     assert len(open_task(many).context("test", 0).probes) == 60
 
@@ -99,13 +135,13 @@ def test_options_that_mean_nothing_are_refused(options: tuple[str, ...], message
 
 
 def test_all_that_decides_the_prompts_is_in_a_studys_configuration(data: dict[str, str]) -> None:
-    config = task_config(parse())
-    assert config == task_config(parse("--depths", "11", "--identifiers", "uuid"))  # however it was said
-    assert config == {
+    plain = studied()
+    assert plain == studied("--depths", "11", "--identifiers", "uuid")  # however it was said
+    assert plain == {
         "name": "kv", "keys": None, "data": None, "identifiers": "uuid", "depths": 11, "context_tokens": None,
         "seed": 0, "answer_prefix": "", "chat_template": True,
     }  # fmt: skip
-    json.dumps(config)
+    json.dumps(plain)
     changes: dict[str, list[tuple[str, ...]]] = {
         "kv": [("--keys", "9"), ("--depths", "4"), ("--identifiers", "number"), ("--context-tokens", "900"),
                ("--data", data["kv"]), ("--seed", "1"), ("--answer-prefix", "x"), ("--no-chat-template",)],
@@ -114,8 +150,8 @@ def test_all_that_decides_the_prompts_is_in_a_studys_configuration(data: dict[st
     }  # fmt: skip
     for name, options in changes.items():
         common = ("--task", name) if name == "kv" else ("--task", name, "--data", data[name])
-        configs = [task_config(parse(*common)), *(task_config(parse(*common, *more)) for more in options)]
-        assert len({json.dumps(c, sort_keys=True) for c in configs}) == len(configs)
+        made = [studied(*common), *(studied(*common, *more) for more in options)]
+        assert len({json.dumps(c, sort_keys=True) for c in made}) == len(made)
 
 
 def evaluate(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
@@ -146,9 +182,9 @@ def test_eval_of_contexts_sized_by_tokens(
 ) -> None:
     path = write_readable(tmp_path / "model.gguf", context_length=4096)
     for options in (("--task", "kv"), ("--task", "mdqa", "--data", data["mdqa"])):
-        args = parse(*options, "--depths", "3", "--context-tokens", "1500")
+        asked = parse(*options, "--depths", "3", "--context-tokens", "1500")
         with Model(path, n_threads=1) as model:
-            task = fit_task(open_task(args), args, model)
+            task = task_for(model, asked)
             context = task.context("test", 1)
             sizes = [len(model.tokenize_prompt(context.prefix + probe.question)) for probe in context.probes]
         assert 1350 < max(sizes) <= 1500
@@ -168,3 +204,29 @@ def test_eval_of_a_curve_beside_a_uniform_factor(tmp_path: Path, capsys: pytest.
     assert stored["file"]["log_probability"] == pytest.approx(both["uniform 1.2"]["log_probability"])
     assert main(["eval", str(path), *options, "--threads", "1", "--uniform", "0"]) == 1
     assert re.search("refused by llama.cpp", capsys.readouterr().err)
+
+
+def test_settings_travel_as_json_and_by_pickle(data: dict[str, str]) -> None:
+    made = [
+        ModelConfig("m.gguf", n_threads=3, chat_template=False),
+        TaskConfig(keys=9, seed=4),
+        TaskConfig("jsonl", data=data["jsonl"], prompt_template="{context}{question}"),
+        config.SearchConfig(
+            start=(((0.0, 1.0), (0.3, 1.1), (0.6, 1.0), (1.0, 1.2)),), bounds=(0.5, 2.0), max_hours=2.5
+        ),
+    ]
+    for value in made:
+        assert pickle.loads(pickle.dumps(value)) == value
+        back = type(value).from_json(json.loads(json.dumps(value.to_json())))  # type: ignore[attr-defined]
+        assert back.to_json() == value.to_json()
+    with pytest.raises(LropeError, match="depth: no setting of TaskConfig"):
+        TaskConfig.from_json({"depth": 3})
+
+
+def test_the_settings_know_what_the_rooms_offer() -> None:
+    """config.py imports none of them, so that commands start fast."""
+    assert tuple(IDENTIFIERS) == config.IDENTIFIER_KINDS
+    assert list(ALGORITHMS) == list(config.ALGORITHM_FIELDS)
+    for name, make in ALGORITHMS.items():
+        known = inspect.signature(make).parameters.keys() & {"lag", "population", "parents", "width"}
+        assert known == config.ALGORITHM_FIELDS[name]

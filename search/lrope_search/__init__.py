@@ -1,23 +1,43 @@
-"""Search of layer factors: tasks, evaluator, genetic algorithm, executors, studies."""
+"""Search of layer factors for a GGUF model: `search` runs one, from three settings, into a directory.
 
-from .optimizers.genetic import GeneticAlgorithm
-from .optimizers.protocol import Candidate, Optimizer
-from .optimizers.registry import make_algorithm
-from .scores import Job
-from .study.run import SearchOutcome, SearchSettings, run_search
-from .study.store import Study
-from .workers.protocol import Executor, LocalExecutor
+Names are loaded on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import ModelConfig, SearchConfig, TaskConfig, WorkersConfig
+    from .launch import estimate, search
+    from .study.run import SearchOutcome, run_search
+    from .study.store import Study
 
 __all__ = [
-    "Candidate",
-    "Executor",
-    "GeneticAlgorithm",
-    "Job",
-    "LocalExecutor",
-    "Optimizer",
+    "ModelConfig",
+    "SearchConfig",
     "SearchOutcome",
-    "SearchSettings",
     "Study",
-    "make_algorithm",
+    "TaskConfig",
+    "WorkersConfig",
+    "estimate",
     "run_search",
+    "search",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    for module in ("config", "study.store", "study.run", "launch"):
+        value = getattr(import_module(f"{__name__}.{module}"), name, None)
+        if value is not None:
+            globals()[name] = value
+            return value
+    raise AttributeError(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,14 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from lrope_search.config import SearchConfig
 from lrope_search.scores import ContextScore
 from lrope_search.study.progress import Progress
-from lrope_search.study.run import SearchOutcome, SearchSettings, run_search
+from lrope_search.study.run import SearchOutcome, run_search
 from lrope_search.study.store import Study
 from lrope_search.workers.protocol import LocalExecutor
 from support.synthetic import Landscape, noise
 
-SETTINGS = SearchSettings(
+SETTINGS = SearchConfig(
     seed=3, max_evaluations=60, search_contexts=4, racing_fraction=0.5, validation_contexts=6, test_contexts=24
 )
 CONFIG = {
@@ -34,7 +35,7 @@ class Timed(Landscape):
 
 def make_study(
     directory: Path,
-    settings: SearchSettings = SETTINGS,
+    settings: SearchConfig = SETTINGS,
     *,
     n_layer: int = 24,
     evaluator: Landscape | None = None,
@@ -42,5 +43,5 @@ def make_study(
 ) -> SearchOutcome:
     """Run a whole search in ``directory``."""
     executor = LocalExecutor(evaluator or Timed(n_layer))
-    with Study(directory, (CONFIG if config is None else config) | {"search": settings.config()}) as study:
+    with Study(directory, (CONFIG if config is None else config) | {"search": settings.identity()}) as study:
         return run_search(executor, study, settings, Progress(study.log, quiet=True), architecture="synthetic")

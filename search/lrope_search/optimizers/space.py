@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lrope_gguf.bezier import evaluate
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 
+from ..config import UNIFORM_FACTORS
 from ..scores import Factors
 from .protocol import Candidate, Score
 
@@ -25,8 +26,6 @@ Start: TypeAlias = tuple[Genome, str]
 X_SCALE = 2.0
 """Useful steps of x in units of those of log y."""
 
-UNIFORM_FACTORS = (0.95, 1.05, 1.1, 1.25)
-"""Uniform scalings that every search tries first."""
 
 _T = np.linspace(0.0, 1.0, 65)  # parameters of the quick look at a curve that `CurveSpace.log_factors` takes
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import dataclasses
-import inspect
 import json
 import math
 import time
@@ -13,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, CurveFile
+from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 
+from ..config import SearchConfig
 from ..optimizers.protocol import Candidate, Optimizer, Score, rank
-from ..optimizers.registry import ALGORITHMS, make_algorithm
-from ..optimizers.space import UNIFORM_FACTORS
 from ..results.comparison import compare, finite
 from ..results.guard import divergences_by_length
 from ..results.objective import Objective
@@ -27,134 +24,13 @@ from ..results.table import depth_table
 from ..results.verdict import Verdict, verdict
 from ..scores import GUARD, ContextScore, DivergenceScore, Factors, Job
 from ..workers.protocol import Executor
+from .plan import make_optimizer, planned_evaluations, racing
 from .progress import Progress
-from .racing import Race, Racing
+from .racing import Race
 from .scheduler import Pipeline, Urgency
 from .store import Study
 
 _LINE_EVERY = 8  # candidates without an improvement after which a line says how far it is
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """All options of a search. All but ``max_hours`` decide its result together with model and task.
-
-    Args:
-        seed: Seed of the algorithm and of the bootstrap.
-        max_evaluations: Distinct candidates to evaluate on search contexts; the identity, which the genetic
-            algorithm asks for first, is one of them.
-        max_hours: Ask for no further candidate after so many hours of this run; the one thing that depends
-            on time. None: no limit.
-        search_contexts, validation_contexts, test_contexts: Contexts of each split, indices from 0.
-        finalists: Candidates, best by search, that go on to validation beside the base model and the best
-            uniform factor.
-        racing_first, racing_fraction: See `Racing`; by default there is none (docs/algorithms.md has the figures).
-        middle_weight: See `Objective`.
-        algorithm: One of `ALGORITHMS`.
-        degree, bounds, uniform_factors, width: Of every algorithm; see `make_algorithm` and `GeneticAlgorithm`.
-        lag: Candidates that may be asked for before the first of them is told: what a search on many workers needs
-            to keep them busy, and what it costs in foresight. Of those algorithms that have no generations.
-        population, parents: Of those algorithms that have them; None: their own.
-        max_kl: A finalist that diverges more from the base model on ordinary text is passed over; nats per token.
-        confidence: Of the bootstrap intervals.
-
-    Raises:
-        LropeError: a value out of range.
-    """
-
-    seed: int = 0
-    max_evaluations: int = 120
-    max_hours: float | None = None
-    search_contexts: int = 2
-    validation_contexts: int = 8
-    test_contexts: int = 16
-    finalists: int = 4
-    racing_first: int = 1
-    racing_fraction: float = 1.0
-    middle_weight: float = 0.0
-    algorithm: str = "ga"
-    degree: int = 3
-    bounds: tuple[float, float] = DEFAULT_BOUNDS
-    lag: int = 8
-    population: int | None = None
-    parents: int | None = None
-    uniform_factors: tuple[float, ...] = UNIFORM_FACTORS
-    width: float = 0.05
-    max_kl: float = 0.1
-    confidence: float = 0.95
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        counts = ("max_evaluations", "search_contexts", "validation_contexts", "test_contexts", "finalists")
-        for name in (*counts, "racing_first", "degree", "lag", "population", "parents"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise LropeError(f"{_option(name)} {value}: too few; give at least 1")
-        low, high = self.bounds
-        ranges = {
-            "seed": self.seed >= 0,
-            "max_hours": self.max_hours is None or self.max_hours > 0.0,
-            "racing_fraction": 0.0 < self.racing_fraction <= 1.0,
-            "middle_weight": 0.0 <= self.middle_weight < math.inf,
-            "bounds": 0.0 < low <= 1.0 <= high < math.inf and low < high,
-            "uniform_factors": all(0.0 < factor < math.inf for factor in self.uniform_factors),
-            "width": 0.0 < self.width <= 1.0,
-            "max_kl": self.max_kl >= 0.0,
-            "confidence": 0.0 < self.confidence < 1.0,
-        }
-        for name, right in ranges.items():
-            if not right:
-                raise LropeError(f"{_option(name)} {getattr(self, name)}: out of range; see lrope-gguf search --help")
-        if self.algorithm not in ALGORITHMS:
-            raise LropeError(f"--algorithm {self.algorithm}: unknown; choose one of {', '.join(ALGORITHMS)}")
-        self._algorithm_options()
-
-    def config(self) -> dict[str, Any]:
-        """Return what belongs in a study's config: all but ``max_evaluations`` and ``max_hours``.
-
-        These two only say how far to go: a study may be continued with more of either.
-        """
-        config = dataclasses.asdict(self)
-        del config["max_hours"], config["max_evaluations"]
-        return config
-
-    def racing(self) -> Racing:
-        """Return the racing rule of these settings."""
-        return Racing(self.search_contexts, self.racing_first, self.racing_fraction)
-
-    def algorithm_for(self, n_layer: int, curves: Sequence[Curve] = ()) -> Optimizer:
-        """Return the optimizer of these settings, fresh."""
-        return make_algorithm(
-            self.algorithm,
-            n_layer,
-            seed=self.seed,
-            degree=self.degree,
-            bounds=self.bounds,
-            uniform_factors=self.uniform_factors,
-            curves=curves,
-            **self._algorithm_options(),
-        )
-
-    def _algorithm_options(self) -> dict[str, Any]:
-        """Return what the algorithm takes of the settings that not all of them have."""
-        known = inspect.signature(ALGORITHMS[self.algorithm]).parameters
-        options = {name: getattr(self, name) for name in ("lag", "population", "parents", "width")}
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name, value in options.items():
-            if name not in known and value != defaults[name]:
-                raise LropeError(f"{_option(name)}: means nothing to --algorithm {self.algorithm}; leave it out")
-        return {name: value for name, value in options.items() if name in known and value is not None}
-
-    def planned_evaluations(self, guard: bool = False) -> dict[str, int]:
-        """Return about how many context evaluations (one prefill each) the search takes, by split."""
-        sides = 2 + bool(self.uniform_factors)
-        finalists = min(self.finalists, self.max_evaluations - 1)
-        planned = {
-            "search": self.search_contexts + self.racing().expected_evaluations(self.max_evaluations - 1),
-            "validation": (finalists + sides - 1) * self.validation_contexts,
-            "test": sides * self.test_contexts,
-        }
-        return planned | ({"guard": 1} if guard else {})
 
 
 @dataclass(frozen=True)
@@ -181,6 +57,10 @@ class SearchOutcome:
         assert self.summary.best is not None  # of a search that has ended
         return self.summary.best
 
+    def text(self) -> str:
+        """Return the test by depth and the verdict."""
+        return f"{self.summary.table}\n\n{self.summary.verdict}"
+
     @property
     def verdict(self) -> Verdict:
         """Whether to use the curve."""
@@ -190,11 +70,10 @@ class SearchOutcome:
 def run_search(
     executor: Executor,
     study: Study,
-    settings: SearchSettings,
+    settings: SearchConfig,
     progress: Progress,
     *,
     algorithm: Optimizer | None = None,
-    curves: Sequence[Curve] = (),
     architecture: str | None = None,
     block_count: int | None = None,
     guard_contexts: int = 0,
@@ -217,7 +96,6 @@ def run_search(
         settings: Options.
         progress: Shows how far it is.
         algorithm: Fresh optimizer in place of the one of the settings.
-        curves: Further curves for the optimizer of the settings to begin with.
         architecture: The model's ``general.architecture``, for ``best.json``.
         block_count: The model's, for ``best.json``; None: ``executor.n_layer``.
         guard_contexts: 1 if the evaluator can measure the `divergence` from the base model, 0 if not.
@@ -226,7 +104,7 @@ def run_search(
         LropeError: the base model's log-probabilities are not finite, an evaluation failed, or the study cannot be
             written.
     """
-    algorithm = algorithm or settings.algorithm_for(executor.n_layer, curves)
+    algorithm = algorithm or make_optimizer(settings, executor.n_layer)
     search = _Search(executor, study, settings, progress, architecture, block_count, guard_contexts)
     return search.run(algorithm)
 
@@ -236,7 +114,7 @@ class _Search:
         self,
         executor: Executor,
         study: Study,
-        settings: SearchSettings,
+        settings: SearchConfig,
         progress: Progress,
         architecture: str | None,
         block_count: int | None,
@@ -257,7 +135,7 @@ class _Search:
 
     def run(self, algorithm: Optimizer) -> SearchOutcome:
         settings = self.settings
-        planned = settings.planned_evaluations(bool(self.guard_contexts))
+        planned = planned_evaluations(settings, guard=bool(self.guard_contexts))
         self.progress.start(sum(planned.values()))
         self.progress.line(f"up to {settings.max_evaluations} candidates: " + _plan_text(planned))
         try:
@@ -289,7 +167,7 @@ class _Search:
 
     def search(self, algorithm: Optimizer) -> str:
         """Ask, evaluate and tell, candidate by candidate; return what ended it."""
-        race = Race(self.settings.racing())
+        race = Race(racing(self.settings))
         asked: list[Candidate] = []
         pending: deque[Candidate] = deque()
 
@@ -376,7 +254,7 @@ class _Search:
 
     def expected(self) -> int:
         """Return how many evaluations it will be in all, by what racing has taken so far."""
-        planned = self.settings.planned_evaluations(bool(self.guard_contexts))
+        planned = planned_evaluations(self.settings, guard=bool(self.guard_contexts))
         begun = sum(contexts for _, (contexts, _) in self.ranking)
         left = max(self.settings.max_evaluations - len(self.ranking), 0)
         search = self.settings.search_contexts + begun + math.ceil(left * begun / len(self.ranking))
@@ -530,11 +408,6 @@ class _Search:
             block_count=self.block_count,
             provenance={"config": self.study.config, "results": results},
         )
-
-
-def _option(name: str) -> str:
-    """The command line's name of a setting."""
-    return f"--{name.replace('_', '-')}"
 
 
 def _plan_text(planned: dict[str, int]) -> str:

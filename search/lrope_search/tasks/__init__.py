@@ -5,17 +5,14 @@ counts them (`TokenLimit`).
 """
 
 from .identifiers import IDENTIFIERS, Identifiers
-from .jsonl import DEFAULT_TEMPLATE, JsonlTask
-from .kv import DEFAULT_PAIRS, KeyValueTask
-from .mdqa import DEFAULT_DOCUMENTS, MultiDocumentTask
+from .jsonl import JsonlTask
+from .kv import KeyValueTask
+from .make import file_identity, make_task, task_identity
+from .mdqa import MultiDocumentTask
 from .sizing import Count, TokenLimit
-from .task import DEFAULT_DEPTHS, SPLITS, Task
+from .task import SPLITS, Task
 
 __all__ = [
-    "DEFAULT_DEPTHS",
-    "DEFAULT_DOCUMENTS",
-    "DEFAULT_PAIRS",
-    "DEFAULT_TEMPLATE",
     "IDENTIFIERS",
     "SPLITS",
     "Count",
@@ -25,4 +22,7 @@ __all__ = [
     "MultiDocumentTask",
     "Task",
     "TokenLimit",
+    "file_identity",
+    "make_task",
+    "task_identity",
 ]

@@ -9,10 +9,10 @@ from typing import Any
 
 from lrope_gguf.errors import LropeError
 
+from ..config import DEFAULT_TEMPLATE
 from .records import read_records, split_groups, too_few
 from .task import SPLITS, Context, Probe
 
-DEFAULT_TEMPLATE = "{context}\n\nQuestion: {question}\nAnswer:"
 _MARKS = ("{context}", "{question}")
 _N_CALIBRATION = 8  # questions of the calibration context
 _EXCERPT = 600  # characters of a context that stand in it, on either side of the answer

@@ -10,12 +10,12 @@ import numpy as np
 
 from lrope_gguf.errors import LropeError
 
+from ..config import DEFAULT_DEPTHS, DEFAULT_PAIRS
 from .identifiers import IDENTIFIERS
 from .records import read_records, split_groups, too_few
 from .sizing import TokenLimit
-from .task import DEFAULT_DEPTHS, SPLITS, Context, Probe, even_depths
+from .task import SPLITS, Context, Probe, even_depths
 
-DEFAULT_PAIRS = 40
 _CALIBRATION = len(SPLITS)  # in place of a split's number: pairs that are part of none
 
 Pairs = Sequence[tuple[str, str]]

@@ -13,12 +13,12 @@ import numpy as np
 
 from lrope_gguf.errors import LropeError
 
+from ..config import DEFAULT_DEPTHS, DEFAULT_DOCUMENTS
 from .answers import normalize
 from .records import read_records, split_groups, too_few
 from .sizing import TokenLimit
-from .task import DEFAULT_DEPTHS, SPLITS, Context, Probe, even_depths
+from .task import SPLITS, Context, Probe, even_depths
 
-DEFAULT_DOCUMENTS = 20
 _N_CALIBRATION = 12  # documents of the calibration context
 _COMMON = 0.1  # an alias that stands in more than this share of passages is no answer that one could look for
 _SAMPLE = 200  # passages that are looked through to know

@@ -10,7 +10,6 @@ import numpy as np
 from .answers import holds
 
 SPLITS = ("search", "validation", "test")
-DEFAULT_DEPTHS = 11
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""Options that the benchmarks share, as the settings that the package takes."""
+
+from __future__ import annotations
+
+import argparse
+
+from lrope_search.config import IDENTIFIER_KINDS, TASK_FIELDS, ModelConfig, TaskConfig
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Declare how a model is run."""
+    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (the physical cores)")
+    parser.add_argument("--n-gpu-layers", metavar="N", type=int, help="layers to keep on the GPU (all that fit)")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=512, help="tokens a batch (%(default)s)")
+    parser.add_argument("--no-chat-template", action="store_true", help="give prompts as they are")
+    parser.add_argument("--verbose", action="store_true", help="show llama.cpp's log")
+
+
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the task."""
+    parser.add_argument("--task", choices=list(TASK_FIELDS), default="kv")
+    parser.add_argument("--identifiers", choices=IDENTIFIER_KINDS)
+    for name in ("keys", "documents", "context-tokens", "depths"):
+        parser.add_argument(f"--{name}", metavar="N", type=int)
+    parser.add_argument("--data", metavar="FILE")
+    parser.add_argument("--prompt-template", metavar="TEXT")
+    parser.add_argument("--answer-prefix", metavar="TEXT", default="")
+    parser.add_argument("--seed", metavar="N", type=int, default=0)
+
+
+def model_of(args: argparse.Namespace) -> ModelConfig:
+    """Return the model's settings."""
+    return ModelConfig(
+        args.model,
+        n_threads=args.threads,
+        n_gpu_layers=args.n_gpu_layers,
+        batch_size=args.batch_size,
+        chat_template=not args.no_chat_template,
+        verbose=args.verbose,
+    )
+
+
+def task_of(args: argparse.Namespace) -> TaskConfig:
+    """Return the task's settings."""
+    names = ("data", "keys", "documents", "context_tokens", "identifiers", "depths", "prompt_template")
+    own = {name: getattr(args, name) for name in (*names, "answer_prefix", "seed")}
+    return TaskConfig(args.task, **own)

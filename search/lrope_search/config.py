@@ -1,0 +1,348 @@
+"""The settings of a search as values: what a worker gets, what ``config.json`` holds, and what a Python user writes.
+
+Frozen, checked when they are made, picklable, and JSON both ways. A value that is wrong is named by its option on the
+command line. Nothing here imports NumPy or llama.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
+from typing import Any, TypeAlias, TypeVar
+
+from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, Point
+from lrope_gguf.errors import LropeError
+
+ControlPoints: TypeAlias = tuple[Point, ...]
+
+DEFAULT_PAIRS, DEFAULT_DOCUMENTS, DEFAULT_DEPTHS = 40, 20, 11
+"""Of a context: pairs of key and value, documents, questions."""
+DEFAULT_TEMPLATE = "{context}\n\nQuestion: {question}\nAnswer:"
+IDENTIFIER_KINDS = ("uuid", "number", "word")
+"""Kinds of keys and values of generated contexts; the first is the default."""
+UNIFORM_FACTORS = (0.95, 1.05, 1.1, 1.25)
+"""Uniform scalings (position interpolation) that every search tries first."""
+
+TASK_FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "kv": frozenset({"data", "context_tokens", "keys", "identifiers", "depths"}),
+        "mdqa": frozenset({"data", "context_tokens", "documents", "depths"}),
+        "jsonl": frozenset({"data", "prompt_template"}),
+    }
+)
+"""The tasks, and which fields of `TaskConfig` mean something to each; the rest means something to all."""
+
+ALGORITHM_FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "ga": frozenset({"lag", "population", "parents", "width"}),
+        "cma-es": frozenset({"population", "width"}),
+        "de": frozenset({"population", "width"}),
+        "random": frozenset({"lag", "width"}),
+        "papers-ga": frozenset({"population", "parents", "width"}),
+    }
+)
+"""The optimizers, and which fields of `SearchConfig` mean something to each beside those that mean something to all."""
+
+EXECUTORS = ("local", "ray")
+"""Where workers live: processes of this machine, or actors of a Ray cluster."""
+
+C = TypeVar("C", "ModelConfig", "TaskConfig", "SearchConfig")
+
+
+def option(name: str) -> str:
+    """Return the command line's name of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model and how it is run.
+
+    Args:
+        path: GGUF file; of a split model the first shard.
+        n_threads: CPU threads; None: the physical cores.
+        n_gpu_layers: Layers to keep on the GPU; None: all that fit.
+        batch_size: Tokens that llama.cpp computes at once.
+        chat_template: Whether prompts go through the model's own template, if it has one.
+        verbose: Show llama.cpp's log.
+
+    Raises:
+        LropeError: a value out of range.
+    """
+
+    path: str
+    n_threads: int | None = None
+    n_gpu_layers: int | None = None
+    batch_size: int = 512
+    chat_template: bool = True
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        object.__setattr__(self, "path", str(self.path))
+        for name, value in (("threads", self.n_threads), ("batch_size", self.batch_size)):
+            _at_least(name, value, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ModelConfig:
+        """Return what `to_json` wrote.
+
+        Raises:
+            LropeError: a field that there is not, or a value out of range.
+        """
+        return _from_json(cls, value)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    r"""A task: what the model is asked.
+
+    Args:
+        name: One of `TASK_FIELDS`.
+        data: File with the contexts; None: made from the seed (``kv`` alone can).
+        keys: Of ``kv``, pairs a context; None: 40, or all of a file's record.
+        documents: Of ``mdqa``, documents a context; None: 20.
+        context_tokens: In place of either: as many as fit into so many tokens of the model.
+        identifiers: Of ``kv`` without ``data``, one of `IDENTIFIER_KINDS`; None: the first.
+        depths: Of ``kv`` and ``mdqa``, questions a context; None: 11.
+        prompt_template: Of ``jsonl``, the prompt with ``{context}`` and ``{question}``, a new line written ``\n``;
+            None: `DEFAULT_TEMPLATE`.
+        answer_prefix: Begins all answers, for base models that would not answer in the wanted form by themselves.
+        seed: Of all that is random.
+
+    Raises:
+        LropeError: values out of range or that do not go together.
+    """
+
+    name: str = "kv"
+    data: str | None = None
+    keys: int | None = None
+    documents: int | None = None
+    context_tokens: int | None = None
+    identifiers: str | None = None
+    depths: int | None = None
+    prompt_template: str | None = None
+    answer_prefix: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a file."""
+        if self.data is not None:
+            object.__setattr__(self, "data", str(self.data))
+        if self.name not in TASK_FIELDS:
+            raise LropeError(f"--task {self.name}: unknown; choose one of {', '.join(TASK_FIELDS)}")
+        for name in sorted(frozenset().union(*TASK_FIELDS.values()) - TASK_FIELDS[self.name]):
+            if getattr(self, name) is not None:
+                tasks = " and ".join(f"--task {task}" for task, own in TASK_FIELDS.items() if name in own)
+                raise LropeError(f"{option(name)}: means nothing to --task {self.name}; it is for {tasks}")
+        if self.context_tokens is not None:
+            for name in ("keys", "documents"):
+                if getattr(self, name) is not None:
+                    raise LropeError(
+                        f"{option(name)}, --context-tokens: both give a context's size; leave out one of them"
+                    )
+        for name in ("keys", "documents", "context_tokens", "depths"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("seed", self.seed, 0)
+        if self.name != "kv" and self.data is None:
+            what = "an nq-open file" if self.name == "mdqa" else "your file of questions"
+            raise LropeError(f"--task {self.name}: needs {what}; give --data FILE")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that mean something to this task as a JSON object, with the defaults put in."""
+        own = {name: getattr(self, name) for name in sorted(TASK_FIELDS[self.name])}
+        defaults = {"depths": DEFAULT_DEPTHS, "prompt_template": escaped(DEFAULT_TEMPLATE),
+                    "identifiers": None if self.data else IDENTIFIER_KINDS[0]}  # fmt: skip
+        own |= {name: value for name, value in defaults.items() if name in own and own[name] is None}
+        return {"name": self.name, **own, "seed": self.seed, "answer_prefix": self.answer_prefix}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TaskConfig:
+        """Return what `to_json` wrote; it asks the same.
+
+        Raises:
+            LropeError: a field that there is not, or values out of range or that do not go together.
+        """
+        return _from_json(cls, value)
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How to search. All but ``max_hours`` decide the result together with model and task.
+
+    Args:
+        seed: Seed of the optimizer and of the bootstrap.
+        max_evaluations: Distinct candidates to evaluate on search contexts; the identity, which the genetic
+            algorithm asks for first, is one of them.
+        max_hours: Ask for no further candidate after so many hours of this run; the one thing that depends
+            on time. None: no limit.
+        search_contexts, validation_contexts, test_contexts: Contexts of each split, indices from 0.
+        finalists: Candidates, best by search, that go on to validation beside the base model and the best
+            uniform factor.
+        racing_first, racing_fraction: See `Racing`; by default there is none (docs/algorithms.md has the figures).
+        middle_weight: See `Objective`.
+        algorithm: One of `ALGORITHM_FIELDS`.
+        degree, bounds, uniform_factors, width: Of every optimizer; see `GeneticAlgorithm`.
+        lag: Candidates that may be asked for before the first of them is told: what a search on many workers needs
+            to keep them busy, and what it costs in foresight. Of those optimizers that have no generations.
+        population, parents: Of those optimizers that have them; None: their own.
+        max_kl: A finalist that diverges more from the base model on ordinary text is passed over; nats per token.
+        confidence: Of the bootstrap intervals.
+        start: Control points of curves to begin with, of this degree and within these bounds.
+        guard_text: File with ordinary text for ``max_kl``; None: the base model writes some.
+
+    Raises:
+        LropeError: a value out of range.
+    """
+
+    seed: int = 0
+    max_evaluations: int = 120
+    max_hours: float | None = None
+    search_contexts: int = 2
+    validation_contexts: int = 8
+    test_contexts: int = 16
+    finalists: int = 4
+    racing_first: int = 1
+    racing_fraction: float = 1.0
+    middle_weight: float = 0.0
+    algorithm: str = "ga"
+    degree: int = 3
+    bounds: tuple[float, float] = DEFAULT_BOUNDS
+    lag: int = 8
+    population: int | None = None
+    parents: int | None = None
+    uniform_factors: tuple[float, ...] = UNIFORM_FACTORS
+    width: float = 0.05
+    max_kl: float = 0.1
+    confidence: float = 0.95
+    start: tuple[ControlPoints, ...] = ()
+    guard_text: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        counts = ("max_evaluations", "search_contexts", "validation_contexts", "test_contexts", "finalists")
+        for name in (*counts, "racing_first", "degree", "lag", "population", "parents"):
+            _at_least(name, getattr(self, name), 1)
+        low, high = self.bounds
+        ranges = {
+            "seed": self.seed >= 0,
+            "max_hours": self.max_hours is None or self.max_hours > 0.0,
+            "racing_fraction": 0.0 < self.racing_fraction <= 1.0,
+            "middle_weight": 0.0 <= self.middle_weight < math.inf,
+            "bounds": 0.0 < low <= 1.0 <= high < math.inf and low < high,
+            "uniform_factors": all(0.0 < factor < math.inf for factor in self.uniform_factors),
+            "width": 0.0 < self.width <= 1.0,
+            "max_kl": self.max_kl >= 0.0,
+            "confidence": 0.0 < self.confidence < 1.0,
+        }
+        for name, right in ranges.items():
+            if not right:
+                raise LropeError(f"{option(name)} {getattr(self, name)}: out of range; see lrope-gguf search --help")
+        if self.algorithm not in ALGORITHM_FIELDS:
+            raise LropeError(f"--algorithm {self.algorithm}: unknown; choose one of {', '.join(ALGORITHM_FIELDS)}")
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in sorted(frozenset().union(*ALGORITHM_FIELDS.values()) - ALGORITHM_FIELDS[self.algorithm]):
+            if getattr(self, name) != defaults[name]:
+                raise LropeError(f"{option(name)}: means nothing to --algorithm {self.algorithm}; leave it out")
+        for points in self.start:
+            self.start_curve(points)
+
+    def start_curve(self, points: Sequence[Point], where: str = "--start") -> Curve:
+        """Return the curve of control points to begin with; ``where`` they come from, for messages.
+
+        Raises:
+            LropeError: it is of another degree or out of bounds.
+        """
+        degree = len(points) - 1
+        if degree != self.degree:
+            raise LropeError(f"{where}: a curve of degree {degree}; give --degree {degree}")
+        try:
+            return Curve(tuple(points), bounds=self.bounds)
+        except LropeError as error:
+            low, high = self.bounds
+            raise LropeError(f"{where}: outside --bounds {low:g},{high:g} ({error})") from None
+
+    def algorithm_options(self) -> dict[str, Any]:
+        """Return what the optimizer takes beside seed, degree, bounds and curves; what is None is its own."""
+        names = [field.name for field in fields(self) if field.name in ALGORITHM_FIELDS[self.algorithm]]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a study is bound to, as ``config.json`` holds it.
+
+        Without ``max_evaluations`` and ``max_hours``, which only say how far to go: a study may be continued with more
+        of either. Without ``guard_text``, of which the study notes the content.
+        """
+        bound = self.to_json()
+        for name in ("max_evaluations", "max_hours", "guard_text"):
+            bound.pop(name, None)
+        return bound
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as a JSON object; ``start`` and ``guard_text`` only if there are any."""
+        values = asdict(self)
+        return {key: value for key, value in values.items() if value or key not in ("start", "guard_text")}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> SearchConfig:
+        """Return what `to_json` wrote, or, with defaults for what it leaves out, `identity`.
+
+        Raises:
+            LropeError: a field that there is not, or a value out of range.
+        """
+        return _from_json(cls, value)
+
+
+@dataclass(frozen=True)
+class WorkersConfig:
+    """Who does the work. The result of a search does not depend on it.
+
+    Args:
+        n_workers: Models at work side by side; None: 1, and on a Ray cluster one for each GPU or node.
+        gpus: GPUs to hand out to local workers in turn; none: all that are visible.
+        executor: One of `EXECUTORS`.
+        ray_address: Of the Ray cluster; None: what the environment names, or a new one.
+
+    Raises:
+        LropeError: a value out of range.
+    """
+
+    n_workers: int | None = None
+    gpus: tuple[str, ...] = ()
+    executor: str = "local"
+    ray_address: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _at_least("workers", self.n_workers, 1)
+        if self.executor not in EXECUTORS:
+            raise LropeError(f"--executor {self.executor}: unknown; choose one of {', '.join(EXECUTORS)}")
+
+
+def escaped(text: str) -> str:
+    """A text with its new lines as the command line takes them."""
+    return text.replace("\n", "\\n")
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise LropeError(f"{option(name)} {value}: too few; give at least {least}")
+
+
+def _from_json(config: type[C], value: Mapping[str, Any]) -> C:
+    known = {field.name for field in fields(config)}
+    for name in value:
+        if name not in known:
+            raise LropeError(f"{name}: no setting of {config.__name__}; known are {', '.join(sorted(known))}")
+    return config(**{name: _frozen(item) for name, item in value.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """JSON's lists as tuples."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

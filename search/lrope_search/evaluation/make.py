@@ -1,0 +1,117 @@
+"""Model, task and evaluator from their settings, in whatever process they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lrope_gguf.errors import LropeError
+
+from ..config import ModelConfig, TaskConfig
+from ..scores import Evaluator
+from ..tasks import Task, make_task
+from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
+from .evaluator import TeacherForcedEvaluator
+from .memory import MemoryNeeded
+from .model import Model
+
+
+def open_model(config: ModelConfig) -> Model:
+    """Load the model.
+
+    Raises:
+        LropeError: it cannot be loaded.
+    """
+    return Model(
+        config.path,
+        n_batch=config.batch_size,
+        n_threads=config.n_threads,
+        n_gpu_layers=config.n_gpu_layers,
+        chat=config.chat_template,
+        verbose=config.verbose,
+    )
+
+
+def task_for(model: Model, config: TaskConfig) -> Task:
+    """Return the task, its contexts sized by the model's tokenizer where they are sized by tokens.
+
+    Raises:
+        LropeError: see `make_task`.
+    """
+    return make_task(config, lambda text: len(model.tokenize_prompt(text, config.answer_prefix)))
+
+
+class _Guarded(TeacherForcedEvaluator):
+    """An evaluator with a guard, whose texts it remembers."""
+
+    def __init__(self, model: Model, task: Task, texts: GuardTexts, *, answer_prefix: str) -> None:
+        super().__init__(model, task, answer_prefix=answer_prefix, guard=Guard(model, texts))
+        self.guard_texts = texts
+
+
+@dataclass(frozen=True)
+class EvaluatorSpec:
+    """All that a worker needs to make its evaluator (an `EvaluatorFactory`).
+
+    Args:
+        model: The model and how it is run.
+        task: What it is asked.
+        guard_text: File of the guard's text; None: the base model writes it, from the task's seed.
+        guard_texts: The text itself, once a worker has found out (`find_out`).
+    """
+
+    model: ModelConfig
+    task: TaskConfig
+    guard_text: str | None = None
+    guard_texts: GuardTexts | None = None
+
+    @contextmanager
+    def __call__(self, n_threads: int | None = None) -> Iterator[TeacherForcedEvaluator]:
+        """Load the model with so many threads (None: what its settings say) and yield the evaluator.
+
+        Raises:
+            LropeError: the model, the task or the guard's text cannot be used.
+        """
+        make_task(self.task)  # what is wrong with it shows at once
+        with open_model(replace(self.model, n_threads=n_threads or self.model.n_threads)) as model:
+            texts = self.guard_texts or self._texts(model)
+            yield _Guarded(model, task_for(model, self.task), texts, answer_prefix=self.task.answer_prefix)
+
+    def _texts(self, model: Model) -> GuardTexts:
+        short, long = min(SHORT_TOKENS, model.n_ctx_train // 2), min(LONG_TOKENS, model.n_ctx_train)
+        if self.guard_text is not None:
+            return read_texts(model, self.guard_text, short=short, long=long)
+        return write_texts(model, self.task.seed, short=short, long=long)
+
+
+def kept_guard_texts(kept: Any, directory: Path) -> GuardTexts | None:
+    """Return the texts that the study in ``directory`` kept, from their JSON; None if it kept none.
+
+    Raises:
+        LropeError: that JSON is something else.
+    """
+    if kept is None:
+        return None
+    try:
+        return GuardTexts(tuple(tuple(map(int, text)) for text in kept["short"]), tuple(map(int, kept["long"])))
+    except (ValueError, TypeError, KeyError):
+        raise LropeError(f"{directory / 'guard.json'}: is damaged; choose another study directory") from None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What only a loaded model can say, and all workers must agree on."""
+
+    lead: str
+    """What the base model writes before a value."""
+    guard_texts: GuardTexts
+    memory: MemoryNeeded
+
+
+def find_out(evaluator: Evaluator) -> Facts:
+    """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
+    assert isinstance(evaluator, _Guarded)
+    return Facts(evaluator.lead, evaluator.guard_texts, evaluator.memory_needed())

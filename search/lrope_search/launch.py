@@ -1,0 +1,211 @@
+"""A whole search: model, task and settings in, a study and its outcome out. Puts the rooms together."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from lrope_gguf import __version__
+from lrope_gguf.errors import LropeError
+from lrope_gguf.model_info import read_model
+
+from .config import ModelConfig, SearchConfig, TaskConfig, WorkersConfig
+from .cost import check_memory, duration, memory_text
+from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_guard_texts
+from .evaluation.model import binding_version
+from .machine import free_memory, physical_cores, visible_gpus
+from .report.page import write_report
+from .results.summary import StudySummary
+from .scores import ContextScore, Job
+from .study.interrupt import one_interrupt
+from .study.plan import make_optimizer, planned_evaluations
+from .study.progress import Progress
+from .study.run import SearchOutcome, run_search
+from .study.store import Study
+from .tasks import SPLITS, file_identity, make_task, task_identity
+from .workers.processes import ProcessExecutor
+from .workers.protocol import Executor, LocalExecutor
+from .workers.ray_cluster import RayExecutor
+
+
+def search(
+    model: ModelConfig,
+    task: TaskConfig,
+    settings: SearchConfig,
+    directory: str | os.PathLike[str],
+    *,
+    workers: WorkersConfig | None = None,
+) -> SearchOutcome:
+    """Search layer factors for a model and a task, in a study that a later call with the same settings resumes.
+
+    Progress goes to the standard error, and with everything else into ``directory``.
+
+    Example:
+        >>> from lrope_search import ModelConfig, SearchConfig, TaskConfig, search
+        >>> outcome = search(
+        ...     ModelConfig("model.gguf"), TaskConfig("kv", keys=100), SearchConfig(max_evaluations=80), "my.study"
+        ... )  # doctest: +SKIP
+        >>> outcome.best.save("best.json")  # doctest: +SKIP
+
+    Args:
+        model: The model and how it is run.
+        task: What it is asked.
+        settings: How to search.
+        directory: Of the study (`Study`); made if it is missing.
+        workers: Who does the work; None: one worker in this process.
+
+    Raises:
+        LropeError: see `run_search`, `Study` and the settings.
+    """
+    outcome = _launch(model, task, settings, Path(directory), workers or WorkersConfig(), dry_run=False)
+    assert outcome is not None
+    return outcome
+
+
+def estimate(
+    model: ModelConfig,
+    task: TaskConfig,
+    settings: SearchConfig,
+    directory: str | os.PathLike[str],
+    *,
+    workers: WorkersConfig | None = None,
+) -> None:
+    """Say on the standard error what `search` would cost, by one evaluation of the base model; arguments as there.
+
+    A study that is not there yet is not begun.
+    """
+    _launch(model, task, settings, Path(directory), workers or WorkersConfig(), dry_run=True)
+
+
+def _launch(
+    model: ModelConfig,
+    task: TaskConfig,
+    settings: SearchConfig,
+    directory: Path,
+    workers: WorkersConfig,
+    *,
+    dry_run: bool,
+) -> SearchOutcome | None:
+    info = read_model(model.path)
+    contexts = make_task(task)
+    for split in SPLITS:
+        size, wanted = contexts.size(split), getattr(settings, f"{split}_contexts")
+        if size is not None and wanted > size:
+            raise LropeError(f"--{split}-contexts {wanted}: the data has {size} for this; ask for fewer")
+    guard = {"text": None if settings.guard_text is None else file_identity(settings.guard_text)}
+    free = free_memory()
+    texts = kept_guard_texts(Study.kept(directory, "guard"), directory)
+    spec = EvaluatorSpec(model, task, settings.guard_text, texts)
+    with one_interrupt(), ExitStack() as stack:
+        first = _first_worker(workers, spec, stack)
+        facts = first.ask(find_out)
+        config = {
+            "model": {"fingerprint": info.fingerprint(), "architecture": info.architecture, "name": info.name},
+            "task": task_identity(task) | {"chat_template": model.chat_template, "answer_lead": facts.lead},
+            "search": settings.identity(),
+            "guard": guard,
+            "computing": {"batch_size": model.batch_size, "n_gpu_layers": model.n_gpu_layers},
+            "versions": {"lrope-gguf": __version__, "llama-cpp-python": binding_version()},
+        }
+        place = directory
+        if dry_run and not (directory / "config.json").exists():  # no trace that would bind a later run
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrope-")))
+        with Study(place, config) as study:
+            study.keep("guard", dataclasses.asdict(facts.guard_texts))
+            progress = Progress(study.log)
+            _say_cost(workers, settings, study, directory, first, facts, free, progress)
+            if dry_run:
+                return None
+            executor = _all_workers(workers, dataclasses.replace(spec, guard_texts=facts.guard_texts), first, stack)
+            outcome = run_search(
+                executor,
+                study,
+                settings,
+                progress,
+                architecture=info.architecture,
+                block_count=info.block_count,
+                guard_contexts=1,
+            )
+            progress.line(_report(outcome.summary))
+            return outcome
+
+
+def _report(summary: StudySummary) -> str:
+    """Make the study's report; say where it is, or why there is none, for want of which no search fails."""
+    try:
+        return f"report: {write_report(summary)}"
+    except LropeError as error:
+        return f"no report: {error}"
+
+
+def _first_worker(workers: WorkersConfig, spec: EvaluatorSpec, stack: ExitStack) -> Executor:
+    """Return an executor of one worker, which finds out what all of them need."""
+    n_threads = spec.model.n_threads
+    if workers.executor == "ray":
+        return stack.enter_context(RayExecutor(spec, 1, address=workers.ray_address, n_threads=n_threads))
+    if (workers.n_workers or 1) == 1 and not workers.gpus:
+        return LocalExecutor(stack.enter_context(spec(n_threads)))
+    gpus = workers.gpus or visible_gpus()
+    return stack.enter_context(ProcessExecutor(spec, 1, n_threads=n_threads, gpus=gpus[:1]))
+
+
+def _all_workers(workers: WorkersConfig, spec: EvaluatorSpec, first: Executor, stack: ExitStack) -> Executor:
+    """Return the executor of the search: the first worker itself if one is all."""
+    n_threads, n_workers = spec.model.n_threads, workers.n_workers or 1
+    if workers.executor == "ray":
+        first.close()
+        address = workers.ray_address
+        return stack.enter_context(RayExecutor(spec, workers.n_workers, address=address, n_threads=n_threads))
+    if n_workers == 1:
+        return first
+    first.close()
+    share = max(1, (n_threads or physical_cores()) // n_workers)
+    return stack.enter_context(ProcessExecutor(spec, n_workers, n_threads=share, gpus=workers.gpus or visible_gpus()))
+
+
+def _say_cost(
+    workers: WorkersConfig,
+    settings: SearchConfig,
+    study: Study,
+    directory: Path,
+    first: Executor,
+    facts: Facts,
+    free: int | None,
+    progress: Progress,
+) -> None:
+    """Say what the search will cost, by the base model on the first search context, which is needed anyway.
+
+    Raises:
+        LropeError: the workers do not fit into ``free`` bytes of memory.
+    """
+    n_workers = workers.n_workers or 1
+    gpus = () if workers.executor == "ray" else workers.gpus or visible_gpus()
+    if workers.executor == "local":
+        if not gpus:
+            check_memory(facts.memory, n_workers, free)
+        progress.line(memory_text(facts.memory, n_workers))
+    job = Job((1.0,) * first.n_layer, "search", 0)
+    score = study.lookup(job)
+    if score is None:
+        first.submit(job)
+        _, score = first.next()
+        study.record(job, score)
+    assert isinstance(score, ContextScore)
+    # processors are divided between local workers: more of them are no faster in all
+    side_by_side = n_workers if workers.executor == "ray" else min(n_workers, max(len(gpus), 1))
+    n_evaluations = sum(planned_evaluations(settings, guard=True).values())
+    hours = n_evaluations * score.seconds / 3600.0 / side_by_side
+    on_each = " on each worker" if workers.executor == "ray" and workers.n_workers is None else ""
+    progress.line(
+        f"about {n_evaluations} evaluations of {score.n_tokens} tokens: about {duration(hours)} at "
+        f"{side_by_side * score.n_tokens / max(score.seconds, 1e-9):.0f} tokens/s{on_each}; "
+        f"results go to {directory}"
+    )
+    if workers.executor == "local" and not gpus and n_workers > physical_cores():
+        progress.line(f"{n_workers} workers on {physical_cores()} processors: fewer would be faster (--workers)")
+    lag = make_optimizer(settings, first.n_layer).lag
+    if n_workers > lag:
+        progress.line(f"{n_workers} workers, but only {lag} candidates out at once: some will idle (--lag)")

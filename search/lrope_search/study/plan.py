@@ -1,0 +1,39 @@
+"""What the settings of a search come to: an optimizer, a racing rule, a number of evaluations."""
+
+from __future__ import annotations
+
+from ..config import SearchConfig
+from ..optimizers.protocol import Optimizer
+from ..optimizers.registry import make_algorithm
+from .racing import Racing
+
+
+def make_optimizer(settings: SearchConfig, n_layer: int) -> Optimizer:
+    """Return the optimizer of these settings, fresh, for ``n_layer`` factors."""
+    return make_algorithm(
+        settings.algorithm,
+        n_layer,
+        seed=settings.seed,
+        degree=settings.degree,
+        bounds=settings.bounds,
+        uniform_factors=settings.uniform_factors,
+        curves=[settings.start_curve(points) for points in settings.start],
+        **settings.algorithm_options(),
+    )
+
+
+def racing(settings: SearchConfig) -> Racing:
+    """Return the racing rule of these settings."""
+    return Racing(settings.search_contexts, settings.racing_first, settings.racing_fraction)
+
+
+def planned_evaluations(settings: SearchConfig, *, guard: bool = False) -> dict[str, int]:
+    """Return about how many context evaluations (one prefill each) the search takes, by split."""
+    sides = 2 + bool(settings.uniform_factors)
+    finalists = min(settings.finalists, settings.max_evaluations - 1)
+    planned = {
+        "search": settings.search_contexts + racing(settings).expected_evaluations(settings.max_evaluations - 1),
+        "validation": (finalists + sides - 1) * settings.validation_contexts,
+        "test": sides * settings.test_contexts,
+    }
+    return planned | ({"guard": 1} if guard else {})

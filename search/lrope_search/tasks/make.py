@@ -1,0 +1,67 @@
+"""A task from its settings."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lrope_gguf.errors import LropeError
+
+from ..config import DEFAULT_DEPTHS, DEFAULT_TEMPLATE, IDENTIFIER_KINDS, TaskConfig
+from .jsonl import JsonlTask
+from .kv import KeyValueTask
+from .mdqa import MultiDocumentTask
+from .sizing import TokenLimit
+from .task import Task
+
+
+def make_task(config: TaskConfig, count: Callable[[str], int] | None = None) -> Task:
+    """Return the task; ``count`` tells how many tokens a prompt has, for contexts that are sized by tokens.
+
+    Without it such contexts are as small as they can be: what is wrong with the settings shows without a model.
+
+    Raises:
+        LropeError: a file that cannot be used, or numbers that do not fit it.
+    """
+    tokens = config.context_tokens
+    limit = None if tokens is None or count is None else TokenLimit(tokens, count)
+    depths = config.depths or DEFAULT_DEPTHS
+    keys, documents = config.keys, config.documents
+    if tokens is not None and limit is None:
+        keys = documents = depths
+    if config.name == "kv":
+        kind = config.identifiers or IDENTIFIER_KINDS[0]
+        return KeyValueTask(keys, depths=depths, seed=config.seed, data=config.data, identifiers=kind, limit=limit)
+    assert config.data is not None  # TaskConfig's own check
+    if config.name == "mdqa":
+        return MultiDocumentTask(config.data, documents, depths=depths, seed=config.seed, limit=limit)
+    template = DEFAULT_TEMPLATE if config.prompt_template is None else config.prompt_template.replace("\\n", "\n")
+    return JsonlTask(config.data, seed=config.seed, template=template)
+
+
+def task_identity(config: TaskConfig) -> dict[str, Any]:
+    """Return what decides the questions, for a study's configuration: the settings, of a file its name and content.
+
+    The tokenizer, by which ``context_tokens`` counts, is the model's, whose fingerprint stands beside this.
+
+    Raises:
+        LropeError: the file cannot be read.
+    """
+    identity = config.to_json()
+    return identity | {"data": None if config.data is None else file_identity(config.data)}
+
+
+def file_identity(path: Path | str) -> str:
+    """Return a file's name and content's hash, not where it lies: a study may move.
+
+    Raises:
+        LropeError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            return f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    except OSError as error:
+        raise LropeError(f"{path}: cannot be read ({error.strerror}); give another file") from None
