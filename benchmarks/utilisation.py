@@ -37,7 +37,7 @@ from support.virtual_workers import VirtualExecutor
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_search.config import SearchConfig
 from lrope_search.optimizers.protocol import Candidate, Score
-from lrope_search.scores import ContextScore, Job, ProbeScore
+from lrope_search.scores import ContextScore, DivergenceScore, Evaluation, Job, ProbeScore
 from lrope_search.study.progress import Progress
 from lrope_search.study.run import run_search
 from lrope_search.study.store import Study
@@ -59,7 +59,7 @@ def duration(job: Job, spread: float) -> float:
 class PaperStudy(Study):
     """Keeps nothing on disk but its config."""
 
-    def record(self, job: Job, score: ContextScore) -> None:
+    def record(self, job: Job, score: Evaluation) -> None:
         """Forget the result: the pipeline has it."""
 
     def record_candidate(self, candidate: Candidate, score: Score) -> None:
@@ -78,6 +78,10 @@ class RandomWorth:
         """Score."""
         worth = 0.0 if factors == (1.0,) else uniform(factors, split, index) - 1.0
         return ContextScore(split, index, (ProbeScore(0.5, worth, True),), 1, 1.0)
+
+    def divergence(self, factors: tuple[float, ...]) -> DivergenceScore:
+        """Never asked for."""
+        raise NotImplementedError
 
 
 class Anything:
@@ -174,6 +178,10 @@ class OnLandscape:
         """Score: what a context shows on the search's, nothing elsewhere."""
         gain = 0.0 if set(factors) == {1.0} or split != "search" else self._landscape.gain(factors, index)
         return ContextScore(split, index, (ProbeScore(0.5, gain - 10.0, True),), 1, 1.0)
+
+    def divergence(self, factors: tuple[float, ...]) -> DivergenceScore:
+        """Never asked for."""
+        raise NotImplementedError
 
 
 class Reached(Exception):  # noqa: N818
