@@ -618,7 +618,7 @@ def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--factors", "1,1,1"], 1, "--factors: 3 numbers, but .* has 6 layers"),
         (["--factors", "1,1,1,0,1,1"], 1, "refused by llama.cpp"),
         (["--factors", "1,a"], 2, "not a list of numbers"),
-        (["--keys", "0"], 2, "not a whole number from 1"),
+        (["--keys", "0"], 2, "--keys.: 0 is not in the range x>=1"),
         (["--keys", "5"], 1, "--keys 5: too few for 11 depths"),
         (["--curve", "none.json"], 1, "none.json"),
     ],
