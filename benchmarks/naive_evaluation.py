@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 from patch_speed import cpu_model
 
 from lrope_gguf import LropeError, write_factors
-from lrope_search.evaluation.evaluator import MAX_NEW_TOKENS, TeacherForcedEvaluator
+from lrope_search.evaluation.encoding import MAX_NEW_TOKENS
+from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.model import Model
 from lrope_search.machine import physical_cores
 from lrope_search.tasks import IDENTIFIERS, KeyValueTask

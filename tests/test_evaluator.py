@@ -23,9 +23,13 @@ from support.tiny_models import BOS, CHAT_TEMPLATE, EOS, TOKENS, USER, readable,
 
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
+from lrope_search.evaluation import binding as binding_module
 from lrope_search.evaluation import model as model_module
 from lrope_search.evaluation.divergence import Guard, GuardTexts
-from lrope_search.evaluation.evaluator import Lead, TeacherForcedEvaluator, _frame
+from lrope_search.evaluation.encoding import Encoder
+from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
+from lrope_search.evaluation.generation import write_answers
+from lrope_search.evaluation.lead import Frame, Lead
 from lrope_search.evaluation.memory import memory_needed
 from lrope_search.evaluation.model import Model
 from lrope_search.results.table import depth_table
@@ -107,7 +111,7 @@ def test_a_shared_prefix_scores_as_prompts_of_their_own(
     with Model(model.path, n_threads=1, n_batch=n_batch, flash_attention=False) as other:
         evaluator = TeacherForcedEvaluator(other, task)
         score = evaluator.evaluate(factors, "test", 1)
-    assert evaluator._lead == Lead(' "', own_tokens=True)  # the default: random weights retrieve nothing
+    assert evaluator._encoder.lead == Lead(' "', own_tokens=True)  # the default: random weights retrieve nothing
     expected = reference(model, ' "', task.context("test", 1), factors)
     assert [p.log_probability for p in score.probes] == pytest.approx([log_p for log_p, _ in expected], abs=5e-5)
     assert [p.correct for p in score.probes] == [correct for _, correct in expected]
@@ -162,7 +166,7 @@ def continuation(model: Model) -> tuple[Probe, ...]:
     encoding = evaluator._encode("test", 0)
     evaluator._prefill(encoding, CURVE)
     found = []
-    for probe, tokens in zip(asked, evaluator._write(encoding, asked, CURVE), strict=True):
+    for probe, tokens in zip(asked, write_answers(model, encoding, asked), strict=True):
         text = model.text(tokens[:12])
         if model.tokenize(probe.question + text).tolist() == [*model.tokenize(probe.question).tolist(), *tokens[:12]]:
             found.append(replace(probe, answer=text))
@@ -175,7 +179,7 @@ def test_what_greedy_decoding_writes_is_correct_and_nothing_else(model: Model) -
     assert len(probes) == 3
     task = OneContext(probes)
     evaluator = TeacherForcedEvaluator(model, task)
-    evaluator._lead = Lead("", own_tokens=True)
+    evaluator._encoder.lead = Lead("", own_tokens=True)
     evaluator._encodings.clear()
     assert [probe.correct for probe in evaluator.evaluate(CURVE, "test", 0).probes] == [True] * 3
     assert [answer.correct for answer in evaluator.generate(CURVE, "test", 0)] == [True] * 3
@@ -195,7 +199,7 @@ def test_the_lead_is_what_the_base_model_writes_before_the_value(model: Model) -
     value = text[7:12]
     n = text.lower().index(value.lower())
     evaluator = TeacherForcedEvaluator(model, OneContext((replace(asked[0], answer=value),)))
-    assert evaluator._lead == Lead(text[:n], own_tokens=True)
+    assert evaluator._encoder.lead == Lead(text[:n], own_tokens=True)
     score = evaluator.evaluate(ONES, "test", 0)
     assert score.probes[0].correct
     encoding = evaluator._encode("test", 0)
@@ -216,19 +220,21 @@ def test_a_given_beginning_of_the_answer_belongs_to_the_prompt(model: Model) -> 
 
 @native
 def test_a_value_that_merges_with_its_lead(model: Model) -> None:
-    evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4))
+    encoder = Encoder(model, "", Frame())
 
     def pieces(lead: str, own_tokens: bool) -> tuple[int, list[str]]:
-        _, n_lead, answer = evaluator._encode_probe("Value", lead, "a1", own_tokens)
+        encoder.lead = Lead(lead, own_tokens)
+        _, n_lead, answer = encoder.encode_probe("", Probe(0.5, "Value", "a1"))
         return n_lead, [TOKENS[token] for token in answer]
 
     assert pieces('"', own_tokens=True) == (1, ['"', "a", "1"])
     assert pieces('"', own_tokens=False) == (0, ['"a', "1"])
     assert pieces(' "', own_tokens=True) == (1, ['Ġ"', "a", "1"])
     # a prompt that ends in what the answer would merge with: the model can only write the rest
-    prompt, _, answer = evaluator._encode_probe('Value: "', "", "a1", True)
+    encoder.lead = Lead("", own_tokens=True)
+    prompt, _, answer = encoder.encode_probe("", Probe(0.5, 'Value: "', "a1"))
     assert [TOKENS[token] for token in (*prompt[-1:], *answer)] == ['Ġ"', "a", "1"]
-    prompt, _, answer = evaluator._encode_probe('"', "", "a1", True)
+    prompt, _, answer = encoder.encode_probe("", Probe(0.5, '"', "a1"))
     assert [TOKENS[token] for token in (*prompt[-1:], *answer)] == ['"', "a", "1"]
 
 
@@ -237,22 +243,19 @@ KEYS = st.lists(st.text("abc019-", min_size=1, max_size=8), min_size=2, max_size
 
 @given(KEYS, st.sampled_from(['Key: "', "Who is ", ""]), st.sampled_from(['"\nCorresponding value:', "?\nAnswer:", ""]))
 def test_the_key_is_what_differs_between_questions(keys: list[str], head: str, tail: str) -> None:
-    n_head, n_tail = _frame([head + key + tail for key in keys])
+    frame = Frame.of([head + key + tail for key in keys])
     for key in keys:
-        question = head + key + tail
-        found = question[n_head : len(question) - n_tail]
-        assert found in key
+        assert frame.key(Probe(0.5, head + key + tail, "")) in key
     # keys of one word are found whole
     words = [key.replace("-", "x") for key in keys]
     if len(set(words)) > 1:
-        n_head, n_tail = _frame([head + word + tail for word in words])
-        assert (n_head, n_tail) == (len(head), len(tail))
+        assert Frame.of([head + word + tail for word in words]) == Frame(len(head), len(tail))
 
 
 @native
 def test_a_lead_can_hold_the_key(model: Model) -> None:
     evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4, seed=3))
-    evaluator._lead = Lead(' The value of "\0" is "', own_tokens=True)
+    evaluator._encoder.lead = Lead(' The value of "\0" is "', own_tokens=True)
     assert evaluator.lead == ' The value of "{key}" is "'
     evaluator._encodings.clear()
     context = KeyValueTask(6, depths=4, seed=3).context("test", 0)
@@ -513,7 +516,7 @@ def test_a_stock_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stock.llama_cpp = SimpleNamespace(_lib=SimpleNamespace(_name="/somewhere/libllama.so"))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llama_cpp", stock)
     with pytest.raises(LropeError, match=r"this llama\.cpp is not patched: /somewhere/libllama\.so; "):
-        model_module._llama.__wrapped__()
+        binding_module.llama_library.__wrapped__()
 
 
 def test_a_missing_library_or_binding_says_how_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,7 +527,7 @@ def test_a_missing_library_or_binding_says_how_to_install(tmp_path: Path, monkey
     assert last.startswith(f"lrope_gguf.errors.LropeError: {tmp_path}: no usable llama.cpp library")
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(LropeError, match=r"pip install 'lrope-gguf\[search\]'"):
-        model_module._llama.__wrapped__()
+        binding_module.llama_library.__wrapped__()
 
 
 def scores(*contexts: list[tuple[float, float, bool]]) -> list[ContextScore]:

@@ -11,6 +11,7 @@ from support.rope_models import GEMMA3, LLAMA, LONGROPE_SHORT, MROPE, QWEN2, QWE
 from support.tiny_models import write_readable
 
 from lrope_gguf.errors import LropeError
+from lrope_search.evaluation import binding as binding_module
 from lrope_search.evaluation import model as model_module
 from lrope_search.evaluation.memory import MemoryNeeded, memory_needed
 from lrope_search.evaluation.model import Model
@@ -24,13 +25,13 @@ def allocated(
 ) -> dict[str, int]:
     """Bytes by kind of buffer, from llama.cpp's log."""
     lines: list[str] = []
-    log = model_module._Log.__call__
+    log = binding_module.Log.__call__
 
-    def keep(self: model_module._Log, level: int, text: bytes, data: object) -> None:
+    def keep(self: binding_module.Log, level: int, text: bytes, data: object) -> None:
         lines.append(text.decode())
         log(self, level, text, data)
 
-    monkeypatch.setattr(model_module._Log, "__call__", keep)
+    monkeypatch.setattr(binding_module.Log, "__call__", keep)
     with Model(path, n_threads=1, chat=False, n_batch=n_batch, flash_attention=flash) as model:
         model.reserve(n_ctx, n_seq)
         # the buffer for logits that are read grows to so many rows when they are first asked for, unlogged

@@ -28,7 +28,7 @@ from lrope_search.results.comparison import Comparison, compare
 from lrope_search.results.summary import StudySummary
 from lrope_search.results.table import depth_table
 from lrope_search.scores import ContextScore, Job
-from lrope_search.study import run
+from lrope_search.study import conclude
 from lrope_search.study.run import SearchOutcome
 from lrope_search.study.store import parse_evaluations
 
@@ -145,7 +145,7 @@ def test_each_pair_of_sides_is_compared_once(tmp_path: Path, monkeypatch: pytest
         return compare(*args, **options)
 
     monkeypatch.setattr(table, "compare", counted)
-    monkeypatch.setattr(run, "compare", counted)
+    monkeypatch.setattr(conclude, "compare", counted)
     summary = make_study(tmp_path, SMALL).summary
     write_report(summary)
     assert "curve" in str(summary.table) and summary.json()

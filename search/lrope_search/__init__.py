@@ -1,4 +1,4 @@
-"""Search of layer factors for a GGUF model: `search` runs one, from three settings, into a directory.
+"""Search of layer factors for a GGUF model: `search` runs one into a directory, `measure` compares factors without.
 
 Names are loaded on first use.
 """
@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import ModelConfig, SearchConfig, TaskConfig, WorkersConfig
     from .launch import estimate, search
+    from .measure import Measurement, measure
     from .study.run import SearchOutcome, run_search
     from .study.store import Study
 
 __all__ = [
+    "Measurement",
     "ModelConfig",
     "SearchConfig",
     "SearchOutcome",
@@ -21,6 +23,7 @@ __all__ = [
     "TaskConfig",
     "WorkersConfig",
     "estimate",
+    "measure",
     "run_search",
     "search",
 ]
@@ -31,7 +34,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    for module in ("config", "study.store", "study.run", "launch"):
+    for module in ("config", "study.store", "study.run", "launch", "measure"):
         value = getattr(import_module(f"{__name__}.{module}"), name, None)
         if value is not None:
             globals()[name] = value

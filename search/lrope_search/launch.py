@@ -14,8 +14,8 @@ from lrope_gguf.model_info import read_model
 
 from .config import ModelConfig, SearchConfig, TaskConfig, WorkersConfig
 from .cost import check_memory, duration, memory_text
+from .evaluation.binding import binding_version
 from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_guard_texts
-from .evaluation.model import binding_version
 from .machine import free_memory, physical_cores, visible_gpus
 from .report.page import write_report
 from .results.summary import StudySummary

@@ -1,1 +1,1 @@
-"""The subcommands that need a model: each module has `add_arguments` and `run`."""
+"""Subcommands that need a model, on click: options in, a call of the engine, text out; imports wait for the call."""

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from lrope_gguf.errors import LropeError
 
 from ..scores import DivergenceScore, Factors
+from .batch import Tokens
 from .logits import RowWorkers, kl_divergences
-from .model import Model, Tokens
+from .model import Model
 
 SHORT_TOKENS = 256
 LONG_TOKENS = 2048

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from .model import Logits, Tokens
+from .batch import Logits, Tokens
 
 _FEW = 1 << 18  # numbers that one thread deals with before a second could start
 

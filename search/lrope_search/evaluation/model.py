@@ -1,4 +1,4 @@
-"""A GGUF model in llama.cpp: the only module that imports ``llama_cpp``.
+"""A GGUF model in llama.cpp.
 
 Works below llama-cpp-python's ``Llama`` class, on the C functions of ``llama.h``: several sequences in one
 KV cache, logits of chosen tokens only, and the patched library's layer factors at run time.
@@ -8,145 +8,24 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import functools
 import os
-import re
-import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
-from lrope_gguf.native import native_dir
 
 from ..machine import physical_cores
-
-Tokens = NDArray[np.int32]
-Logits = NDArray[np.float32]
+from .batch import Batch, Rows, Tokens
+from .binding import chat_formatter, llama_library, log, pointer
 
 _ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
-MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ, llama-cparams.h
 MAX_OUTPUTS = 128  # rows of logits a decode may return: bounds memory where the vocabulary is large
-
-
-class Rows(NamedTuple):
-    """Logits of one decoded batch."""
-
-    rows: slice
-    """Which of the wanted rows these are."""
-    logits: Logits
-    """Shape (rows, n_vocab): llama.cpp's own buffer, free to be overwritten, valid until the next decode."""
-
-
-class _Log:
-    """Receives llama.cpp's log: keeps the errors, shows everything if asked to."""
-
-    _ERROR, _CONTINUED = 4, 5  # enum ggml_log_level, ggml.h
-
-    def __init__(self) -> None:
-        self.verbose = False
-        self._level = 0
-        self._errors: list[str] = []
-
-    def __call__(self, level: int, text: bytes, _: object) -> None:
-        self._level = self._level if level == self._CONTINUED else level
-        message = text.decode("utf-8", "replace")
-        if self.verbose:
-            sys.stderr.write(message)
-        if self._level == self._ERROR and message.strip():
-            self._errors.append(message.strip())
-
-    def clear(self) -> None:
-        self._errors.clear()
-
-    def reason(self) -> str:
-        """The first error since `clear`, which is the cause of those after it, without where it arose."""
-        first = next(iter(self._errors), "no reason given")
-        return re.sub(r"^\w+: |error loading model( hyperparameters)?: ", "", first)
-
-
-_log = _Log()
-
-
-@functools.cache
-def _llama() -> Any:
-    """Import the binding on our library and add the patch's three functions to it."""
-    own = native_dir()
-    if own is not None:
-        os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(own))
-    where = os.environ.get("LLAMA_CPP_LIB_PATH", "llama-cpp-python")
-    try:
-        from llama_cpp import llama_cpp
-    except ModuleNotFoundError as error:
-        raise LropeError(f"{error.name}: not installed; run: pip install 'lrope-gguf[search]'") from error
-    except (OSError, RuntimeError, AttributeError) as error:
-        raise LropeError(
-            f"{where}: no usable llama.cpp library ({error}); reinstall lrope-gguf with its native part, or set "
-            "LLAMA_CPP_LIB_PATH to the folder of a patched libllama"
-        ) from error
-    library = llama_cpp._lib
-    if not hasattr(library, "llama_set_rope_layer_factors"):
-        raise LropeError(
-            f"this llama.cpp is not patched: {library._name}; unset LLAMA_CPP_LIB_PATH, or set it to the folder of "
-            "a library built with lrope-gguf's patches"
-        )
-    floats = ctypes.POINTER(ctypes.c_float)
-    for name, result in (
-        ("llama_set_rope_layer_factors", ctypes.c_int32),
-        ("llama_get_rope_layer_factors", ctypes.c_int32),
-        ("llama_model_rope_layer_factors", ctypes.c_bool),
-    ):
-        function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p, floats, ctypes.c_size_t]
-        function.restype = result
-        setattr(llama_cpp, name, function)
-    callback = llama_cpp.llama_log_callback(_log)
-    llama_cpp.lrope_log_callback = callback  # as long as the library: it keeps only the address
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    return llama_cpp
-
-
-def binding_version() -> str:
-    """Return the version of llama-cpp-python, which fixes llama.cpp's."""
-    return version("llama-cpp-python")
-
-
-def _pointer(array: NDArray[Any], kind: Any) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(kind))
-
-
-class _Batch:
-    """A ``llama_batch`` of ``size`` tokens, on NumPy arrays that are filled in place.
-
-    A token's sequences are consecutive: a pointer into the list of all, and their number.
-    """
-
-    def __init__(self, llama: Any, size: int) -> None:
-        self.token, self.pos, self.n_seq = (np.zeros(size, np.int32) for _ in range(3))
-        self.logits = np.zeros(size, np.int8)
-        self._all = np.arange(MAX_SEQUENCES, dtype=np.int32)
-        self._pointer_of = self._all.ctypes.data + self._all.itemsize * np.arange(MAX_SEQUENCES, dtype=np.uintp)
-        self._pointers = np.zeros(size, np.uintp)
-        self.struct = llama.llama_batch(
-            n_tokens=0,
-            token=_pointer(self.token, llama.llama_token),
-            pos=_pointer(self.pos, llama.llama_pos),
-            n_seq_id=_pointer(self.n_seq, ctypes.c_int32),
-            seq_id=_pointer(self._pointers, ctypes.POINTER(llama.llama_seq_id)),
-            logits=_pointer(self.logits, ctypes.c_int8),
-        )
-
-    def set_sequences(self, first: NDArray[Any], n_seq: NDArray[Any] | int) -> None:
-        """Say to which sequences the first tokens belong: ``n_seq`` of them from ``first`` on."""
-        self._pointers[: len(first)] = self._pointer_of[first]
-        self.n_seq[: len(first)] = n_seq
 
 
 class Model:
@@ -171,7 +50,7 @@ class Model:
         ``chat``: put prompts into the model's chat template, if it has one. Raises `LropeError` if the model
         cannot be loaded or has no RoPE.
         """
-        self._llama = llama = _llama()
+        self._llama = llama = llama_library()
         self._model: Any = None
         self._context: Any = None
         self._owns_model = True
@@ -181,14 +60,14 @@ class Model:
         self._flash_attention = flash_attention
         if not self.path.is_file():
             raise LropeError(f"{path}: no such file")
-        _log.verbose = verbose
-        _log.clear()
+        log.verbose = verbose
+        log.clear()
         parameters = llama.llama_model_default_params()
         if n_gpu_layers is not None:
             parameters.n_gpu_layers = n_gpu_layers
         self._model = llama.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
-            raise LropeError(f"{path}: cannot load: {_log.reason()}")
+            raise LropeError(f"{path}: cannot load: {log.reason()}")
         if llama.llama_model_rope_type(self._model) == llama.LLAMA_ROPE_TYPE_NONE:
             self.close()
             raise LropeError(f"{path}: a model without RoPE; layer factors mean nothing to it")
@@ -203,7 +82,7 @@ class Model:
             llama.llama_model_is_recurrent(self._model) or llama.llama_model_is_hybrid(self._model)
         )
         self.n_ctx = 0
-        self._batch = _Batch(llama, n_batch)
+        self._batch = Batch(llama, n_batch)
         self._formatter = self._chat_formatter() if chat else None
 
     def __enter__(self) -> Model:
@@ -230,7 +109,7 @@ class Model:
         other._context = None
         other._owns_model = False
         other.n_ctx = 0
-        other._batch = _Batch(self._llama, self.n_batch)
+        other._batch = Batch(self._llama, self.n_batch)
         return other
 
     def _metadata(self, key: str) -> str:
@@ -249,11 +128,9 @@ class Model:
         template = self._llama.llama_model_chat_template(self._model, None)
         if not template:
             return None
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
         special = (self._llama.llama_vocab_eos(self._vocab), self._llama.llama_vocab_bos(self._vocab))
         eos, bos = (self.text([token], special=True) if token >= 0 else "" for token in special)
-        formatter: Any = Jinja2ChatFormatter(template=template.decode(), eos_token=eos, bos_token=bos)
+        formatter = chat_formatter(template.decode(), eos=eos, bos=bos)
         formatter.strftime_now = _ENCODING_DATE.strftime
         self._bos_text = bos
         return formatter
@@ -278,10 +155,10 @@ class Model:
         """Return the tokens of ``text``, shape (n,); control tokens are only recognised with ``parse_special``."""
         data = text.encode()
         tokens = np.empty(len(data) + 8, np.int32)
-        target = _pointer(tokens, self._llama.llama_token)
+        target = pointer(tokens, self._llama.llama_token)
         n = self._llama.llama_tokenize(self._vocab, data, len(data), target, len(tokens), add_special, parse_special)
         if n < 0:
-            raise LropeError(f"{self.path}: cannot tokenize {len(data)} bytes of text: {_log.reason()}")
+            raise LropeError(f"{self.path}: cannot tokenize {len(data)} bytes of text: {log.reason()}")
         return tokens[:n].copy()
 
     def text(self, tokens: Sequence[int] | Tokens, *, special: bool = False) -> str:
@@ -308,15 +185,15 @@ class Model:
         """Let layer ``l`` rotate by ``position / factors[l]``. The memory must be empty: keys are cached rotated."""
         values = np.ones(max(self._n_block, len(factors)), np.float32)
         values[: len(factors)] = factors
-        _log.clear()
-        if self._llama.llama_set_rope_layer_factors(self._context, _pointer(values, ctypes.c_float), values.size):
+        log.clear()
+        if self._llama.llama_set_rope_layer_factors(self._context, pointer(values, ctypes.c_float), values.size):
             listed = ",".join(f"{factor:g}" for factor in factors)
-            raise LropeError(f"layer factors {listed}: refused by llama.cpp: {_log.reason()}; change them")
+            raise LropeError(f"layer factors {listed}: refused by llama.cpp: {log.reason()}; change them")
 
     def get_factors(self) -> tuple[float, ...]:
         """Return the active factors, one a layer."""
         values = np.empty(self._n_block, np.float32)
-        n = self._llama.llama_get_rope_layer_factors(self._context, _pointer(values, ctypes.c_float), values.size)
+        n = self._llama.llama_get_rope_layer_factors(self._context, pointer(values, ctypes.c_float), values.size)
         if n != values.size:
             raise LropeError(f"{self.path}: llama.cpp sees {n} layers, the metadata {values.size}")
         return tuple(values[: self.n_layer].tolist())
@@ -324,7 +201,7 @@ class Model:
     def file_factors(self) -> tuple[float, ...] | None:
         """Return the factors that the file itself holds, None if it holds none."""
         values = np.empty(self._n_block, np.float32)
-        found = self._llama.llama_model_rope_layer_factors(self._model, _pointer(values, ctypes.c_float), values.size)
+        found = self._llama.llama_model_rope_layer_factors(self._model, pointer(values, ctypes.c_float), values.size)
         return tuple(values[: self.n_layer].tolist()) if found else None
 
     # Computing
@@ -349,10 +226,10 @@ class Model:
         parameters.swa_full = swa_full
         if self._flash_attention is not None:
             parameters.flash_attn_type = int(self._flash_attention)
-        _log.clear()
+        log.clear()
         self._context = llama.llama_init_from_model(self._model, parameters)
         if not self._context:
-            raise LropeError(f"{self.path}: cannot make a context of {n_ctx} tokens: {_log.reason()}")
+            raise LropeError(f"{self.path}: cannot make a context of {n_ctx} tokens: {log.reason()}")
         self._memory = llama.llama_get_memory(self._context)
         self._max_outputs = int(parameters.n_outputs_max)
         self.n_ctx = int(llama.llama_n_ctx(self._context))
@@ -404,12 +281,12 @@ class Model:
             batch.set_sequences(sequences[start:stop], 1 if n_seq is None else n_seq[start:stop])
             batch.logits[:n] = wanted[start:stop]
             batch.struct.n_tokens = n
-            _log.clear()
+            log.clear()
             code = self._llama.llama_decode(self._context, batch.struct)
             if code == 1:
                 raise LropeError(f"{self.path}: more tokens than the context of {self.n_ctx} can hold")
             if code:
-                raise LropeError(f"{self.path}: llama.cpp failed to decode (code {code}): {_log.reason()}")
+                raise LropeError(f"{self.path}: llama.cpp failed to decode (code {code}): {log.reason()}")
             rows = slice(int(seen[start]), int(seen[stop]))
             if rows.stop > rows.start:
                 address = self._llama.llama_get_logits(self._context)

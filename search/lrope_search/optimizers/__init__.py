@@ -1,1 +1,1 @@
-"""What proposes curves to evaluate; knows nothing of models and tasks."""
+"""What proposes candidates; knows nothing of models and tasks."""

@@ -1,1 +1,1 @@
-"""report."""
+"""A study as a page, as pictures, as text and for trackers; asks no model."""

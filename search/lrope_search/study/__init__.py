@@ -1,1 +1,1 @@
-"""study."""
+"""The search itself: what is evaluated when, kept on disk so that it can be killed and resumed."""

@@ -1,0 +1,108 @@
+"""llama-cpp-python on the patched library: the only module that imports ``llama_cpp``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import sys
+from importlib.metadata import version
+from typing import Any
+
+from numpy.typing import NDArray
+
+from lrope_gguf.errors import LropeError
+from lrope_gguf.native import native_dir
+
+
+class Log:
+    """Receives llama.cpp's log: keeps the errors, shows everything if asked to."""
+
+    _ERROR, _CONTINUED = 4, 5  # enum ggml_log_level, ggml.h
+
+    def __init__(self) -> None:
+        self.verbose = False
+        self._level = 0
+        self._errors: list[str] = []
+
+    def __call__(self, level: int, text: bytes, _: object) -> None:
+        """Take a piece of the log, as ``ggml_log_callback`` gives it."""
+        self._level = self._level if level == self._CONTINUED else level
+        message = text.decode("utf-8", "replace")
+        if self.verbose:
+            sys.stderr.write(message)
+        if self._level == self._ERROR and message.strip():
+            self._errors.append(message.strip())
+
+    def clear(self) -> None:
+        """Forget the errors."""
+        self._errors.clear()
+
+    def reason(self) -> str:
+        """The first error since `clear`, which is the cause of those after it, without where it arose."""
+        first = next(iter(self._errors), "no reason given")
+        return re.sub(r"^\w+: |error loading model( hyperparameters)?: ", "", first)
+
+
+log = Log()
+
+
+@functools.cache
+def llama_library() -> Any:
+    """Import the binding on our library and add the patch's three functions to it.
+
+    Raises:
+        LropeError: there is no binding, no usable library, or an unpatched one.
+    """
+    own = native_dir()
+    if own is not None:
+        os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(own))
+    where = os.environ.get("LLAMA_CPP_LIB_PATH", "llama-cpp-python")
+    try:
+        from llama_cpp import llama_cpp
+    except ModuleNotFoundError as error:
+        raise LropeError(f"{error.name}: not installed; run: pip install 'lrope-gguf[search]'") from error
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise LropeError(
+            f"{where}: no usable llama.cpp library ({error}); reinstall lrope-gguf with its native part, or set "
+            "LLAMA_CPP_LIB_PATH to the folder of a patched libllama"
+        ) from error
+    library = llama_cpp._lib
+    if not hasattr(library, "llama_set_rope_layer_factors"):
+        raise LropeError(
+            f"this llama.cpp is not patched: {library._name}; unset LLAMA_CPP_LIB_PATH, or set it to the folder of "
+            "a library built with lrope-gguf's patches"
+        )
+    floats = ctypes.POINTER(ctypes.c_float)
+    for name, result in (
+        ("llama_set_rope_layer_factors", ctypes.c_int32),
+        ("llama_get_rope_layer_factors", ctypes.c_int32),
+        ("llama_model_rope_layer_factors", ctypes.c_bool),
+    ):
+        function = getattr(library, name)
+        function.argtypes = [ctypes.c_void_p, floats, ctypes.c_size_t]
+        function.restype = result
+        setattr(llama_cpp, name, function)
+    callback = llama_cpp.llama_log_callback(log)
+    llama_cpp.lrope_log_callback = callback  # as long as the library: it keeps only the address
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def binding_version() -> str:
+    """Return the version of llama-cpp-python, which fixes llama.cpp's."""
+    return version("llama-cpp-python")
+
+
+def chat_formatter(template: str, *, eos: str, bos: str) -> Any:
+    """Return what puts messages into a chat template in Jinja."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)
+
+
+def pointer(array: NDArray[Any], kind: Any) -> Any:
+    """Return the address of an array's data as a C pointer to ``kind``; the array must outlive it."""
+    return array.ctypes.data_as(ctypes.POINTER(kind))

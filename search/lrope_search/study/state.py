@@ -1,0 +1,90 @@
+"""What the two phases of a search share: who is evaluated on what, and who leads."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lrope_gguf.curve import Curve, CurveFile
+
+from ..config import SearchConfig
+from ..optimizers.protocol import Candidate, Score
+from ..scores import ContextScore, Factors, Job
+from ..workers.protocol import Executor
+from .progress import Progress
+from .scheduler import Pipeline
+from .store import Study
+
+
+class Run:
+    """A search under way.
+
+    Attributes:
+        base: The base model as a candidate.
+        ranking: All candidates that were told, with their scores, best first.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        study: Study,
+        settings: SearchConfig,
+        progress: Progress,
+        architecture: str | None,
+        block_count: int | None,
+        guard_contexts: int,
+    ) -> None:
+        """Take what `run_search` was given."""
+        self.study, self.settings, self.progress = study, settings, progress
+        self.architecture, self.block_count = architecture, block_count or executor.n_layer
+        self.guard_contexts = guard_contexts
+        self.start = time.monotonic()
+        self.identity: Factors = (1.0,) * executor.n_layer
+        self.pipeline = Pipeline(executor, study, progress)
+        self.ranking: list[tuple[Candidate, Score]] = []
+        straight = tuple((i / settings.degree, 1.0) for i in range(settings.degree + 1))
+        self.base = Candidate(-1, Curve(straight, bounds=settings.bounds), self.identity, "identity")
+
+    def jobs(self, factors: Factors, split: str, contexts: range | None = None) -> list[Job]:
+        """Return the evaluations of ``factors`` on ``contexts`` of ``split``; None: on all."""
+        if contexts is None:
+            contexts = range(self.guard_contexts if split == "guard" else getattr(self.settings, f"{split}_contexts"))
+        return [Job(factors, split, i) for i in contexts]
+
+    def known(self, factors: Factors, n_contexts: int) -> list[ContextScore] | None:
+        """Return the scores on the first ``n_contexts`` search contexts; None as long as one is missing."""
+        scores = [self.pipeline.results.get(job) for job in self.jobs(factors, "search", range(n_contexts))]
+        known = [score for score in scores if isinstance(score, ContextScore)]
+        return known if len(known) == n_contexts else None
+
+    def all_of(self, factors: Factors, split: str) -> list[ContextScore]:
+        """Return the scores on all contexts of ``split``, waiting for them."""
+        return [score for score in self.pipeline.get(self.jobs(factors, split)) if isinstance(score, ContextScore)]
+
+    def better_than_base(self) -> list[tuple[Candidate, float]]:
+        """Return the candidates with their fitness that saw all search contexts and beat the base model, best first."""
+        better = []
+        for candidate, (contexts, fitness) in self.ranking:
+            if contexts < self.settings.search_contexts or not fitness > 0.0:
+                break
+            better.append((candidate, fitness))
+        return better
+
+    def finalists(self) -> tuple[list[Candidate], Candidate | None]:
+        """Return who goes on to validation as it stands, best first, and the best uniform factor among them."""
+        uniform = next((c for c, _ in self.ranking if len(set(c.factors)) == 1 and c.factors != self.identity), None)
+        finalists = [c for c, _ in self.better_than_base()][: self.settings.finalists]
+        if uniform is not None and uniform not in finalists:
+            finalists.append(uniform)
+        return finalists, uniform
+
+    def document(self, best: Candidate, results: dict[str, Any]) -> CurveFile:
+        """Return the curve file of ``best``: no times in it, so that a resumed search writes the same bytes."""
+        return CurveFile(
+            control_points=best.curve.control_points,
+            layer_factors=best.factors,
+            bounds=best.curve.bounds,
+            architecture=self.architecture,
+            block_count=self.block_count,
+            provenance={"config": self.study.config, "results": results},
+        )
