@@ -18,6 +18,7 @@ from support.rope_reference import Config, Reference, Rope, rms_error
 from lrope_gguf import read_factors, write_factors
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.native import tool_path
+from lrope_search import ModelConfig, SearchConfig, TaskConfig, search
 from lrope_search.demo.model import embedded_model
 from lrope_search.demo.server import LlamaServer
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
@@ -62,6 +63,19 @@ def written(base: Path, curve: CurveFile, folder: Path) -> Path:
     path = folder / "written.gguf"
     write_factors(base, curve.factors_for(N_LAYER), curve_json=curve.dumps(compact=True), output=path)
     return path
+
+
+def test_a_python_call_is_the_same_search(base: Path, curve: CurveFile, folder: Path) -> None:
+    outcome = search(
+        ModelConfig(str(base), n_threads=1),
+        TaskConfig("kv", identifiers="word", keys=LONG, depths=40),
+        SearchConfig(
+            width=0.3, max_kl=100.0, max_evaluations=60, search_contexts=3, validation_contexts=6, test_contexts=12
+        ),
+        folder / "python.study",
+    )
+    assert outcome.best.dumps() == curve.dumps()
+    assert outcome.verdict.recommended
 
 
 def accuracy(path: Path, sides: Sequence[Sequence[float]], split: str = "test", n: int = N_UNSEEN) -> list[float]:
