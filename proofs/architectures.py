@@ -24,12 +24,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import native
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support import native_build
+from support.commands import CommandError, script, table
 
 if TYPE_CHECKING:
     from support.arch_models import Audit
-
-sys.path.insert(0, str(native.PROJECT / "tests"))
 
 
 def names(source: Path) -> set[str]:
@@ -77,7 +78,7 @@ def main() -> int:
 
     unknown = [name for name in args.fixtures if name not in FIXTURES]
     if unknown:
-        raise native.ProofError(f"no fixture {', '.join(unknown)}; there are {', '.join(FIXTURES)}")
+        raise CommandError(f"no fixture {', '.join(unknown)}; there are {', '.join(FIXTURES)}")
     rows: list[tuple[object, ...]] = []
     wrong: list[str] = []
     for name, result in audits(args.fixtures or list(FIXTURES)):
@@ -95,12 +96,12 @@ def main() -> int:
     if not args.fixtures:
         rows += [(name, "", "", "", "", f"cannot be loaded: {reason}") for name, reason in UNUSABLE.items()]
         audited = {fixture.arch for fixture in FIXTURES.values()} | UNUSABLE.keys()
-        wrong += [f"{name}: no fixture" for name in sorted(names(args.source or native.fetch_source()) - audited)]
+        wrong += [f"{name}: no fixture" for name in sorted(names(args.source or native_build.fetch_source()) - audited)]
     header = ("model", "layers", "rotations", "of a context shift", "layers that rotate", "verdict")
-    print(native.table(header, sorted(rows, key=str)))
+    print(table(header, sorted(rows, key=str)))
     print("\n".join(["", f"{len(rows)} models, {len(wrong)} problems", *wrong]))
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    native.script(main)
+    script(main)

@@ -17,7 +17,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import native
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support import native_build
+from support.commands import CommandError, script, table
 
 OPTIONS = {"vulkan": ("GGML_VULKAN=ON",), "cuda": ("GGML_CUDA=ON",)}
 CPU = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
@@ -29,7 +32,7 @@ def devices(library: Path) -> list[str]:
     for name in ("ggml-base", "ggml"):
         found = [path for pattern in (f"lib{name}.so*", f"lib{name}.dylib") for path in sorted(library.glob(pattern))]
         if not found:
-            raise native.ProofError(f"{library}: no lib{name}")
+            raise CommandError(f"{library}: no lib{name}")
         libraries[name] = ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
     get = libraries["ggml"].ggml_backend_dev_get
     get.argtypes, get.restype = [ctypes.c_size_t], ctypes.c_void_p
@@ -61,7 +64,7 @@ def noise(n_tokens: int) -> Iterator[tuple[str, float, float, float]]:
             for used, want in zip((ones, factors), wanted, strict=True):
                 context.clear()
                 if context.set_factors(used):
-                    raise native.ProofError(f"{model.name}: refuses the factors")
+                    raise CommandError(f"{model.name}: refuses the factors")
                 errors.append(reference.rms_error(context.decode(tokens), want))
         yield model.name, errors[0], errors[1], reference.rms_error(*wanted)
 
@@ -74,23 +77,22 @@ def main() -> int:
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="for CMake, repeatable")
     parser.add_argument("--tokens", type=int, default=40, help="of each model (default: 40)")
     parser.add_argument("--layers", type=int, default=999, help="layers on the device (default: all)")
-    parser.add_argument("--output", type=Path, default=native.WORK, help="work folder (default: build/proofs)")
+    parser.add_argument("--output", type=Path, default=native_build.WORK, help="work folder (default: build/proofs)")
     args = parser.parse_args()
     library = args.library
     if library is None:
         options = (*OPTIONS[args.backend], *args.option)
-        source = native.patched_source(args.output)
-        library = native.build(source, source.parent / f"build-{args.backend}", native.LIBRARY, options)
+        source = native_build.patched_source(args.output)
+        library = native_build.build(source, source.parent / f"build-{args.backend}", native_build.LIBRARY, options)
     if args.backend == "vulkan":
         # a software device counts too, but llama.cpp takes it only if it is named; half precision hides small errors
         os.environ.setdefault("GGML_VK_VISIBLE_DEVICES", "0")
         os.environ.setdefault("GGML_VK_DISABLE_F16", "1")
     names = devices(library)
     if not names:
-        raise native.ProofError(f"{library}: no {args.backend} device found")
+        raise CommandError(f"{library}: no {args.backend} device found")
     os.environ["LLAMA_CPP_LIB_PATH"] = str(library.resolve())
     os.environ["LROPE_TEST_GPU_LAYERS"] = str(args.layers)  # the tests' client takes it from here
-    sys.path.insert(0, str(native.PROJECT / "tests"))
     no_noisier = importlib.import_module("support.rope_reference").no_noisier
     rows, worse = [], 0
     for name, base, scaled, moved in noise(args.tokens):
@@ -98,9 +100,9 @@ def main() -> int:
         worse += not good
         rows.append([name, f"{base:.1e}", f"{scaled:.1e}", f"{moved:.2f}", "yes" if good else "**NO**"])
     print(f"{args.backend}: {'; '.join(names)}\n")
-    print(native.table(["model", "error, base", "error, factors", "factors move by", "no worse"], rows))
+    print(table(["model", "error, base", "error, factors", "factors move by", "no worse"], rows))
     return int(worse > 0)
 
 
 if __name__ == "__main__":
-    native.script(main)
+    script(main)

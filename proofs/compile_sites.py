@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,7 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import native
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support import native_build
+from support.commands import CommandError, run, script, table
 
 # where a call outside of the graphs may stand
 ALLOWED = {
@@ -73,7 +77,7 @@ def rope_functions(source: Path) -> list[str]:
     text = header.read_text() if header.is_file() else ""
     names = re.findall(r"struct ggml_tensor \* +(ggml_rope\w*) *\(\s*struct ggml_context", text)
     if "ggml_rope_ext" not in names:
-        raise native.ProofError(f"{source}: no llama.cpp source (ggml/include/ggml.h has no ggml_rope_ext)")
+        raise CommandError(f"{source}: no llama.cpp source (ggml/include/ggml.h has no ggml_rope_ext)")
     return names
 
 
@@ -110,7 +114,7 @@ def delete_members(header: Path, names: Sequence[str]) -> None:
     text = header.read_text()
     match = STRUCT.search(text)
     if match is None or "ggml_rope" in text or "rope-layer" in text:
-        raise native.ProofError("the source is patched, or its src/llama-graph.h has no 'struct llm_graph_context {'")
+        raise CommandError("the source is patched, or its src/llama-graph.h has no 'struct llm_graph_context {'")
     members = "".join(f" ggml_tensor * {name}(...) const = delete;" for name in names)
     # on the line of the brace: line numbers stay
     header.write_text(text[: match.end()] + members + text[match.end() :])
@@ -119,7 +123,7 @@ def delete_members(header: Path, names: Sequence[str]) -> None:
 def compile_errors(compiler: Sequence[str], top: Path, file: Path) -> tuple[list[tuple[int, str]], list[str]]:
     """Lines and names of uses of deleted members in ``file``, and all other errors."""
     relative = file.relative_to(top)
-    output = native.run([*compiler, relative], cwd=top, check=False, env={"LC_ALL": "C"}).stderr
+    output = run([*compiler, relative], cwd=top, check=False, env={"LC_ALL": "C"}).stderr
     deleted, other = [], []
     for line in output.splitlines():
         if not re.search(r": (?:fatal )?error: ", line):
@@ -144,7 +148,7 @@ def prove(source: Path, only: Sequence[str] = (), jobs: int | None = None) -> Re
             sites[file] = text_sites(file, path.read_text(errors="replace"), names)
     missing = set(only) - {Path(file).name for file in sites}
     if missing:
-        raise native.ProofError(f"{source}: no file {', '.join(sorted(missing))}")
+        raise CommandError(f"{source}: no file {', '.join(sorted(missing))}")
     units = [file for file, found in sites.items() if found and file.startswith("src/") and file.endswith(".cpp")]
 
     hidden: set[Site] = set()
@@ -168,7 +172,7 @@ def prove(source: Path, only: Sequence[str] = (), jobs: int | None = None) -> Re
 def compile_command(source: Path) -> list[str]:
     """The compiler, told to report all errors; to be run in the folder of the copy of src/."""
     compiler = os.environ.get("CXX", "c++")
-    clang = "clang" in native.run([compiler, "--version"]).stdout
+    clang = "clang" in run([compiler, "--version"]).stdout
     includes = [f"-I{source.resolve() / folder}" for folder in ("include", "ggml/include")]
     return [
         compiler,
@@ -197,10 +201,10 @@ def report(result: Result) -> str:
         ("calls elsewhere, each with a reason", sum(allowed(site) is not None for site in result.outside)),
         ("**differences**", len(result.differences)),
     ]
-    lines = [native.table(["", "count"], rows), ""]
+    lines = [table(["", "count"], rows), ""]
     places = [allowed(site) or site.file for site in result.outside]
     elsewhere = [(place, places.count(place), ALLOWED.get(place, "NO REASON")) for place in sorted(set(places))]
-    lines.append(native.table(["elsewhere", "calls", "reason"], elsewhere))
+    lines.append(table(["elsewhere", "calls", "reason"], elsewhere))
     lines += ["", *(f"difference: {text}" for text in result.differences)]
     return "\n".join(lines).rstrip()
 
@@ -212,11 +216,11 @@ def main() -> int:
     parser.add_argument("--files", nargs="+", default=[], metavar="NAME", help="only these files, such as llama.cpp")
     parser.add_argument("--jobs", type=int, help="compilers at a time (default: all cores)")
     args = parser.parse_args()
-    result = prove(args.source or native.fetch_source(), args.files, args.jobs)
+    result = prove(args.source or native_build.fetch_source(), args.files, args.jobs)
     print(report(result))
     print(f"\n{result.seconds:.0f} s")
     return 1 if result.differences else 0
 
 
 if __name__ == "__main__":
-    native.script(main)
+    script(main)

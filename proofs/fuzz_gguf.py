@@ -30,7 +30,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-from native import ProofError, progress, script, table
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support.commands import CommandError, progress, script, table
 
 from lrope_gguf import LropeError, cli
 from lrope_gguf.gguf_scan import ARRAY, STRING, GGUFFile
@@ -76,7 +78,6 @@ class _TimeoutError(BaseException):
 
 def make_seeds(folder: Path) -> list[Path]:
     """Write the seed files into `folder`, which must exist. Needs the `gguf` package."""
-    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
     from gguf import GGUFValueType, GGUFWriter
     from support.gguf_fixtures import header, number_pair, string, text_pair, write_model
 
@@ -410,7 +411,7 @@ def _run(seeds: list[Path], folder: Path, seed: int, files: int, jobs: int, ever
         try:
             yield from pool.map(_batch, [seed] * len(batches), batches, [every] * len(batches))
         except BrokenProcessPool:
-            raise ProofError("a process died; the finding is in one of the next batches") from None
+            raise CommandError("a process died; the finding is in one of the next batches") from None
 
 
 def main() -> int:

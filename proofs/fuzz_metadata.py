@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Literal
 
 import gguf
-import native
 import numpy as np
 
-sys.path.insert(0, str(native.PROJECT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from support import native_build
+from support.commands import CommandError, run, script, table
 from support.gguf_fixtures import string
 from support.rope_models import LLAMA, YARN, TinyModel
 from support.tiny_models import write_without_rope
@@ -622,7 +623,7 @@ def drive(driver: Path, cases: Sequence[Case]) -> list[Outcome]:
     """Run ``cases`` through a driver.
 
     Raises:
-        ProofError: the driver itself ended early.
+        CommandError: the driver itself ended early.
     """
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{i}.gguf" for i in range(len(cases))]
@@ -637,19 +638,19 @@ def drive(driver: Path, cases: Sequence[Case]) -> list[Outcome]:
         )
     outcomes = parse_output(result.stdout.decode(errors="replace"))
     if result.returncode or len(outcomes) != len(paths):
-        raise native.ProofError(f"{driver} ended with status {result.returncode} after {len(outcomes)} files")
+        raise CommandError(f"{driver} ended with status {result.returncode} after {len(outcomes)} files")
     return [outcomes[str(path)] for path in paths]
 
 
 def build_driver(source: Path, work: Path) -> Path:
     """Build the library of ``source`` and the driver on it, both with sanitizers."""
-    libraries = native.build(source, work / "build", ["llama"], OPTIONS)
+    libraries = native_build.build(source, work / "build", ["llama"], OPTIONS)
     driver = work / "fuzz_loader"
     stock = [] if "llama_set_rope_layer_factors" in (source / "include" / "llama.h").read_text() else ["-DLROPE_STOCK"]
     includes = [f"-I{source / folder}" for folder in ("include", "ggml/include")]
     link = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base"]
-    code = native.PROJECT / "proofs" / "fuzz_loader.cpp"
-    native.run(["c++", "-std=c++17", *FLAGS.split(), *stock, *includes, code, "-o", driver, *link])
+    code = native_build.PROJECT / "proofs" / "fuzz_loader.cpp"
+    run(["c++", "-std=c++17", *FLAGS.split(), *stock, *includes, code, "-o", driver, *link])
     return driver
 
 
@@ -722,16 +723,16 @@ def tables(results: Results, stock: Sequence[Outcome]) -> str:
     counts = {kind: [n.total(), n["ok"], n["refused"], n["crash"], stock_crashes[kind]] for kind, n in by_kind.items()}
     counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     rows = [(kind, *numbers) for kind, numbers in counts.items()]
-    parts = [native.table(("kind", "files", "loaded", "refused", "crashes patched", "of them stock too"), rows)]
+    parts = [table(("kind", "files", "loaded", "refused", "crashes patched", "of them stock too"), rows)]
     if refusals:
         common = sorted(refusals.items(), key=lambda item: -item[1].total())
         lines = [(text, n[False], n[True]) for text, n in common[:REASONS]]
-        parts.append(native.table(("refusal", "structured cases", DAMAGED), lines))
+        parts.append(table(("refusal", "structured cases", DAMAGED), lines))
         parts.append(f"and {len(common[REASONS:])} rarer ones")
     if origins:
         ranked = sorted(origins.items(), key=lambda item: -len(item[1]))
         found = [(what, origin, len(names), names[0]) for (what, origin), names in ranked]
-        parts.append(native.table(("crash", "whose", "files", "for example"), found))
+        parts.append(table(("crash", "whose", "files", "for example"), found))
     return "\n\n".join(parts)
 
 
@@ -756,7 +757,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="seed of the damage (default: 1)")
     parser.add_argument("--minutes", type=float, default=30.0, help="stop after that time (default: 30)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time (default: 2)")
-    parser.add_argument("--work", type=Path, default=native.WORK / "fuzz", help="folder for builds and crashes")
+    parser.add_argument("--work", type=Path, default=native_build.WORK / "fuzz", help="folder for builds and crashes")
     parser.add_argument("--patched-driver", type=Path, help="fuzz_loader of an earlier run instead of a build")
     parser.add_argument("--stock-driver", type=Path, help="the same for the unpatched library")
     return parser.parse_args()
@@ -766,7 +767,7 @@ def main() -> int:
     """Run everything; 1 if a structured case fails, the time ends early or a crash is not llama.cpp's own."""
     args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
-    driver = args.patched_driver or build_driver(native.patched_source(), args.work / "patched")
+    driver = args.patched_driver or build_driver(native_build.patched_source(), args.work / "patched")
     deadline = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as folder:
         models = [seed_model(Path(folder)), seed_model(Path(folder), YARN)]
@@ -777,7 +778,7 @@ def main() -> int:
     stock: list[Outcome] = []
     if results.crashes:
         keep_crashes(results, args.work / "crashes")
-        stock_driver = args.stock_driver or build_driver(native.fetch_source(), args.work / "stock")
+        stock_driver = args.stock_driver or build_driver(native_build.fetch_source(), args.work / "stock")
         stock = drive(stock_driver, [case for case, _ in results.crashes])
     print(f"\n{tables(results, stock)}\n")
 
@@ -793,4 +794,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    native.script(main)
+    script(main)

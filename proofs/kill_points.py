@@ -33,13 +33,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-for folder in ("tests", "."):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / folder))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from native import ProofError, script, table  # noqa: E402
-from support.gguf_fixtures import write_model  # noqa: E402
+from support.commands import CommandError, script, table
+from support.gguf_fixtures import write_model
 
-from lrope_gguf import CurveFile, LropeError, metadata, remove_factors, write_factors  # noqa: E402
+from lrope_gguf import CurveFile, LropeError, metadata, remove_factors, write_factors
 
 TRACEME, CONT, POKEUSER, SYSCALL, SETOPTIONS, SYSCALL_INFO = 0, 7, 6, 24, 0x4200, 0x420E
 SYSGOOD, EXITKILL = 1, 1 << 20
@@ -391,7 +390,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write (default: the temporary folder)")
     options = parser.parse_args()
     if not can_trace():
-        raise ProofError("processes cannot be traced here")
+        raise CommandError("processes cannot be traced here")
     parent = options.folder or Path(tempfile.gettempdir())
     problems: list[str] = []
     total, begin = 0, time.monotonic()

@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import native
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support import native_build
+from support.commands import CommandError, run, script, table
 
 CONTEXTS = (64, 256)
 N_BATCH, N_SINGLE, N_SHIFT = 48, 8, 16
@@ -77,7 +80,7 @@ def decode(model_path: Path, n_ctx: int, n_threads: int) -> list[Step]:
     params.n_gpu_layers = 0
     model = lib.llama_model_load_from_file(str(model_path).encode(), params)
     if not model:
-        raise native.ProofError(f"{model_path}: not loaded")
+        raise CommandError(f"{model_path}: not loaded")
     graph = _Graph(Path(lib._base_path))
     params = lib.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, N_BATCH, N_BATCH
@@ -86,13 +89,13 @@ def decode(model_path: Path, n_ctx: int, n_threads: int) -> list[Step]:
     params.cb_eval = graph.callback = lib.ggml_backend_sched_eval_callback(graph.see)
     context = lib.llama_init_from_model(model, params)
     if not context:
-        raise native.ProofError(f"{model_path}: no context")
+        raise CommandError(f"{model_path}: no context")
     memory = lib.llama_get_memory(context)
     n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
     steps: list[Step] = []
     draw = random.Random(n_ctx)
 
-    def run(n_tokens: int, start: int) -> None:
+    def step(n_tokens: int, start: int) -> None:
         batch = lib.llama_batch_init(n_tokens, 0, 1)
         batch.n_tokens = n_tokens
         for i in range(n_tokens):
@@ -102,18 +105,18 @@ def decode(model_path: Path, n_ctx: int, n_threads: int) -> list[Step]:
         status = lib.llama_decode(context, batch)
         lib.llama_batch_free(batch)
         if status:
-            raise native.ProofError(f"{model_path}: llama_decode returned {status}")
+            raise CommandError(f"{model_path}: llama_decode returned {status}")
         logits = ctypes.string_at(lib.llama_get_logits(context), 4 * n_tokens * n_vocab)
         steps.append(Step(n_tokens, graph.nodes, graph.digest.hexdigest(), hashlib.sha256(logits).hexdigest()))
 
     n_prompt = n_ctx - N_SINGLE
     for start in range(0, n_prompt, N_BATCH):
-        run(min(N_BATCH, n_prompt - start), start)
+        step(min(N_BATCH, n_prompt - start), start)
     for start in range(n_prompt, n_ctx):
-        run(1, start)
+        step(1, start)
     if memory and lib.llama_memory_can_shift(memory) and lib.llama_memory_seq_rm(memory, 0, 1, 1 + N_SHIFT):
         lib.llama_memory_seq_add(memory, 0, 1 + N_SHIFT, -1, -N_SHIFT)
-        run(N_SHIFT, n_ctx - N_SHIFT)
+        step(N_SHIFT, n_ctx - N_SHIFT)
     lib.llama_free(context)
     lib.llama_model_free(model)
     return steps
@@ -132,7 +135,7 @@ class _Graph:
             path for pattern in ("libggml-base.so*", "libggml-base*.dylib") for path in sorted(folder.glob(pattern))
         ]
         if not names:
-            raise native.ProofError(f"{folder}: no libggml-base")
+            raise CommandError(f"{folder}: no libggml-base")
         self.lib: Any = ctypes.CDLL(str(names[0]))
         for name, result in (
             ("ggml_op_desc", ctypes.c_char_p),
@@ -160,7 +163,7 @@ def compare(
     """Run both libraries on every model and context length."""
     for folder in (stock, patched):
         if not list(folder.glob("libllama.*")):
-            raise native.ProofError(f"{folder}: no libllama")
+            raise CommandError(f"{folder}: no libllama")
     environment = {"PYTHONSAFEPATH": ""}  # would hide the module `native` from the script
     result = []
     for model in models:
@@ -168,7 +171,7 @@ def compare(
             command = [sys.executable, __file__, str(model), "--decode", str(n_ctx), "--threads", str(n_threads)]
             steps = []
             for folder in (stock, patched):
-                output = native.run(command, env=environment | {"LLAMA_CPP_LIB_PATH": str(folder.resolve())}).stdout
+                output = run(command, env=environment | {"LLAMA_CPP_LIB_PATH": str(folder.resolve())}).stdout
                 steps.append([Step(**step) for step in json.loads(output.splitlines()[-1])])
             result.append(Comparison(model.stem, n_ctx, *steps))
     return result
@@ -176,11 +179,10 @@ def compare(
 
 def tiny_models(folder: Path) -> list[Path]:
     """The random models of the tests, one for each kind of RoPE."""
-    sys.path.insert(0, str(native.PROJECT / "tests"))
     try:
         models = importlib.import_module("support.rope_models").MODELS
     except ImportError as error:
-        raise native.ProofError(f"the models of the tests need the extra 'test': {error}") from None
+        raise CommandError(f"the models of the tests need the extra 'test': {error}") from None
     return [model.write(folder / f"{model.name}.gguf") for model in models]
 
 
@@ -200,14 +202,14 @@ def main() -> int:
         print(json.dumps([vars(step) for step in decode(args.models[0], args.decode, args.threads)]))
         return 0
     if min(args.contexts) < N_SINGLE + 2 * N_SHIFT:
-        raise native.ProofError(f"a context needs {N_SINGLE + 2 * N_SHIFT} tokens at least")
-    stock, patched = args.stock or native.stock_library(), args.patched or native.patched_library()
+        raise CommandError(f"a context needs {N_SINGLE + 2 * N_SHIFT} tokens at least")
+    stock, patched = args.stock or native_build.stock_library(), args.patched or native_build.patched_library()
     with tempfile.TemporaryDirectory() as temporary:
         models = args.models or tiny_models(Path(temporary))
         rows = compare(models, stock, patched, args.contexts, args.threads)
-    print(native.table(HEADER, [row.row() for row in rows]))
+    print(table(HEADER, [row.row() for row in rows]))
     return 0 if all(row.same_graphs and row.same_logits for row in rows) else 1
 
 
 if __name__ == "__main__":
-    native.script(main)
+    script(main)

@@ -13,7 +13,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from support import native_build
 from support.arch_models import FACTORS, FIXTURES, UNUSABLE, Fixture, Graphs, LeanModel, Model, Session, audit, runs
+from support.commands import CommandError
 from support.graph_nodes import (
     Graph,
     RopeNode,
@@ -30,7 +32,6 @@ from support.rope_reference import Rope
 sys.path.insert(0, str(Path(__file__).parent.parent / "proofs"))
 
 import architectures
-import native
 
 pytestmark = pytest.mark.native
 NAMES = list(FIXTURES)
@@ -66,8 +67,8 @@ def test_every_architecture_of_the_gguf_package_has_a_fixture() -> None:
 
 def test_every_architecture_of_the_source_has_a_fixture() -> None:
     try:
-        source = native.fetch_source()
-    except native.ProofError as error:
+        source = native_build.fetch_source()
+    except CommandError as error:
         if os.environ.get("LROPE_REQUIRE_NATIVE"):
             raise
         pytest.skip(f"no llama.cpp source: {error}")

@@ -16,11 +16,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "proofs"))
 
 import compile_sites  # noqa: E402
-import native  # noqa: E402
+from support import native_build  # noqa: E402
+from support.commands import CommandError  # noqa: E402
 
 HOOKS = ROOT / "patches" / "hooks.patch"
 FALLBACKS = sorted((ROOT / "patches" / "fallback").glob("*.patch"))
-FILES = native.series_files()
+FILES = native_build.series_files()
 MAX_ADDED, MAX_HUNK, MAX_LINE = 400, 8, 160
 # a template, lambdas, an inverse rotation, an indexer and a cache, besides the usual
 QUICK = ("llama.cpp", "dflash.cpp", "hy-v4.cpp", "deepseek4.cpp", "llama-kv-cache.cpp", "llama-model-loader.cpp")
@@ -126,8 +127,8 @@ def source() -> Path:
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler")
     try:
-        return native.fetch_source()
-    except native.ProofError as error:
+        return native_build.fetch_source()
+    except CommandError as error:
         if os.environ.get("LROPE_REQUIRE_NATIVE"):
             raise
         pytest.skip(f"no llama.cpp source: {error}")
