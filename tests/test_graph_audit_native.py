@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,19 @@ import gguf
 import numpy as np
 import pytest
 from support import native_build
-from support.arch_models import FACTORS, FIXTURES, UNUSABLE, Fixture, Graphs, LeanModel, Model, Session, audit, runs
+from support.arch_models import (
+    FACTORS,
+    FIXTURES,
+    UNUSABLE,
+    Fixture,
+    Graphs,
+    LeanModel,
+    Model,
+    Session,
+    audit,
+    names_in_source,
+    runs,
+)
 from support.commands import CommandError
 from support.graph_nodes import (
     Graph,
@@ -28,10 +39,6 @@ from support.graph_nodes import (
     differences,
 )
 from support.rope_reference import Rope
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "proofs"))
-
-import architectures
 
 pytestmark = pytest.mark.native
 NAMES = list(FIXTURES)
@@ -72,7 +79,7 @@ def test_every_architecture_of_the_source_has_a_fixture() -> None:
         if os.environ.get("LROPE_REQUIRE_NATIVE"):
             raise
         pytest.skip(f"no llama.cpp source: {error}")
-    names = architectures.names(source)
+    names = names_in_source(source)
     assert len(names) > 140
     assert names == {fixture.arch for fixture in FIXTURES.values()} | UNUSABLE.keys()
 
