@@ -18,7 +18,7 @@ from typing import NoReturn
 import pytest
 from gguf import GGUFReader
 from support import hostile_gguf
-from support.gguf_fixtures import header, number_pair, string, text_pair, write_model
+from support.gguf_fixtures import header, number_pair, string, text_pair, u64, write_model
 
 from lrope_gguf import LropeError, read_factors, read_model, remove_factors, write_factors
 from lrope_gguf.gguf_scan import GGUFFile
@@ -28,10 +28,6 @@ MIB = 1 << 20
 
 def array_pair(item: int, count: int, items: bytes, order: str = "<", key: bytes = b"k") -> bytes:
     return string(key, order) + struct.pack(order + "IIQ", 9, item, count) + items
-
-
-def u64(value: int, order: str = "<") -> bytes:
-    return struct.pack(order + "Q", value)
 
 
 @pytest.fixture(scope="module")
