@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -19,8 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from support import native_build
+from support import llama_direct, native_build, rope_models
 from support.commands import CommandError, script, table
+from support.rope_reference import no_noisier, rms_error
 
 OPTIONS = {"vulkan": ("GGML_VULKAN=ON",), "cuda": ("GGML_CUDA=ON",)}
 CPU = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
@@ -50,23 +50,18 @@ def devices(library: Path) -> list[str]:
 
 def noise(n_tokens: int) -> Iterator[tuple[str, float, float, float]]:
     """Per model: error without factors, with them, and how far they move the logits; root mean square, relative."""
-    models = importlib.import_module("support.rope_models")
-    reference, client = (
-        importlib.import_module("support.rope_reference"),
-        importlib.import_module("support.llama_direct"),
-    )
-    tokens, factors = models.TOKENS[:n_tokens], models.FACTORS
+    tokens, factors = rope_models.TOKENS[:n_tokens], rope_models.FACTORS
     ones = [1.0] * len(factors)
-    for model in models.MODELS:
-        wanted = [models.expected(model, used)[:n_tokens] for used in (ones, factors)]
+    for model in rope_models.MODELS:
+        wanted = [rope_models.expected(model, used)[:n_tokens] for used in (ones, factors)]
         errors = []
-        with client.Context(models.file_of(model), model.n_ctx) as context:
+        with llama_direct.Context(rope_models.file_of(model), model.n_ctx) as context:
             for used, want in zip((ones, factors), wanted, strict=True):
                 context.clear()
                 if context.set_factors(used):
                     raise CommandError(f"{model.name}: refuses the factors")
-                errors.append(reference.rms_error(context.decode(tokens), want))
-        yield model.name, errors[0], errors[1], reference.rms_error(*wanted)
+                errors.append(rms_error(context.decode(tokens), want))
+        yield model.name, errors[0], errors[1], rms_error(*wanted)
 
 
 def main() -> int:
@@ -93,7 +88,6 @@ def main() -> int:
         raise CommandError(f"{library}: no {args.backend} device found")
     os.environ["LLAMA_CPP_LIB_PATH"] = str(library.resolve())
     os.environ["LROPE_TEST_GPU_LAYERS"] = str(args.layers)  # the tests' client takes it from here
-    no_noisier = importlib.import_module("support.rope_reference").no_noisier
     rows, worse = [], 0
     for name, base, scaled, moved in noise(args.tokens):
         good = no_noisier(scaled, base) and moved > 10 * scaled
