@@ -20,13 +20,14 @@ from architecture import N_LAYER, Llama
 from export import weight_names
 from train import MAX_PAIRS
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support import llama_direct
+
 from lrope_gguf.native import tool_path
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.model import Model
 from lrope_search.tasks import KeyValueTask
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from support import llama_direct
 
 BASE = (1.0,) * N_LAYER
 FACTORS = (0.75, 1.25, 2.25, 3.3)

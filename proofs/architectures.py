@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,28 +21,17 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import native
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-if TYPE_CHECKING:
-    from support.arch_models import Audit
-
-sys.path.insert(0, str(native.PROJECT / "tests"))
-
-
-def names(source: Path) -> set[str]:
-    """The architectures in the table of a llama.cpp source tree."""
-    text = (source / "src" / "llama-arch.cpp").read_text()
-    table = text.partition("LLM_ARCH_NAMES = {")[2].partition("\n};")[0]
-    return set(re.findall(r'^\s*\{ LLM_ARCH_\w+,\s*"([^"]+)"\s*\}', table, re.M)) - {"(unknown)"}
+from support.arch_models import FIXTURES, UNUSABLE, Audit, audit, names_in_source
+from support.commands import CommandError, script, table
+from support.native_build import fetch_source
 
 
 def _audit(name: str) -> Audit:
-    from support import arch_models
-
     with tempfile.TemporaryDirectory() as folder:
-        return arch_models.audit(arch_models.FIXTURES[name], Path(folder))
+        return audit(FIXTURES[name], Path(folder))
 
 
 def audits(fixtures: Sequence[str]) -> Iterator[tuple[str, Audit | str]]:
@@ -73,11 +61,9 @@ def main() -> int:
         os.environ["LLAMA_CPP_LIB_PATH"] = str(args.library.resolve())
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
-    from support.arch_models import FIXTURES, UNUSABLE
-
     unknown = [name for name in args.fixtures if name not in FIXTURES]
     if unknown:
-        raise native.ProofError(f"no fixture {', '.join(unknown)}; there are {', '.join(FIXTURES)}")
+        raise CommandError(f"no fixture {', '.join(unknown)}; there are {', '.join(FIXTURES)}")
     rows: list[tuple[object, ...]] = []
     wrong: list[str] = []
     for name, result in audits(args.fixtures or list(FIXTURES)):
@@ -95,12 +81,12 @@ def main() -> int:
     if not args.fixtures:
         rows += [(name, "", "", "", "", f"cannot be loaded: {reason}") for name, reason in UNUSABLE.items()]
         audited = {fixture.arch for fixture in FIXTURES.values()} | UNUSABLE.keys()
-        wrong += [f"{name}: no fixture" for name in sorted(names(args.source or native.fetch_source()) - audited)]
+        wrong += [f"{name}: no fixture" for name in sorted(names_in_source(args.source or fetch_source()) - audited)]
     header = ("model", "layers", "rotations", "of a context shift", "layers that rotate", "verdict")
-    print(native.table(header, sorted(rows, key=str)))
+    print(table(header, sorted(rows, key=str)))
     print("\n".join(["", f"{len(rows)} models, {len(wrong)} problems", *wrong]))
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    native.script(main)
+    script(main)

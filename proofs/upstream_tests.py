@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import native
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support import native_build
+from support.commands import CommandError, progress, run, script, table
 
 # what ctest leaves out: the operations that the series feeds, and every architecture with a fixed seed
 EXTRAS = {
@@ -34,10 +38,10 @@ REASONS = (
 
 def build(stock: bool, folder: Path) -> Path:
     """Build a tree with its tests, as far as it can be built, and return the build folder."""
-    source = native.fetch_source(folder) if stock else native.patched_source(folder)
+    source = native_build.fetch_source(folder) if stock else native_build.patched_source(folder)
     build_dir = source.parent / "build-tests"
     # one test that does not compile, on both trees, must not stop the others
-    native.build(source, build_dir, (), OPTIONS, keep_going=True)
+    native_build.build(source, build_dir, (), OPTIONS, keep_going=True)
     return build_dir
 
 
@@ -60,9 +64,9 @@ def run_ctest(build_dir: Path, exclude: str | None, seconds: int, jobs: int) -> 
     junit.unlink(missing_ok=True)
     command: list[str | Path] = ["ctest", "--test-dir", build_dir, "--output-junit", junit]
     command += ["--timeout", str(seconds), "-j", str(jobs), *(("-E", exclude) if exclude else ())]
-    output = native.run(command, check=False)
+    output = run(command, check=False)
     if not junit.is_file():
-        raise native.ProofError(f"{build_dir}: ctest wrote no results (CMake 3.21 is needed):\n{output.stderr}")
+        raise CommandError(f"{build_dir}: ctest wrote no results (CMake 3.21 is needed):\n{output.stderr}")
     return parse_junit(junit)
 
 
@@ -75,8 +79,8 @@ def run_extras(build_dir: Path, seconds: int) -> dict[str, tuple[str, str]]:
             results[name] = ("not run", "Could not find executable")
             continue
         try:
-            done = native.run([path, *arguments], check=False, timeout=seconds)
-        except native.ProofError as error:
+            done = run([path, *arguments], check=False, timeout=seconds)
+        except CommandError as error:
             results[name] = ("timeout", str(error))
             continue
         # colours, and the times in front of log lines
@@ -109,14 +113,14 @@ def report(stock: Mapping[str, tuple[str, str]], patched: Mapping[str, tuple[str
     totals = [(kind, counts[0][kind], counts[1][kind]) for kind in kinds]
     different = [(name, a[0], b[0]) for name, a, b in rows if a[0] != b[0]]
     printed = differing_output(stock, patched)
-    lines = [native.table(["result", "stock", "patched"], [*totals, ("**all**", len(stock), len(patched))]), ""]
+    lines = [table(["result", "stock", "patched"], [*totals, ("**all**", len(stock), len(patched))]), ""]
     lines.append(f"Results that differ: {len(different)}")
     if different:
-        lines += ["", native.table(["test", "stock", "patched"], different)]
+        lines += ["", table(["test", "stock", "patched"], different)]
     lines.append(f"Tests with fixed seeds whose output differs: {', '.join(printed) or 0}")
     both = [(name, a[0], reason(a[1])) for name, a, b in rows if a[0] == b[0] != "passed"]
     if both:
-        lines += ["", native.table(["not passed on both", "result", "reason"], both)]
+        lines += ["", table(["not passed on both", "result", "reason"], both)]
     return "\n".join(lines), not different and not printed
 
 
@@ -125,7 +129,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--stock-build", type=Path, metavar="DIR", help="build folder of the unpatched tree")
     parser.add_argument("--patched-build", type=Path, metavar="DIR", help="build folder of the patched tree")
-    parser.add_argument("--output", type=Path, default=native.WORK, help="work folder (default: build/proofs)")
+    parser.add_argument("--output", type=Path, default=native_build.WORK, help="work folder (default: build/proofs)")
     parser.add_argument("--exclude", metavar="REGEX", help="leave these tests of ctest out")
     parser.add_argument("--timeout", type=int, default=900, metavar="SECONDS", help="for each test (default: 900)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="tests at a time (default: all cores)")
@@ -134,10 +138,10 @@ def main() -> int:
     patched = args.patched_build or build(False, args.output)
     for folder in (stock, patched):
         if not (folder / "CTestTestfile.cmake").is_file():
-            raise native.ProofError(f"{folder}: no build folder with tests (-DLLAMA_BUILD_TESTS=ON)")
+            raise CommandError(f"{folder}: no build folder with tests (-DLLAMA_BUILD_TESTS=ON)")
     results = []
     for folder in (stock, patched):
-        native.progress(f"testing {folder}")
+        progress(f"testing {folder}")
         results.append(run_ctest(folder, args.exclude, args.timeout, args.jobs) | run_extras(folder, args.timeout))
     text, same = report(*results)
     print(text)
@@ -145,4 +149,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    native.script(main)
+    script(main)

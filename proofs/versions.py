@@ -17,7 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import native
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support import native_build
+from support.commands import CommandError, progress, run, script, table
+from support.native_build import PROJECT
 
 RELEASES = ("0.3.22", "0.3.28", "0.3.32", "0.3.34", "0.3.36", "xllamacpp")
 STRUCTS = ("llama_model_params", "llama_context_params", "llama_batch")
@@ -60,21 +64,21 @@ HEADER = ["release", "llama.cpp", "series applies", "library builds", "tests", "
 
 def fetch(release: str, folder: Path) -> Path:
     """The unpatched llama.cpp source of a release, or of the newest xllamacpp."""
-    return fetch_xllamacpp(folder) if release.startswith("xllamacpp") else native.fetch_source(folder, release)
+    return fetch_xllamacpp(folder) if release.startswith("xllamacpp") else native_build.fetch_source(folder, release)
 
 
 def fetch_xllamacpp(folder: Path) -> Path:
     """The llama.cpp source in the newest source distribution of xllamacpp; nothing of that package is run."""
-    output = native.run([sys.executable, "-m", "pip", "index", "versions", "xllamacpp"]).stdout
+    output = run([sys.executable, "-m", "pip", "index", "versions", "xllamacpp"]).stdout
     match = re.match(r"xllamacpp \(([\w.]+)\)", output)
     if match is None:
-        raise native.ProofError(f"pip index versions xllamacpp: no version in\n{output}")
+        raise CommandError(f"pip index versions xllamacpp: no version in\n{output}")
     top = folder / "source" / f"xllamacpp-{match[1]}"
     archive = folder / f"{top.name}.tar.gz"
     if not top.is_dir():
         if not archive.is_file():
             download_only(f"xllamacpp=={match[1]}", folder)
-        native.extract(archive, top)
+        native_build.extract(archive, top)
     return top / "thirdparty" / "llama.cpp"
 
 
@@ -88,13 +92,13 @@ def download_only(requirement: str, folder: Path) -> None:
         name = requirement.partition("==")[0]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--no-build-isolation", "--no-binary", name, "--dest", str(folder), requirement]
-        native.run(command, env={"PYTHONPATH": temporary, "LROPE_PACKAGE": requirement})
+        run(command, env={"PYTHONPATH": temporary, "LROPE_PACKAGE": requirement})
 
 
 def commit_of(release: str, source: Path) -> str:
     """The llama.cpp commit that a release names, in its change log or in our patches/source.txt."""
-    if release == native.pinned()[0]:
-        match = re.search(r"llama\.cpp commit (\w+)", (native.PATCHES / "source.txt").read_text())
+    if release == native_build.pinned()[0]:
+        match = re.search(r"llama\.cpp commit (\w+)", (native_build.PATCHES / "source.txt").read_text())
     elif release.startswith("xllamacpp"):
         match = re.search(r"-(\S+)", source.parent.parent.name)  # its version: it names no commit
     else:
@@ -105,15 +109,15 @@ def commit_of(release: str, source: Path) -> str:
 
 def apply(source: Path) -> str:
     """Apply the series to ``source`` as the build does; tells how, or which hunks fail."""
-    exact = _git_apply(source, native.PATCHES / "hooks.patch", "--check")
+    exact = _git_apply(source, native_build.PATCHES / "hooks.patch", "--check")
     try:
-        native.apply_series(source)
-    except native.ProofError as error:
+        native_build.apply_series(source)
+    except CommandError as error:
         failed = re.findall(r"patch\s+failed:\s+(\S+)", str(error))
         return f"no: {', '.join(failed) or error}"
     fallbacks = [
         path.stem
-        for path in sorted((native.PATCHES / "fallback").glob("*.patch"))
+        for path in sorted((native_build.PATCHES / "fallback").glob("*.patch"))
         if _git_apply(source, path, "--reverse", "--check", "--ignore-whitespace")
     ]
     return " + ".join(["exactly" if exact else "indented otherwise", *(f"fallback {name}" for name in fallbacks)])
@@ -123,7 +127,7 @@ def _git_apply(source: Path, patch: Path, *options: str) -> bool:
     command: list[str | Path] = ["git", "apply", *options, patch.resolve()]
     # the source may lie inside another repository: this one
     environment = {"GIT_CEILING_DIRECTORIES": str(source.resolve().parent)}
-    return native.run(command, cwd=source, check=False, env=environment).returncode == 0
+    return run(command, cwd=source, check=False, env=environment).returncode == 0
 
 
 def struct_fields(header: str, name: str) -> list[tuple[str, str]]:
@@ -131,7 +135,7 @@ def struct_fields(header: str, name: str) -> list[tuple[str, str]]:
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", header, flags=re.S)
     match = re.search(rf"struct {name} \{{(.*?)\}};?", text, re.S)
     if match is None:
-        raise native.ProofError(f"llama.h: no struct {name}")
+        raise CommandError(f"llama.h: no struct {name}")
     return [(" ".join(kind.split()), member) for kind, member in re.findall(r"([\w\s*]+?[\s*])(\w+)\s*;", match[1])]
 
 
@@ -140,16 +144,16 @@ def binding(release: str, source: Path, folder: Path) -> Path:
 
     For xllamacpp this is the pinned release, with the members added that llama.h has got since.
     """
-    version = native.pinned()[0] if release.startswith("xllamacpp") else release
+    version = native_build.pinned()[0] if release.startswith("xllamacpp") else release
     target = folder / "binding" / release
     if target.is_dir():
         return target
-    archive = native.fetch_source(folder, version).parent.parent
+    archive = native_build.fetch_source(folder, version).parent.parent
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         package = Path(temporary, release, "llama_cpp")
         shutil.copytree(archive / "llama_cpp", package)
-        old = (native.fetch_source(folder, version) / "include/llama.h").read_text()
+        old = (native_build.fetch_source(folder, version) / "include/llama.h").read_text()
         add_members(package / "llama_cpp.py", old, (source / "include/llama.h").read_text())
         package.parent.rename(target)
     return target
@@ -163,37 +167,37 @@ def add_members(module: Path, old: str, new: str) -> None:
         before, after = struct_fields(old, struct), struct_fields(new, struct)
         added = [field for field in after if field not in before]
         if [field for field in after if field in before] != before or any(kind not in types for kind, _ in added):
-            raise native.ProofError(f"struct {struct} changed in a way that the binding cannot follow: {added}")
+            raise CommandError(f"struct {struct} changed in a way that the binding cannot follow: {added}")
         start = text.index(f"class {struct}(ctypes.Structure)")
         for kind, name in added:
             previous = after[after.index((kind, name)) - 1][1]
             match = re.compile(rf'^( *)\("{previous}", .*\),\n', re.M).search(text, text.index("_fields_", start))
             if match is None:
-                raise native.ProofError(f"{module}: no member {previous} in {struct}")
+                raise CommandError(f"{module}: no member {previous} in {struct}")
             text = f'{text[: match.end()]}{match[1]}("{name}", ctypes.{types[kind]}),\n{text[match.end() :]}'
     module.write_text(text)
 
 
 def run_tests(library: Path, bindings: Path, tests: Sequence[str]) -> str:
     """Run the numerical tests with a library and its binding; a summary such as "93 passed"."""
-    search = native.PROJECT / "search"
+    search = PROJECT / "search"
     with tempfile.TemporaryDirectory() as temporary:
         # the package in the source tree, where it is not installed under its second name
         Path(temporary, "lrope_search").symlink_to(search)
-        path = [str(bindings), temporary, str(native.PROJECT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        path = [str(bindings), temporary, str(PROJECT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         env = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "LLAMA_CPP_LIB_PATH": str(library.resolve())}
         command = [sys.executable, "-m", "pytest", *PYTEST, *tests]
-        output = native.run(command, cwd=native.PROJECT, env=env | {"LROPE_REQUIRE_NATIVE": "1"}, check=False).stdout
+        output = run(command, cwd=PROJECT, env=env | {"LROPE_REQUIRE_NATIVE": "1"}, check=False).stdout
     lines = output.strip().splitlines()
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):
-            native.progress(f"  {line}")
+            progress(f"  {line}")
     return re.sub(r" in [\d.]+s.*|=", "", lines[-1]).strip() if lines else "no output"
 
 
 def numerical_tests() -> list[str]:
     """The test modules that compare the library with the reference."""
-    return [str(path) for path in sorted((native.PROJECT / "tests").glob("test_rope_*.py"))]
+    return [str(path) for path in sorted((PROJECT / "tests").glob("test_rope_*.py"))]
 
 
 def all_passed(summary: str) -> bool:
@@ -203,21 +207,21 @@ def all_passed(summary: str) -> bool:
 
 def prove(release: str, args: argparse.Namespace) -> Row:
     """Fetch, apply, build and test one release."""
-    native.progress(release)
+    progress(release)
     start = time.monotonic()
     row = Row(release)
     try:
         source = fetch(release, args.output)
         row.commit = commit_of(release, source)
-        copy = native.copy_source(source, args.output / "versions" / release / "llama.cpp")
+        copy = native_build.copy_source(source, args.output / "versions" / release / "llama.cpp")
         row.applies = apply(copy)
         if not args.apply_only and not row.applies.startswith("no:"):
             row.builds = "no"
-            library = native.build(copy, copy.parent / "build", native.LIBRARY)
+            library = native_build.build(copy, copy.parent / "build", native_build.LIBRARY)
             row.builds = "yes"
             row.tests = run_tests(library, binding(release, source, args.output), args.tests)
-    except native.ProofError as error:
-        native.progress(f"{release}: {error}")
+    except CommandError as error:
+        progress(f"{release}: {error}")
         row.applies = row.applies or "no: " + str(error).splitlines()[0]
     row.seconds = time.monotonic() - start
     return row
@@ -231,12 +235,12 @@ def main() -> int:
     )
     parser.add_argument("--apply-only", action="store_true", help="do not build and test")
     parser.add_argument("--tests", nargs="+", metavar="FILE", help="default: tests/test_rope_*.py")
-    parser.add_argument("--output", type=Path, default=native.WORK, help="work folder (default: build/proofs)")
+    parser.add_argument("--output", type=Path, default=native_build.WORK, help="work folder (default: build/proofs)")
     args = parser.parse_args()
     args.tests = args.tests or numerical_tests()
     rows = [prove(release, args) for release in args.releases]
     columns = 3 if args.apply_only else len(HEADER)
-    print(native.table(HEADER[:columns], [row.cells()[:columns] for row in rows]))
+    print(table(HEADER[:columns], [row.cells()[:columns] for row in rows]))
     bad = [row for row in rows if not row.applies or row.applies.startswith("no:")]
     if not args.apply_only:
         bad += [row for row in rows if not all_passed(row.tests)]
@@ -244,4 +248,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    native.script(main)
+    script(main)

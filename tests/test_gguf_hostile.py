@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-import fuzz_gguf
 import pytest
 from gguf import GGUFReader
-from support.gguf_fixtures import header, number_pair, string, text_pair, write_model
+from support import hostile_gguf
+from support.gguf_fixtures import header, number_pair, string, text_pair, u64, write_model
 
 from lrope_gguf import LropeError, read_factors, read_model, remove_factors, write_factors
 from lrope_gguf.gguf_scan import GGUFFile
@@ -30,13 +30,9 @@ def array_pair(item: int, count: int, items: bytes, order: str = "<", key: bytes
     return string(key, order) + struct.pack(order + "IIQ", 9, item, count) + items
 
 
-def u64(value: int, order: str = "<") -> bytes:
-    return struct.pack(order + "Q", value)
-
-
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return fuzz_gguf.make_seeds(tmp_path_factory.mktemp("seeds"))
+    return hostile_gguf.make_seeds(tmp_path_factory.mktemp("seeds"))
 
 
 @contextmanager
@@ -357,13 +353,13 @@ def test_every_truncation_is_seen_and_said_where(seeds: list[Path], tmp_path: Pa
 
 
 def test_mutants(seeds: list[Path], tmp_path: Path) -> None:
-    loaded = [fuzz_gguf.load(path) for path in seeds]
+    loaded = [hostile_gguf.load(path) for path in seeds]
     outcomes: Counter[str] = Counter()
     path = tmp_path / "mutant.gguf"
     with memory_below(16 * MIB):
         for number in range(500):
-            data = fuzz_gguf.mutant(loaded, 7, number)
-            outcome = fuzz_gguf.guarded(path, data, deep=number % 8 == 0, seconds=20)
+            data = hostile_gguf.mutant(loaded, 7, number)
+            outcome = hostile_gguf.guarded(path, data, deep=number % 8 == 0, seconds=20)
             assert not outcome.finding, (number, outcome.finding)
             outcomes[outcome.kind] += 1
     assert outcomes["refused, with the byte"] > 200 and outcomes["read"] > 50, outcomes
@@ -371,10 +367,10 @@ def test_mutants(seeds: list[Path], tmp_path: Path) -> None:
 
 
 def test_mutants_depend_on_seed_and_number_only(seeds: list[Path]) -> None:
-    loaded = [fuzz_gguf.load(path) for path in seeds]
-    made = [fuzz_gguf.mutant(loaded, 3, number) for number in range(300)]
-    assert made == [fuzz_gguf.mutant(loaded, 3, number) for number in range(300)]
-    assert made[0] != fuzz_gguf.mutant(loaded, 4, 0)
+    loaded = [hostile_gguf.load(path) for path in seeds]
+    made = [hostile_gguf.mutant(loaded, 3, number) for number in range(300)]
+    assert made == [hostile_gguf.mutant(loaded, 3, number) for number in range(300)]
+    assert made[0] != hostile_gguf.mutant(loaded, 4, 0)
     assert len(set(made)) > 280
 
 
@@ -382,7 +378,7 @@ def test_the_fuzzer_finds(seeds: list[Path], tmp_path: Path, monkeypatch: pytest
     path, data = tmp_path / "m.gguf", seeds[0].read_bytes()
 
     def finding(deep: bool = False, seconds: float = 20) -> str:
-        return fuzz_gguf.guarded(path, data, deep=deep, seconds=seconds).finding
+        return hostile_gguf.guarded(path, data, deep=deep, seconds=seconds).finding
 
     def failing(error: Exception) -> NoReturn:
         raise error
@@ -396,13 +392,13 @@ def test_the_fuzzer_finds(seeds: list[Path], tmp_path: Path, monkeypatch: pytest
         (LropeError(f"{path}: wrong at byte {len(data) + 1}"), "an offset behind the end"),
     ]:
         with monkeypatch.context() as patch:
-            patch.setattr(fuzz_gguf, "read_model", lambda _, error=error: failing(error))
+            patch.setattr(hostile_gguf, "read_model", lambda _, error=error: failing(error))
             assert wanted in finding()
     with monkeypatch.context() as patch:
-        patch.setattr(fuzz_gguf, "read_model", lambda _: time.sleep(5))
+        patch.setattr(hostile_gguf, "read_model", lambda _: time.sleep(5))
         assert finding(seconds=0.2) == "not done after 0.2 s"
     for name in ("write_factors", "remove_factors"):
-        original = getattr(fuzz_gguf, name)
+        original = getattr(hostile_gguf, name)
 
         def changing(path: Path, *args: object, original: object = original, **options: object) -> object:
             result = original(path, *args, **options)  # type: ignore[operator]
@@ -411,13 +407,13 @@ def test_the_fuzzer_finds(seeds: list[Path], tmp_path: Path, monkeypatch: pytest
             return result
 
         with monkeypatch.context() as patch:
-            patch.setattr(fuzz_gguf, name, changing)
+            patch.setattr(hostile_gguf, name, changing)
             assert finding(deep=True), name
 
 
 @pytest.mark.slow
 def test_the_fuzzer_as_a_script() -> None:
-    script = Path(fuzz_gguf.__file__)
+    script = Path(__file__).parent.parent / "proofs" / "fuzz_gguf.py"
     done = subprocess.run(
         [sys.executable, script, "--files", "20000", "--jobs", "2"], capture_output=True, text=True, cwd=script.parent
     )

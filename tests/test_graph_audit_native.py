@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +12,21 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from support.arch_models import FACTORS, FIXTURES, UNUSABLE, Fixture, Graphs, LeanModel, Model, Session, audit, runs
+from support import native_build
+from support.arch_models import (
+    FACTORS,
+    FIXTURES,
+    UNUSABLE,
+    Fixture,
+    Graphs,
+    LeanModel,
+    Model,
+    Session,
+    audit,
+    names_in_source,
+    runs,
+)
+from support.commands import CommandError
 from support.graph_nodes import (
     Graph,
     RopeNode,
@@ -26,11 +39,6 @@ from support.graph_nodes import (
     differences,
 )
 from support.rope_reference import Rope
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "proofs"))
-
-import architectures
-import native
 
 pytestmark = pytest.mark.native
 NAMES = list(FIXTURES)
@@ -66,12 +74,12 @@ def test_every_architecture_of_the_gguf_package_has_a_fixture() -> None:
 
 def test_every_architecture_of_the_source_has_a_fixture() -> None:
     try:
-        source = native.fetch_source()
-    except native.ProofError as error:
+        source = native_build.fetch_source()
+    except CommandError as error:
         if os.environ.get("LROPE_REQUIRE_NATIVE"):
             raise
         pytest.skip(f"no llama.cpp source: {error}")
-    names = architectures.names(source)
+    names = names_in_source(source)
     assert len(names) > 140
     assert names == {fixture.arch for fixture in FIXTURES.values()} | UNUSABLE.keys()
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fuzz_metadata import Case, Outcome, complaint, mutants, parse_output, seed_model, structured_cases
+from support.hostile_metadata import Case, Outcome, complaint, mutants, parse_output, seed_model, structured_cases
 from support.llama_direct import Context, library
 from support.rope_models import YARN
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
+from support import off_is_off
 from support.rope_models import FACTORS, LLAMA
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "proofs"))
-
-import off_is_off
 
 pytestmark = pytest.mark.native
 

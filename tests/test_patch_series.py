@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support import call_sites, native_build
+from support.commands import CommandError
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "proofs"))
-
-import compile_sites  # noqa: E402
-import native  # noqa: E402
-
 HOOKS = ROOT / "patches" / "hooks.patch"
 FALLBACKS = sorted((ROOT / "patches" / "fallback").glob("*.patch"))
-FILES = native.series_files()
+FILES = native_build.series_files()
 MAX_ADDED, MAX_HUNK, MAX_LINE = 400, 8, 160
 # a template, lambdas, an inverse rotation, an indexer and a cache, besides the usual
 QUICK = ("llama.cpp", "dflash.cpp", "hy-v4.cpp", "deepseek4.cpp", "llama-kv-cache.cpp", "llama-model-loader.cpp")
@@ -126,21 +122,21 @@ def source() -> Path:
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler")
     try:
-        return native.fetch_source()
-    except native.ProofError as error:
+        return native_build.fetch_source()
+    except CommandError as error:
         if os.environ.get("LROPE_REQUIRE_NATIVE"):
             raise
         pytest.skip(f"no llama.cpp source: {error}")
 
 
 def test_members_cover_every_rope_function_of_ggml(source: Path) -> None:
-    added = compile_sites.blank("\n".join(line for file, line in added_lines() if file.endswith(".h")))
-    missing = [name for name in compile_sites.rope_functions(source) if not re.search(rf"\b{name} *\(", added)]
+    added = call_sites.blank("\n".join(line for file, line in added_lines() if file.endswith(".h")))
+    missing = [name for name in call_sites.rope_functions(source) if not re.search(rf"\b{name} *\(", added)]
     assert not missing, "a later use of these would rotate without the factor, unnoticed"
 
 
 def test_every_rope_call_of_some_models_is_hidden(source: Path) -> None:
-    result = compile_sites.prove(source, QUICK)
+    result = call_sites.prove(source, QUICK)
     assert result.differences == []
     assert len(result.hidden) >= 15
     assert {site.file for site in result.outside} == {"src/llama-kv-cache.cpp", "src/llama-model-loader.cpp"}
@@ -148,8 +144,8 @@ def test_every_rope_call_of_some_models_is_hidden(source: Path) -> None:
 
 @pytest.mark.slow
 def test_every_rope_call_is_hidden(source: Path) -> None:
-    result = compile_sites.prove(source)
-    print(compile_sites.report(result))
+    result = call_sites.prove(source)
+    print(call_sites.report(result))
     assert result.differences == []
     assert len({site.file for site in result.hidden}) > 100
 
@@ -161,11 +157,11 @@ def test_a_call_that_members_do_not_hide_is_found(source: Path, tmp_path: Path) 
     file = tmp_path / "src/models/llama.cpp"
     lines = file.read_text().count("\n")
     file.write_text(file.read_text() + "\nggml_tensor * f(ggml_context * c) { return ggml_rope(c, 0, 0, 8, 0); }\n")
-    result = compile_sites.prove(tmp_path, ["llama.cpp"])
+    result = call_sites.prove(tmp_path, ["llama.cpp"])
     assert result.differences == [f"src/models/llama.cpp:{lines + 2} ggml_rope"]
 
 
 def test_mentions_in_comments_and_strings_do_not_count() -> None:
     text = '// ggml_rope(\nx = ggml_rope_ext(a,\n  f(b)\n); /* ggml_rope */ s = "ggml_rope(";\n'
-    (site,) = compile_sites.text_sites("a.cpp", text, ["ggml_rope", "ggml_rope_ext"])
+    (site,) = call_sites.text_sites("a.cpp", text, ["ggml_rope", "ggml_rope_ext"])
     assert (site.line, site.last, site.name) == (2, 4, "ggml_rope_ext")

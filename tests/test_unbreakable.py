@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import kill_points
 import pytest
 from gguf import GGUFWriter
+from support import kill_points
 from support.gguf_fixtures import LAYERS, header, names, number_pair, text_pair, write_model
 
 from lrope_gguf import LropeError, files, metadata, read_factors, read_model, remove_factors, write_factors

@@ -1,1 +1,1 @@
-"""What several tests share; the proofs and benchmarks may import it too."""
+"""What several tests share. Proofs and benchmarks import it too; nothing under tests/ imports them."""

@@ -749,6 +749,13 @@ YARN_KEYS: dict[str, Value] = {
 }
 
 
+def names_in_source(source: Path) -> set[str]:
+    """The architectures in the table of a llama.cpp source tree."""
+    text = (source / "src" / "llama-arch.cpp").read_text()
+    table = text.partition("LLM_ARCH_NAMES = {")[2].partition("\n};")[0]
+    return set(re.findall(r'^\s*\{ LLM_ARCH_\w+,\s*"([^"]+)"\s*\}', table, re.M)) - {"(unknown)"}
+
+
 def _variants() -> Iterator[Fixture]:
     """Other branches of architectures that depend on their metadata."""
     for arch in PREDICTING:

@@ -61,9 +61,19 @@ def read_tensors(path: Path) -> dict[str, bytes]:
     return {tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path).tensors}
 
 
+def u32(value: int, order: str = "<") -> bytes:
+    """A uint32."""
+    return struct.pack(order + "I", value)
+
+
+def u64(value: int, order: str = "<") -> bytes:
+    """A uint64."""
+    return struct.pack(order + "Q", value)
+
+
 def string(data: bytes, order: str = "<") -> bytes:
     """A GGUF string."""
-    return struct.pack(order + "Q", len(data)) + data
+    return u64(len(data), order) + data
 
 
 def header(pairs: bytes, n_keys: int, *, n_tensors: int = 0, version: int = 3, order: str = "<") -> bytes:
@@ -73,7 +83,7 @@ def header(pairs: bytes, n_keys: int, *, n_tensors: int = 0, version: int = 3, o
 
 def text_pair(key: str, value: str, order: str = "<") -> bytes:
     """A key with a string."""
-    return string(key.encode(), order) + struct.pack(order + "I", 8) + string(value.encode(), order)
+    return string(key.encode(), order) + u32(8, order) + string(value.encode(), order)
 
 
 def number_pair(key: str, value: int, order: str = "<") -> bytes:

@@ -45,18 +45,18 @@ def library() -> Any:
         function.argtypes, function.restype = [ctypes.c_void_p], result
     llama_cpp._lib.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_size_t] * 2
     llama_cpp._lib.ggml_backend_tensor_get.restype = None
-    llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(log_errors, ctypes.c_void_p(0))
     return llama_cpp
 
 
 # llama.cpp's errors only: its log is long
 def _write_error(level: int, text: bytes, _: object) -> None:
     if level == 4:  # GGML_LOG_LEVEL_ERROR
-        sys.stderr.write(text.decode())
+        sys.stderr.write(text.decode(errors="replace"))
 
 
 # kept here because the library stores just the address
-_log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_write_error)
+log_errors = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_write_error)
 
 
 @contextlib.contextmanager
@@ -68,13 +68,13 @@ def errors() -> Iterator[list[str]]:
         if level == 4:  # GGML_LOG_LEVEL_ERROR
             kept.append(text.decode())
 
-    lib, log = library(), type(_log)(keep)
+    lib, log = library(), type(log_errors)(keep)
     lib.llama_log_set(log, ctypes.c_void_p(0))
     try:
         yield kept
     finally:
         # back to whoever had it: lrope_search.model, where that was loaded
-        lib.llama_log_set(getattr(lib, "lrope_log_callback", _log), ctypes.c_void_p(0))
+        lib.llama_log_set(getattr(lib, "lrope_log_callback", log_errors), ctypes.c_void_p(0))
 
 
 class RopeTrace:
