@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lrope_search.config import IDENTIFIER_KINDS, TASK_FIELDS, ModelConfig, TaskConfig
+from lrope_search.config import IDENTIFIER_KINDS, POSITIONS, TASK_FIELDS, ModelConfig, TaskConfig
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +20,9 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     """Declare the task."""
     parser.add_argument("--task", choices=list(TASK_FIELDS), default="kv")
     parser.add_argument("--identifiers", choices=IDENTIFIER_KINDS)
-    for name in ("keys", "documents", "context-tokens", "depths"):
+    for name in ("keys", "documents", "context-tokens", "probes"):
         parser.add_argument(f"--{name}", metavar="N", type=int)
+    parser.add_argument("--positions", choices=POSITIONS)
     parser.add_argument("--data", metavar="FILE")
     parser.add_argument("--prompt-template", metavar="TEXT")
     parser.add_argument("--answer-prefix", metavar="TEXT", default="")
@@ -42,6 +43,6 @@ def model_of(args: argparse.Namespace) -> ModelConfig:
 
 def task_of(args: argparse.Namespace) -> TaskConfig:
     """Return the task's settings."""
-    names = ("data", "keys", "documents", "context_tokens", "identifiers", "depths", "prompt_template")
+    names = ("data", "keys", "documents", "context_tokens", "identifiers", "probes", "positions", "prompt_template")
     own = {name: getattr(args, name) for name in (*names, "answer_prefix", "seed")}
     return TaskConfig(args.task, **own)

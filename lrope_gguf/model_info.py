@@ -12,6 +12,7 @@ from pathlib import Path
 from lrope_gguf.errors import LropeError
 from lrope_gguf.gguf_scan import ARRAY, FLOAT32, GGUFFile
 from lrope_gguf.layout import CURVE_KEY, PAGE, factors_key, kept, prefix
+from lrope_gguf.reach import rope_reach
 
 MAX_LAYERS = 4096
 _MAX_CURVE_BYTES = 4 << 20
@@ -52,6 +53,7 @@ class ModelInfo:
         block_count: layers, those of a multi-token-prediction head included.
         nextn_predict_layers: layers of that head, the last ones.
         context_length: trained length in tokens.
+        rope_reach: of the layers that a curve shapes, how many tokens their rotation reaches (`lrope_gguf.reach`).
         rope_freq_base, rope_dimension_count, rope_scaling_type, rope_scaling_factor: of the base model's RoPE.
         factors: `s_l` of all `block_count` layers, float32 values; None where absent or not usable.
         factors_error: why a stored array is not usable, as a sentence's end.
@@ -69,6 +71,7 @@ class ModelInfo:
     block_count: int | None
     nextn_predict_layers: int
     context_length: int | None
+    rope_reach: tuple[int | None, ...]
     rope_freq_base: float | None
     rope_dimension_count: int | None
     rope_scaling_type: str | None
@@ -95,6 +98,10 @@ class ModelInfo:
             and not self.rope_switched_off
             and not alibi
         )
+
+    def layers_reaching(self, n_tokens: int) -> tuple[int, ...]:
+        """The layers that rotate over the whole of a context of ``n_tokens`` tokens, as far as the header tells."""
+        return tuple(i for i, reach in enumerate(self.rope_reach) if reach is None or reach >= n_tokens)
 
     def fingerprint(self) -> str:
         """Identity of the base model: SHA-256 in hex, the same before and after `write_factors`.
@@ -172,6 +179,7 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         block_count=block_count,
         nextn_predict_layers=nextn,
         context_length=gguf.integer(of("context_length")),
+        rope_reach=rope_reach(gguf, str(architecture), (block_count or 0) - nextn if block_count else 0),
         rope_freq_base=real("rope.freq_base"),
         rope_dimension_count=gguf.integer(of("rope.dimension_count")),
         rope_scaling_type=gguf.text(of("rope.scaling.type")),

@@ -48,7 +48,7 @@ def torch_model(path: Path) -> Llama:
 def compare(path: Path) -> bool:
     """Print how far llama.cpp is from PyTorch in float64; whether float32 weights give the same logits."""
     reference = torch_model(path)
-    context = KeyValueTask(MAX_PAIRS, depths=2, identifiers="word", seed=SEED).context("test", 0)
+    context = KeyValueTask(MAX_PAIRS, probes=2, positions="even", identifiers="word", seed=SEED).context("test", 0)
     good = True
     print("| weights | factors | largest difference of a logit | logits' spread |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +81,7 @@ def accuracies(path: Path) -> bool:
     good = True
     with Model(path) as model:
         for n_pairs in LENGTHS:
-            task = KeyValueTask(n_pairs, depths=N_DEPTHS, identifiers="word", seed=SEED)
+            task = KeyValueTask(n_pairs, probes=N_DEPTHS, positions="even", identifiers="word", seed=SEED)
             evaluator = TeacherForcedEvaluator(model, task)
             scores = [evaluator.evaluate(BASE, "test", i) for i in range(N_CONTEXTS)]
             by_depth = np.mean([[probe.correct for probe in score.probes] for score in scores], axis=0)

@@ -37,7 +37,7 @@ def test_words_are_distinct() -> None:
 
 
 def test_prompts_are_of_words() -> None:
-    task = KeyValueTask(20, depths=5, identifiers="word", seed=3)
+    task = KeyValueTask(20, probes=5, identifiers="word", seed=3)
     context = task.context("test", 1)
     words = context.prefix.split(" ")
     assert (words[0], words[-1], len(words)) == ("{", "}", 22)
@@ -57,7 +57,7 @@ def test_as_many_words_as_fit() -> None:
     def count(text: str) -> int:
         return len(text.replace("=", " =").split())
 
-    context = KeyValueTask(depths=3, identifiers="word", limit=TokenLimit(102, count)).context("test", 0)
+    context = KeyValueTask(probes=3, identifiers="word", limit=TokenLimit(102, count)).context("test", 0)
     assert count(context.prefix + context.probes[0].question) == 101
     with pytest.raises(LropeError, match="256 pairs take only 515, and there are no more such keys"):
-        KeyValueTask(depths=3, identifiers="word", limit=TokenLimit(600, count)).context("test", 0)
+        KeyValueTask(probes=3, identifiers="word", limit=TokenLimit(600, count)).context("test", 0)

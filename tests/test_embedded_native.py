@@ -32,7 +32,7 @@ TRAINED, LONG = 48, 120  # pairs
 N_LAYER = 4
 BASE = (1.0,) * N_LAYER
 UNIFORM = (0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
-SEARCH = ["--identifiers", "word", "--keys", str(LONG), "--depths", "40", "--width", "0.3", "--max-kl", "100",
+SEARCH = ["--identifiers", "word", "--keys", str(LONG), "--probes", "40", "--width", "0.3", "--max-kl", "100",
           "--threads", "1", "--max-evaluations", "60", "--search-contexts", "3",
           "--validation-contexts", "6", "--test-contexts", "12"]  # fmt: skip
 N_UNSEEN = 8
@@ -68,7 +68,7 @@ def written(base: Path, curve: CurveFile, folder: Path) -> Path:
 def test_a_python_call_is_the_same_search(base: Path, curve: CurveFile, folder: Path) -> None:
     outcome = search(
         ModelConfig(str(base), n_threads=1),
-        TaskConfig("kv", identifiers="word", keys=LONG, depths=40),
+        TaskConfig("kv", identifiers="word", keys=LONG, probes=40),
         SearchConfig(
             width=0.3, max_kl=100.0, max_evaluations=60, search_contexts=3, validation_contexts=6, test_contexts=12
         ),
@@ -81,7 +81,7 @@ def test_a_python_call_is_the_same_search(base: Path, curve: CurveFile, folder: 
 def accuracy(path: Path, sides: Sequence[Sequence[float]], split: str = "test", n: int = N_UNSEEN) -> list[float]:
     """Accuracy of each side on contexts that the search never saw."""
     with Model(path, n_threads=1) as model:
-        task = KeyValueTask(LONG, depths=40, identifiers="word", seed=UNSEEN)
+        task = KeyValueTask(LONG, probes=40, identifiers="word", seed=UNSEEN)
         evaluator = TeacherForcedEvaluator(model, task)
         return [float(np.mean([evaluator.evaluate(tuple(s), split, i).accuracy for i in range(n)])) for s in sides]
 
@@ -99,7 +99,7 @@ def weights(path: Path) -> dict[str, NDArray[np.float32]]:
 
 def prompt(n_pairs: int) -> list[int]:
     """Tokens of a context and a question."""
-    context = KeyValueTask(n_pairs, depths=2, identifiers="word").context("search", 0)
+    context = KeyValueTask(n_pairs, probes=2, identifiers="word").context("search", 0)
     with Model(embedded_model()) as model:
         return [int(token) for token in model.tokenize_prompt(context.prefix + context.probes[0].question)]
 
@@ -129,7 +129,7 @@ def test_one_word_is_one_token(base: Path) -> None:
 def test_finds_everything_up_to_the_length_that_it_was_trained_on(base: Path) -> None:
     with Model(base, n_threads=1) as model:
         for n_pairs in (8, 24, TRAINED):
-            task = KeyValueTask(n_pairs, depths=8, identifiers="word", seed=UNSEEN)
+            task = KeyValueTask(n_pairs, probes=8, identifiers="word", seed=UNSEEN)
             evaluator = TeacherForcedEvaluator(model, task)
             scores = [evaluator.evaluate(BASE, "test", i) for i in range(25)]
             by_depth = np.mean([[probe.correct for probe in score.probes] for score in scores], axis=0)
@@ -145,7 +145,7 @@ def test_a_curve_beats_base_and_uniform_interpolation_on_unseen_contexts(base: P
 
 
 def test_the_server_answers_accordingly(base: Path, written: Path) -> None:
-    task = KeyValueTask(LONG, depths=20, identifiers="word", seed=UNSEEN)
+    task = KeyValueTask(LONG, probes=20, identifiers="word", seed=UNSEEN)
     contexts = [task.context("test", i) for i in range(3)]
     right = {}
     for path in (base, written):

@@ -71,7 +71,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def evaluator(model: Model) -> TeacherForcedEvaluator:
-    return TeacherForcedEvaluator(model, KeyValueTask(6, depths=4, seed=3))
+    return TeacherForcedEvaluator(model, KeyValueTask(6, probes=4, seed=3))
 
 
 def reference(model: Model, lead: str, context: Context, factors: tuple[float, ...]) -> list[tuple[float, bool]]:
@@ -96,7 +96,7 @@ def reference(model: Model, lead: str, context: Context, factors: tuple[float, .
         gold = tokens[len(prompt) :]
         rows = log_p[len(prompt) - 1 : -1]
         own = rows[np.arange(len(gold)), gold][n_lead:]
-        result.append((float(own.mean()), bool((rows.argmax(1) == gold).all())))
+        result.append((float(own.mean()), bool((rows.argmax(1) == gold)[n_lead:].all())))
     return result
 
 
@@ -107,7 +107,7 @@ def test_a_shared_prefix_scores_as_prompts_of_their_own(
     model: Model, factors: tuple[float, ...], n_batch: int, max_outputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_module, "MAX_OUTPUTS", max_outputs)
-    task = KeyValueTask(6, depths=4, seed=3)
+    task = KeyValueTask(6, probes=4, seed=3)
     with Model(model.path, n_threads=1, n_batch=n_batch, flash_attention=False) as other:
         evaluator = TeacherForcedEvaluator(other, task)
         score = evaluator.evaluate(factors, "test", 1)
@@ -115,7 +115,7 @@ def test_a_shared_prefix_scores_as_prompts_of_their_own(
     expected = reference(model, ' "', task.context("test", 1), factors)
     assert [p.log_probability for p in score.probes] == pytest.approx([log_p for log_p, _ in expected], abs=5e-5)
     assert [p.correct for p in score.probes] == [correct for _, correct in expected]
-    assert [p.depth for p in score.probes] == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
+    assert [p.depth for p in score.probes] == [p.depth for p in task.context("test", 1).probes]
 
 
 @native
@@ -134,7 +134,7 @@ def test_a_score_depends_on_nothing_that_went_before(evaluator: TeacherForcedEva
     evaluator.evaluate(ONES, "search", 0)
     evaluator.generate(CURVE, "validation", 1)
     again = evaluator.evaluate(CURVE, "validation", 1)
-    fresh = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4, seed=3)).evaluate(CURVE, "validation", 1)
+    fresh = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4, seed=3)).evaluate(CURVE, "validation", 1)
     assert first.probes == again.probes == fresh.probes
     assert first.probes != evaluator.evaluate(ONES, "validation", 1).probes
     assert first.n_tokens == evaluator.n_tokens("validation", 1) > 0
@@ -143,7 +143,7 @@ def test_a_score_depends_on_nothing_that_went_before(evaluator: TeacherForcedEva
 
 @native
 def test_the_tokens_are_those_of_the_whole_texts(evaluator: TeacherForcedEvaluator, model: Model) -> None:
-    context = KeyValueTask(6, depths=4, seed=3).context("search", 0)
+    context = KeyValueTask(6, probes=4, seed=3).context("search", 0)
     encoding = evaluator._encode("search", 0)
     for i, probe in enumerate(context.probes):
         mine = encoding.sequences == i + 1
@@ -156,7 +156,7 @@ def test_the_tokens_are_those_of_the_whole_texts(evaluator: TeacherForcedEvaluat
         assert encoding.positions[mine].tolist() == list(range(len(encoding.prefix), len(whole) - 1))
         follow = encoding.positions[mine][encoding.wanted[mine]] + 1
         assert whole[follow].tolist() == gold.tolist()  # each wanted position predicts what follows it
-        assert model.text(gold[encoding.scored[encoding.owner == i]]) == probe.answer
+        assert model.text(gold) == probe.answer
 
 
 def continuation(model: Model) -> tuple[Probe, ...]:
@@ -203,13 +203,13 @@ def test_the_lead_is_what_the_base_model_writes_before_the_value(model: Model) -
     score = evaluator.evaluate(ONES, "test", 0)
     assert score.probes[0].correct
     encoding = evaluator._encode("test", 0)
-    assert model.text(encoding.gold) == text[: n + 5]
-    assert model.text(encoding.gold[encoding.scored]) == value
+    assert model.text(encoding.tokens).endswith(text[: n + 5 - len(model.text(encoding.gold[-1:]))])
+    assert model.text(encoding.gold) == value
 
 
 @native
 def test_a_given_beginning_of_the_answer_belongs_to_the_prompt(model: Model) -> None:
-    task = KeyValueTask(6, depths=4, seed=3)
+    task = KeyValueTask(6, probes=4, seed=3)
     given = TeacherForcedEvaluator(model, task, answer_prefix=' "')
     assert given.lead == ""
     plain = TeacherForcedEvaluator(model, task)
@@ -254,15 +254,18 @@ def test_the_key_is_what_differs_between_questions(keys: list[str], head: str, t
 
 @native
 def test_a_lead_can_hold_the_key(model: Model) -> None:
-    evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4, seed=3))
+    evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4, seed=3))
     evaluator._encoder.lead = Lead(' The value of "\0" is "', own_tokens=True)
     assert evaluator.lead == ' The value of "{key}" is "'
     evaluator._encodings.clear()
-    context = KeyValueTask(6, depths=4, seed=3).context("test", 0)
+    context = KeyValueTask(6, probes=4, seed=3).context("test", 0)
     encoding = evaluator._encode("test", 0)
     for i, probe in enumerate(context.probes):
         key = probe.question.split('"')[1]
-        assert model.text(encoding.gold[encoding.owner == i]) == f' The value of "{key}" is "{probe.answer}'
+        mine, gold = encoding.sequences == i + 1, encoding.gold[encoding.owner == i]
+        assert model.text(gold) == probe.answer
+        fed = model.text(np.append(encoding.tokens[mine], gold[-1]))
+        assert fed.endswith(f' The value of "{key}" is "{probe.answer}')
 
 
 @native
@@ -275,7 +278,7 @@ def test_chat_templates_are_rendered_without_a_second_bos_or_the_date(tmp_path: 
         assert tokens.count(BOS) == 1
         assert chat.text(tokens) == 'Hi\n2024\nA: "'
         assert [chat.is_end(token) for token in (EOS, BOS, 5)] == [True, False, False]
-        evaluator = TeacherForcedEvaluator(chat, KeyValueTask(6, depths=4))
+        evaluator = TeacherForcedEvaluator(chat, KeyValueTask(6, probes=4))
         assert np.isfinite(evaluator.evaluate(CURVE, "test", 0).log_probability)
     with Model(path, n_threads=1, chat=False) as raw:
         assert raw.text(raw.tokenize_prompt("Hi <user>")) == "Hi <user>"
@@ -311,7 +314,7 @@ def test_factors_at_run_time(tmp_path: Path) -> None:
 
 @native
 def test_the_base_model_is_that_of_a_file_with_factors(tmp_path: Path) -> None:
-    task = KeyValueTask(6, depths=4)
+    task = KeyValueTask(6, probes=4)
     scores = []
     for name, stored in (("with", list(CURVE)), ("without", None)):
         with Model(write_readable(tmp_path / f"{name}.gguf", factors=stored), n_threads=1) as model:
@@ -325,7 +328,7 @@ def test_the_base_model_is_that_of_a_file_with_factors(tmp_path: Path) -> None:
 def test_nan_is_an_error_that_names_the_factors_and_leaves_the_rest_usable(tmp_path: Path) -> None:
     path = write_readable(tmp_path / "nan.gguf", poison="blk.3.ffn_down.weight")
     with Model(path, n_threads=1) as model, pytest.raises(LropeError, match="NaN with factors 1,1,1,1,1,1; "):
-        TeacherForcedEvaluator(model, KeyValueTask(6, depths=4))
+        TeacherForcedEvaluator(model, KeyValueTask(6, probes=4))
 
 
 class TildeTask(OneContext):
@@ -364,7 +367,7 @@ def test_nan_is_the_worst_of_scores_and_reaches_no_other(tmp_path: Path) -> None
 
 @native
 def test_contexts_packed_in_one_batch_score_as_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = KeyValueTask(6, depths=4, seed=3)
+    task = KeyValueTask(6, probes=4, seed=3)
     alone = TeacherForcedEvaluator(model, task)
     jobs = [("test", 3), ("search", 0), ("validation", 2), ("test", 1), ("search", 1)]
     expected = [alone.evaluate(CURVE, *job) for job in jobs]
@@ -383,7 +386,7 @@ def test_contexts_packed_in_one_batch_score_as_alone(model: Model, monkeypatch: 
         assert [p.depth for p in ours.probes] == [p.depth for p in theirs.probes]
         assert [p.correct for p in ours.probes] == [p.correct for p in theirs.probes]
         assert [p.log_probability for p in ours.probes] == pytest.approx(
-            [p.log_probability for p in theirs.probes], abs=5e-5
+            [p.log_probability for p in theirs.probes], abs=1e-4
         )
     assert found[-1].probes == expected[-1].probes  # alone in its pack: the same batches, the same bits
     assert [s.probes for s in packed.evaluate_many(CURVE, jobs)] == [s.probes for s in found]
@@ -433,13 +436,13 @@ def test_eleven_depths_cost_an_eighth_of_a_prompt_each(model: Model) -> None:
 
 @native
 def test_the_evaluator_foresees_its_memory(model: Model) -> None:
-    plain = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4))
+    plain = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4))
     alone = plain.memory_needed()
     assert alone == memory_needed(model.path, model.n_ctx, n_seq=5, n_batch=model.n_batch)
     guard = Guard(model, GuardTexts(((1, 2, 3),), tuple(range(1, 90)) * 10))
-    both = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4), guard=guard).memory_needed()
+    both = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4), guard=guard).memory_needed()
     assert (both.weights, both.kv_cache > alone.kv_cache, both.compute > alone.compute) == (alone.weights, True, True)
-    packed = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4), pack_tokens=5_000).memory_needed()
+    packed = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4), pack_tokens=5_000).memory_needed()
     assert packed.kv_cache > 3 * alone.kv_cache
 
 
@@ -494,7 +497,7 @@ def test_contexts_beyond_the_trained_length_are_allowed_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Model(write_readable(tmp_path / "short.gguf", context_length=128), n_threads=1) as model:
-        evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, depths=4))
+        evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4))
         evaluator.evaluate(ONES, "test", 0)
         evaluator.evaluate(CURVE, "test", 1)
     assert [r.getMessage() for r in caplog.records if "trained on" in r.getMessage()] != []
@@ -504,7 +507,7 @@ def test_contexts_beyond_the_trained_length_are_allowed_with_a_warning(
 @native
 def test_a_context_larger_than_foreseen_makes_room(evaluator: TeacherForcedEvaluator, model: Model) -> None:
     before = model.n_ctx
-    evaluator._task = KeyValueTask(12, depths=8, seed=3)
+    evaluator._task = KeyValueTask(12, probes=8, seed=3)
     score = evaluator.evaluate(CURVE, "test", 5)
     assert model.n_ctx > before
     expected = reference(model, ' "', evaluator._task.context("test", 5), CURVE)
@@ -573,7 +576,8 @@ def test_a_table_of_numbers_that_are_not_finite_is_valid_json() -> None:
 @native
 def test_eval_compares_base_and_factors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_readable(tmp_path / "model.gguf", factors=list(CURVE))
-    command = ["eval", str(path), "--keys", "6", "--depths", "3", "--contexts", "2", "--threads", "1", "--seed", "4"]
+    command = ["eval", str(path), "--keys", "6", "--probes", "3", "--positions", "even", "--contexts", "2"]
+    command += ["--threads", "1", "--seed", "4"]
     assert main([*command, "--generate", "--json"]) == 0
     out, err = capsys.readouterr()
     assert err.splitlines()[-1].startswith("test context 1: 4/4 evaluations")
@@ -583,7 +587,7 @@ def test_eval_compares_base_and_factors(tmp_path: Path, capsys: pytest.CaptureFi
     assert [row["depth"] for row in document["by_depth"]] == [0.0, 0.5, 1.0]
     assert document["generated"]["agreement"] == 1.0
     with Model(path, n_threads=1) as model:
-        evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, depths=3, seed=4))
+        evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, probes=3, positions="even", seed=4))
         expected = [evaluator.evaluate(ONES, "test", i).log_probability for i in range(2)]
     assert document["base"]["log_probability"] == pytest.approx(sum(expected) / 2)
 
@@ -605,7 +609,7 @@ def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     records = [[[f"k{n}-{i}", f"v{n}-{i}"] for i in range(9)] for n in range(10)]
     data = tmp_path / "kv.jsonl.gz"
     data.write_bytes(gzip.compress("".join(json.dumps({"ordered_kv_records": r}) + "\n" for r in records).encode()))
-    command = ["eval", str(path), "--data", str(data), "--keys", "5", "--depths", "5", "--threads", "1", "--json"]
+    command = ["eval", str(path), "--data", str(data), "--keys", "5", "--probes", "5", "--threads", "1", "--json"]
     assert main([*command, "--contexts", "3"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert list(document["factors"]) == ["base"]
@@ -622,7 +626,7 @@ def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--factors", "1,1,1,0,1,1"], 1, "refused by llama.cpp"),
         (["--factors", "1,a"], 2, "not a list of numbers"),
         (["--keys", "0"], 2, "--keys.: 0 is not in the range x>=1"),
-        (["--keys", "5"], 1, "--keys 5: too few for 11 depths"),
+        (["--keys", "5"], 1, "--keys 5: too few for 11 probes"),
         (["--curve", "none.json"], 1, "none.json"),
     ],
 )

@@ -117,7 +117,7 @@ def test_guard_measures_kl_between_base_and_curve(model: Model, monkeypatch: pyt
 @native
 def test_the_evaluator_has_the_guard_and_its_context_is_left_alone(model: Model) -> None:
     texts = write_texts(model, 3, n_short=2, short=24, long=64)
-    task = KeyValueTask(6, depths=4)
+    task = KeyValueTask(6, probes=4)
     evaluator = TeacherForcedEvaluator(model, task, guard=Guard(model, texts))
     before, n_ctx = evaluator.evaluate(CURVE, "test", 0), model.n_ctx
     guarded = Job(CURVE, GUARD, 0).run(evaluator)

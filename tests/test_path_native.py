@@ -33,7 +33,7 @@ pytestmark = pytest.mark.native
 
 FACTORS = [1.0, 1.3, 0.8, 2.5, 1.07, 3.1]
 PROMPT = 'Key: "4711" has the value "123" and Key: "815" has another value, so what is it? '
-SEARCH = ["--identifiers", "number", "--keys", "12", "--depths", "4", "--max-evaluations", "20", "--population", "8",
+SEARCH = ["--identifiers", "number", "--keys", "12", "--probes", "4", "--max-evaluations", "20", "--population", "8",
           "--search-contexts", "2", "--racing-fraction", "0.5", "--validation-contexts", "3", "--test-contexts", "6",
           "--threads", "1", "--max-kl", "100"]  # fmt: skip
 
@@ -264,7 +264,7 @@ def test_ray_finds_the_same(model: Path, tmp_path: Path) -> None:
 
 def test_the_number_of_threads_does_not_matter(model: Path) -> None:
     """Which is why workers may share the threads that one would have: scores are equal bit by bit."""
-    how, task = ModelConfig(str(model)), TaskConfig(identifiers="number", keys=12, depths=4)
+    how, task = ModelConfig(str(model)), TaskConfig(identifiers="number", keys=12, probes=4)
     text = tuple(range(10, 74))
     texts = GuardTexts((text[:16], text[16:32]), text)
     scores = []

@@ -146,7 +146,7 @@ def test_many_depths_are_grouped() -> None:
     depths = list(np.linspace(0.0, 1.0, 50))
     log_p = np.zeros((7, 50))
     result = compare(scores(log_p, depths=depths), scores(log_p + 1.0, depths=depths))
-    np.testing.assert_allclose([row.depth for row in result.by_depth], np.linspace(0.0, 1.0, 11))
+    np.testing.assert_allclose([row.depth for row in result.by_depth], np.arange(0.05, 1.0, 0.1))
     assert sum(row.n_probes for row in result.by_depth) == 350
     assert all(row.log_probability_gain.mean == pytest.approx(1.0) for row in result.by_depth)
 

@@ -43,7 +43,7 @@ def contexts_of(task: MultiDocumentTask, split: str) -> list[Context]:
 
 
 def test_the_prompt_is_the_benchmarks(tmp_path: Path) -> None:
-    task = MultiDocumentTask(write(tmp_path / "qa.jsonl", [line(n) for n in range(9)]), 2, depths=2)
+    task = MultiDocumentTask(write(tmp_path / "qa.jsonl", [line(n) for n in range(9)]), 2, probes=2)
     context = task.context("test", 0)
     first, second = (re.findall(r"\d+", probe.question)[0] for probe in context.probes)
     assert context.prefix + context.probes[1].question == (
@@ -62,18 +62,26 @@ def test_the_prompt_is_the_benchmarks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("others", [0, 9])
 @pytest.mark.parametrize("name", ["qa.jsonl", "qa.jsonl.gz"])
-def test_gold_documents_stand_at_their_depths(tmp_path: Path, others: int, name: str) -> None:
+@pytest.mark.parametrize("positions", ["even", "jittered"])
+def test_gold_documents_stand_at_their_depths(tmp_path: Path, others: int, name: str, positions: str) -> None:
     data = write(tmp_path / name, [line(n, others) for n in range(80)])
-    task = MultiDocumentTask(data, 15, depths=4, seed=1)
+    task = MultiDocumentTask(data, 15, probes=4, positions=positions, seed=1)
+    seen = set()
     for split in SPLITS:
         for context in contexts_of(task, split):
             documents = documents_of(context)
             assert len(documents) == 15
-            assert [probe.depth for probe in context.probes] == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
+            depths = tuple(probe.depth for probe in context.probes)
+            seen.add(depths)
+            if positions == "even":
+                assert depths == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
+            strata = zip(range(0, 60, 15), depths, range(15, 75, 15), strict=True)
+            assert all(low // 4 <= round(depth * 14) < high // 4 for low, depth, high in strata)
             for probe in context.probes:
                 place = round(probe.depth * 14)
                 holding = [i for i, (_, text) in enumerate(documents) if probe.answered_by(text)]
                 assert holding == [place]
+    assert (len(seen) > 1) == (positions == "jittered")
 
 
 SPEC = st.tuples(  # page, passage, numbers of aliases, first of what the retriever found
@@ -96,7 +104,7 @@ def test_no_document_answers_another_question_and_no_split_sees_anothers(
         lines.append({"question": f"question {n}", "answers": answers, "ctxs": [*others, gold]})
     path = write(tmp_path_factory.mktemp("qa") / "qa.jsonl", lines)
     try:
-        task = MultiDocumentTask(path, 4, depths=2, seed=seed)
+        task = MultiDocumentTask(path, 4, probes=2, seed=seed)
         contexts = {split: contexts_of(task, split) for split in SPLITS}
     except LropeError as error:
         assert re.search("passages are for|search, validation and test need|only .* documents", str(error))
@@ -124,17 +132,17 @@ def test_no_document_answers_another_question_and_no_split_sees_anothers(
 
 def test_the_seed_decides(tmp_path: Path) -> None:
     data = write(tmp_path / "qa.jsonl", [line(n) for n in range(60)])
-    late = MultiDocumentTask(data, 6, depths=3, seed=1)
+    late = MultiDocumentTask(data, 6, probes=3, seed=1)
     late.context("test", 1)
-    again = MultiDocumentTask(data, 6, depths=3, seed=1)
+    again = MultiDocumentTask(data, 6, probes=3, seed=1)
     assert late.context("test", 0) == again.context("test", 0)
     assert late.calibration() == again.calibration()
-    assert late.context("test", 0) != MultiDocumentTask(data, 6, depths=3, seed=2).context("test", 0)
+    assert late.context("test", 0) != MultiDocumentTask(data, 6, probes=3, seed=2).context("test", 0)
 
 
 def test_the_retrievers_finds_come_first_by_turns(tmp_path: Path) -> None:
     data = write(tmp_path / "qa.jsonl", [line(n, 9) for n in range(40)])
-    context = MultiDocumentTask(data, 9, depths=3).context("search", 0)
+    context = MultiDocumentTask(data, 9, probes=3).context("search", 0)
     asked = [re.findall(r"\d+", probe.question)[0] for probe in context.probes]
     others = [title for title, _ in documents_of(context) if title.startswith("Other")]
     assert sorted(others) == sorted(f"Other {n} {i}" for n in asked for i in range(2))
@@ -144,7 +152,7 @@ def test_a_question_whose_alias_is_everywhere_is_left_out(tmp_path: Path) -> Non
     lines = [line(n) for n in range(40)]
     lines[7] = line(7, answers=["is", "name7x"])
     lines[8] = line(8, answers=["The"])
-    task = MultiDocumentTask(write(tmp_path / "qa.jsonl", lines), 4, depths=2)
+    task = MultiDocumentTask(write(tmp_path / "qa.jsonl", lines), 4, probes=2)
     questions = {probe.question for split in SPLITS for c in contexts_of(task, split) for probe in c.probes}
     assert len(questions) >= 34
     assert not any(re.search("number[78]x", question) for question in questions)
@@ -152,7 +160,7 @@ def test_a_question_whose_alias_is_everywhere_is_left_out(tmp_path: Path) -> Non
 
 def test_the_answer_is_worded_as_in_its_document(tmp_path: Path) -> None:
     lines = [line(n, answers=[f"elsewhere {n}", f"NAME{n}X", f"name{n}x"]) for n in range(9)]
-    task = MultiDocumentTask(write(tmp_path / "qa.jsonl", lines), 2, depths=2)
+    task = MultiDocumentTask(write(tmp_path / "qa.jsonl", lines), 2, probes=2)
     probe = task.context("search", 0).probes[0]
     n = re.findall(r"\d+", probe.question)[0]
     assert (probe.answer, probe.aliases) == (f"name{n}x", (f"elsewhere {n}", f"NAME{n}X"))
@@ -164,29 +172,29 @@ def test_as_many_documents_as_fit_into_the_tokens(tmp_path: Path, tokens: int) -
     for n, item in enumerate(lines):
         item["ctxs"][0]["text"] += " more" * (n % 7)
     data = write(tmp_path / "qa.jsonl", lines)
-    task = MultiDocumentTask(data, depths=3, limit=TokenLimit(tokens, words))
+    task = MultiDocumentTask(data, probes=3, limit=TokenLimit(tokens, words))
     for index in range(3):
         context = task.context("test", index)
         sizes = [words(context.prefix + probe.question) for probe in context.probes]
         n = len(documents_of(context))
-        more = MultiDocumentTask(data, n + 1, depths=3).context("test", index)
+        more = MultiDocumentTask(data, n + 1, probes=3).context("test", index)
         assert max(sizes) <= tokens < max(words(more.prefix + probe.question) for probe in more.probes)
-        assert context == MultiDocumentTask(data, n, depths=3).context("test", index)
+        assert context == MultiDocumentTask(data, n, probes=3).context("test", index)
 
 
 def test_sizes_that_cannot_be(tmp_path: Path) -> None:
     data = write(tmp_path / "qa.jsonl", [line(n) for n in range(30)])
-    with pytest.raises(LropeError, match="--documents 10: too few for 11 depths"):
+    with pytest.raises(LropeError, match="--documents 10: too few for 11 probes"):
         MultiDocumentTask(data, 10)
-    with pytest.raises(LropeError, match="--depths 0"):
-        MultiDocumentTask(data, depths=0)
+    with pytest.raises(LropeError, match="--probes 0"):
+        MultiDocumentTask(data, probes=0)
     with pytest.raises(LropeError, match=r"qa\.jsonl: 6 passages are for validation, fewer than --documents 7"):
-        MultiDocumentTask(data, 7, depths=2)
+        MultiDocumentTask(data, 7, probes=2)
     with pytest.raises(LropeError, match="--context-tokens 30: the documents of 2 questions alone take"):
-        MultiDocumentTask(data, depths=2, limit=TokenLimit(30, words)).context("test", 0)
+        MultiDocumentTask(data, probes=2, limit=TokenLimit(30, words)).context("test", 0)
     with pytest.raises(LropeError, match=r"--context-tokens 900: the 9 documents .* take only"):
-        MultiDocumentTask(data, depths=2, limit=TokenLimit(900, words)).context("test", 0)
-    task = MultiDocumentTask(data, 5, depths=3)
+        MultiDocumentTask(data, probes=2, limit=TokenLimit(900, words)).context("test", 0)
+    task = MultiDocumentTask(data, 5, probes=3)
     assert [task.size(split) for split in SPLITS] == [5, 2, 3]
     with pytest.raises(LropeError, match="4 test contexts asked for, but of its 10 contexts 3 are for test"):
         task.context("test", 3)
@@ -213,5 +221,5 @@ def test_sizes_that_cannot_be(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, bad: Any, message: str) -> None:
     path = write(tmp_path / "qa.jsonl", [line(0), bad, line(2)])
     with pytest.raises(LropeError, match=rf"qa\.jsonl:2: .*{message}") as caught:
-        MultiDocumentTask(path, 2, depths=2)
+        MultiDocumentTask(path, 2, probes=2)
     assert "\n" not in str(caught.value)

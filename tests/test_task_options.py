@@ -75,19 +75,19 @@ def data(tmp_path: Path) -> dict[str, str]:
 
 
 def test_every_option_reaches_its_task(data: dict[str, str]) -> None:
-    context = open_task(parse("--keys", "9", "--depths", "3", "--seed", "5", "--identifiers", "number")).context(
+    context = open_task(parse("--keys", "9", "--probes", "3", "--seed", "5", "--identifiers", "number")).context(
         "test", 0
     )
-    assert context == KeyValueTask(9, depths=3, seed=5, identifiers="number").context("test", 0)
-    assert open_task(parse()).context("test", 0) == KeyValueTask(40, depths=11).context("test", 0)
-    qa = parse("--task", "mdqa", "--data", data["mdqa"], "--documents", "6", "--depths", "4", "--seed", "5")
-    assert open_task(qa).context("test", 0) == MultiDocumentTask(data["mdqa"], 6, depths=4, seed=5).context("test", 0)
+    assert context == KeyValueTask(9, probes=3, seed=5, identifiers="number").context("test", 0)
+    assert open_task(parse()).context("test", 0) == KeyValueTask(40, probes=11).context("test", 0)
+    qa = parse("--task", "mdqa", "--data", data["mdqa"], "--documents", "6", "--probes", "4", "--seed", "5")
+    assert open_task(qa).context("test", 0) == MultiDocumentTask(data["mdqa"], 6, probes=4, seed=5).context("test", 0)
     own = parse(
         "--task", "jsonl", "--data", data["jsonl"], "--seed", "5", "--prompt-template", r"{context}\n\n{question}\n"
     )
     expected = JsonlTask(data["jsonl"], seed=5, template="{context}\n\n{question}\n").context("test", 0)
     assert open_task(own).context("test", 0) == expected
-    assert open_task(TaskConfig(keys=9, depths=3)).context("test", 0).prefix.count("-") == 4 * 18
+    assert open_task(TaskConfig(keys=9, probes=3)).context("test", 0).prefix.count("-") == 4 * 18
 
 
 def test_contexts_are_sized_when_a_model_is_there(data: dict[str, str]) -> None:
@@ -95,18 +95,18 @@ def test_contexts_are_sized_when_a_model_is_there(data: dict[str, str]) -> None:
         def tokenize_prompt(self, prompt: str, answer: str = "") -> list[str]:
             return ["bos"] * words(prompt + answer)
 
-    options = ("--depths", "3", "--context-tokens", "90", "--answer-prefix", ' "')
+    options = ("--probes", "3", "--context-tokens", "90", "--answer-prefix", ' "')
     kv = parse(*options)
     assert len(open_task(kv).context("test", 0).prefix) < 400  # as small as can be
     limit = TokenLimit(89, words)  # less the answer's beginning
     fitted = task_for(Counting(), kv)  # type: ignore[arg-type]
-    assert fitted.context("test", 0) == KeyValueTask(depths=3, limit=limit).context("test", 0)
+    assert fitted.context("test", 0) == KeyValueTask(probes=3, limit=limit).context("test", 0)
     qa = parse("--task", "mdqa", "--data", data["mdqa"], *options)
     fitted = task_for(Counting(), qa)  # type: ignore[arg-type]
-    assert fitted.context("test", 0) == MultiDocumentTask(data["mdqa"], depths=3, limit=limit).context("test", 0)
+    assert fitted.context("test", 0) == MultiDocumentTask(data["mdqa"], probes=3, limit=limit).context("test", 0)
     same = task_for(Counting(), parse("--keys", "12"))  # type: ignore[arg-type]
     assert same.context("test", 0) == open_task(parse("--keys", "12")).context("test", 0)
-    many = parse("--context-tokens", "900", "--depths", "60")
+    many = parse("--context-tokens", "900", "--probes", "60")
     assert len(open_task(many).context("test", 0).probes) == 60
 
 
@@ -118,8 +118,8 @@ def test_contexts_are_sized_when_a_model_is_there(data: dict[str, str]) -> None:
         (("--task", "mdqa", "--keys", "20"), "--keys: means nothing to --task mdqa; it is for --task kv"),
         (("--task", "mdqa", "--identifiers", "uuid"), "--identifiers: means nothing to --task mdqa"),
         (
-            ("--task", "jsonl", "--depths", "11"),
-            "--depths: means nothing to --task jsonl; .* --task kv and --task mdqa",
+            ("--task", "jsonl", "--probes", "11"),
+            "--probes: means nothing to --task jsonl; .* --task kv and --task mdqa",
         ),
         (("--task", "jsonl", "--context-tokens", "9"), "--context-tokens: means nothing to --task jsonl"),
         (("--task", "mdqa"), "--task mdqa: needs an nq-open file; give --data FILE"),
@@ -136,16 +136,17 @@ def test_options_that_mean_nothing_are_refused(options: tuple[str, ...], message
 
 def test_all_that_decides_the_prompts_is_in_a_studys_configuration(data: dict[str, str]) -> None:
     plain = studied()
-    assert plain == studied("--depths", "11", "--identifiers", "uuid")  # however it was said
+    assert plain == studied("--probes", "11", "--identifiers", "uuid")  # however it was said
     assert plain == {
-        "name": "kv", "keys": None, "data": None, "identifiers": "uuid", "depths": 11, "context_tokens": None,
+        "name": "kv", "keys": None, "data": None, "identifiers": "uuid", "probes": 11,
+        "positions": "jittered", "context_tokens": None,
         "seed": 0, "answer_prefix": "", "chat_template": True,
     }  # fmt: skip
     json.dumps(plain)
     changes: dict[str, list[tuple[str, ...]]] = {
-        "kv": [("--keys", "9"), ("--depths", "4"), ("--identifiers", "number"), ("--context-tokens", "900"),
+        "kv": [("--keys", "9"), ("--probes", "4"), ("--identifiers", "number"), ("--context-tokens", "900"),
                ("--data", data["kv"]), ("--seed", "1"), ("--answer-prefix", "x"), ("--no-chat-template",)],
-        "mdqa": [("--documents", "9"), ("--depths", "4"), ("--context-tokens", "900"), ("--data", data["kv"])],
+        "mdqa": [("--documents", "9"), ("--probes", "4"), ("--context-tokens", "900"), ("--data", data["kv"])],
         "jsonl": [("--prompt-template", "{context}{question}"), ("--data", data["kv"]), ("--seed", "1")],
     }  # fmt: skip
     for name, options in changes.items():
@@ -164,7 +165,19 @@ def evaluate(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> d
 def test_eval_on_every_task(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: dict[str, str]) -> None:
     path = write_readable(tmp_path / "model.gguf", context_length=4096)
     qa = evaluate(
-        path, capsys, "--task", "mdqa", "--data", data["mdqa"], "--documents", "5", "--depths", "3", "--generate"
+        path,
+        capsys,
+        "--task",
+        "mdqa",
+        "--data",
+        data["mdqa"],
+        "--documents",
+        "5",
+        "--probes",
+        "3",
+        "--positions",
+        "even",
+        "--generate",
     )
     assert qa["probes"] == 6
     assert [row["depth"] for row in qa["by_depth"]] == [0.0, 0.5, 1.0]
@@ -182,13 +195,13 @@ def test_eval_of_contexts_sized_by_tokens(
 ) -> None:
     path = write_readable(tmp_path / "model.gguf", context_length=4096)
     for options in (("--task", "kv"), ("--task", "mdqa", "--data", data["mdqa"])):
-        asked = parse(*options, "--depths", "3", "--context-tokens", "1500")
+        asked = parse(*options, "--probes", "3", "--context-tokens", "1500")
         with Model(path, n_threads=1) as model:
             task = task_for(model, asked)
             context = task.context("test", 1)
             sizes = [len(model.tokenize_prompt(context.prefix + probe.question)) for probe in context.probes]
         assert 1350 < max(sizes) <= 1500
-        document = evaluate(path, capsys, *options, "--depths", "3", "--context-tokens", "1500")
+        document = evaluate(path, capsys, *options, "--probes", "3", "--context-tokens", "1500")
         assert 2 * 1350 < document["tokens"] < 2 * 2500
         assert document["task"]["context_tokens"] == 1500
 
@@ -196,7 +209,7 @@ def test_eval_of_contexts_sized_by_tokens(
 @native
 def test_eval_of_a_curve_beside_a_uniform_factor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_readable(tmp_path / "model.gguf", factors=[1.2] * 6)
-    options = ("--keys", "5", "--depths", "2")
+    options = ("--keys", "5", "--probes", "2")
     both = evaluate(path, capsys, *options, "--factors", "1,1,1.1,1.1,1,1", "--uniform", "1.2")
     assert list(both["factors"]) == ["base", "given", "uniform 1.2"]
     assert both["given"]["log_probability"] != both["uniform 1.2"]["log_probability"]

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from support.task_files import words, write
 
 from lrope_gguf.errors import LropeError
 from lrope_search.tasks import SPLITS, KeyValueTask, TokenLimit
-from lrope_search.tasks.task import Context
+from lrope_search.tasks.task import Context, places
 
 
 def record(n: int, n_pairs: int = 12) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def pairs_of(context: Context) -> list[tuple[str, str]]:
 def test_the_prompt_is_the_benchmarks(tmp_path: Path) -> None:
     pairs = [["a1", "v1"], ["b2", "v2"], ["c3", "v3"]]
     path = write(tmp_path / "kv.jsonl", [{"ordered_kv_records": pairs, "key": "b2", "value": "v2"}] * 3)
-    context = KeyValueTask(depths=3, data=path).context("test", 0)
+    context = KeyValueTask(probes=3, data=path).context("test", 0)
     assert context.prefix + context.probes[1].question == (
         "Extract the value corresponding to the specified key in the JSON object below.\n"
         "\n"
@@ -46,10 +47,47 @@ def test_the_prompt_is_the_benchmarks(tmp_path: Path) -> None:
     assert [probe.depth for probe in context.probes] == [0.0, 0.5, 1.0]
 
 
-@given(st.integers(1, 15), st.integers(0, 40), st.integers(0, 2**32), st.sampled_from(SPLITS), st.integers(0, 1000))
-def test_probes_ask_for_the_pairs_at_their_depths(depths: int, more: int, seed: int, split: str, index: int) -> None:
-    n_pairs = depths + more
-    context = KeyValueTask(n_pairs, depths=depths, seed=seed).context(split, index)
+SETTINGS = (
+    st.integers(1, 15),
+    st.integers(0, 40),
+    st.integers(0, 2**32),
+    st.sampled_from(SPLITS),
+    st.integers(0, 1000),
+)
+
+
+@given(*SETTINGS)
+def test_jittered_probes_stand_one_in_each_stratum(n: int, more: int, seed: int, split: str, index: int) -> None:
+    context = KeyValueTask(n + more, probes=n, seed=seed).context(split, index)
+    found = {key: place for place, (key, _) in enumerate(pairs_of(context))}
+    where = [found[probe.question.split('"')[1]] for probe in context.probes]
+    assert [probe.depth for probe in context.probes] == [place / max(n + more - 1, 1) for place in where]
+    for i, place in enumerate(where):
+        assert i * (n + more) // n <= place < (i + 1) * (n + more) // n
+    assert KeyValueTask(n + more, probes=n, seed=seed).context(split, index) == context
+
+
+def test_jittered_probes_reach_all_places_alike_and_differ_by_split_context_and_seed() -> None:
+    counts = np.zeros(12)
+    seen = set()
+    for seed in range(2):
+        for split in SPLITS:
+            for index in range(300):
+                where = places(split, index, 12, 5, seed, "jittered")
+                counts[[place for place, _ in where]] += 1
+                seen.add((split, seed, tuple(where)))
+    assert len({where for _, _, where in seen}) > 50
+    # strata of 2, 2, 3, 2 and 3 places
+    expected = 1800 / np.repeat([2, 2, 3, 2, 3], [2, 2, 3, 2, 3])
+    np.testing.assert_allclose(counts, expected, rtol=0.15)
+    firsts = {split: [places(split, i, 1000, 1, 0, "jittered")[0][0] for i in range(50)] for split in SPLITS}
+    assert len({tuple(first) for first in firsts.values()}) == len(SPLITS)
+
+
+@given(*SETTINGS)
+def test_even_probes_ask_for_the_pairs_at_their_depths(n: int, more: int, seed: int, split: str, index: int) -> None:
+    depths, n_pairs = n, n + more
+    context = KeyValueTask(n_pairs, probes=depths, positions="even", seed=seed).context(split, index)
     pairs = pairs_of(context)
     assert len(pairs) == len(dict(pairs)) == n_pairs
     asked = []
@@ -113,7 +151,7 @@ def test_a_files_records_are_shuffled_into_disjoint_splits(tmp_path: Path, name:
 
 def test_keys_takes_the_first_pairs_of_each_record(tmp_path: Path) -> None:
     path = write(tmp_path / "kv.jsonl", [record(n, 12) for n in range(10)])
-    whole, part = (KeyValueTask(n, depths=4, data=path).context("search", 2) for n in (None, 5))
+    whole, part = (KeyValueTask(n, probes=4, data=path).context("search", 2) for n in (None, 5))
     assert len(pairs_of(whole)) == 12
     assert pairs_of(part) == pairs_of(whole)[:5]
     assert part.probes[-1].answer == pairs_of(part)[4][1]
@@ -154,12 +192,12 @@ def test_unusable_files_and_numbers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl.gz").write_bytes(zipped[:100] + bytes(100) + zipped[200:])
     with pytest.raises(LropeError, match=r"bad\.jsonl\.gz: cannot read"):
         KeyValueTask(data=tmp_path / "bad.jsonl.gz")
-    with pytest.raises(LropeError, match="fewer pairs than the 11 depths"):
+    with pytest.raises(LropeError, match="fewer pairs than the 11 probes"):
         KeyValueTask(data=write(tmp_path / "short.jsonl", [record(0, 8)]))
-    with pytest.raises(LropeError, match="--keys 10: too few for 11 depths"):
+    with pytest.raises(LropeError, match="--keys 10: too few for 11 probes"):
         KeyValueTask(10)
-    with pytest.raises(LropeError, match="--depths 0"):
-        KeyValueTask(10, depths=0)
+    with pytest.raises(LropeError, match="--probes 0"):
+        KeyValueTask(10, probes=0)
 
 
 def test_too_few_records_are_an_error_with_the_numbers(tmp_path: Path) -> None:
@@ -170,13 +208,13 @@ def test_too_few_records_are_an_error_with_the_numbers(tmp_path: Path) -> None:
 
 
 def test_number_identifiers_are_distinct_short_and_seeded() -> None:
-    task = KeyValueTask(40, depths=5, seed=3, identifiers="number")
+    task = KeyValueTask(40, probes=5, seed=3, identifiers="number")
     context = task.context("test", 0)
     pairs = json.loads(context.prefix[context.prefix.index("{") :])
     assert len(pairs) == 40
     assert all(1000 <= int(key) <= 9999 and 100 <= int(value) <= 999 for key, value in pairs.items())
     assert [pairs[probe.question.split('"')[1]] for probe in context.probes] == [p.answer for p in context.probes]
-    assert context == KeyValueTask(40, depths=5, seed=3, identifiers="number").context("test", 0)
+    assert context == KeyValueTask(40, probes=5, seed=3, identifiers="number").context("test", 0)
     assert context.prefix != task.context("search", 0).prefix
 
 
@@ -184,7 +222,7 @@ def test_number_identifiers_have_limits(tmp_path: Path) -> None:
     with pytest.raises(LropeError, match="--keys 9001"):
         KeyValueTask(9001, identifiers="number")
     with pytest.raises(LropeError, match="without --data"):
-        KeyValueTask(10, depths=1, identifiers="number", data=tmp_path / "x.jsonl")
+        KeyValueTask(10, probes=1, identifiers="number", data=tmp_path / "x.jsonl")
     with pytest.raises(LropeError, match="--identifiers words"):
         KeyValueTask(20, identifiers="words")
 
@@ -199,9 +237,9 @@ def test_a_file_is_refused_that_splits_cannot_share(tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
     line = '{"ordered_kv_records": [["a\\ud800", "b"]]}'
     with pytest.raises(LropeError, match=r"kv\.jsonl:1: not a key-value record"):
-        KeyValueTask(data=write(tmp_path / "kv.jsonl", [line] * 3), depths=1)
+        KeyValueTask(data=write(tmp_path / "kv.jsonl", [line] * 3), probes=1)
     line = '{"ordered_kv_records": [["a\\ud83d\\ude00", "b"]]}'
-    assert KeyValueTask(data=write(tmp_path / "kv.jsonl", [line] * 3), depths=1).context("test", 0).probes[0].answer
+    assert KeyValueTask(data=write(tmp_path / "kv.jsonl", [line] * 3), probes=1).context("test", 0).probes[0].answer
 
 
 def size(context: Context) -> int:
@@ -211,24 +249,24 @@ def size(context: Context) -> int:
 @given(st.integers(120, 3000), st.integers(0, 2**32), st.sampled_from(["uuid", "number"]), st.sampled_from(SPLITS))
 def test_as_many_pairs_as_fit_into_the_tokens(tokens: int, seed: int, kind: str, split: str) -> None:
     limit = TokenLimit(tokens, words)
-    task = KeyValueTask(depths=5, seed=seed, identifiers=kind, limit=limit)
+    task = KeyValueTask(probes=5, seed=seed, identifiers=kind, limit=limit)
     context = task.context(split, 1)
     n = len(pairs_of(context))
-    more = KeyValueTask(n + 1, depths=5, seed=seed, identifiers=kind).context(split, 1)
+    more = KeyValueTask(n + 1, probes=5, seed=seed, identifiers=kind).context(split, 1)
     assert size(context) <= tokens < size(more)
-    assert context == KeyValueTask(n, depths=5, seed=seed, identifiers=kind).context(split, 1)
-    assert context == KeyValueTask(depths=5, seed=seed, identifiers=kind, limit=limit).context(split, 1)
+    assert context == KeyValueTask(n, probes=5, seed=seed, identifiers=kind).context(split, 1)
+    assert context == KeyValueTask(probes=5, seed=seed, identifiers=kind, limit=limit).context(split, 1)
 
 
 def test_tokens_that_no_context_has(tmp_path: Path) -> None:
     with pytest.raises(LropeError, match="--context-tokens 50: 11 pairs alone take"):
         KeyValueTask(limit=TokenLimit(50, words)).context("test", 0)
     data = write(tmp_path / "kv.jsonl", [record(n) for n in range(10)])
-    part = KeyValueTask(data=data, depths=4, limit=TokenLimit(100, words)).context("search", 0)
+    part = KeyValueTask(data=data, probes=4, limit=TokenLimit(100, words)).context("search", 0)
     assert size(part) <= 100 and 4 < len(pairs_of(part)) < 12
     with pytest.raises(
         LropeError, match=r"--context-tokens 400: 12 pairs take only .* record of .*kv\.jsonl has no more"
     ):
-        KeyValueTask(data=data, depths=4, limit=TokenLimit(400, words)).context("search", 0)
+        KeyValueTask(data=data, probes=4, limit=TokenLimit(400, words)).context("search", 0)
     with pytest.raises(LropeError, match=r"--context-tokens 200000: 9000 pairs .* no more such keys"):
         KeyValueTask(identifiers="number", limit=TokenLimit(200_000, words)).context("search", 0)

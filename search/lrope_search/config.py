@@ -17,8 +17,10 @@ from lrope_gguf.errors import LropeError
 
 ControlPoints: TypeAlias = tuple[Point, ...]
 
-DEFAULT_PAIRS, DEFAULT_DOCUMENTS, DEFAULT_DEPTHS = 40, 20, 11
+DEFAULT_PAIRS, DEFAULT_DOCUMENTS, DEFAULT_PROBES = 40, 20, 11
 """Of a context: pairs of key and value, documents, questions."""
+POSITIONS = ("jittered", "even")
+"""Where a context's questions stand: at random in equal strata, or the same everywhere; the first is the default."""
 DEFAULT_TEMPLATE = "{context}\n\nQuestion: {question}\nAnswer:"
 IDENTIFIER_KINDS = ("uuid", "number", "word")
 """Kinds of keys and values of generated contexts; the first is the default."""
@@ -27,8 +29,8 @@ UNIFORM_FACTORS = (0.95, 1.05, 1.1, 1.25)
 
 TASK_FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
-        "kv": frozenset({"data", "context_tokens", "keys", "identifiers", "depths"}),
-        "mdqa": frozenset({"data", "context_tokens", "documents", "depths"}),
+        "kv": frozenset({"data", "context_tokens", "keys", "identifiers", "probes", "positions"}),
+        "mdqa": frozenset({"data", "context_tokens", "documents", "probes", "positions"}),
         "jsonl": frozenset({"data", "prompt_template"}),
     }
 )
@@ -44,6 +46,10 @@ ALGORITHM_FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
     }
 )
 """The optimizers, and which fields of `SearchConfig` mean something to each beside those that mean something to all."""
+
+PARAMETRIZATIONS = ("both", "bezier", "layers")
+"""What candidates are: a Bézier curve over all layers with own factors of a few, the curve alone (the papers' way), or
+own factors alone; the first is the default."""
 
 EXECUTORS = ("local", "ray")
 """Where workers live: processes of this machine, or actors of a Ray cluster."""
@@ -110,7 +116,8 @@ class TaskConfig:
         documents: Of ``mdqa``, documents a context; None: 20.
         context_tokens: In place of either: as many as fit into so many tokens of the model.
         identifiers: Of ``kv`` without ``data``, one of `IDENTIFIER_KINDS`; None: the first.
-        depths: Of ``kv`` and ``mdqa``, questions a context; None: 11.
+        probes: Of ``kv`` and ``mdqa``, questions a context; None: 11.
+        positions: Of ``kv`` and ``mdqa``, where they stand, one of `POSITIONS`; None: the first.
         prompt_template: Of ``jsonl``, the prompt with ``{context}`` and ``{question}``, a new line written ``\n``;
             None: `DEFAULT_TEMPLATE`.
         answer_prefix: Begins all answers, for base models that would not answer in the wanted form by themselves.
@@ -126,7 +133,8 @@ class TaskConfig:
     documents: int | None = None
     context_tokens: int | None = None
     identifiers: str | None = None
-    depths: int | None = None
+    probes: int | None = None
+    positions: str | None = None
     prompt_template: str | None = None
     answer_prefix: str = ""
     seed: int = 0
@@ -147,9 +155,11 @@ class TaskConfig:
                     raise LropeError(
                         f"{option(name)}, --context-tokens: both give a context's size; leave out one of them"
                     )
-        for name in ("keys", "documents", "context_tokens", "depths"):
+        for name in ("keys", "documents", "context_tokens", "probes"):
             _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
+        if self.positions not in (None, *POSITIONS):
+            raise LropeError(f"--positions {self.positions}: unknown; choose one of {', '.join(POSITIONS)}")
         if self.name != "kv" and self.data is None:
             what = "an nq-open file" if self.name == "mdqa" else "your file of questions"
             raise LropeError(f"--task {self.name}: needs {what}; give --data FILE")
@@ -157,7 +167,7 @@ class TaskConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the fields that mean something to this task as a JSON object, with the defaults put in."""
         own = {name: getattr(self, name) for name in sorted(TASK_FIELDS[self.name])}
-        defaults = {"depths": DEFAULT_DEPTHS, "prompt_template": escaped(DEFAULT_TEMPLATE),
+        defaults = {"probes": DEFAULT_PROBES, "positions": POSITIONS[0], "prompt_template": escaped(DEFAULT_TEMPLATE),
                     "identifiers": None if self.data else IDENTIFIER_KINDS[0]}  # fmt: skip
         own |= {name: value for name, value in defaults.items() if name in own and own[name] is None}
         return {"name": self.name, **own, "seed": self.seed, "answer_prefix": self.answer_prefix}
@@ -188,6 +198,7 @@ class SearchConfig:
         racing_first, racing_fraction: See `Racing`; by default there is none (docs/algorithms.md has the figures).
         middle_weight: See `Objective`.
         algorithm: One of `ALGORITHM_FIELDS`.
+        parametrization: One of `PARAMETRIZATIONS`.
         degree, bounds, uniform_factors, width: Of every optimizer; see `GeneticAlgorithm`.
         lag: Candidates that may be asked for before the first of them is told: what a search on many workers needs
             to keep them busy, and what it costs in foresight. Of those optimizers that have no generations.
@@ -212,6 +223,7 @@ class SearchConfig:
     racing_fraction: float = 1.0
     middle_weight: float = 0.0
     algorithm: str = "ga"
+    parametrization: str = PARAMETRIZATIONS[0]
     degree: int = 3
     bounds: tuple[float, float] = DEFAULT_BOUNDS
     lag: int = 8
@@ -246,6 +258,10 @@ class SearchConfig:
                 raise LropeError(f"{option(name)} {getattr(self, name)}: out of range; see lrope-gguf search --help")
         if self.algorithm not in ALGORITHM_FIELDS:
             raise LropeError(f"--algorithm {self.algorithm}: unknown; choose one of {', '.join(ALGORITHM_FIELDS)}")
+        if self.parametrization not in PARAMETRIZATIONS:
+            raise LropeError(
+                f"--parametrization {self.parametrization}: unknown; choose one of {', '.join(PARAMETRIZATIONS)}"
+            )
         defaults = {field.name: field.default for field in fields(self)}
         for name in sorted(frozenset().union(*ALGORITHM_FIELDS.values()) - ALGORITHM_FIELDS[self.algorithm]):
             if getattr(self, name) != defaults[name]:

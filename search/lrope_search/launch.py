@@ -10,13 +10,14 @@ from pathlib import Path
 
 from lrope_gguf import __version__
 from lrope_gguf.errors import LropeError
-from lrope_gguf.model_info import read_model
+from lrope_gguf.model_info import ModelInfo, read_model
 
 from .config import ModelConfig, SearchConfig, TaskConfig, WorkersConfig
 from .cost import check_memory, duration, memory_text
 from .evaluation.binding import binding_version
 from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_guard_texts
 from .machine import free_memory, physical_cores, visible_gpus
+from .optimizers.protocol import Optimizer
 from .report.page import write_report
 from .results.summary import StudySummary
 from .scores import ContextScore, Job
@@ -90,6 +91,7 @@ def _launch(
     dry_run: bool,
 ) -> SearchOutcome | None:
     info = read_model(model.path)
+    _layers(info, 1)
     contexts = make_task(task)
     for split in SPLITS:
         size, wanted = contexts.size(split), getattr(settings, f"{split}_contexts")
@@ -102,6 +104,7 @@ def _launch(
     with one_interrupt(), ExitStack() as stack:
         first = _first_worker(workers, spec, stack)
         facts = first.ask(find_out)
+        layers = _layers(info, facts.longest)
         config = {
             "model": {"fingerprint": info.fingerprint(), "architecture": info.architecture, "name": info.name},
             "task": task_identity(task) | {"chat_template": model.chat_template, "answer_lead": facts.lead},
@@ -116,7 +119,10 @@ def _launch(
         with Study(place, config) as study:
             study.keep("guard", dataclasses.asdict(facts.guard_texts))
             progress = Progress(study.log)
-            _say_cost(workers, settings, study, directory, first, facts, free, progress)
+            if len(layers) < first.n_layer:
+                progress.line(f"{len(layers)} of {first.n_layer} layers rotate over the whole context")
+            optimizer = make_optimizer(settings, first.n_layer, layers)
+            _say_cost(workers, optimizer, settings, study, directory, first, facts, free, progress)
             if dry_run:
                 return None
             executor = _all_workers(workers, dataclasses.replace(spec, guard_texts=facts.guard_texts), first, stack)
@@ -125,12 +131,28 @@ def _launch(
                 study,
                 settings,
                 progress,
+                algorithm=optimizer,
                 architecture=info.architecture,
                 block_count=info.block_count,
                 guard_contexts=1,
             )
             progress.line(_report(outcome.summary))
             return outcome
+
+
+def _layers(info: ModelInfo, n_tokens: int) -> tuple[int, ...]:
+    """Return the layers that rotate over the whole of ``n_tokens`` tokens.
+
+    Raises:
+        LropeError: there is none.
+    """
+    layers = info.layers_reaching(n_tokens)
+    if not layers:
+        raise LropeError(
+            f"{info.path}: none of its layers rotates over the whole of {n_tokens} tokens (sliding windows, layers "
+            "without RoPE); layer factors can change nothing in the middle of such a context, ask for shorter ones"
+        )
+    return layers
 
 
 def _report(summary: StudySummary) -> str:
@@ -168,6 +190,7 @@ def _all_workers(workers: WorkersConfig, spec: EvaluatorSpec, first: Executor, s
 
 def _say_cost(
     workers: WorkersConfig,
+    optimizer: Optimizer,
     settings: SearchConfig,
     study: Study,
     directory: Path,
@@ -206,6 +229,5 @@ def _say_cost(
     )
     if workers.executor == "local" and not gpus and n_workers > physical_cores():
         progress.line(f"{n_workers} workers on {physical_cores()} processors: fewer would be faster (--workers)")
-    lag = make_optimizer(settings, first.n_layer).lag
-    if n_workers > lag:
-        progress.line(f"{n_workers} workers, but only {lag} candidates out at once: some will idle (--lag)")
+    if n_workers > optimizer.lag:
+        progress.line(f"{n_workers} workers, but only {optimizer.lag} candidates out at once: some will idle (--lag)")

@@ -10,11 +10,12 @@ import click
 from lrope_gguf.commands.options import FILE, Option
 
 from ..config import (
-    DEFAULT_DEPTHS,
     DEFAULT_DOCUMENTS,
     DEFAULT_PAIRS,
+    DEFAULT_PROBES,
     DEFAULT_TEMPLATE,
     IDENTIFIER_KINDS,
+    POSITIONS,
     TASK_FIELDS,
     ModelConfig,
     TaskConfig,
@@ -102,8 +103,11 @@ task_options = all_of(
            help=f"mdqa: documents a context ({DEFAULT_DOCUMENTS})"),
     option("--identifiers", type=click.Choice(list(IDENTIFIER_KINDS)), heading=_TASK,
            help=f"kv without --data: what keys and values are; {_KINDS} ({IDENTIFIER_KINDS[0]})"),
-    option("--depths", metavar="N", type=POSITIVE, heading=_TASK,
-           help=f"kv, mdqa: questions a context ({DEFAULT_DEPTHS})"),
+    option("--probes", "--depths", metavar="N", type=POSITIVE, heading=_TASK,
+           help=f"kv, mdqa: questions a context ({DEFAULT_PROBES})"),
+    option("--positions", type=click.Choice(POSITIONS), heading=_TASK,
+           help=f"kv, mdqa: where they stand: at random, one in each of equal strata, or the same everywhere "
+                f"({POSITIONS[0]})"),
     option("--prompt-template", metavar="TEXT", heading=_TASK,
            help=f"jsonl: the prompt, \\n a new line ({escaped(DEFAULT_TEMPLATE)})"),
     option("--answer-prefix", metavar="TEXT", default="", heading=_TASK,
@@ -129,6 +133,6 @@ def task_config(values: dict[str, Any]) -> TaskConfig:
     Raises:
         LropeError: options that do not go together.
     """
-    names = ("data", "keys", "documents", "context_tokens", "identifiers", "depths", "prompt_template")
+    names = ("data", "keys", "documents", "context_tokens", "identifiers", "probes", "positions", "prompt_template")
     own = {name: values.pop(name) for name in (*names, "answer_prefix", "seed")}
     return TaskConfig(values.pop("task"), **own)

@@ -14,7 +14,7 @@ from lrope_gguf.commands.options import FILE, Command, model_argument
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 
-from ..config import ALGORITHM_FIELDS, EXECUTORS, SearchConfig, WorkersConfig
+from ..config import ALGORITHM_FIELDS, EXECUTORS, PARAMETRIZATIONS, SearchConfig, WorkersConfig
 from .options import (
     POSITIVE,
     Names,
@@ -56,6 +56,9 @@ _settings = all_of(
            help="ordinary text (the base model writes some)"),
     option("--algorithm", type=click.Choice(list(ALGORITHM_FIELDS)), default=_DEFAULTS.algorithm, heading=_OPTIMIZER,
            help=f"what proposes candidates ({_DEFAULTS.algorithm})"),
+    option("--parametrization", type=click.Choice(PARAMETRIZATIONS), default=_DEFAULTS.parametrization,
+           heading=_OPTIMIZER, help="a curve over all layers with own factors of the few that a scan finds to matter, "
+                                    f"the curve alone, or own factors alone ({_DEFAULTS.parametrization})"),
     _setting("lag", "N", int, "candidates out at once: as many as there are workers is fastest, two or three times as "
              "many keeps them busy", _OPTIMIZER),
     _setting("bounds", "LOW,HIGH", Pair(), "range of the factors", _OPTIMIZER),
@@ -113,7 +116,7 @@ def command(model: str, output: str, study: str | None, dry_run: bool, require_g
     if outcome.winner is None:
         click.echo(f"{output}: holds the base model's factors, all 1")
     else:
-        if hint := at_the_bounds(outcome.winner.curve):
+        if outcome.winner.curve is not None and (hint := at_the_bounds(outcome.winner.curve)):
             click.echo(hint)
         written = shlex.join(["lrope-gguf", "write", model, "--curve", output])
         click.echo(f"{output}: written; next: {written}")

@@ -59,7 +59,7 @@ def run_demo(name: str, directory: Path, *, seed: int = 0, model_options: ModelC
     base = demo.path(directory)
     model, task = replace(model_options or ModelConfig(""), path=str(base)), replace(demo.task, seed=seed)
 
-    print(f"1. search: {base}, {task.keys} keys and values a context, {task.depths} of them asked for", flush=True)
+    print(f"1. search: {base}, {task.keys} keys and values a context, {task.probes} of them asked for", flush=True)
     outcome = search(model, task, replace(demo.settings, seed=seed), directory / f"{base.stem}.study")
     curve = directory / f"{base.stem}.json"
     outcome.best.save(curve)
@@ -72,7 +72,7 @@ def run_demo(name: str, directory: Path, *, seed: int = 0, model_options: ModelC
     listed = ",".join(f"{factor:.3g}" for factor in factors)
     print(f"2. write: {written}, factors {sparkline(factors)} {listed}{_picture(outcome, factors, curve)}", flush=True)
 
-    n_questions = demo.n_asked * (task.depths or 0)
+    n_questions = demo.n_asked * (task.probes or 0)
     print(f"3. serve and ask: {n_questions} questions of the test over HTTP, of each model", flush=True)
     contexts = make_task(task)
     asked = {side: _ask(path, contexts, model, task, demo) for side, path in (("base", base), ("written", written))}
@@ -127,7 +127,7 @@ def _sha256(path: Path) -> str:
 # the start and in the middle. All chosen on search contexts (models/README.md).
 _EMBEDDED = _Demo(
     path=embedded,
-    task=TaskConfig("kv", keys=120, depths=60, identifiers="word", answer_prefix=""),
+    task=TaskConfig("kv", keys=120, probes=60, identifiers="word", answer_prefix=""),
     settings=SearchConfig(
         max_evaluations=120,
         search_contexts=4,
@@ -146,7 +146,7 @@ _EMBEDDED = _Demo(
 # copies 36 characters without a slip, and a score that is zero at every depth shows nothing.
 _GEMMA = _Demo(
     path=gemma,
-    task=TaskConfig("kv", keys=40, depths=11, identifiers="number", answer_prefix=' "'),
+    task=TaskConfig("kv", keys=40, probes=11, identifiers="number", answer_prefix=' "'),
     settings=SearchConfig(
         max_evaluations=48,
         search_contexts=6,

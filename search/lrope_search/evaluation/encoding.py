@@ -24,8 +24,9 @@ class Encoding:
     """A context in tokens.
 
     `tokens` and the arrays of its shape hold all probes' questions and gold answers (lead and value) in one row; an
-    answer's last token predicts nothing, so it is not among them. `gold`, `owner` and `scored` have one entry for each
-    `wanted` position: the token that it must predict, its probe, and whether that token belongs to the value.
+    answer's last token predicts nothing, so it is not among them. Logits are `wanted` where a value's token must be
+    predicted; a lead is fed and not scored, since rows of logits are dear where the vocabulary is large. `gold` and
+    `owner` have one entry for each wanted position: the token that it must predict, and its probe.
     """
 
     prefix: Tokens
@@ -36,7 +37,6 @@ class Encoding:
     wanted: NDArray[np.bool_]
     gold: Tokens
     owner: NDArray[np.int64]
-    scored: NDArray[np.bool_]
 
     @property
     def n_tokens(self) -> int:
@@ -94,7 +94,7 @@ class Encoder:
         n_shared = min(_common_prefix(prompts), *(len(prompt) - 1 for prompt in prompts))  # each asks for a logit
         questions = tuple(prompt[n_shared:] for prompt in prompts)
         n_tail = np.array([len(q) + len(a) - 1 for q, a in zip(questions, answers, strict=True)])
-        n_answer = np.array([len(answer) for answer in answers])
+        n_value = np.array([len(answer) - n for answer, n in zip(answers, leads, strict=True)])
         place = np.concatenate([np.arange(n) for n in n_tail])
         return Encoding(
             prefix=prompts[0][:n_shared],
@@ -102,10 +102,9 @@ class Encoder:
             tokens=np.concatenate([np.append(q, a[:-1]) for q, a in zip(questions, answers, strict=True)]),
             positions=n_shared + place,
             sequences=np.repeat(np.arange(1, len(prompts) + 1), n_tail),
-            wanted=place >= np.repeat(n_tail - n_answer, n_tail),
-            gold=np.concatenate(answers),
-            owner=np.repeat(np.arange(len(prompts)), n_answer),
-            scored=np.concatenate([np.arange(n) >= n_lead for n, n_lead in zip(n_answer, leads, strict=True)]),
+            wanted=place >= np.repeat(n_tail - n_value, n_tail),
+            gold=np.concatenate([answer[n:] for answer, n in zip(answers, leads, strict=True)]),
+            owner=np.repeat(np.arange(len(prompts)), n_value),
         )
 
     def encode_probe(self, prefix: str, probe: Probe) -> tuple[Tokens, int, Tokens]:

@@ -32,8 +32,8 @@ class TeacherForcedEvaluator:
     """A model and a task.
 
     The prefix of a context is computed once; every probe continues a copy of it, as a sequence of its own in one
-    KV cache. The gold answer is fed, so that one pass gives its log-probability and whether greedy decoding would
-    write it.
+    KV cache. The gold answer is fed, so that one pass gives the value's log-probability and whether greedy decoding
+    would write it.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class TeacherForcedEvaluator:
         self._encoder = Encoder(model, answer_prefix, Frame.of([probe.question for probe in easy.probes]))
         self._encoder.lead = self._written_lead(easy) or self._likely_lead(easy, answer_prefix)
         # From the task alone, never from what was asked for first: the size of a cache can sway rounding.
-        first = (self._encode(split, i) for split in SPLITS for i in range(2) if self._has(split, i))
+        first = [self._encode(split, i) for split in SPLITS for i in range(2) if self._has(split, i)]
+        self._longest = max(encoding.length for encoding in first)
         largest = max(first, key=lambda encoding: encoding.n_cells)
         n_packed = max(1, min(pack_tokens // largest.n_tokens, MAX_SEQUENCES // largest.n_seq))
         self._reserve(n_packed * largest.n_cells, n_packed * largest.n_seq)
@@ -69,6 +70,11 @@ class TeacherForcedEvaluator:
     def lead(self) -> str:
         """What the base model writes before a value; ``{key}`` stands for what is particular to the question."""
         return self._encoder.lead.for_key("{key}")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its answer, of the first contexts."""
+        return self._longest
 
     @property
     def n_layer(self) -> int:
@@ -85,7 +91,7 @@ class TeacherForcedEvaluator:
         return encoding.n_tokens + (len(encoding.questions) - 1) * len(encoding.prefix)
 
     def n_rows(self, split: str, index: int) -> int:
-        """Return how many rows of logits scoring this context takes: one for each token of an answer."""
+        """Return how many rows of logits scoring this context takes: one for each token of a value."""
         return len(self._encode(split, index).gold)
 
     def memory_needed(self) -> MemoryNeeded:
@@ -100,7 +106,7 @@ class TeacherForcedEvaluator:
     def evaluate(self, factors: Factors, split: str, index: int) -> ContextScore:
         """Score context ``index`` of ``split`` under ``factors``.
 
-        The log-probability is that of the value, after its lead; ``correct`` asks for the lead's tokens too. Where
+        Log-probability and ``correct`` are those of the value, after its lead. Where
         the model computes something else than numbers, all log-probabilities are -inf.
         Raises `LropeError` if the factors are refused.
         """
@@ -164,8 +170,8 @@ class TeacherForcedEvaluator:
     def _probe_scores(
         self, job: tuple[str, int], encoding: Encoding, log_p: NDArray[np.float64], hit: NDArray[np.bool_]
     ) -> tuple[ProbeScore, ...]:
-        owner, scored = encoding.owner, encoding.scored
-        means = np.bincount(owner, log_p * scored) / np.bincount(owner, scored)
+        owner = encoding.owner
+        means = np.bincount(owner, log_p) / np.bincount(owner)
         correct = np.bincount(owner, ~hit) == 0
         if not np.isfinite(log_p).all():  # masked, a NaN may still reach the other probes: it depends on the kernel
             means[:], correct[:] = -np.inf, False

@@ -109,9 +109,11 @@ class Facts:
     """What the base model writes before a value."""
     guard_texts: GuardTexts
     memory: MemoryNeeded
+    longest: int
+    """Tokens of the longest prompt."""
 
 
 def find_out(evaluator: Evaluator) -> Facts:
     """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
     assert isinstance(evaluator, _Guarded)
-    return Facts(evaluator.lead, evaluator.guard_texts, evaluator.memory_needed())
+    return Facts(evaluator.lead, evaluator.guard_texts, evaluator.memory_needed(), evaluator.longest)

@@ -9,13 +9,14 @@ import numpy as np
 from lrope_gguf.errors import LropeError
 
 from .generational import Generational, Generations, minimised
-from .space import CurveSpace, Start
+from .space import Space, Start
 
 
 class CmaEs(Generational):
     """CMA-ES (Hansen, arXiv 1604.00772) of the ``cmaes`` package, started at the best of the first curves.
 
     Example:
+        >>> from lrope_search.optimizers.space import CurveSpace
         >>> algorithm = CmaEs(CurveSpace(4), seed=1)
         >>> for _ in range(60):
         ...     candidate = algorithm.ask()
@@ -36,7 +37,7 @@ class CmaEs(Generational):
 
     def __init__(
         self,
-        space: CurveSpace,
+        space: Space,
         start: Sequence[Start] | None = None,
         *,
         seed: int = 0,
@@ -49,7 +50,7 @@ class CmaEs(Generational):
         super().__init__(space, _cma_es(space, first, seed, width, population), lag=max(population, len(first)))
 
 
-def _cma_es(space: CurveSpace, first: list[Start], seed: int, width: float, population: int) -> Generations:
+def _cma_es(space: Space, first: list[Start], seed: int, width: float, population: int) -> Generations:
     try:
         from cmaes import CMA
     except ModuleNotFoundError as error:

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from .generational import Generational, Generations, minimised
 from .protocol import Score
-from .space import CurveSpace, Start
+from .space import Space, Start
 
 
 class DifferentialEvolution(Generational):
     """Differential evolution (Storn and Price 1997) of SciPy.
 
     Example:
+        >>> from lrope_search.optimizers.space import CurveSpace
         >>> algorithm = DifferentialEvolution(CurveSpace(4), seed=1)
         >>> for _ in range(90):
         ...     candidate = algorithm.ask()
@@ -36,7 +37,7 @@ class DifferentialEvolution(Generational):
 
     def __init__(
         self,
-        space: CurveSpace,
+        space: Space,
         start: Sequence[Start] | None = None,
         *,
         seed: int = 0,
@@ -54,7 +55,7 @@ class _AbandonedError(Exception):
     """Ends the thread of an optimizer that nobody asks any more."""
 
 
-def _differential_evolution(space: CurveSpace, first: list[Start], generator: np.random.Generator) -> Generations:
+def _differential_evolution(space: Space, first: list[Start], generator: np.random.Generator) -> Generations:
     """SciPy calls its objective, so it runs in a thread of its own, which waits while scores are awaited."""
     from scipy.optimize import Bounds, differential_evolution
 

@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from typing import TypeAlias
 
 from .protocol import Candidate, Score
-from .space import CurveSpace, Ledger, Start
+from .space import Ledger, Space, Start
 
 Generations: TypeAlias = Generator[Sequence[Start], list[Score], None]
 """Yields the genomes of a generation with their origins; is sent their scores, in the same order."""
@@ -28,7 +28,7 @@ class Generational:
     A genome whose factors were evaluated before is not asked for again: it gets the same score.
     """
 
-    def __init__(self, space: CurveSpace, generations: Generations, *, lag: int, max_retries: int = 50) -> None:
+    def __init__(self, space: Space, generations: Generations, *, lag: int, max_retries: int = 50) -> None:
         """Run ``generations``.
 
         Args:

@@ -1,4 +1,4 @@
-"""A genetic algorithm over Bézier curves of layer factors: ask, evaluate elsewhere, tell."""
+"""A genetic algorithm over layer factors, by a curve, by layer or both: ask, evaluate elsewhere, tell."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from .layers import Group, LayerScan, LayerSpace
 from .protocol import Candidate, Score, rank
 from .space import CurveSpace, Ledger, Start
 from .surrogate import GaussianProcess, expected_improvement, one_thread
 
 Genomes = NDArray[np.float64]
+
+_RAISED, _LOWERED = 3.6, -2.0  # log factors of the layer scan, in units of `width`: 1.2 and 0.9 by default
+_TOGETHER = 4  # layers that gained alone are tried together, two to so many of them
 
 
 class GeneticAlgorithm:
@@ -36,11 +40,15 @@ class GeneticAlgorithm:
     number of coordinates. A few proposals are random smooth curves. The best ten are the parents of a second round of
     proposals. Candidates that are pending count as if they had turned out as expected, so that no two births are alike.
 
+    Where layers have factors of their own (`LayerSpace`), a scan takes the place of random curves: each layer is raised
+    alone, and those that move something are lowered as well (`LayerScan`). The layers that moved most are the
+    coordinates of what follows; the first proposals are the layers that gained, together.
+
     Parents are the ``parents`` best of all told. The defaults are made for 50 to 400 evaluations.
 
     Args:
-        space: Where the curves come from.
-        start: Curves to begin with; None: those that `CurveSpace.known_good` gives.
+        space: Where the candidates come from.
+        start: Genomes to begin with; None: those that ``known_good`` of the space gives.
         lag: Candidates that may be asked for before the first of them is told.
         population: Candidates before the first birth; more if those that are not random are more.
         parents: Survivors (mu).
@@ -50,6 +58,7 @@ class GeneticAlgorithm:
         proposals: Proposals a round; 1: a plain genetic algorithm without surrogate.
         tolerance: Improvement in nats per answer token that is not worth an evaluation: where no more was to be
             expected of ``2 * lag`` births in a row, the algorithm counts as converged.
+        own_layers: Layers that keep a coordinate after the scan, in a `LayerSpace`.
         max_retries: Births tried in place of one that repeats an earlier candidate (all factors equal to 1e-3)
             before the algorithm counts as converged.
     """
@@ -64,7 +73,7 @@ class GeneticAlgorithm:
 
     def __init__(
         self,
-        space: CurveSpace,
+        space: CurveSpace | LayerSpace,
         start: Sequence[Start] | None = None,
         *,
         lag: int = 8,
@@ -75,6 +84,7 @@ class GeneticAlgorithm:
         crossover: float = 0.5,
         proposals: int = 150,
         tolerance: float = 1e-4,
+        own_layers: int = 8,
         max_retries: int = 50,
     ) -> None:
         """Prepare the first candidates."""
@@ -85,13 +95,20 @@ class GeneticAlgorithm:
         self._tolerance, self._max_retries = tolerance, max_retries
         self._rng = np.random.default_rng(seed)
         self._queue = deque(space.known_good() if start is None else start)
-        self._queue += [(genome, "scan") for genome in space.bumps(math.exp(1.5 * width))]
-        self._queue += [(space.smooth(self._rng, width), "random") for _ in range(population - len(self._queue))]
+        self._scan: LayerScan | None = None
+        self._scanned: dict[int, tuple[Group, float]] = {}  # what the scan waits for, by candidate id
+        self._own_layers = own_layers
+        self._among: list[int] = []  # layers with a coordinate after the scan, indices into those of the space
+        if isinstance(space, LayerSpace):
+            self._scan = LayerScan(len(space.layers), _RAISED * width, _LOWERED * width)
+        else:
+            self._queue += [(genome, "scan") for genome in space.bumps(math.exp(1.5 * width))]
+            self._queue += [(space.smooth(self._rng, width), "random") for _ in range(population - len(self._queue))]
 
         self._told: list[tuple[Candidate, Score]] = []  # best first
-        self._positions = np.linspace(0.0, 1.0, min(space.n_layer, space.size))  # where the surrogate sees a curve
-        self._inputs = np.empty((0, len(self._positions)))  # of the surrogate, by candidate id
-        self._surrogate = GaussianProcess(len(self._positions), length=4.0 * width)
+        self._visible = np.empty(0, np.bool_)  # whether the surrogate can tell a candidate from others, by id
+        self._inputs = self._see(np.empty((0, space.size)))  # of the surrogate, by candidate id
+        self._surrogate = self._fresh_surrogate()
         self._fitted = 0  # scores when its lengths were last looked at
         self._hopeless = 0  # births in a row of which little was expected
         self._converged = False
@@ -116,11 +133,14 @@ class GeneticAlgorithm:
             return None
         if self._hopeless < 2 * self.lag:
             for _ in range(self._max_retries):
-                genome, origin = self._next()
-                candidate = self._ledger.issue(genome, origin)
+                if not self._queue and self._scan is not None and not self._scan.done:
+                    candidate = self._look_at_layers(self._scan)
+                    if candidate is None and not self._scan.done:
+                        return None  # results first
+                else:
+                    candidate = self._ledger.issue(*self._next())
                 if candidate is not None:
-                    inputs = self._space.log_factors(self._ledger.genomes[-1:], self._positions)
-                    self._inputs = np.concatenate([self._inputs, inputs])
+                    self._notice(candidate)
                     return candidate
         self._converged = True
         return None
@@ -133,6 +153,62 @@ class GeneticAlgorithm:
         """
         self._ledger.settle(candidate, score)
         self._told = sorted([*self._told, (candidate, score)], key=rank)
+        if self._scan is not None and candidate.id in self._scanned:
+            self._scan.tell(*self._scanned.pop(candidate.id), score[1])
+            if self._scan.done:
+                self._choose_layers(self._scan)
+
+    def _look_at_layers(self, scan: LayerScan) -> Candidate | None:
+        """Return the next candidate of the scan; None where results must come first, or it is over."""
+        assert isinstance(self._space, LayerSpace)
+        while (asked := scan.next()) is not None:
+            candidate = self._ledger.issue(self._space.moved(*asked), "layer scan")
+            if candidate is not None:
+                self._scanned[candidate.id] = asked
+                return candidate
+            scan.tell(*asked, 0.0)  # as good as known; the bounds may leave nothing to move
+        if scan.done and not self._among:
+            self._choose_layers(scan)
+        return None
+
+    def _choose_layers(self, scan: LayerScan) -> None:
+        """Let the layers that moved most be the coordinates from now on, and try those that gained together."""
+        assert isinstance(self._space, LayerSpace)
+        self._among = scan.relevant(self._own_layers)
+        gains = [(i, log_factor) for i, log_factor in scan.gains() if i in self._among]
+        for n in range(2, min(len(gains), _TOGETHER) + 1):
+            genome = self._space.uniform(1.0)
+            for i, log_factor in gains[:n]:
+                genome[self._space.n_curve + i] = log_factor
+            self._queue.append((self._space.repair(genome), "together"))
+        genomes = np.array(self._ledger.genomes)
+        self._inputs = self._see(genomes)
+        self._visible = self._can_tell(genomes)
+        self._surrogate = self._fresh_surrogate()
+
+    def _notice(self, candidate: Candidate) -> None:
+        """Let the surrogate see a candidate."""
+        genome = np.array(self._ledger.genomes[-1:])
+        self._inputs = np.concatenate([self._inputs, self._see(genome)])
+        self._visible = np.concatenate([self._visible, self._can_tell(genome)])
+
+    def _see(self, genomes: Genomes) -> NDArray[np.float64]:
+        """Return what the surrogate is given of genomes: log factors, shape ``(m, d)``."""
+        space = self._space
+        if isinstance(space, LayerSpace):
+            return space.log_factors(genomes, self._among)
+        return space.log_factors(genomes, np.linspace(0.0, 1.0, min(space.n_layer, space.size)))
+
+    def _can_tell(self, genomes: Genomes) -> NDArray[np.bool_]:
+        """Return which genomes differ from others in what the surrogate sees alone."""
+        space = self._space
+        if not isinstance(space, LayerSpace):
+            return np.ones(len(genomes), np.bool_)
+        hidden = [space.n_curve + i for i in range(len(space.layers)) if i not in self._among]
+        return np.asarray(~genomes[:, hidden].any(axis=1))
+
+    def _fresh_surrogate(self) -> GaussianProcess:
+        return GaussianProcess(self._inputs.shape[1], length=4.0 * self._width)
 
     def _next(self) -> Start:
         if self._queue:
@@ -147,7 +223,8 @@ class GeneticAlgorithm:
 
     def _pool(self) -> Genomes:
         """The parents' genomes, best first."""
-        return np.array([self._ledger.genomes[candidate.id] for candidate, _ in self.parents])
+        seen = [candidate.id for candidate, _ in self._told if self._visible[candidate.id]][: self._mu]
+        return np.array([self._ledger.genomes[i] for i in seen])
 
     def _contest(self) -> Start:
         """Return the most promising of many proposals."""
@@ -157,7 +234,7 @@ class GeneticAlgorithm:
         genomes, origins, promise = np.empty((0, self._space.size)), np.empty(0, np.str_), np.empty(0)
         for _ in range(self._ROUNDS):
             fresh, fresh_origins = self._children(pool, self._proposals)
-            inputs = self._space.log_factors(fresh, self._positions)
+            inputs = self._see(fresh)
             mean, deviation = self._surrogate.predict(inputs, pending=pending)
             genomes, origins = np.concatenate([genomes, fresh]), np.concatenate([origins, fresh_origins])
             promise = np.concatenate([promise, expected_improvement(mean, deviation, best)])
@@ -177,6 +254,7 @@ class GeneticAlgorithm:
         n = len(self._ledger.scores)
         recent = set(range(max(0, n - self._MEMORY), n))
         known = np.array(sorted(recent | {candidate.id for candidate, _ in self._told[: self._MEMORY]}))
+        known = known[self._visible[known]]
         contexts, fitness = np.array(self._ledger.scores, dtype=np.float64)[known].T
         observed, scale = _flatten(fitness, self.best[1][1])
         weight = contexts / contexts.max()
@@ -190,6 +268,8 @@ class GeneticAlgorithm:
 
     def _children(self, pool: Genomes, n: int) -> tuple[Genomes, NDArray[np.str_]]:
         """Return ``n`` repaired genomes and their origins; ``pool`` holds possible parents, best first."""
+        if isinstance(self._space, LayerSpace):
+            return self._layer_children(self._space, pool, n)
         rng, size = self._rng, self._space.size
         mother, father = pool[rng.integers(len(pool), size=(2, 2, n)).min(axis=0)]
         line = rng.random((n, 1)) < 0.5
@@ -204,6 +284,34 @@ class GeneticAlgorithm:
         for i in range(int(self._RANDOM * n)):
             genomes[i], origins[i] = self._space.smooth(rng, 2.0 * self._width), "random"
         return self._space.repair(genomes), origins
+
+    def _layer_children(self, space: LayerSpace, pool: Genomes, n: int) -> tuple[Genomes, NDArray[np.str_]]:
+        """Return ``n`` repaired genomes and their origins, which move few layers: effects are sparse.
+
+        Half of the crossovers take from each parent the layers that it moved further, so that gains come together.
+        """
+        rng, size = self._rng, space.size
+        mother, father = pool[rng.integers(len(pool), size=(2, 2, n)).min(axis=0)]
+        share = rng.random((n, size)) * (1.0 + 2.0 * self._ALPHA) - self._ALPHA
+        blend = mother + share * (father - mother)
+        base = space.uniform(1.0)
+        union = np.where(np.abs(mother - base) >= np.abs(father - base), mother, father)
+        crossed = rng.random((n, 1)) < self._crossover
+        genomes = np.where(crossed, np.where(rng.random((n, 1)) < 0.5, union, blend), mother)
+        low, high = np.log(self._WIDTHS)
+        width = self._width * np.exp(rng.uniform(low, high, (n, 1)))
+        active = np.zeros(size, np.bool_)
+        active[: space.n_curve] = True
+        active[[space.n_curve + i for i in self._among]] = True
+        mutated = active & (rng.random((n, size)) < rng.uniform(0.1, 0.7, (n, 1)))
+        mutated[:, : space.n_curve] &= rng.random((n, 1)) < 0.5  # of a curve all of it or nothing
+        genomes += width * space.scale * mutated * rng.standard_normal((n, size))
+        back = active & (rng.random((n, size)) < 0.1)  # a layer that does nothing should be 1
+        genomes = np.where(back, base, genomes)
+        origins = np.where(crossed[:, 0], "crossover", "mutation")
+        for i in range(int(self._RANDOM * n)):
+            genomes[i], origins[i] = space.smooth(rng, 2.0 * self._width, self._among), "random"
+        return space.repair(genomes), origins
 
 
 def _flatten(fitness: NDArray[np.float64], best: float) -> tuple[NDArray[np.float64], float]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .generational import Generational, Generations
 from .protocol import Score
-from .space import CurveSpace, Genome, Start
+from .space import Genome, Space, Start
 
 
 class LongRopeEvolution(Generational):
@@ -22,6 +22,7 @@ class LongRopeEvolution(Generational):
     the identity); a crossover takes each coordinate from the other parent with the same probability.
 
     Example:
+        >>> from lrope_search.optimizers.space import CurveSpace
         >>> algorithm = LongRopeEvolution(CurveSpace(4), seed=1)
         >>> algorithm.lag
         64
@@ -39,7 +40,7 @@ class LongRopeEvolution(Generational):
 
     def __init__(
         self,
-        space: CurveSpace,
+        space: Space,
         start: Sequence[Start] | None = None,
         *,
         seed: int = 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from lrope_gguf.curve import Curve
+from lrope_gguf.curve import Curve, Point
 
 from ..scores import Factors
 
@@ -15,12 +15,20 @@ Score: TypeAlias = tuple[int, float]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One curve to evaluate: ``id`` counts from 0 in the order of asking, ``origin`` tells how it came about."""
+    """Factors to evaluate: ``id`` counts from 0 in the order of asking, ``origin`` tells how they came about.
+
+    ``curve``: what makes them; None if no curve does.
+    """
 
     id: int
-    curve: Curve
+    curve: Curve | None
     factors: Factors
     origin: str
+
+    @property
+    def control_points(self) -> tuple[Point, ...] | None:
+        """Those of the curve, if there is one."""
+        return None if self.curve is None else self.curve.control_points
 
 
 def rank(item: tuple[Candidate, Score]) -> tuple[int, float, int]:

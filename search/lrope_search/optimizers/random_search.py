@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from .protocol import Candidate, Score
-from .space import CurveSpace, Ledger, Start
+from .space import Ledger, Space, Start
 
 
 class RandomSearch:
     """Random smooth curves close to 1.
 
     Example:
+        >>> from lrope_search.optimizers.space import CurveSpace
         >>> algorithm = RandomSearch(CurveSpace(4), seed=1)
         >>> algorithm.ask().factors
         (1.0, 1.0, 1.0, 1.0)
@@ -30,7 +31,7 @@ class RandomSearch:
 
     def __init__(
         self,
-        space: CurveSpace,
+        space: Space,
         start: Sequence[Start] | None = None,
         *,
         lag: int = 8,

@@ -11,6 +11,7 @@ from ..config import UNIFORM_FACTORS
 from .cma_es import CmaEs
 from .differential_evolution import DifferentialEvolution
 from .genetic import GeneticAlgorithm
+from .layers import LayerSpace
 from .longrope import LongRopeEvolution
 from .protocol import Optimizer
 from .random_search import RandomSearch
@@ -29,6 +30,8 @@ def make_algorithm(
     name: str,
     n_layer: int,
     *,
+    layers: Sequence[int] | None = None,
+    parametrization: str = "bezier",
     seed: int = 0,
     degree: int = 3,
     bounds: tuple[float, float] = DEFAULT_BOUNDS,
@@ -41,6 +44,8 @@ def make_algorithm(
     Args:
         name: One of `ALGORITHMS`.
         n_layer: Number of layers; candidates carry that many factors.
+        layers: Those that may have factors of their own; None: all.
+        parametrization: One of `PARAMETRIZATIONS`.
         seed: Seed of the algorithm's own generator.
         degree: Degree of the curve.
         bounds: Smallest and largest y of a control point.
@@ -53,5 +58,9 @@ def make_algorithm(
         ValueError: a seed curve of another degree.
         TypeError: an option that the algorithm does not have.
     """
-    space = CurveSpace(n_layer, degree=degree, bounds=bounds)
+    curve = CurveSpace(n_layer, degree=degree, bounds=bounds)
+    space: CurveSpace | LayerSpace = curve
+    if parametrization != "bezier":
+        own = range(n_layer) if layers is None else layers
+        space = LayerSpace(n_layer, own, curve=curve if parametrization == "both" else None, bounds=bounds)
     return ALGORITHMS[name](space, space.known_good(uniform_factors, curves), seed=seed, **options)

@@ -1,11 +1,11 @@
-"""The space that all algorithms search: Bézier curves of one degree as vectors of free coordinates."""
+"""The space that all algorithms search: candidates as vectors of free coordinates, of Bézier curves to begin with."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,44 @@ X_SCALE = 2.0
 
 
 _T = np.linspace(0.0, 1.0, 65)  # parameters of the quick look at a curve that `CurveSpace.log_factors` takes
+
+
+class Space(Protocol):
+    """What an algorithm needs to know of its search space."""
+
+    n_layer: int
+    size: int
+    """Number of coordinates."""
+    box: NDArray[np.float64]
+    """Lowest and highest value of each coordinate, shape ``(size, 2)``."""
+    scale: NDArray[np.float64]
+    """Useful steps of each coordinate in units of those of log factors, shape ``(size,)``."""
+
+    def uniform(self, factor: float) -> Genome:
+        """Return the genome that scales all layers alike (position interpolation)."""
+        ...
+
+    def known_good(
+        self, uniform_factors: Sequence[float] = UNIFORM_FACTORS, curves: Sequence[Curve] = ()
+    ) -> list[Start]:
+        """Return what a search begins with, each with its origin.
+
+        Raises:
+            ValueError: a curve that the space does not hold.
+        """
+        ...
+
+    def smooth(self, generator: np.random.Generator, width: float) -> Genome:
+        """Return a random genome near the identity."""
+        ...
+
+    def repair(self, genomes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return genomes, shape ``(size,)`` or ``(m, size)``, brought back into the space."""
+        ...
+
+    def express(self, genome: Genome) -> tuple[Curve | None, Factors]:
+        """Return the factors of a repaired genome, and the curve that makes them if there is one."""
+        ...
 
 
 class CurveSpace:
@@ -123,12 +161,22 @@ class CurveSpace:
             raise ValueError(f"a seed curve of degree {len(x) - 1} in a search of degree {self.degree}")
         return self.repair(np.concatenate([np.log(y), x[1:-1]]))
 
+    def express(self, genome: Genome) -> tuple[Curve | None, Factors]:
+        """Return the curve of a repaired genome (`decode`) and its factors."""
+        curve = self.decode(genome)
+        return curve, rounded(curve.factors(self.n_layer), 9)  # drops float noise: 1 is 1.0
+
     def decode(self, genome: Genome) -> Curve:
         """Return the curve of a repaired genome, rounded to 1e-4: what is evaluated is what a curve file says."""
         log_y, x = np.split(genome, [self.degree + 1])
         y = [min(max(round(math.exp(v), 4), self.bounds[0]), self.bounds[1]) for v in log_y]
         points = zip([0.0, *(round(float(v), 4) for v in x), 1.0], y, strict=True)
         return Curve(tuple(points), bounds=self.bounds)
+
+
+def rounded(factors: Iterable[float] | NDArray[np.float64], digits: int) -> Factors:
+    """Return factors with so many decimals."""
+    return tuple(round(float(factor), digits) for factor in factors)
 
 
 def _columns(points: NDArray[np.float64]) -> list[NDArray[np.float64]]:
@@ -142,7 +190,7 @@ class Ledger:
     Ids in the order of asking, no factors twice, scores in the order of ids.
     """
 
-    def __init__(self, space: CurveSpace) -> None:
+    def __init__(self, space: Space) -> None:
         """Begin with nothing."""
         self._space = space
         self._known: dict[Factors, int] = {}  # candidate id by factors rounded to 1e-3
@@ -155,13 +203,13 @@ class Ledger:
 
     def find(self, genome: Genome) -> int | None:
         """Return the id of the candidate whose factors equal those of a genome to 1e-3; None if there is none."""
-        return self._known.get(self._key(self._factors(self._space.decode(self._space.repair(genome)))))
+        _, factors = self._space.express(self._space.repair(genome))
+        return self._known.get(self._key(factors))
 
     def issue(self, genome: Genome, origin: str) -> Candidate | None:
         """Return the candidate of a genome; None if an earlier one has the same factors to 1e-3."""
         genome = self._space.repair(genome)
-        curve = self._space.decode(genome)
-        factors = self._factors(curve)
+        curve, factors = self._space.express(genome)
         if self._known.setdefault(self._key(factors), len(self.genomes)) < len(self.genomes):
             return None
         candidate = Candidate(len(self.genomes), curve, factors, origin)
@@ -182,9 +230,6 @@ class Ledger:
 
     def _expected(self) -> str:
         return f"candidate {self.pending[0].id} is next" if self.pending else "none is pending"
-
-    def _factors(self, curve: Curve) -> Factors:
-        return tuple(round(float(s), 9) for s in curve.factors(self._space.n_layer))  # drops float noise: 1 is 1.0
 
     def _key(self, factors: Factors) -> Factors:
         return tuple(round(s, 3) for s in factors)

@@ -17,7 +17,7 @@ from scipy import stats
 
 from ..scores import ContextScore
 
-_MAX_DEPTHS = 11
+_MAX_DEPTHS, _BINS = 11, 10
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def compare(
     Contexts are resampled, not probes: probes of one context share its prefix and are dependent
     (cluster bootstrap; Davison and Hinkley 1997, section 3.8). Few contexts make plain percentile intervals too
     narrow (of six normal differences, 86 % cover instead of 95 %): the percentiles are those that would give Student's
-    t interval if the means were normal ("expanded" in Hesterberg, arXiv 1411.5279). Probes are grouped by depth, and by
-    the nearest of 11 evenly spaced depths where there are more of them than that.
+    t interval if the means were normal ("expanded" in Hesterberg, arXiv 1411.5279). Where positions are jittered, each
+    context has its own, so that the interval covers them too. `depth_groups` groups the probes.
 
     Raises:
         ValueError: no contexts, or the two sides are not of the same contexts and probes.
@@ -165,10 +165,13 @@ def compare(
 
 
 def depth_groups(depths: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.int_]]:
-    """Return the groups' depths, ascending, and the group of every probe: a row of a table each."""
+    """Return the groups' depths, ascending, and the group of every probe: a row of a table each.
+
+    Up to 11 depths stand for themselves; more of them are put into ten equal bins, named by their middles.
+    """
     values = np.array(depths, dtype=np.float64)
     if len(np.unique(values)) > _MAX_DEPTHS:
-        values = np.round(values * (_MAX_DEPTHS - 1)) / (_MAX_DEPTHS - 1)
+        values = (np.minimum(np.floor(values * _BINS), _BINS - 1) + 0.5) / _BINS
     groups, index = np.unique(values, return_inverse=True)
     return groups, index
 

@@ -18,7 +18,7 @@ from ..results.table import depth_table
 from ..results.verdict import Verdict, verdict
 from ..scores import GUARD, DivergenceScore
 from .scheduler import Urgency
-from .state import Run
+from .state import Run, uniform_factor
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def conclude(run: Run, stopped_by: str) -> SearchOutcome:
         run.pipeline.want(run.jobs(side, "test"))
     scores = {"base": run.all_of(run.identity, "test")}
     if uniform is not None:
-        beside = f"uniform {uniform.factors[0]:g}"
+        factor = uniform_factor(uniform) or 1.0
+        beside = f"uniform {factor:g}"
         scores[beside] = run.all_of(uniform.factors, "test")
     if winner is not None:
         scores["curve"] = run.all_of(winner.factors, "test")
@@ -96,7 +97,7 @@ def conclude(run: Run, stopped_by: str) -> SearchOutcome:
     curve_gain = table.comparisons.get("curve")
     uniform_gain = over_uniform = None
     if uniform is not None:
-        uniform_gain = uniform.factors[0], table.comparisons[beside]
+        uniform_gain = factor, table.comparisons[beside]
         if winner not in (None, uniform):
             over_uniform = compare(scores[beside], scores["curve"], seed=settings.seed, confidence=settings.confidence)
     kl = None if winner is None or winner not in divergences else max(divergences[winner].values())
@@ -131,7 +132,7 @@ def conclude(run: Run, stopped_by: str) -> SearchOutcome:
     run.study.save_best(document)
     run.study.log(judgement.text)
     trials = [
-        Trial(c.id, c.origin, c.factors, c.curve.control_points, *score)
+        Trial(c.id, c.origin, c.factors, c.control_points, *score)
         for c, score in sorted(run.ranking, key=lambda item: item[0].id)
     ]
     # in the order of config.json, as a report shows it

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..config import SearchConfig
 from ..optimizers.protocol import Optimizer
 from ..optimizers.registry import make_algorithm
 from .racing import Racing
 
 
-def make_optimizer(settings: SearchConfig, n_layer: int) -> Optimizer:
-    """Return the optimizer of these settings, fresh, for ``n_layer`` factors."""
+def make_optimizer(settings: SearchConfig, n_layer: int, layers: Sequence[int] | None = None) -> Optimizer:
+    """Return the optimizer of these settings, fresh, for ``n_layer`` factors.
+
+    ``layers``: those that may have factors of their own; None: all.
+    """
     return make_algorithm(
         settings.algorithm,
         n_layer,
+        layers=layers,
+        parametrization=settings.parametrization,
         seed=settings.seed,
         degree=settings.degree,
         bounds=settings.bounds,

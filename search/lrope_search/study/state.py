@@ -16,6 +16,13 @@ from .scheduler import Pipeline
 from .store import Study
 
 
+def uniform_factor(candidate: Candidate) -> float | None:
+    """Return the factor of a uniform scaling (of the layers that are searched); None if it is none."""
+    moved = {factor for factor in candidate.factors if factor != 1.0}
+    whole = len(set(candidate.factors)) == 1
+    return moved.pop() if len(moved) == 1 and (whole or candidate.origin == "uniform") else None
+
+
 class Run:
     """A search under way.
 
@@ -72,7 +79,7 @@ class Run:
 
     def finalists(self) -> tuple[list[Candidate], Candidate | None]:
         """Return who goes on to validation as it stands, best first, and the best uniform factor among them."""
-        uniform = next((c for c, _ in self.ranking if len(set(c.factors)) == 1 and c.factors != self.identity), None)
+        uniform = next((c for c, _ in self.ranking if uniform_factor(c) is not None), None)
         finalists = [c for c, _ in self.better_than_base()][: self.settings.finalists]
         if uniform is not None and uniform not in finalists:
             finalists.append(uniform)
@@ -81,9 +88,9 @@ class Run:
     def document(self, best: Candidate, results: dict[str, Any]) -> CurveFile:
         """Return the curve file of ``best``: no times in it, so that a resumed search writes the same bytes."""
         return CurveFile(
-            control_points=best.curve.control_points,
+            control_points=best.control_points,
             layer_factors=best.factors,
-            bounds=best.curve.bounds,
+            bounds=self.settings.bounds,
             architecture=self.architecture,
             block_count=self.block_count,
             provenance={"config": self.study.config, "results": results},

@@ -141,7 +141,7 @@ class Study:
         record = {
             "id": candidate.id,
             "origin": candidate.origin,
-            "control_points": candidate.curve.control_points,
+            "control_points": candidate.control_points,
             "factors": candidate.factors,
             "contexts": contexts,
             "fitness": _encode(fitness),

@@ -10,11 +10,11 @@ import numpy as np
 
 from lrope_gguf.errors import LropeError
 
-from ..config import DEFAULT_DEPTHS, DEFAULT_PAIRS
+from ..config import DEFAULT_PAIRS, DEFAULT_PROBES, POSITIONS
 from .identifiers import IDENTIFIERS
 from .records import read_records, split_groups, too_few
 from .sizing import TokenLimit
-from .task import SPLITS, Context, Probe, even_depths
+from .task import SPLITS, Context, Probe, places
 
 _CALIBRATION = len(SPLITS)  # in place of a split's number: pairs that are part of none
 
@@ -24,9 +24,9 @@ Pairs = Sequence[tuple[str, str]]
 class KeyValueTask:
     """Key-value retrieval of "Lost in the Middle" (Liu et al., arXiv 2307.03172, section 3).
 
-    A context is a JSON object of random UUIDs; the probes ask for the values of the keys at evenly spaced
-    depths. Prompt and scoring are the benchmark's. For models too small to copy a UUID there are other kinds of
-    keys and values (`IDENTIFIERS`).
+    A context is a JSON object of random UUIDs; the probes ask for the values of keys in all parts of it.
+    Prompt and scoring are the benchmark's. For models too small to copy a UUID there are other kinds of keys and values
+    (`IDENTIFIERS`).
     """
 
     name = "kv"
@@ -35,7 +35,8 @@ class KeyValueTask:
         self,
         n_pairs: int | None = None,
         *,
-        depths: int = DEFAULT_DEPTHS,
+        probes: int = DEFAULT_PROBES,
+        positions: str = POSITIONS[0],
         seed: int = 0,
         data: Path | str | None = None,
         identifiers: str = "uuid",
@@ -45,7 +46,8 @@ class KeyValueTask:
 
         Args:
             n_pairs: Pairs of a context; of a file's record the first so many. None: 40, or all of a record.
-            depths: Probes of a context.
+            probes: Of a context.
+            positions: Where they ask: see `places`.
             seed: Decides the pairs, or shuffles the records before they are cut into splits.
             data: A ``kv-retrieval-*_keys.jsonl[.gz]`` file of the benchmark.
             identifiers: Name of a kind of keys and values, of generated contexts.
@@ -55,14 +57,14 @@ class KeyValueTask:
             LropeError: wrong numbers, or a malformed file.
         """
         self._seed = seed
-        self._depths = depths
+        self._n_probes, self._positions = probes, positions
         self._data = data
         self._limit = limit
         self._n_pairs = DEFAULT_PAIRS if n_pairs is None else n_pairs
-        if depths < 1:
-            raise LropeError(f"--depths {depths}: a context needs a probe; ask for at least 1")
-        if (n_pairs is not None or (data is None and limit is None)) and self._n_pairs < depths:
-            raise LropeError(f"--keys {self._n_pairs}: too few for {depths} depths; ask for at least {depths} keys")
+        if probes < 1:
+            raise LropeError(f"--probes {probes}: a context needs a probe; ask for at least 1")
+        if (n_pairs is not None or (data is None and limit is None)) and self._n_pairs < probes:
+            raise LropeError(f"--keys {self._n_pairs}: too few for {probes} probes; ask for at least {probes} keys")
         if identifiers not in IDENTIFIERS or (identifiers != "uuid" and data is not None):
             raise LropeError(f"--identifiers {identifiers}: give one of {', '.join(IDENTIFIERS)}, without --data")
         self._identifiers = IDENTIFIERS[identifiers]
@@ -73,8 +75,8 @@ class KeyValueTask:
         self._splits: dict[str, list[Pairs]] | None = None
         if data is not None:
             records = read_records(data, "key-value record", lambda where, value: _pairs(where, value, n_pairs))
-            if min(map(len, records)) < depths:
-                raise LropeError(f"{data}: a record has fewer pairs than the {depths} depths; give a smaller --depths")
+            if min(map(len, records)) < probes:
+                raise LropeError(f"{data}: a record has fewer pairs than the {probes} probes; give a smaller --probes")
             self._splits = split_groups([[record] for record in records], seed, data)
 
     def size(self, split: str) -> int | None:
@@ -85,22 +87,23 @@ class KeyValueTask:
         """Return context ``index`` of ``split``.
 
         Raises:
-            LropeError: the file has too few records, or no ``depths`` pairs fit into the tokens allowed.
+            LropeError: the file has too few records, or no ``probes`` pairs fit into the tokens allowed.
         """
         if self._splits is not None and index >= len(self._splits[split]):
             sizes = {s: len(records) for s, records in self._splits.items()}
             raise too_few(self._data, split, index, sizes, "records")
         if self._limit is None:
             n_pairs = self._n_pairs if self._splits is None else len(self._splits[split][index])
-            return self._make(split, index, self._pairs(split, index, n_pairs), self._depths)
+            return self._make(split, index, self._pairs(split, index, n_pairs))
         key = (split, index)
         if key not in self._sizes:
             self._sizes[key] = self._fitting(self._limit, split, index)
-        return self._make(split, index, self._pairs(split, index, self._sizes[key]), self._depths)
+        return self._make(split, index, self._pairs(split, index, self._sizes[key]))
 
     def calibration(self) -> Context:
         """Return a context of four pairs, all asked for."""
-        return self._make("calibration", 0, self._generate(_CALIBRATION, 0, 4), depths=4)
+        pairs = self._generate(_CALIBRATION, 0, 4)
+        return self._context("calibration", 0, pairs, places("calibration", 0, len(pairs), len(pairs), 0, "even"))
 
     def _pairs(self, split: str, index: int, n_pairs: int) -> Pairs:
         if self._splits is None:
@@ -115,18 +118,18 @@ class KeyValueTask:
         """Return how many pairs fit."""
 
         def prompt(n_pairs: int) -> str:
-            context = self._make(split, index, self._pairs(split, index, n_pairs), self._depths)
+            context = self._make(split, index, self._pairs(split, index, n_pairs))
             return context.prefix + context.probes[0].question
 
         if self._splits is None:
             most = min(limit.tokens, self._most or limit.tokens)  # a pair has a token at the least
         else:
             most = len(self._splits[split][index])
-        n_pairs, n_tokens = limit.largest(prompt, self._depths, most)
+        n_pairs, n_tokens = limit.largest(prompt, self._n_probes, most)
         if not n_pairs:
             raise LropeError(
-                f"--context-tokens {limit.tokens}: {self._depths} pairs alone take {n_tokens}; ask for more tokens or "
-                "fewer --depths"
+                f"--context-tokens {limit.tokens}: {self._n_probes} pairs alone take {n_tokens}; ask for more tokens "
+                "or fewer --probes"
             )
         if n_pairs == most and limit.tokens - n_tokens > n_tokens / n_pairs:  # room for one more
             what = "there are no more such keys" if self._splits is None else f"a record of {self._data} has no more"
@@ -135,8 +138,12 @@ class KeyValueTask:
             )
         return n_pairs
 
-    def _make(self, split: str, index: int, pairs: Pairs, depths: int) -> Context:
-        asked = [(depth, *pairs[round(depth * (len(pairs) - 1))]) for depth in even_depths(depths)]
+    def _make(self, split: str, index: int, pairs: Pairs) -> Context:
+        where = places(split, index, len(pairs), self._n_probes, self._seed, self._positions)
+        return self._context(split, index, pairs, where)
+
+    def _context(self, split: str, index: int, pairs: Pairs, where: Sequence[tuple[int, float]]) -> Context:
+        asked = [(depth, *pairs[place]) for place, depth in where]
         wording = self._identifiers.wording
         return Context(
             split=split,

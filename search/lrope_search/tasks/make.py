@@ -9,7 +9,7 @@ from typing import Any
 
 from lrope_gguf.errors import LropeError
 
-from ..config import DEFAULT_DEPTHS, DEFAULT_TEMPLATE, IDENTIFIER_KINDS, TaskConfig
+from ..config import DEFAULT_PROBES, DEFAULT_TEMPLATE, IDENTIFIER_KINDS, POSITIONS, TaskConfig
 from .jsonl import JsonlTask
 from .kv import KeyValueTask
 from .mdqa import MultiDocumentTask
@@ -27,16 +27,26 @@ def make_task(config: TaskConfig, count: Callable[[str], int] | None = None) -> 
     """
     tokens = config.context_tokens
     limit = None if tokens is None or count is None else TokenLimit(tokens, count)
-    depths = config.depths or DEFAULT_DEPTHS
+    probes, positions = config.probes or DEFAULT_PROBES, config.positions or POSITIONS[0]
     keys, documents = config.keys, config.documents
     if tokens is not None and limit is None:
-        keys = documents = depths
+        keys = documents = probes
     if config.name == "kv":
         kind = config.identifiers or IDENTIFIER_KINDS[0]
-        return KeyValueTask(keys, depths=depths, seed=config.seed, data=config.data, identifiers=kind, limit=limit)
+        return KeyValueTask(
+            keys,
+            probes=probes,
+            positions=positions,
+            seed=config.seed,
+            data=config.data,
+            identifiers=kind,
+            limit=limit,
+        )
     assert config.data is not None  # TaskConfig's own check
     if config.name == "mdqa":
-        return MultiDocumentTask(config.data, documents, depths=depths, seed=config.seed, limit=limit)
+        return MultiDocumentTask(
+            config.data, documents, probes=probes, positions=positions, seed=config.seed, limit=limit
+        )
     template = DEFAULT_TEMPLATE if config.prompt_template is None else config.prompt_template.replace("\\n", "\n")
     return JsonlTask(config.data, seed=config.seed, template=template)
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from lrope_gguf.errors import LropeError
 
-from ..config import DEFAULT_DEPTHS, DEFAULT_DOCUMENTS
+from ..config import DEFAULT_DOCUMENTS, DEFAULT_PROBES, POSITIONS
 from .answers import normalize
 from .records import read_records, split_groups, too_few
 from .sizing import TokenLimit
-from .task import SPLITS, Context, Probe, even_depths
+from .task import SPLITS, Context, Probe, places
 
 _N_CALIBRATION = 12  # documents of the calibration context
 _COMMON = 0.1  # an alias that stands in more than this share of passages is no answer that one could look for
@@ -58,8 +58,8 @@ class MultiDocumentTask:
     """Multi-document question answering of "Lost in the Middle" (Liu et al., arXiv 2307.03172, section 2).
 
     Prompt and scoring are the benchmark's, and so is the data. One thing differs: the benchmark asks one question a
-    context and moves its document from place to place; here a context holds the documents of several questions, at
-    evenly spaced depths, so that all questions share its prefix. Documents are numbered by their places in the prompt.
+    context and moves its document from place to place; here a context holds the documents of several questions, in
+    all parts of it, so that all questions share its prefix. Documents are numbered by their places in the prompt.
 
     The other documents are what the retriever found for these questions, by turns from the best, where the file has it
     (``nq-open-*_total_documents_gold_at_*.jsonl[.gz]``), else passages of other questions of the same split
@@ -76,7 +76,8 @@ class MultiDocumentTask:
         data: Path | str,
         n_documents: int | None = None,
         *,
-        depths: int = DEFAULT_DEPTHS,
+        probes: int = DEFAULT_PROBES,
+        positions: str = POSITIONS[0],
         seed: int = 0,
         limit: TokenLimit | None = None,
     ) -> None:
@@ -85,7 +86,8 @@ class MultiDocumentTask:
         Args:
             data: An nq-open file of the benchmark, plain or gzipped.
             n_documents: Documents of a context. None: 20.
-            depths: Questions of a context, and so many of its documents answer one.
+            probes: Questions of a context, and so many of its documents answer one.
+            positions: Where these documents stand: see `places`.
             seed: Shuffles everything.
             limit: In place of ``n_documents``: as many documents as fit.
 
@@ -94,14 +96,14 @@ class MultiDocumentTask:
         """
         self._data = data
         self._seed = seed
-        self._depths = depths
+        self._positions = positions
         self._limit = limit
         self._n_documents = DEFAULT_DOCUMENTS if n_documents is None else n_documents
-        if depths < 1:
-            raise LropeError(f"--depths {depths}: a context needs a probe; ask for at least 1")
-        if limit is None and self._n_documents < depths:
+        if probes < 1:
+            raise LropeError(f"--probes {probes}: a context needs a probe; ask for at least 1")
+        if limit is None and self._n_documents < probes:
             raise LropeError(
-                f"--documents {self._n_documents}: too few for {depths} depths; ask for at least {depths} documents"
+                f"--documents {self._n_documents}: too few for {probes} probes; ask for at least {probes} documents"
             )
         records = read_records(data, "question with documents", _record)
         splits = split_groups(_by_page(records), seed, data)
@@ -112,7 +114,7 @@ class MultiDocumentTask:
             gold = {record.gold.text: record.gold for record in own}
             others = {p.text: p for record in own for p in record.others if self._owners[p.text] == split}
             self._passages[split] = list((others | gold).values())
-            self._contexts[split] = _packed(_selective(own, list(gold.values())), depths)
+            self._contexts[split] = _packed(_selective(own, list(gold.values())), probes)
             if limit is None and len(self._passages[split]) < self._n_documents:
                 raise LropeError(
                     f"{data}: {len(self._passages[split])} passages are for {split}, fewer than --documents "
@@ -145,7 +147,8 @@ class MultiDocumentTask:
         for record in self._calibration:
             if len(chosen) < _N_CALIBRATION and all(record.may_stand_beside(other) for other in chosen):
                 chosen.append(record)
-        return _context("calibration", 0, chosen, [])
+        where = places("calibration", 0, len(chosen), len(chosen), 0, "even")
+        return _context("calibration", 0, chosen, [], where)
 
     def _made(self, split: str, index: int) -> Context:
         asked = self._contexts[split][index]
@@ -157,12 +160,12 @@ class MultiDocumentTask:
                     f"{self._data}: {split} context {index} has only {len(distractors)} documents that answer none of "
                     f"its questions, {n_more} are wanted; ask for fewer --documents"
                 )
-            return _context(split, index, asked, distractors)
+            return self._with(split, index, asked, distractors)
 
         distractors = list(self._distractors(split, index, asked))
 
         def prompt(n_documents: int) -> str:
-            context = _context(split, index, asked, distractors[: n_documents - len(asked)])
+            context = self._with(split, index, asked, distractors[: n_documents - len(asked)])
             return context.prefix + max((probe.question for probe in context.probes), key=len)
 
         most = len(asked) + len(distractors)
@@ -170,14 +173,19 @@ class MultiDocumentTask:
         if not n_documents:
             raise LropeError(
                 f"--context-tokens {self._limit.tokens}: the documents of {len(asked)} questions alone take {n_tokens} "
-                f"in {split} context {index}; ask for more tokens or fewer --depths"
+                f"in {split} context {index}; ask for more tokens or fewer --probes"
             )
         if n_documents == most and self._limit.tokens - n_tokens > n_tokens / n_documents:
             raise LropeError(
                 f"--context-tokens {self._limit.tokens}: the {most} documents there are for {split} context {index} "
                 f"take only {n_tokens}; ask for fewer tokens or give more data"
             )
-        return _context(split, index, asked, distractors[: n_documents - len(asked)])
+        return self._with(split, index, asked, distractors[: n_documents - len(asked)])
+
+    def _with(self, split: str, index: int, asked: Sequence[Record], distractors: Sequence[Passage]) -> Context:
+        n = len(asked) + len(distractors)
+        where = places(split, index, n, len(asked), self._seed, self._positions)
+        return _context(split, index, asked, distractors, where)
 
     def _distractors(self, split: str, index: int, asked: Sequence[Record]) -> Iterator[Passage]:
         """Yield the documents that may stand beside those of ``asked``, the most fitting first."""
@@ -192,19 +200,23 @@ class MultiDocumentTask:
                 yield passage
 
 
-def _context(split: str, index: int, asked: Sequence[Record], distractors: Sequence[Passage]) -> Context:
-    """Put the documents of ``asked`` at evenly spaced depths among ``distractors``."""
-    depths = even_depths(len(asked))
-    n = len(asked) + len(distractors)
-    gold = {round(depth * (n - 1)): record.gold for depth, record in zip(depths, asked, strict=True)}
+def _context(
+    split: str,
+    index: int,
+    asked: Sequence[Record],
+    distractors: Sequence[Passage],
+    where: Sequence[tuple[int, float]],
+) -> Context:
+    """Put the documents of ``asked`` at the places ``where`` among ``distractors``."""
+    gold = {place: record.gold for (place, _), record in zip(where, asked, strict=True)}
     rest = iter(distractors)
-    passages = [gold[place] if place in gold else next(rest) for place in range(n)]
+    passages = [gold[place] if place in gold else next(rest) for place in range(len(asked) + len(distractors))]
     documents = "\n".join(f"Document [{i}](Title: {p.title}) {p.text}" for i, p in enumerate(passages, 1))
     task = (
         "Write a high-quality answer for the given question using only the provided search results "
         "(some of which might be irrelevant)."
     )
-    probes = tuple(_probe(depth, record) for depth, record in zip(depths, asked, strict=True))
+    probes = tuple(_probe(depth, record) for (_, depth), record in zip(where, asked, strict=True))
     return Context(split, index, f"{task}\n\n{documents}\n\n", probes, lead=" ")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from .answers import holds
 
 SPLITS = ("search", "validation", "test")
+_SPAWN_KEY = 0x706C6163  # apart from the streams of contents and of optimizers with the same seed
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,23 @@ class Task(Protocol):
         ...
 
 
-def even_depths(n: int) -> list[float]:
-    """Return ``n`` evenly spaced depths from 0 to 1; only 0 for one."""
-    return [float(depth) for depth in np.linspace(0.0, 1.0, n)]
+def places(split: str, index: int, n_places: int, n_probes: int, seed: int, positions: str) -> list[tuple[int, float]]:
+    """Return where the probes of a context ask, first to last: places of ``range(n_places)``, each with its depth.
+
+    ``jittered``: one place at random in each of ``n_probes`` equal strata, other ones in each context of each split.
+    Whether a model finds an answer can depend on the very distance, so that the same few places in every context show
+    that of these places alone. ``even``: evenly spaced from 0 to 1, the same everywhere.
+
+    Raises:
+        ValueError: more probes than places.
+    """
+    if not 0 < n_probes <= n_places:
+        raise ValueError(f"{n_probes} probes in {n_places} places")
+    last = max(n_places - 1, 1)
+    if positions == "even":
+        return [(round(depth * (n_places - 1)), float(depth)) for depth in np.linspace(0.0, 1.0, n_probes)]
+    split_number = SPLITS.index(split) if split in SPLITS else len(SPLITS)
+    sequence = np.random.SeedSequence(seed, spawn_key=(_SPAWN_KEY, split_number, index))
+    edges = np.arange(n_probes + 1) * n_places // n_probes
+    chosen = np.random.default_rng(sequence).integers(edges[:-1], edges[1:])
+    return [(place, place / last) for place in chosen.tolist()]
