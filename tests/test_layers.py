@@ -1,0 +1,117 @@
+"""Layers with factors of their own: the space, the scan, and what the genetic algorithm makes of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrope_search.optimizers.genetic import GeneticAlgorithm
+from lrope_search.optimizers.layers import LayerScan, LayerSpace
+from lrope_search.optimizers.protocol import Candidate, Score
+from lrope_search.optimizers.space import CurveSpace
+
+N_LAYER = 24
+Landscape = Callable[[Sequence[float]], float]
+
+
+def sparse(factors: Sequence[float]) -> float:
+    """Layer 8 wants 1.2 and little else, 12 a bit, its neighbours and 15 tolerate nothing: as was measured."""
+    x = np.log(np.array(factors))
+
+    def wants(layer: int, best: float, gain: float) -> float:
+        return gain * (math.exp(-0.5 * ((x[layer] - best) / 0.09) ** 2) - math.exp(-0.5 * (best / 0.09) ** 2))
+
+    harm = sum(0.012 * (1.0 - math.exp(-0.5 * (x[i] / 0.08) ** 2)) for i in (6, 7, 9, 10, 11))
+    harm += 0.048 * (1.0 - math.exp(-0.5 * (x[15] / 0.1) ** 2))
+    return wants(8, 0.18, 0.037) + wants(12, 0.14, 0.009) - harm
+
+
+def play(optimizer: GeneticAlgorithm, n: int, landscape: Landscape, lag: int) -> list[tuple[Candidate, Score]]:
+    """Ask for ``n`` candidates, up to ``lag`` at once, and tell them in their order."""
+    told: list[tuple[Candidate, Score]] = []
+    pending: list[Candidate] = []
+    while len(told) < n:
+        while len(pending) < lag and (candidate := optimizer.ask()) is not None:
+            pending.append(candidate)
+        if not pending:
+            break
+        first = pending.pop(0)
+        told.append((first, (1, landscape(first.factors))))
+        optimizer.tell(*told[-1])
+    return told
+
+
+@pytest.mark.parametrize("curve", [None, CurveSpace(N_LAYER)])
+@pytest.mark.parametrize("lag", [1, 8])
+def test_a_gain_of_few_layers_is_found_where_a_curve_finds_none(curve: CurveSpace | None, lag: int) -> None:
+    space = LayerSpace(N_LAYER, range(N_LAYER), curve=curve)
+    found = max(score for _, (_, score) in play(GeneticAlgorithm(space, seed=3, lag=lag), 90, sparse, lag))
+    smooth = max(
+        score for _, (_, score) in play(GeneticAlgorithm(CurveSpace(N_LAYER), seed=3, lag=lag), 90, sparse, lag)
+    )
+    assert found > 0.033 > 0.02 > smooth
+    again = play(GeneticAlgorithm(space, seed=3, lag=lag), 90, sparse, lag)
+    assert again == play(GeneticAlgorithm(space, seed=3, lag=lag), 90, sparse, lag)
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32))
+def test_the_scan_looks_at_every_layer_and_ends(n_layers: int, seed: int) -> None:
+    effects = np.random.default_rng(seed).standard_normal(n_layers)
+    scan = LayerScan(n_layers, 0.18, -0.1)
+    asked = []
+    while not scan.done:
+        item = scan.next()
+        assert item is not None
+        asked.append(item)
+        scan.tell(*item, float(sum(effects[list(item[0])]) * item[1]))
+    assert len(set(asked)) == len(asked) <= 2 * n_layers + 16
+    assert {i for group, log_factor in asked for i in group if log_factor > 0} == set(range(n_layers))
+    assert scan.next() is None
+    assert len(scan.relevant(8)) == min(8, len({g for g, _ in asked if len(g) == 1}))
+    assert all(effects[i] * log_factor > 0 for i, log_factor in scan.gains())
+
+
+def test_a_deep_model_is_scanned_in_groups_that_are_split_where_something_moves() -> None:
+    scan = LayerScan(80, 0.18, -0.1)
+    n = 0
+    while (item := scan.next()) is not None:
+        n += 1
+        scan.tell(*item, 1.0 if 37 in item[0] and item[1] > 0 else 0.0)
+    assert scan.done and n < 100  # of 120 one by one
+    assert scan.relevant(1) == [37] and scan.gains() == [(37, 0.18)]
+
+
+def test_the_scan_waits_for_its_results() -> None:
+    scan = LayerScan(3, 0.18, -0.1)
+    items = [scan.next() for _ in range(3)]
+    assert scan.next() is None and not scan.done
+    for item in items:
+        assert item is not None
+        scan.tell(*item, -math.inf)
+    assert scan.next() == ((0,), -0.1)
+
+
+def test_layers_that_do_not_count_stay_at_1() -> None:
+    space = LayerSpace(6, (1, 4), curve=CurveSpace(6))
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        curve, factors = space.express(space.smooth(generator, 0.2))
+        assert curve is None
+        assert {factors[i] for i in (0, 2, 3, 5)} == {1.0}
+        assert all(0.5 <= factor <= 4.0 for factor in factors)
+    assert space.express(space.uniform(1.1))[1] == (1.0, 1.1, 1.0, 1.0, 1.1, 1.0)
+    with pytest.raises(ValueError, match="layers"):
+        LayerSpace(6, ())
+
+
+def test_a_curve_alone_stays_a_curve() -> None:
+    space = LayerSpace(6, range(6), curve=CurveSpace(6))
+    curve, factors = space.express(space.uniform(1.1))
+    assert curve is not None and factors == (1.1,) * 6
+    curve, factors = space.express(space.moved((2,), 0.1))
+    assert curve is None and factors == (1.0, 1.0, round(math.exp(0.1), 4), 1.0, 1.0, 1.0)
