@@ -14,7 +14,7 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -120,6 +120,40 @@ def replacing(path: str | os.PathLike[str], notes: list[str] | None = None, *, m
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def check_output(
+    option: str, output: str | os.PathLike[str], inputs: Mapping[str, str | os.PathLike[str] | None]
+) -> None:
+    """Check, before any work, that a file can be written to ``output`` and is none of the ``inputs``.
+
+    Args:
+        option: What gave the output, for messages.
+        output: The file to write.
+        inputs: The files that are read, by what gave them; None where nothing did.
+
+    Raises:
+        LropeError: it is empty, a folder, one of the inputs (also by way of a link), or its folder is missing or not
+            to be written.
+    """
+    path = Path(output)
+    if not os.fspath(output) or path.is_dir():
+        raise LropeError(f"{option} {str(output)!r}: is no name of a file but a folder's; give a file")
+    for name, given in inputs.items():
+        if given is not None and _alike(path, Path(given)):
+            raise LropeError(f"{option} {output}: is the file that {name} names, which would be lost; give another")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise LropeError(f"{option} {output}: there is no folder {folder}; make it or give another file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise LropeError(f"{option} {output}: the folder {folder} may not be written; give another file")
+
+
+def _alike(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there yet
+        return one.resolve() == other.resolve()
 
 
 def check_replaceable(path: str | os.PathLike[str]) -> None:

@@ -37,7 +37,7 @@ def test_words_are_distinct() -> None:
 
 
 def test_prompts_are_of_words() -> None:
-    task = KeyValueTask(20, probes=5, identifiers="word", seed=3)
+    task = KeyValueTask(20, probes=5, positions="even", identifiers="word", seed=3)
     context = task.context("test", 1)
     words = context.prefix.split(" ")
     assert (words[0], words[-1], len(words)) == ("{", "}", 22)

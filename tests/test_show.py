@@ -25,7 +25,8 @@ from lrope_gguf.text import sparkline
 POINTS = ((0.0, 1.0), (0.3, 1.4), (1.0, 1.1))
 KEYS = [
     "path", "file_size", "version", "n_tensors", "name", "kind", "architecture", "block_count",
-    "nextn_predict_layers", "context_length", "rope_freq_base", "rope_dimension_count", "rope_scaling_type",
+    "nextn_predict_layers", "context_length",
+    "rope_reach", "rope_freq_base", "rope_dimension_count", "rope_scaling_type",
     "rope_scaling_factor", "factors", "factors_error", "shards", "n_layer", "has_rope", "factors_key", "curve",
     "curve_error", "curve_agrees",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ import click
 from lrope_gguf.commands.options import FILE, Command, model_argument
 from lrope_gguf.curve import AGREEMENT, CurveFile
 from lrope_gguf.errors import LropeError
+from lrope_gguf.files import check_output
 from lrope_gguf.layout import factors_key
 from lrope_gguf.model_info import ModelInfo, read_model, shortest
 from lrope_gguf.text import printable, shown_in, sparkline
@@ -38,6 +39,7 @@ def command(model: str, as_json: bool, plot: str | None) -> None:
     document, curve_error = stored_curve(info)
     agreement = None if document is None or info.factors is None else agrees(document, info.factors, info.n_layer)
     if plot is not None:
+        check_output("--plot", plot, {"MODEL": model})
         _plot(plot, info, document, agreement)
     if as_json:
         # in pieces: a hostile document's text would take many times its size in memory

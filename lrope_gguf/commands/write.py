@@ -14,6 +14,7 @@ from lrope_gguf.commands.options import FILE, Command, Numbers, exactly_one, mod
 from lrope_gguf.commands.progress import CopyProgress
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
+from lrope_gguf.files import check_output
 from lrope_gguf.layout import CURVE_KEY, factors_key
 from lrope_gguf.metadata import WritePlan, WriteResult, plan_write, write_factors
 from lrope_gguf.model_info import ModelInfo, read_model, shortest
@@ -41,6 +42,8 @@ def command(
     info = read_model(model)
     curve_json = None
     if curve is not None:
+        if output is not None:
+            check_output("--output", output, {"--curve": curve})
         document, factors = curve_for(curve, info)
         curve_json = document.dumps(compact=True)
     elif uniform is not None:

@@ -15,7 +15,13 @@ from lrope_search.workers.protocol import LocalExecutor
 from support.synthetic import Landscape, noise
 
 SETTINGS = SearchConfig(
-    seed=3, max_evaluations=60, search_contexts=4, racing_fraction=0.5, validation_contexts=6, test_contexts=24
+    parametrization="bezier",
+    seed=3,
+    max_evaluations=60,
+    search_contexts=4,
+    racing_fraction=0.5,
+    validation_contexts=6,
+    test_contexts=24,
 )
 CONFIG = {
     "model": {"fingerprint": "sha256:0f3c", "architecture": "synthetic", "name": "Landscape 24 layers"},

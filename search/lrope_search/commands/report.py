@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from lrope_gguf.commands.options import Command
+from lrope_gguf.files import check_output
 from lrope_gguf.plot import PlotUnavailableError
 
 
@@ -26,6 +27,10 @@ def command(study: Path, output: Path | None, as_json: bool, mlflow: bool, show:
 
     STUDY is the directory of a search, such as best.study.
     """
+    if output is not None:
+        kept = ("config.json", "evaluations.jsonl", "candidates.jsonl", "guard.json", "best.json", "log.txt")
+        check_output("--output", output, {f"STUDY's {name}": study / name for name in kept})
+
     from ..report.page import write_report
     from ..report.reading import read_study
     from ..report.text import summary_lines

@@ -13,6 +13,7 @@ import click
 from lrope_gguf.commands.options import FILE, Command, model_argument
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
+from lrope_gguf.files import check_output
 
 from ..config import ALGORITHM_FIELDS, EXECUTORS, PARAMETRIZATIONS, SearchConfig, WorkersConfig
 from .options import (
@@ -104,6 +105,12 @@ def command(model: str, output: str, study: str | None, dry_run: bool, require_g
     )
     how, task = model_config(model, values), task_config(values | {"seed": values["seed"]})
     settings = search_config({name: value for name, value in values.items() if hasattr(_DEFAULTS, name)})
+
+    inputs = {"MODEL": model, "--data": task.data, "--guard-text": settings.guard_text}
+    inputs |= {f"--start {file}": file for file in values.get("start", ())}
+    check_output("--output", path, inputs)
+    if directory.exists() and not directory.is_dir():
+        raise LropeError(f"--study {directory}: is a file; give a directory")
 
     from .. import launch
 

@@ -1,0 +1,56 @@
+"""No command writes over what it reads, and what cannot be written is known before any work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from support.tiny_models import write_readable
+
+from lrope_gguf.cli import main
+
+CURVE = '{"format": "lrope-curve", "version": 1, "control_points": [[0, 1], [1, 1.1]]}'
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_readable(tmp_path / "model.gguf", factors=[1.0, 1.1, 1.2, 1.1, 1.0, 1.0])
+    (tmp_path / "curve.json").write_text(CURVE)
+    (tmp_path / "data.jsonl").write_text('{"ordered_kv_records": [["a", "b"]]}\n' * 3)
+    (tmp_path / "text.txt").write_text("ordinary text")
+    (tmp_path / "link.gguf").symlink_to("model.gguf")
+    os.link(tmp_path / "data.jsonl", tmp_path / "hard.jsonl")
+    (tmp_path / "sub").mkdir()
+    return tmp_path
+
+
+CASES = [
+    ("search model.gguf --output model.gguf", "--output model.gguf: is the file that MODEL names"),
+    ("search model.gguf --output link.gguf", "--output link.gguf: is the file that MODEL names"),
+    ("search link.gguf --output model.gguf", "is the file that MODEL names"),
+    ("search model.gguf --output sub/../model.gguf", "is the file that MODEL names"),
+    ("search model.gguf --probes 1 --data data.jsonl --output hard.jsonl", "is the file that --data names"),
+    ("search model.gguf --guard-text text.txt --output text.txt", "is the file that --guard-text names"),
+    ("search model.gguf --degree 1 --start curve.json --output curve.json", "that --start curve.json names"),
+    ("search model.gguf --output sub", "is no name of a file but a folder's"),
+    ("search model.gguf --output none/best.json", "there is no folder"),
+    ("search model.gguf --output best.json --study text.txt", "--study text.txt: is a file"),
+    ("write model.gguf --curve curve.json --output curve.json", "is the file that --curve names"),
+    ("show model.gguf --plot model.gguf", "--plot model.gguf: is the file that MODEL names"),
+    ("report sub --output sub/best.json", "is the file that STUDY's best.json names"),
+    ("report sub --output sub", "is no name of a file but a folder's"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), CASES)
+def test_outputs_are_checked_before_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, message: str
+) -> None:
+    monkeypatch.chdir(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert main(command.split()) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert list((folder / "sub").iterdir()) == []
