@@ -144,7 +144,7 @@ def check_output(
             raise LropeError(f"{option} {output}: is the file that {name} names, which would be lost; give another")
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise LropeError(f"{option} {output}: there is no folder {folder}; make it or give another file")
+        raise LropeError(f"{option} {output}: its directory does not exist; make it or give another file")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise LropeError(f"{option} {output}: the folder {folder} may not be written; give another file")
 

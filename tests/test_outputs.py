@@ -34,7 +34,7 @@ CASES = [
     ("search model.gguf --guard-text text.txt --output text.txt", "is the file that --guard-text names"),
     ("search model.gguf --degree 1 --start curve.json --output curve.json", "that --start curve.json names"),
     ("search model.gguf --output sub", "is no name of a file but a folder's"),
-    ("search model.gguf --output none/best.json", "there is no folder"),
+    ("search model.gguf --output none/best.json", "its directory does not exist"),
     ("search model.gguf --output best.json --study text.txt", "--study text.txt: is a file"),
     ("write model.gguf --curve curve.json --output curve.json", "is the file that --curve names"),
     ("show model.gguf --plot model.gguf", "--plot model.gguf: is the file that MODEL names"),
