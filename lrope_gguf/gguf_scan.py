@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Collection
 from io import FileIO
 from itertools import repeat
 from operator import length_hint
@@ -120,6 +121,14 @@ class GGUFFile:
         """The number of `key` where it has an integer type, else None."""
         entry = self.entries.get(key)
         return int(self.scalar(key) or 0) if entry is not None and entry.kind in INTEGERS else None
+
+    def integers(self, key: str, n: int, kinds: Collection[int] = INTEGERS) -> tuple[int, ...] | None:
+        """The first `n` values of the array of `key`; None where it has no array of `kinds` that is so long."""
+        entry = self.entries.get(key)
+        if entry is None or entry.kind != ARRAY or entry.item not in kinds or entry.length < n:
+            return None
+        code = f"{self.order}{n}{SCALARS[entry.item]}"
+        return struct.unpack(code, self.read(entry.value, entry.value + struct.calcsize(code)))
 
     def text(self, key: str, limit: int = 4096) -> str | None:
         """The string of `key`, at most `limit` bytes of it; None where it is absent or no string."""

@@ -6,10 +6,9 @@ architectures leave RoPE out of some layers; neither has a say in what stands in
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
-from lrope_gguf.gguf_scan import ARRAY, INTEGERS, SCALARS, GGUFFile
+from lrope_gguf.gguf_scan import INTEGERS, GGUFFile
 
 _BOOL = 7  # GGUF_TYPE_BOOL, gguf.h
 
@@ -42,7 +41,7 @@ def rope_reach(gguf: GGUFFile, architecture: str, n_layer: int) -> tuple[int | N
     if architecture == "exaone4" and n_layer != 64:
         window = 0
     windowed = _windowed(gguf, architecture, n_layer) if window else [False] * n_layer
-    kv_heads = _array(gguf, f"{architecture}.attention.head_count_kv", n_layer)
+    kv_heads = gguf.integers(f"{architecture}.attention.head_count_kv", n_layer)
     every, step = number("full_attention_interval"), _NO_ROPE_STEPS.get(architecture, 0)
     reach: list[int | None] = []
     for layer in range(n_layer):
@@ -58,19 +57,10 @@ def rope_reach(gguf: GGUFFile, architecture: str, n_layer: int) -> tuple[int | N
 
 def _windowed(gguf: GGUFFile, architecture: str, n_layer: int) -> Sequence[bool]:
     key = f"{architecture}.attention.sliding_window_pattern"
-    flags = _array(gguf, key, n_layer)
+    flags = gguf.integers(key, n_layer, (*INTEGERS, _BOOL))
     if flags is not None:
         return [bool(flag) for flag in flags]
     period, dense_first = _PERIODS.get(architecture, (1, False))
     period = gguf.integer(key) or period
     dense = 0 if dense_first else period - 1
     return [layer % period != dense for layer in range(n_layer)]
-
-
-def _array(gguf: GGUFFile, key: str, n: int) -> Sequence[int] | None:
-    """The first ``n`` values of an array of integers or booleans; None where there is no such array."""
-    entry = gguf.entries.get(key)
-    if entry is None or entry.kind != ARRAY or entry.item not in (*INTEGERS, _BOOL) or entry.length < n:
-        return None
-    code = f"{gguf.order}{n}{SCALARS[entry.item]}"
-    return struct.unpack(code, gguf.read(entry.value, entry.value + struct.calcsize(code)))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from lrope_gguf.errors import LropeError
-from lrope_gguf.gguf_scan import ARRAY, INTEGERS, SCALARS, GGUFFile
+from lrope_gguf.gguf_scan import GGUFFile
 
 from .model import MAX_OUTPUTS
 
@@ -136,12 +135,9 @@ class _Header:
     def _layers(self, key: str, default: int | list[int]) -> list[int]:
         """The values of a key that is one number or one for each layer."""
         values = default if isinstance(default, list) else [default] * self.n_layer
-        entry = self._gguf.entries.get(f"{self._arch}.{key}")
-        if entry is not None and entry.kind == ARRAY and entry.item in INTEGERS and entry.length >= self.n_layer:
-            code = SCALARS[entry.item]
-            size = struct.calcsize(f"{self._gguf.order}{self.n_layer}{code}")
-            data = self._gguf.read(entry.value, entry.value + size)
-            return list(struct.unpack(f"{self._gguf.order}{self.n_layer}{code}", data))
+        found = self._gguf.integers(f"{self._arch}.{key}", self.n_layer)
+        if found is not None:
+            return list(found)
         number = self._gguf.integer(f"{self._arch}.{key}")
         return values if number is None else [number] * self.n_layer
 

@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 
-from ..config import UNIFORM_FACTORS
 from ..scores import Factors
-from .space import CurveSpace, Genome, Start, rounded
+from .space import CurveSpace, Genome, Space, rounded
 
 Group = tuple[int, ...]
 """Indices into `LayerSpace.layers` that are moved together."""
 
 
-class LayerSpace:
+class LayerSpace(Space):
     """A curve over all layers, if there is one, times an own factor for each of ``layers``; all others are 1.
 
     A genome is the curve's genome (`CurveSpace`) followed by the logarithm of each own factor. Layers that do not
@@ -51,7 +50,6 @@ class LayerSpace:
         own = np.array([np.log(bounds)] * len(self.layers))
         self.box = np.concatenate([curve.box, own]) if curve else own
         self.scale = np.concatenate([curve.scale if curve else [], np.ones(len(self.layers))])
-        self._x = np.array(self.layers) / max(n_layer - 1, 1)
 
     def uniform(self, factor: float) -> Genome:
         """Return the genome that scales all of ``layers`` alike."""
@@ -63,19 +61,6 @@ class LayerSpace:
         genome = self.uniform(1.0)
         genome[[self.n_curve + i for i in group]] = log_factor
         return self.repair(genome)
-
-    def known_good(
-        self, uniform_factors: Sequence[float] = UNIFORM_FACTORS, curves: Sequence[Curve] = ()
-    ) -> list[Start]:
-        """Return what a search begins with, each with its origin: identity, uniform scalings in bounds, curves.
-
-        Raises:
-            ValueError: a curve of another degree.
-        """
-        low, high = self.bounds
-        first = [(self.uniform(1.0), "identity")]
-        first += [(self.uniform(factor), "uniform") for factor in uniform_factors if low <= factor <= high]
-        return first + [(self.encode(curve), "seed") for curve in curves]
 
     def smooth(self, generator: np.random.Generator, width: float, among: Sequence[int] | None = None) -> Genome:
         """Return a random candidate: a smooth curve, if there is one, and up to three layers of their own.

@@ -34,6 +34,8 @@ class Space(Protocol):
     """What an algorithm needs to know of its search space."""
 
     n_layer: int
+    bounds: tuple[float, float]
+    """Smallest and largest factor."""
     size: int
     """Number of coordinates."""
     box: NDArray[np.float64]
@@ -48,10 +50,21 @@ class Space(Protocol):
     def known_good(
         self, uniform_factors: Sequence[float] = UNIFORM_FACTORS, curves: Sequence[Curve] = ()
     ) -> list[Start]:
-        """Return what a search begins with, each with its origin.
+        """Return what a search begins with, each with its origin: identity, uniform scalings in bounds, curves.
 
         Raises:
-            ValueError: a curve that the space does not hold.
+            ValueError: a curve of another degree.
+        """
+        low, high = self.bounds
+        first = [(self.uniform(1.0), "identity")]
+        first += [(self.uniform(factor), "uniform") for factor in uniform_factors if low <= factor <= high]
+        return first + [(self.encode(curve), "seed") for curve in curves]
+
+    def encode(self, curve: Curve) -> Genome:
+        """Return the genome of ``curve``.
+
+        Raises:
+            ValueError: it has another degree.
         """
         ...
 
@@ -68,7 +81,7 @@ class Space(Protocol):
         ...
 
 
-class CurveSpace:
+class CurveSpace(Space):
     """Genomes of curves of ``degree`` whose control points lie in ``bounds``, for ``n_layer`` layers."""
 
     def __init__(self, n_layer: int, *, degree: int = 3, bounds: tuple[float, float] = DEFAULT_BOUNDS) -> None:
@@ -82,19 +95,6 @@ class CurveSpace:
     def uniform(self, factor: float) -> Genome:
         """Return the genome that scales all layers alike (position interpolation)."""
         return np.concatenate([np.full(self.degree + 1, math.log(factor)), np.arange(1, self.degree) / self.degree])
-
-    def known_good(
-        self, uniform_factors: Sequence[float] = UNIFORM_FACTORS, curves: Sequence[Curve] = ()
-    ) -> list[Start]:
-        """Return what a search begins with, each with its origin: identity, uniform scalings in bounds, curves.
-
-        Raises:
-            ValueError: a curve of another degree.
-        """
-        low, high = self.bounds
-        first = [(self.uniform(1.0), "identity")]
-        first += [(self.uniform(factor), "uniform") for factor in uniform_factors if low <= factor <= high]
-        return first + [(self.encode(curve), "seed") for curve in curves]
 
     def bumps(self, factor: float) -> list[Genome]:
         """Return curves that reach ``factor`` in the early, the middle and the late layers, each near 1 elsewhere."""
