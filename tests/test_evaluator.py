@@ -394,7 +394,7 @@ def test_contexts_packed_in_one_batch_score_as_alone(model: Model, monkeypatch: 
 
 @native
 def test_a_context_takes_as_few_batches_as_its_tokens_fill(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluator = TeacherForcedEvaluator(model, KeyValueTask(30))
+    evaluator = TeacherForcedEvaluator(model, KeyValueTask(30, probes=11))
     sizes = []
     decode = model._llama.llama_decode
     monkeypatch.setattr(model._llama, "llama_decode", lambda c, batch: sizes.append(batch.n_tokens) or decode(c, batch))
@@ -423,7 +423,7 @@ def test_states_that_cannot_be_shared_are_copied_and_score_the_same(
 @native
 def test_eleven_depths_cost_an_eighth_of_a_prompt_each(model: Model) -> None:
     """With 40 pairs of UUIDs, as the benchmark has; counted against the tokens of the whole prompts."""
-    task = KeyValueTask(40)
+    task = KeyValueTask(40, probes=11)
     evaluator = TeacherForcedEvaluator(model, task, answer_prefix=' "')
     context = task.context("search", 0)
     alone = sum(
@@ -626,7 +626,7 @@ def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--factors", "1,1,1,0,1,1"], 1, "refused by llama.cpp"),
         (["--factors", "1,a"], 2, "not a list of numbers"),
         (["--keys", "0"], 2, "--keys.: 0 is not in the range x>=1"),
-        (["--keys", "5"], 1, "--keys 5: too few for 11 probes"),
+        (["--keys", "5", "--probes", "11"], 1, "--keys 5: too few for 11 probes"),
         (["--curve", "none.json"], 1, "none.json"),
     ],
 )

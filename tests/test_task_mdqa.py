@@ -185,7 +185,7 @@ def test_as_many_documents_as_fit_into_the_tokens(tmp_path: Path, tokens: int) -
 def test_sizes_that_cannot_be(tmp_path: Path) -> None:
     data = write(tmp_path / "qa.jsonl", [line(n) for n in range(30)])
     with pytest.raises(LropeError, match="--documents 10: too few for 11 probes"):
-        MultiDocumentTask(data, 10)
+        MultiDocumentTask(data, 10, probes=11)
     with pytest.raises(LropeError, match="--probes 0"):
         MultiDocumentTask(data, probes=0)
     with pytest.raises(LropeError, match=r"qa\.jsonl: 6 passages are for validation, fewer than --documents 7"):

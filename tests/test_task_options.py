@@ -79,7 +79,7 @@ def test_every_option_reaches_its_task(data: dict[str, str]) -> None:
         "test", 0
     )
     assert context == KeyValueTask(9, probes=3, seed=5, identifiers="number").context("test", 0)
-    assert open_task(parse()).context("test", 0) == KeyValueTask(40, probes=11).context("test", 0)
+    assert open_task(parse()).context("test", 0) == KeyValueTask(40, probes=27).context("test", 0)
     qa = parse("--task", "mdqa", "--data", data["mdqa"], "--documents", "6", "--probes", "4", "--seed", "5")
     assert open_task(qa).context("test", 0) == MultiDocumentTask(data["mdqa"], 6, probes=4, seed=5).context("test", 0)
     own = parse(
@@ -136,9 +136,9 @@ def test_options_that_mean_nothing_are_refused(options: tuple[str, ...], message
 
 def test_all_that_decides_the_prompts_is_in_a_studys_configuration(data: dict[str, str]) -> None:
     plain = studied()
-    assert plain == studied("--probes", "11", "--identifiers", "uuid")  # however it was said
+    assert plain == studied("--probes", "27", "--identifiers", "uuid")  # however it was said
     assert plain == {
-        "name": "kv", "keys": None, "data": None, "identifiers": "uuid", "probes": 11,
+        "name": "kv", "keys": None, "data": None, "identifiers": "uuid", "probes": 27,
         "positions": "jittered", "context_tokens": None,
         "seed": 0, "answer_prefix": "", "chat_template": True,
     }  # fmt: skip

@@ -193,9 +193,9 @@ def test_unusable_files_and_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LropeError, match=r"bad\.jsonl\.gz: cannot read"):
         KeyValueTask(data=tmp_path / "bad.jsonl.gz")
     with pytest.raises(LropeError, match="fewer pairs than the 11 probes"):
-        KeyValueTask(data=write(tmp_path / "short.jsonl", [record(0, 8)]))
+        KeyValueTask(data=write(tmp_path / "short.jsonl", [record(0, 8)]), probes=11)
     with pytest.raises(LropeError, match="--keys 10: too few for 11 probes"):
-        KeyValueTask(10)
+        KeyValueTask(10, probes=11)
     with pytest.raises(LropeError, match="--probes 0"):
         KeyValueTask(10, probes=0)
 
@@ -260,7 +260,9 @@ def test_as_many_pairs_as_fit_into_the_tokens(tokens: int, seed: int, kind: str,
 
 def test_tokens_that_no_context_has(tmp_path: Path) -> None:
     with pytest.raises(LropeError, match="--context-tokens 50: 11 pairs alone take"):
-        KeyValueTask(limit=TokenLimit(50, words)).context("test", 0)
+        KeyValueTask(probes=11, limit=TokenLimit(50, words)).context("test", 0)
+    with pytest.raises(LropeError, match="--context-tokens 5: one pair alone takes"):
+        KeyValueTask(limit=TokenLimit(5, words)).context("test", 0)
     data = write(tmp_path / "kv.jsonl", [record(n) for n in range(10)])
     part = KeyValueTask(data=data, probes=4, limit=TokenLimit(100, words)).context("search", 0)
     assert size(part) <= 100 and 4 < len(pairs_of(part)) < 12

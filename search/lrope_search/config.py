@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, Point
 from lrope_gguf.errors import LropeError
 
+from .sample import default_contexts, default_probes
+
 ControlPoints: TypeAlias = tuple[Point, ...]
 
-DEFAULT_PAIRS, DEFAULT_DOCUMENTS, DEFAULT_PROBES = 40, 20, 11
-"""Of a context: pairs of key and value, documents, questions."""
+DEFAULT_PAIRS, DEFAULT_DOCUMENTS = 40, 20
+"""Of a context: pairs of key and value, documents."""
+SPLITS = ("search", "validation", "test")
+"""To compare candidates, to choose the winner, to measure it."""
 POSITIONS = ("jittered", "even")
 """Where a context's questions stand: at random in equal strata, or the same everywhere; the first is the default."""
 DEFAULT_TEMPLATE = "{context}\n\nQuestion: {question}\nAnswer:"
@@ -116,7 +120,8 @@ class TaskConfig:
         documents: Of ``mdqa``, documents a context; None: 20.
         context_tokens: In place of either: as many as fit into so many tokens of the model.
         identifiers: Of ``kv`` without ``data``, one of `IDENTIFIER_KINDS`; None: the first.
-        probes: Of ``kv`` and ``mdqa``, questions a context; None: 11.
+        probes: Of ``kv`` and ``mdqa``, questions a context; None: as many as see a gain worth finding at the least cost
+            (`default_probes`).
         positions: Of ``kv`` and ``mdqa``, where they stand, one of `POSITIONS`; None: the first.
         prompt_template: Of ``jsonl``, the prompt with ``{context}`` and ``{question}``, a new line written ``\n``;
             None: `DEFAULT_TEMPLATE`.
@@ -167,10 +172,17 @@ class TaskConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the fields that mean something to this task as a JSON object, with the defaults put in."""
         own = {name: getattr(self, name) for name in sorted(TASK_FIELDS[self.name])}
-        defaults = {"probes": DEFAULT_PROBES, "positions": POSITIONS[0], "prompt_template": escaped(DEFAULT_TEMPLATE),
-                    "identifiers": None if self.data else IDENTIFIER_KINDS[0]}  # fmt: skip
+        defaults = {"probes": self._known_probes(), "positions": POSITIONS[0],
+                    "prompt_template": escaped(DEFAULT_TEMPLATE), "identifiers": None if self.data else IDENTIFIER_KINDS[0]}  # fmt: skip
         own |= {name: value for name, value in defaults.items() if name in own and own[name] is None}
         return {"name": self.name, **own, "seed": self.seed, "answer_prefix": self.answer_prefix}
+
+    def _known_probes(self) -> int | None:
+        """Return the questions of a context if none are asked for; None where file or tokenizer decide."""
+        if self.name != "kv" or self.context_tokens is not None:
+            return None
+        keys = self.keys or (DEFAULT_PAIRS if self.data is None else None)
+        return None if keys is None else default_probes(keys)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TaskConfig:
@@ -192,7 +204,8 @@ class SearchConfig:
             algorithm asks for first, is one of them.
         max_hours: Ask for no further candidate after so many hours of this run; the one thing that depends
             on time. None: no limit.
-        search_contexts, validation_contexts, test_contexts: Contexts of each split, indices from 0.
+        search_contexts, validation_contexts, test_contexts: Contexts of each split, indices from 0. None: so many
+            that a gain worth finding shows (`default_contexts`), or all that the data has.
         finalists: Candidates, best by search, that go on to validation beside the base model and the best
             uniform factor.
         racing_first, racing_fraction: See `Racing`; by default there is none (docs/algorithms.md has the figures).
@@ -215,9 +228,9 @@ class SearchConfig:
     seed: int = 0
     max_evaluations: int = 120
     max_hours: float | None = None
-    search_contexts: int = 2
-    validation_contexts: int = 8
-    test_contexts: int = 16
+    search_contexts: int | None = None
+    validation_contexts: int | None = None
+    test_contexts: int | None = None
     finalists: int = 4
     racing_first: int = 1
     racing_fraction: float = 1.0
@@ -268,6 +281,26 @@ class SearchConfig:
                 raise LropeError(f"{option(name)}: means nothing to --algorithm {self.algorithm}; leave it out")
         for points in self.start:
             self.start_curve(points)
+
+    def n_contexts(self, split: str) -> int:
+        """Return the contexts of ``split``; if they are None still, those of a long context (`settled`)."""
+        contexts: int | None = getattr(self, f"{split}_contexts")
+        return default_contexts(split, default_probes(2**10)) if contexts is None else contexts
+
+    def settled(self, probes: int, sizes: Mapping[str, int | None] | None = None) -> SearchConfig:
+        """Return these settings with numbers in place of None.
+
+        Args:
+            probes: Questions of a context.
+            sizes: The contexts that there are of each split; None: as many as wanted.
+        """
+        numbers: dict[str, Any] = {}
+        for split in SPLITS:
+            if getattr(self, f"{split}_contexts") is None:
+                most = (sizes or {}).get(split)
+                wanted = default_contexts(split, probes)
+                numbers[f"{split}_contexts"] = wanted if most is None else max(1, min(wanted, most))
+        return replace(self, **numbers)
 
     def start_curve(self, points: Sequence[Point], where: str = "--start") -> Curve:
         """Return the curve of control points to begin with; ``where`` they come from, for messages.

@@ -20,6 +20,8 @@ from .machine import free_memory, physical_cores, visible_gpus
 from .optimizers.protocol import Optimizer
 from .report.page import write_report
 from .results.summary import StudySummary
+from .results.variation import components, variation_text
+from .sample import cheapest
 from .scores import ContextScore, Job
 from .study.interrupt import one_interrupt
 from .study.plan import make_optimizer, planned_evaluations
@@ -93,9 +95,10 @@ def _launch(
     info = read_model(model.path)
     _layers(info, 1)
     contexts = make_task(task)
-    for split in SPLITS:
-        size, wanted = contexts.size(split), getattr(settings, f"{split}_contexts")
-        if size is not None and wanted > size:
+    sizes = {split: contexts.size(split) for split in SPLITS}
+    for split, size in sizes.items():
+        wanted = getattr(settings, f"{split}_contexts")
+        if None not in (size, wanted) and wanted > size:
             raise LropeError(f"--{split}-contexts {wanted}: the data has {size} for this; ask for fewer")
     guard = {"text": None if settings.guard_text is None else file_identity(settings.guard_text)}
     free = free_memory()
@@ -105,6 +108,7 @@ def _launch(
         first = _first_worker(workers, spec, stack)
         facts = first.ask(find_out)
         layers = _layers(info, facts.longest)
+        settings = settings.settled(facts.n_probes, sizes)
         config = {
             "model": {"fingerprint": info.fingerprint(), "architecture": info.architecture, "name": info.name},
             "task": task_identity(task) | {"chat_template": model.chat_template, "answer_lead": facts.lead},
@@ -124,6 +128,7 @@ def _launch(
             optimizer = make_optimizer(settings, first.n_layer, layers)
             _say_cost(workers, optimizer, settings, study, directory, first, facts, free, progress)
             if dry_run:
+                _say_variation(settings, study, first, facts, progress)
                 return None
             executor = _all_workers(workers, dataclasses.replace(spec, guard_texts=facts.guard_texts), first, stack)
             outcome = run_search(
@@ -138,6 +143,47 @@ def _launch(
             )
             progress.line(_report(outcome.summary))
             return outcome
+
+
+def _say_variation(settings: SearchConfig, study: Study, first: Executor, facts: Facts, progress: Progress) -> None:
+    """Measure, by the base model and a uniform factor, how far the questions tell candidates apart, and say so."""
+    n_contexts = min(settings.n_contexts("search"), 2)
+    factor = next((factor for factor in settings.uniform_factors if factor > 1.0), 1.05)
+    base, other = (
+        [_context_score(Job((side,) * first.n_layer, "search", i), study, first) for i in range(n_contexts)]
+        for side in (1.0, factor)
+    )
+    found = components(base, other)
+    if found is None:
+        return
+    contexts, probes = settings.n_contexts("search"), facts.n_probes
+    progress.line(f"{variation_text(found, contexts, probes)}; measured with uniform {factor:g}")
+    probe_cost = (base[0].n_tokens - facts.longest) / max(probes - 1, 1)
+    if found.within == 0.0 or probe_cost <= 0.0:
+        return
+    error, tokens = found.standard_error(contexts, probes) / 2.0, contexts * base[0].n_tokens
+    how = ""
+    if facts.n_places > probes:
+        context_cost = facts.longest - probe_cost
+        contexts, probes = cheapest(
+            found, error, places=facts.n_places, context_cost=context_cost, probe_cost=probe_cost
+        )
+        how = f"--probes {probes} "
+    else:
+        contexts *= 4
+    times = contexts * (facts.longest + (probes - 1) * probe_cost) / tokens
+    progress.line(f"half of that: {how}--search-contexts {contexts}, {times:.1f} times the tokens a candidate")
+
+
+def _context_score(job: Job, study: Study, first: Executor) -> ContextScore:
+    """Return the score of a job that does not concern the guard, from the study or fresh."""
+    score = study.lookup(job)
+    if score is None:
+        first.submit(job)
+        _, score = first.next()
+        study.record(job, score)
+    assert isinstance(score, ContextScore)
+    return score
 
 
 def _layers(info: ModelInfo, n_tokens: int) -> tuple[int, ...]:
@@ -211,12 +257,7 @@ def _say_cost(
             check_memory(facts.memory, n_workers, free)
         progress.line(memory_text(facts.memory, n_workers))
     job = Job((1.0,) * first.n_layer, "search", 0)
-    score = study.lookup(job)
-    if score is None:
-        first.submit(job)
-        _, score = first.next()
-        study.record(job, score)
-    assert isinstance(score, ContextScore)
+    score = _context_score(job, study, first)
     # processors are divided between local workers: more of them are no faster in all
     side_by_side = n_workers if workers.executor == "ray" else min(n_workers, max(len(gpus), 1))
     n_evaluations = sum(planned_evaluations(settings, guard=True).values())

@@ -12,7 +12,6 @@ from lrope_gguf.commands.options import FILE, Option
 from ..config import (
     DEFAULT_DOCUMENTS,
     DEFAULT_PAIRS,
-    DEFAULT_PROBES,
     DEFAULT_TEMPLATE,
     IDENTIFIER_KINDS,
     POSITIONS,
@@ -104,7 +103,7 @@ task_options = all_of(
     option("--identifiers", type=click.Choice(list(IDENTIFIER_KINDS)), heading=_TASK,
            help=f"kv without --data: what keys and values are; {_KINDS} ({IDENTIFIER_KINDS[0]})"),
     option("--probes", "--depths", metavar="N", type=POSITIVE, heading=_TASK,
-           help=f"kv, mdqa: questions a context ({DEFAULT_PROBES})"),
+           help="kv, mdqa: questions a context (as many as see a gain worth finding at the least cost)"),
     option("--positions", type=click.Choice(POSITIONS), heading=_TASK,
            help=f"kv, mdqa: where they stand: at random, one in each of equal strata, or the same everywhere "
                 f"({POSITIONS[0]})"),

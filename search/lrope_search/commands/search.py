@@ -40,6 +40,8 @@ def _setting(name: str, metavar: str, kind: Any, text: str, heading: str | None)
     """Declare an option of `SearchConfig` with its default."""
     default = getattr(_DEFAULTS, name)
     shown = "{:g},{:g}".format(*default) if isinstance(default, tuple) else default
+    if default is None:
+        shown = "by the number of questions"
     declaration = f"--{name.replace('_', '-')}"
     return option(declaration, metavar=metavar, type=kind, default=default, heading=heading, help=f"{text} ({shown})")
 

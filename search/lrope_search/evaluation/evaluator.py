@@ -77,6 +77,12 @@ class TeacherForcedEvaluator:
         return self._longest
 
     @property
+    def n_probes(self) -> tuple[int, int]:
+        """Questions of the first search context, and how many it has room for."""
+        context = self._task.context("search", 0)
+        return len(context.probes), max(context.n_places, len(context.probes))
+
+    @property
     def n_layer(self) -> int:
         """Number of layers of the model, the length of ``factors``."""
         return self._model.n_layer

@@ -111,9 +111,19 @@ class Facts:
     memory: MemoryNeeded
     longest: int
     """Tokens of the longest prompt."""
+    n_probes: int
+    """Questions of the first search context."""
+    n_places: int
+    """And how many it has room for."""
 
 
 def find_out(evaluator: Evaluator) -> Facts:
     """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
     assert isinstance(evaluator, _Guarded)
-    return Facts(evaluator.lead, evaluator.guard_texts, evaluator.memory_needed(), evaluator.longest)
+    return Facts(
+        evaluator.lead,
+        evaluator.guard_texts,
+        evaluator.memory_needed(),
+        evaluator.longest,
+        *evaluator.n_probes,
+    )

@@ -62,12 +62,12 @@ def conclude(run: Run, stopped_by: str) -> SearchOutcome:
     n_test = 1 + (uniform is not None) + bool(finalists)
     run.progress.expect(
         sum(job.split == "search" for job in run.pipeline.results)
-        + (1 + len(finalists)) * settings.validation_contexts
+        + (1 + len(finalists)) * settings.n_contexts("validation")
         + bool(finalists) * run.guard_contexts
-        + n_test * settings.test_contexts
+        + n_test * settings.n_contexts("test")
     )
     run.progress.line(
-        f"validation: base and {len(finalists)} finalists on {settings.validation_contexts} contexts, "
+        f"validation: base and {len(finalists)} finalists on {settings.n_contexts('validation')} contexts, "
         f"{run.progress.status()}"
     )
     for candidate in (run.base, *finalists):
@@ -82,7 +82,7 @@ def conclude(run: Run, stopped_by: str) -> SearchOutcome:
 
     sides = [c.factors for c in (uniform, winner) if c is not None]
     run.progress.line(
-        f"test: base and {len(set(sides))} more on {settings.test_contexts} contexts, {run.progress.status()}"
+        f"test: base and {len(set(sides))} more on {settings.n_contexts('test')} contexts, {run.progress.status()}"
     )
     for side in (run.identity, *sides):
         run.pipeline.want(run.jobs(side, "test"))
@@ -109,13 +109,13 @@ def conclude(run: Run, stopped_by: str) -> SearchOutcome:
             "on ordinary text (--max-kl), not recommended",
         )
     best = winner or run.base
-    contexts, search_fitness = dict(run.ranking).get(best, (settings.search_contexts, 0.0))
+    contexts, search_fitness = dict(run.ranking).get(best, (settings.n_contexts("search"), 0.0))
     base_alone = {"contexts": table.n_contexts, "base_accuracy": finite(table.totals["base"].accuracy, 6)}
     results: dict[str, Any] = {
         "candidates": len(run.ranking),
         "stopped_by": stopped_by,
         "search": {"contexts": contexts, "fitness": finite(search_fitness, 6)},
-        "validation": {"contexts": settings.validation_contexts, "fitness": finite(fitness.get(best, 0.0), 6)},
+        "validation": {"contexts": settings.n_contexts("validation"), "fitness": finite(fitness.get(best, 0.0), 6)},
         "test": base_alone if curve_gain is None else curve_gain.json(),
         "recommended": judgement.recommended,
         "verdict": judgement.text,

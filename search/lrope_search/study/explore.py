@@ -12,12 +12,14 @@ from lrope_gguf.errors import LropeError
 from ..optimizers.protocol import Candidate, Optimizer, rank
 from ..results.comparison import finite
 from ..results.objective import Objective
+from ..results.variation import typical, variation_text
 from ..scores import Factors
 from .plan import planned_evaluations, racing
 from .racing import Race
 from .scheduler import Urgency
 from .state import Run
 
+_VARIED = 6  # candidates after which a line says how well they can be told apart
 _LINE_EVERY = 8  # candidates without an improvement after which a line says how far it is
 
 
@@ -70,11 +72,25 @@ class Exploration:
                     run.pipeline.step()
             score = race.scores[candidate.id]
             if candidate.factors == run.identity:
-                score = (run.settings.search_contexts, 0.0)  # known without racing
+                score = (run.settings.n_contexts("search"), 0.0)  # known without racing
             algorithm.tell(candidate, score)
             run.study.record_candidate(candidate, score)
             bisect.insort(run.ranking, (candidate, score), key=rank)
+            if len(run.ranking) == _VARIED and run.pipeline.n_fresh:
+                self._say_variation()
             self._keep_best()
+
+    def _say_variation(self) -> None:
+        run = self._run
+        base = run.known(run.identity, run.settings.n_contexts("search")) or []
+        sides = []
+        for candidate, (contexts, _) in run.ranking:
+            scores = run.known(candidate.factors, contexts)
+            if candidate.factors != run.identity and scores:
+                sides.append((base[:contexts], scores))
+        found = typical(sides)
+        if found is not None:
+            run.progress.line(variation_text(found, len(base), len(base[0].probes)))
 
     def _out_of_time(self) -> bool:
         hours = self._run.settings.max_hours
@@ -104,7 +120,7 @@ class Exploration:
         best, fitness = next(iter(run.better_than_base()), (run.base, 0.0))
         improved = best != self._saved
         if improved and run.pipeline.n_fresh:
-            results = {"search": {"contexts": run.settings.search_contexts, "fitness": finite(fitness, 6)}}
+            results = {"search": {"contexts": run.settings.n_contexts("search"), "fitness": finite(fitness, 6)}}
             run.study.save_best(run.document(best, results))
             self._saved = best
         text = f"best {fitness:+.4f} nats"
@@ -123,7 +139,7 @@ class Exploration:
         planned = planned_evaluations(run.settings, guard=bool(run.guard_contexts))
         begun = sum(contexts for _, (contexts, _) in run.ranking)
         left = max(run.settings.max_evaluations - len(run.ranking), 0)
-        search = run.settings.search_contexts + begun + math.ceil(left * begun / len(run.ranking))
+        search = run.settings.n_contexts("search") + begun + math.ceil(left * begun / len(run.ranking))
         return search + sum(n for split, n in planned.items() if split != "search")
 
     def _look_ahead(self) -> None:

@@ -31,7 +31,7 @@ def make_optimizer(settings: SearchConfig, n_layer: int, layers: Sequence[int] |
 
 def racing(settings: SearchConfig) -> Racing:
     """Return the racing rule of these settings."""
-    return Racing(settings.search_contexts, settings.racing_first, settings.racing_fraction)
+    return Racing(settings.n_contexts("search"), settings.racing_first, settings.racing_fraction)
 
 
 def planned_evaluations(settings: SearchConfig, *, guard: bool = False) -> dict[str, int]:
@@ -39,8 +39,8 @@ def planned_evaluations(settings: SearchConfig, *, guard: bool = False) -> dict[
     sides = 2 + bool(settings.uniform_factors)
     finalists = min(settings.finalists, settings.max_evaluations - 1)
     planned = {
-        "search": settings.search_contexts + racing(settings).expected_evaluations(settings.max_evaluations - 1),
-        "validation": (finalists + sides - 1) * settings.validation_contexts,
-        "test": sides * settings.test_contexts,
+        "search": settings.n_contexts("search") + racing(settings).expected_evaluations(settings.max_evaluations - 1),
+        "validation": (finalists + sides - 1) * settings.n_contexts("validation"),
+        "test": sides * settings.n_contexts("test"),
     }
     return planned | ({"guard": 1} if guard else {})

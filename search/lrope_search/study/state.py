@@ -55,7 +55,7 @@ class Run:
     def jobs(self, factors: Factors, split: str, contexts: range | None = None) -> list[Job]:
         """Return the evaluations of ``factors`` on ``contexts`` of ``split``; None: on all."""
         if contexts is None:
-            contexts = range(self.guard_contexts if split == "guard" else getattr(self.settings, f"{split}_contexts"))
+            contexts = range(self.guard_contexts if split == "guard" else self.settings.n_contexts(split))
         return [Job(factors, split, i) for i in contexts]
 
     def known(self, factors: Factors, n_contexts: int) -> list[ContextScore] | None:
@@ -72,7 +72,7 @@ class Run:
         """Return the candidates with their fitness that saw all search contexts and beat the base model, best first."""
         better = []
         for candidate, (contexts, fitness) in self.ranking:
-            if contexts < self.settings.search_contexts or not fitness > 0.0:
+            if contexts < self.settings.n_contexts("search") or not fitness > 0.0:
                 break
             better.append((candidate, fitness))
         return better

@@ -4,13 +4,14 @@ A task is made of files or of a seed alone; to fit its contexts into a number of
 counts them (`TokenLimit`).
 """
 
+from ..config import SPLITS
 from .identifiers import IDENTIFIERS, Identifiers
 from .jsonl import JsonlTask
 from .kv import KeyValueTask
 from .make import file_identity, make_task, task_identity
 from .mdqa import MultiDocumentTask
 from .sizing import Count, TokenLimit
-from .task import SPLITS, Task
+from .task import Task
 
 __all__ = [
     "IDENTIFIERS",

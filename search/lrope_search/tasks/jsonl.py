@@ -9,9 +9,9 @@ from typing import Any
 
 from lrope_gguf.errors import LropeError
 
-from ..config import DEFAULT_TEMPLATE
+from ..config import DEFAULT_TEMPLATE, SPLITS
 from .records import read_records, split_groups, too_few
-from .task import SPLITS, Context, Probe
+from .task import Context, Probe
 
 _MARKS = ("{context}", "{question}")
 _N_CALIBRATION = 8  # questions of the calibration context

@@ -10,11 +10,12 @@ import numpy as np
 
 from lrope_gguf.errors import LropeError
 
-from ..config import DEFAULT_PAIRS, DEFAULT_PROBES, POSITIONS
+from ..config import DEFAULT_PAIRS, POSITIONS, SPLITS
+from ..sample import default_probes
 from .identifiers import IDENTIFIERS
 from .records import read_records, split_groups, too_few
 from .sizing import TokenLimit
-from .task import SPLITS, Context, Probe, places
+from .task import Context, Probe, places
 
 _CALIBRATION = len(SPLITS)  # in place of a split's number: pairs that are part of none
 
@@ -35,7 +36,7 @@ class KeyValueTask:
         self,
         n_pairs: int | None = None,
         *,
-        probes: int = DEFAULT_PROBES,
+        probes: int | None = None,
         positions: str = POSITIONS[0],
         seed: int = 0,
         data: Path | str | None = None,
@@ -46,7 +47,7 @@ class KeyValueTask:
 
         Args:
             n_pairs: Pairs of a context; of a file's record the first so many. None: 40, or all of a record.
-            probes: Of a context.
+            probes: Of a context; None: what `default_probes` gives for its pairs.
             positions: Where they ask: see `places`.
             seed: Decides the pairs, or shuffles the records before they are cut into splits.
             data: A ``kv-retrieval-*_keys.jsonl[.gz]`` file of the benchmark.
@@ -61,9 +62,9 @@ class KeyValueTask:
         self._data = data
         self._limit = limit
         self._n_pairs = DEFAULT_PAIRS if n_pairs is None else n_pairs
-        if probes < 1:
+        if probes is not None and probes < 1:
             raise LropeError(f"--probes {probes}: a context needs a probe; ask for at least 1")
-        if (n_pairs is not None or (data is None and limit is None)) and self._n_pairs < probes:
+        if probes and (n_pairs is not None or (data is None and limit is None)) and self._n_pairs < probes:
             raise LropeError(f"--keys {self._n_pairs}: too few for {probes} probes; ask for at least {probes} keys")
         if identifiers not in IDENTIFIERS or (identifiers != "uuid" and data is not None):
             raise LropeError(f"--identifiers {identifiers}: give one of {', '.join(IDENTIFIERS)}, without --data")
@@ -75,7 +76,7 @@ class KeyValueTask:
         self._splits: dict[str, list[Pairs]] | None = None
         if data is not None:
             records = read_records(data, "key-value record", lambda where, value: _pairs(where, value, n_pairs))
-            if min(map(len, records)) < probes:
+            if min(map(len, records)) < (probes or 1):
                 raise LropeError(f"{data}: a record has fewer pairs than the {probes} probes; give a smaller --probes")
             self._splits = split_groups([[record] for record in records], seed, data)
 
@@ -125,12 +126,12 @@ class KeyValueTask:
             most = min(limit.tokens, self._most or limit.tokens)  # a pair has a token at the least
         else:
             most = len(self._splits[split][index])
-        n_pairs, n_tokens = limit.largest(prompt, self._n_probes, most)
+        least = self._n_probes or 1
+        n_pairs, n_tokens = limit.largest(prompt, least, most)
         if not n_pairs:
-            raise LropeError(
-                f"--context-tokens {limit.tokens}: {self._n_probes} pairs alone take {n_tokens}; ask for more tokens "
-                "or fewer --probes"
-            )
+            alone = "one pair alone takes" if self._n_probes is None else f"{least} pairs alone take"
+            fewer = "" if self._n_probes is None else " or fewer --probes"
+            raise LropeError(f"--context-tokens {limit.tokens}: {alone} {n_tokens}; ask for more tokens{fewer}")
         if n_pairs == most and limit.tokens - n_tokens > n_tokens / n_pairs:  # room for one more
             what = "there are no more such keys" if self._splits is None else f"a record of {self._data} has no more"
             raise LropeError(
@@ -139,7 +140,8 @@ class KeyValueTask:
         return n_pairs
 
     def _make(self, split: str, index: int, pairs: Pairs) -> Context:
-        where = places(split, index, len(pairs), self._n_probes, self._seed, self._positions)
+        n_probes = self._n_probes or default_probes(len(pairs))
+        where = places(split, index, len(pairs), n_probes, self._seed, self._positions)
         return self._context(split, index, pairs, where)
 
     def _context(self, split: str, index: int, pairs: Pairs, where: Sequence[tuple[int, float]]) -> Context:
@@ -151,6 +153,7 @@ class KeyValueTask:
             prefix=wording.prefix(pairs),
             probes=tuple(Probe(depth, wording.question(key), value) for depth, key, value in asked),
             lead=wording.lead,
+            n_places=len(pairs),
         )
 
 

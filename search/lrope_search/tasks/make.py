@@ -9,7 +9,7 @@ from typing import Any
 
 from lrope_gguf.errors import LropeError
 
-from ..config import DEFAULT_PROBES, DEFAULT_TEMPLATE, IDENTIFIER_KINDS, POSITIONS, TaskConfig
+from ..config import DEFAULT_TEMPLATE, IDENTIFIER_KINDS, POSITIONS, TaskConfig
 from .jsonl import JsonlTask
 from .kv import KeyValueTask
 from .mdqa import MultiDocumentTask
@@ -27,10 +27,10 @@ def make_task(config: TaskConfig, count: Callable[[str], int] | None = None) -> 
     """
     tokens = config.context_tokens
     limit = None if tokens is None or count is None else TokenLimit(tokens, count)
-    probes, positions = config.probes or DEFAULT_PROBES, config.positions or POSITIONS[0]
+    probes, positions = config.probes, config.positions or POSITIONS[0]
     keys, documents = config.keys, config.documents
     if tokens is not None and limit is None:
-        keys = documents = probes
+        keys = documents = probes or 1
     if config.name == "kv":
         kind = config.identifiers or IDENTIFIER_KINDS[0]
         return KeyValueTask(

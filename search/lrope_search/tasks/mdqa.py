@@ -13,13 +13,15 @@ import numpy as np
 
 from lrope_gguf.errors import LropeError
 
-from ..config import DEFAULT_DOCUMENTS, DEFAULT_PROBES, POSITIONS
+from ..config import DEFAULT_DOCUMENTS, POSITIONS, SPLITS
+from ..sample import default_probes
 from .answers import normalize
 from .records import read_records, split_groups, too_few
 from .sizing import TokenLimit
-from .task import SPLITS, Context, Probe, places
+from .task import Context, Probe, places
 
 _N_CALIBRATION = 12  # documents of the calibration context
+_CONTEXTS = 4  # of the smallest split, at the least, unless probes are given
 _COMMON = 0.1  # an alias that stands in more than this share of passages is no answer that one could look for
 _SAMPLE = 200  # passages that are looked through to know
 
@@ -76,7 +78,7 @@ class MultiDocumentTask:
         data: Path | str,
         n_documents: int | None = None,
         *,
-        probes: int = DEFAULT_PROBES,
+        probes: int | None = None,
         positions: str = POSITIONS[0],
         seed: int = 0,
         limit: TokenLimit | None = None,
@@ -86,7 +88,8 @@ class MultiDocumentTask:
         Args:
             data: An nq-open file of the benchmark, plain or gzipped.
             n_documents: Documents of a context. None: 20.
-            probes: Questions of a context, and so many of its documents answer one.
+            probes: Questions of a context, and so many of its documents answer one; None: what `default_probes`
+                gives for so many documents, fewer if there are few questions.
             positions: Where these documents stand: see `places`.
             seed: Shuffles everything.
             limit: In place of ``n_documents``: as many documents as fit.
@@ -99,14 +102,17 @@ class MultiDocumentTask:
         self._positions = positions
         self._limit = limit
         self._n_documents = DEFAULT_DOCUMENTS if n_documents is None else n_documents
-        if probes < 1:
+        if probes is not None and probes < 1:
             raise LropeError(f"--probes {probes}: a context needs a probe; ask for at least 1")
-        if limit is None and self._n_documents < probes:
+        if limit is None and probes is not None and self._n_documents < probes:
             raise LropeError(
                 f"--documents {self._n_documents}: too few for {probes} probes; ask for at least {probes} documents"
             )
         records = read_records(data, "question with documents", _record)
         splits = split_groups(_by_page(records), seed, data)
+        if probes is None:
+            room = self._n_documents if limit is None else _fitting(records, limit)
+            probes = min(default_probes(room), max(1, min(map(len, splits.values())) // _CONTEXTS))
         self._owners = _owners(splits)
         self._passages: dict[str, list[Passage]] = {}
         self._contexts: dict[str, list[Sequence[Record]]] = {}
@@ -200,6 +206,13 @@ class MultiDocumentTask:
                 yield passage
 
 
+def _fitting(records: Sequence[Record], limit: TokenLimit) -> int:
+    """Return how many documents fit, carefully estimated: the questions of a context are needed before it is made."""
+    few = records[:_N_CALIBRATION]
+    tokens = limit.count("\n".join(f"Document [1](Title: {r.gold.title}) {r.gold.text}" for r in few))
+    return max(1, limit.tokens * len(few) // (2 * tokens))
+
+
 def _context(
     split: str,
     index: int,
@@ -217,7 +230,7 @@ def _context(
         "(some of which might be irrelevant)."
     )
     probes = tuple(_probe(depth, record) for (_, depth), record in zip(where, asked, strict=True))
-    return Context(split, index, f"{task}\n\n{documents}\n\n", probes, lead=" ")
+    return Context(split, index, f"{task}\n\n{documents}\n\n", probes, lead=" ", n_places=len(passages))
 
 
 def _probe(depth: float, record: Record) -> Probe:

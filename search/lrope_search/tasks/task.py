@@ -7,9 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
+from ..config import SPLITS
 from .answers import holds
 
-SPLITS = ("search", "validation", "test")
 _SPAWN_KEY = 0x706C6163  # apart from the streams of contents and of optimizers with the same seed
 
 
@@ -37,7 +37,7 @@ class Context:
     """One long prompt prefix with its probes; ``split`` is ``search``, ``validation`` or ``test``.
 
     ``lead``, of a calibration context: what stands between a question and its answer unless a model shows that it
-    writes something else.
+    writes something else. ``n_places``: how many questions the context has room for; 0: no more than ``probes``.
     """
 
     split: str
@@ -45,6 +45,7 @@ class Context:
     prefix: str
     probes: tuple[Probe, ...]
     lead: str = ""
+    n_places: int = 0
 
 
 class Task(Protocol):
