@@ -23,8 +23,16 @@ _PERIODS = {
 }  # fmt: skip
 _DEFAULT_WINDOWS = {"gemma2": 4096, "exaone-moe": 128, "llama4": 8192}  # where the file names none
 # dense layers of these do not rotate, where there are windowed ones
-_DENSE_WITHOUT_ROPE = frozenset(("afmoe", "cohere2", "cohere2moe", "exaone4", "llama4", "muse-glimmer", "smallthinker"))
-_NO_ROPE_STEPS = {"smollm3": 4}  # every so many layers one does not rotate
+_DENSE_WITHOUT_ROPE = frozenset(("cohere2", "cohere2moe", "exaone-moe", "exaone4", "maple", "muse-glimmer"))
+# recurrent layers between those of attention, in turn
+_RECURRENT_BETWEEN = frozenset(("minimax-01", "qwen3next", "qwen35", "qwen35moe", "qwen4exp"))
+_WITHOUT_ROPE = frozenset((
+    "arwkv7", "bert", "bloom", "glm5-next", "gpt2", "gptj", "jais", "jamba", "jina-bert-v2", "kimi-k3", "kimi-linear",
+    "mamba", "mamba2", "mpt", "nemotron_h", "nemotron_h_moe", "refact", "rwkv6", "rwkv6qwen2", "rwkv7", "starcoder",
+    "t5", "t5encoder", "wavtokenizer-dec",
+))  # fmt: skip
+_EVERY_FOURTH_WITHOUT_ROPE = {"afmoe": 3, "llama4": 3, "smallthinker": 0, "smollm3": 3}  # the first of them
+_SWITCHED = frozenset(("granite", "granitehybrid", "granitemoe", "graniteswitch"))  # by rope.scaling.finetuned
 
 
 def rope_reach(gguf: GGUFFile, architecture: str, n_layer: int) -> tuple[int | None, ...]:
@@ -37,22 +45,38 @@ def rope_reach(gguf: GGUFFile, architecture: str, n_layer: int) -> tuple[int | N
         value = gguf.integer(f"{architecture}.{key}")
         return default if value is None else value
 
+    def flags(key: str) -> tuple[int, ...] | None:
+        return gguf.integers(f"{architecture}.{key}", n_layer, (*INTEGERS, _BOOL))
+
+    switched_off = architecture in _SWITCHED and gguf.scalar(f"{architecture}.rope.scaling.finetuned") is False
+    alibi = architecture == "baichuan" and n_layer == 40
+    if architecture in _WITHOUT_ROPE or switched_off or alibi:
+        return (0,) * n_layer
     window = number("attention.sliding_window", _DEFAULT_WINDOWS.get(architecture, 0))
     if architecture == "exaone4" and n_layer != 64:
         window = 0
     windowed = _windowed(gguf, architecture, n_layer) if window else [False] * n_layer
+    rotating = [True] * n_layer
+    fourth = _EVERY_FOURTH_WITHOUT_ROPE.get(architecture)
+    if fourth is not None and (window or architecture in ("afmoe", "smollm3")):
+        rotating = [layer % 4 != fourth for layer in range(n_layer)]
+    elif architecture in _DENSE_WITHOUT_ROPE and window:
+        rotating = list(windowed)
+    elif architecture == "granite_swa":
+        rotating = [bool(flag) for flag in flags("attention.rope_pattern") or rotating]
+    if architecture in _RECURRENT_BETWEEN:
+        recurrent = flags("attention.recurrent_layers")
+        every = number("full_attention_interval", 8 if architecture == "minimax-01" else 4)
+        if recurrent is not None:
+            rotating = [not flag for flag in recurrent]
+        elif every:
+            rotating = [(layer + 1) % every == 0 for layer in range(n_layer)]
     kv_heads = gguf.integers(f"{architecture}.attention.head_count_kv", n_layer)
-    every, step = number("full_attention_interval"), _NO_ROPE_STEPS.get(architecture, 0)
-    reach: list[int | None] = []
-    for layer in range(n_layer):
-        recurrent = (every > 0 and (layer + 1) % every > 0) or (kv_heads is not None and kv_heads[layer] == 0)
-        if recurrent or (step and (layer + 1) % step == 0):
-            reach.append(0)
-        elif windowed[layer]:
-            reach.append(window)
-        else:
-            reach.append(0 if window and architecture in _DENSE_WITHOUT_ROPE else None)
-    return tuple(reach)
+    if kv_heads is not None:  # a layer without keys is recurrent
+        rotating = [rotates and heads > 0 for rotates, heads in zip(rotating, kv_heads, strict=True)]
+    return tuple(
+        0 if not rotates else window if local else None for rotates, local in zip(rotating, windowed, strict=True)
+    )
 
 
 def _windowed(gguf: GGUFFile, architecture: str, n_layer: int) -> Sequence[bool]:

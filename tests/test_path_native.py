@@ -215,12 +215,30 @@ def test_a_search_begins_with_the_curves_it_is_given(model: Path, tmp_path: Path
     other = run(["search", model, *SEARCH, *few[:4]])  # it is part of what a study is bound to
     assert other.returncode == 1 and "search.start" in other.stderr
 
-    for wrong, said in ((["--degree", "2"], "give --degree 3"), (["--bounds", "0.5,3"], "outside --bounds 0.5,3")):
+    bezier = ["--parametrization", "bezier"]
+    for wrong, said in (
+        ([*bezier, "--degree", "2"], "give --degree 3"),
+        (["--bounds", "0.5,3"], "outside --bounds 0.5,3"),
+    ):
         refused = run(["search", model, *SEARCH, *few, *wrong])
         assert refused.returncode == 1 and said in refused.stderr and len(refused.stderr.splitlines()) == 1
-    CurveFile(layer_factors=(1.0, 1.1)).save(known)
-    refused = run(["search", model, *SEARCH, *few])
-    assert refused.returncode == 1 and "no control points" in refused.stderr
+    factors = (1.0, 1.1, 1.0, 0.9, 1.2, 1.3)
+    for numbers, more, said in (
+        (factors, bezier, f"--start {known}: holds factors but no control points"),
+        (factors, ["--bounds", "0.5,1.2"], f"--start {known}: outside --bounds 0.5,1.2 (a factor of 1.3)"),
+        (factors[:2], [], "--start: 2 factors, but"),
+    ):
+        CurveFile(layer_factors=numbers).save(known)
+        refused = run(["search", model, *SEARCH, *few, *more])
+        assert refused.returncode == 1 and said in refused.stderr and len(refused.stderr.splitlines()) == 1
+    CurveFile(layer_factors=factors).save(known)
+    small = tmp_path / "small.json"  # of a degree that a curve of degree 3 has not: its factors are taken
+    CurveFile(control_points=((0.0, 1.0), (1.0, 2.0))).save(small)
+    begun = ["--max-evaluations", "7", "--output", tmp_path / "b.json", "--start", known, "--start", small]
+    assert run(["search", model, *SEARCH, *begun]).returncode == 0
+    candidates = [json.loads(line) for line in (tmp_path / "b.study" / "candidates.jsonl").read_text().splitlines()]
+    assert candidates[5]["factors"] == list(factors) and candidates[5]["origin"] == "seed"
+    assert candidates[6]["factors"] == [1.0, 1.2, 1.4, 1.6, 1.8, 2.0]
 
 
 def test_a_control_point_at_the_bounds_is_pointed_out() -> None:

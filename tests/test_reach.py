@@ -18,6 +18,8 @@ def reach(path: Path, architecture: str, n_layer: int, **keys: int | list[int] |
         key = f"{architecture}.{name.replace('__', '.')}"
         if isinstance(value, list):
             writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         else:
             writer.add_uint32(key, value)
     writer.write_header_to_file()
@@ -44,6 +46,17 @@ def reach(path: Path, architecture: str, n_layer: int, **keys: int | list[int] |
         ("exaone4", 4, {"attention__sliding_window": 4096}, (None,) * 4),  # only the model of 64 layers has windows
         ("cohere2", 4, {"attention__sliding_window": 4096}, (4096, 4096, 4096, 0)),
         ("qwen3next", 4, {"full_attention_interval": 4}, (0, 0, 0, None)),
+        ("gpt2", 2, {}, (0, 0)),
+        ("llama", 2, {"full_attention_interval": 2}, (None, None)),  # means nothing to it
+        ("minimax-01", 8, {}, (0,) * 7 + (None,)),
+        ("qwen35", 3, {"attention__recurrent_layers": [True, False, True]}, (0, None, 0)),
+        ("granite", 2, {"rope__scaling__finetuned": False}, (0, 0)),
+        ("granite", 2, {"rope__scaling__finetuned": True}, (None, None)),
+        ("afmoe", 4, {}, (None, None, None, 0)),
+        ("smallthinker", 4, {"attention__sliding_window": 9}, (0, 9, 9, 9)),
+        ("smallthinker", 4, {}, (None,) * 4),
+        ("maple", 2, {"attention__sliding_window": 9, "attention__sliding_window_pattern": [True, False]}, (9, 0)),
+        ("baichuan", 40, {}, (0,) * 40),  # ALiBi
         ("lfm2", 3, {"attention__head_count_kv": [0, 2, 0]}, (0, None, 0)),
     ],
 )  # fmt: skip

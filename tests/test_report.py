@@ -20,12 +20,12 @@ from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
 from lrope_gguf.plot import PlotUnavailableError
 from lrope_search.report.page import page_text, write_report
-from lrope_search.report.pictures import wilson
+from lrope_search.report.pictures import draw_pictures, wilson
 from lrope_search.report.reading import read_study
-from lrope_search.report.text import summary_lines
+from lrope_search.report.text import scan_words, summary_lines
 from lrope_search.results import table
 from lrope_search.results.comparison import Comparison, compare
-from lrope_search.results.summary import StudySummary
+from lrope_search.results.summary import LayerEffect, StudySummary
 from lrope_search.results.table import depth_table
 from lrope_search.scores import ContextScore, Job
 from lrope_search.study import conclude
@@ -370,3 +370,33 @@ def test_a_landscape_without_cost(tmp_path: Path) -> None:
     make_study(tmp_path, SMALL, evaluator=Landscape(4))  # seconds are 0
     assert pictures(write_report(read_study(tmp_path))) == PICTURES
     assert "tokens/s" not in read(tmp_path / "report.html").split("Cost, in numbers")[0]
+
+
+def test_the_layer_scan_is_drawn_and_said(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SMALL, parametrization="layers", max_evaluations=40)
+    outcome = make_study(tmp_path / "scan.study", settings, n_layer=6)
+    study = read_study(tmp_path / "scan.study")
+    assert study.scan == outcome.summary.scan
+    raised = [effect for effect in study.scan if effect.factor > 1.0]
+    assert [effect.layers for effect in raised] == [(layer,) for layer in range(6)]
+    assert len(study.scan) == 6 + 3  # and the half that moved most, lowered
+    by_number = {trial.factors: trial for trial in study.trials}
+    for effect in study.scan:
+        factors = tuple(effect.factor if layer in effect.layers else 1.0 for layer in range(6))
+        assert by_number[factors].fitness == effect.fitness
+        assert effect.error > 0.0  # of five questions in each of two contexts
+    picture = draw_pictures(study)["scan"]
+    assert "alone" in picture.svg and picture.png.startswith(b"\x89PNG")
+    text = next(line for line in summary_lines(study) if line.startswith("layer scan"))
+    assert "9 candidates with one layer" in text and "gain beyond two standard errors: " in text
+    assert "The layer scan" in write_report(study, tmp_path / "page.html").read_text()
+    best = max(study.scan, key=lambda effect: effect.fitness)
+    assert (f"layer {best.layers[0]} at {best.factor:.3g} ({best.fitness:+.4f})" in text) == best.beyond_noise
+
+
+def test_a_ruined_layer_of_the_scan_is_drawn_too(whole: tuple[Path, SearchOutcome]) -> None:
+    effects = (LayerEffect((0, 1), 1.2, 1, -math.inf, math.nan), LayerEffect((2,), 0.9, 1, 0.1, math.nan))
+    study = dataclasses.replace(whole[1].summary, scan=effects)
+    assert "alone" in draw_pictures(study)["scan"].svg
+    assert "loss beyond two standard errors: layers 0 to 1 at 1.2 (-inf)" in scan_words(study)
+    assert "gain beyond two standard errors: none" in scan_words(study)  # nothing says how far 0.1 can be trusted

@@ -7,7 +7,7 @@ command line. Nothing here imports NumPy or llama.cpp.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
@@ -18,6 +18,8 @@ from lrope_gguf.errors import LropeError
 from .sample import default_contexts, default_probes
 
 ControlPoints: TypeAlias = tuple[Point, ...]
+Start: TypeAlias = ControlPoints | tuple[float, ...]
+"""What a search may begin with: the control points of a curve, or a factor for each layer."""
 
 DEFAULT_PAIRS, DEFAULT_DOCUMENTS = 40, 20
 """Of a context: pairs of key and value, documents."""
@@ -173,7 +175,8 @@ class TaskConfig:
         """Return the fields that mean something to this task as a JSON object, with the defaults put in."""
         own = {name: getattr(self, name) for name in sorted(TASK_FIELDS[self.name])}
         defaults = {"probes": self._known_probes(), "positions": POSITIONS[0],
-                    "prompt_template": escaped(DEFAULT_TEMPLATE), "identifiers": None if self.data else IDENTIFIER_KINDS[0]}  # fmt: skip
+                    "prompt_template": escaped(DEFAULT_TEMPLATE),
+                    "identifiers": None if self.data else IDENTIFIER_KINDS[0]}  # fmt: skip
         own |= {name: value for name, value in defaults.items() if name in own and own[name] is None}
         return {"name": self.name, **own, "seed": self.seed, "answer_prefix": self.answer_prefix}
 
@@ -218,7 +221,7 @@ class SearchConfig:
         population, parents: Of those optimizers that have them; None: their own.
         max_kl: A finalist that diverges more from the base model on ordinary text is passed over; nats per token.
         confidence: Of the bootstrap intervals.
-        start: Control points of curves to begin with, of this degree and within these bounds.
+        start: What to begin with, within these bounds; of ``parametrization="bezier"`` curves of this degree.
         guard_text: File with ordinary text for ``max_kl``; None: the base model writes some.
 
     Raises:
@@ -246,7 +249,7 @@ class SearchConfig:
     width: float = 0.05
     max_kl: float = 0.1
     confidence: float = 0.95
-    start: tuple[ControlPoints, ...] = ()
+    start: tuple[Start, ...] = ()
     guard_text: str | None = None
 
     def __post_init__(self) -> None:
@@ -279,8 +282,8 @@ class SearchConfig:
         for name in sorted(frozenset().union(*ALGORITHM_FIELDS.values()) - ALGORITHM_FIELDS[self.algorithm]):
             if getattr(self, name) != defaults[name]:
                 raise LropeError(f"{option(name)}: means nothing to --algorithm {self.algorithm}; leave it out")
-        for points in self.start:
-            self.start_curve(points)
+        for start in self.start:
+            self.started(start)
 
     def n_contexts(self, split: str) -> int:
         """Return the contexts of ``split``; if they are None still, those of a long context (`settled`)."""
@@ -302,20 +305,30 @@ class SearchConfig:
                 numbers[f"{split}_contexts"] = wanted if most is None else max(1, min(wanted, most))
         return replace(self, **numbers)
 
-    def start_curve(self, points: Sequence[Point], where: str = "--start") -> Curve:
-        """Return the curve of control points to begin with; ``where`` they come from, for messages.
+    def started(self, start: Start, where: str = "--start") -> Curve | tuple[float, ...]:
+        """Return a curve or factors to begin with; ``where`` they come from, for messages.
 
         Raises:
-            LropeError: it is of another degree or out of bounds.
+            LropeError: no candidate of this search could be that.
         """
-        degree = len(points) - 1
-        if degree != self.degree:
-            raise LropeError(f"{where}: a curve of degree {degree}; give --degree {degree}")
-        try:
-            return Curve(tuple(points), bounds=self.bounds)
-        except LropeError as error:
-            low, high = self.bounds
-            raise LropeError(f"{where}: outside --bounds {low:g},{high:g} ({error})") from None
+        low, high = self.bounds
+        if isinstance(start[0], tuple):
+            degree = len(start) - 1
+            if degree != self.degree and self.parametrization == "bezier":
+                raise LropeError(f"{where}: a curve of degree {degree}; give --degree {degree}")
+            try:
+                return Curve(start, bounds=self.bounds)
+            except LropeError as error:
+                raise LropeError(f"{where}: outside --bounds {low:g},{high:g} ({error})") from None
+        if self.parametrization == "bezier":
+            raise LropeError(
+                f"{where}: holds factors but no control points, and --parametrization bezier searches curves alone; "
+                "give a curve, or another --parametrization"
+            )
+        outside = [factor for factor in start if not low <= factor <= high]
+        if outside:
+            raise LropeError(f"{where}: outside --bounds {low:g},{high:g} (a factor of {outside[0]:g})")
+        return start
 
     def algorithm_options(self) -> dict[str, Any]:
         """Return what the optimizer takes beside seed, degree, bounds and curves; what is None is its own."""

@@ -95,6 +95,9 @@ def _launch(
     info = read_model(model.path)
     _layers(info, 1)
     contexts = make_task(task)
+    for start in settings.start:
+        if not isinstance(start[0], tuple) and len(start) != info.n_layer:
+            raise LropeError(f"--start: {len(start)} factors, but {info.path} has {info.n_layer} layers; give another")
     sizes = {split: contexts.size(split) for split in SPLITS}
     for split, size in sizes.items():
         wanted = getattr(settings, f"{split}_contexts")

@@ -60,6 +60,9 @@ class DivergenceScore:
 Evaluation: TypeAlias = ContextScore | DivergenceScore
 """What comes of a `Job`."""
 
+LAYER_SCAN = "layer scan"
+"""Origin of the candidates that move a single layer, or a single group of layers."""
+
 GUARD = "guard"
 """The split of jobs that score no questions: the guard keeps a curve from harming ordinary text."""
 

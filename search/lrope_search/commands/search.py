@@ -142,10 +142,11 @@ def search_config(values: dict[str, Any]) -> SearchConfig:
     settings = SearchConfig(**values)
     curves = []
     for path in paths:
-        curve = CurveFile.load(path).curve
-        if curve is None:
-            raise LropeError(f"--start {path}: holds factors but no control points; give the curve of a search")
-        curves.append(settings.start_curve(curve.control_points, f"--start {path}").control_points)
+        file = CurveFile.load(path)
+        start = file.control_points or file.layer_factors
+        assert start is not None  # a curve file has one of them
+        settings.started(start, f"--start {path}")
+        curves.append(start)
     return replace(settings, start=tuple(curves))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..scores import LAYER_SCAN
 from .layers import Group, LayerScan, LayerSpace
 from .protocol import Candidate, Score, rank
 from .space import CurveSpace, Ledger, Start
@@ -162,7 +163,7 @@ class GeneticAlgorithm:
         """Return the next candidate of the scan; None where results must come first, or it is over."""
         assert isinstance(self._space, LayerSpace)
         while (asked := scan.next()) is not None:
-            candidate = self._ledger.issue(self._space.moved(*asked), "layer scan")
+            candidate = self._ledger.issue(self._space.moved(*asked), LAYER_SCAN)
             if candidate is not None:
                 self._scanned[candidate.id] = asked
                 return candidate

@@ -93,15 +93,22 @@ class LayerSpace(Space):
         x = np.linspace(0.0, 1.0, min(self.n_layer, self.curve.size))
         return np.concatenate([own, self.curve.log_factors(genomes[:, : self.n_curve], x)], axis=1)
 
-    def encode(self, curve: Curve) -> Genome:
-        """Return the genome of ``curve``, or, without a curve of our own, of its factors at ``layers``.
+    def encode(self, curve: Curve | Factors) -> Genome:
+        """Return the genome of a curve, as a curve if it has our degree, or of the factors of all layers.
+
+        Layers that are not among ours stay 1.
 
         Raises:
-            ValueError: it has another degree.
+            ValueError: factors of another number of layers.
         """
-        if self.curve:
+        if isinstance(curve, Curve) and self.curve and len(curve.control_points) == self.curve.degree + 1:
             return np.concatenate([self.curve.encode(curve), np.zeros(len(self.layers))])
-        return self.repair(np.log(curve.factors(self.n_layer)[list(self.layers)]))
+        factors = curve.factors(self.n_layer) if isinstance(curve, Curve) else curve
+        if len(factors) != self.n_layer:
+            raise ValueError(f"{len(factors)} factors for {self.n_layer} layers")
+        genome = self.uniform(1.0)
+        genome[self.n_curve :] = np.log(np.asarray(factors, dtype=np.float64)[list(self.layers)])
+        return self.repair(genome)
 
     def express(self, genome: Genome) -> tuple[Curve | None, Factors]:
         """Return the factors of a repaired genome, to 1e-4, and the curve if it alone makes them."""

@@ -8,6 +8,7 @@ from typing import Any
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 
 from ..config import UNIFORM_FACTORS
+from ..scores import Factors
 from .cma_es import CmaEs
 from .differential_evolution import DifferentialEvolution
 from .genetic import GeneticAlgorithm
@@ -36,7 +37,7 @@ def make_algorithm(
     degree: int = 3,
     bounds: tuple[float, float] = DEFAULT_BOUNDS,
     uniform_factors: Sequence[float] = UNIFORM_FACTORS,
-    curves: Sequence[Curve] = (),
+    curves: Sequence[Curve | Factors] = (),
     **options: Any,
 ) -> Optimizer:
     """Return a fresh optimizer.
@@ -50,12 +51,12 @@ def make_algorithm(
         degree: Degree of the curve.
         bounds: Smallest and largest y of a control point.
         uniform_factors: Uniform scalings to begin with; those out of bounds are left out.
-        curves: Further curves to begin with, of the same degree.
+        curves: Further curves, or factors of all layers, to begin with.
         options: Further arguments of the algorithm, such as ``lag`` of ``ga``.
 
     Raises:
         KeyError: no such algorithm.
-        ValueError: a seed curve of another degree.
+        ValueError: a seed curve that no candidate could be.
         TypeError: an option that the algorithm does not have.
     """
     curve = CurveSpace(n_layer, degree=degree, bounds=bounds)

@@ -48,23 +48,23 @@ class Space(Protocol):
         ...
 
     def known_good(
-        self, uniform_factors: Sequence[float] = UNIFORM_FACTORS, curves: Sequence[Curve] = ()
+        self, uniform_factors: Sequence[float] = UNIFORM_FACTORS, curves: Sequence[Curve | Factors] = ()
     ) -> list[Start]:
         """Return what a search begins with, each with its origin: identity, uniform scalings in bounds, curves.
 
         Raises:
-            ValueError: a curve of another degree.
+            ValueError: a curve that no genome is.
         """
         low, high = self.bounds
         first = [(self.uniform(1.0), "identity")]
         first += [(self.uniform(factor), "uniform") for factor in uniform_factors if low <= factor <= high]
         return first + [(self.encode(curve), "seed") for curve in curves]
 
-    def encode(self, curve: Curve) -> Genome:
-        """Return the genome of ``curve``.
+    def encode(self, curve: Curve | Factors) -> Genome:
+        """Return the genome of a curve, or of the factors of all layers.
 
         Raises:
-            ValueError: it has another degree.
+            ValueError: no genome is that.
         """
         ...
 
@@ -150,12 +150,14 @@ class CurveSpace(Space):
         ys = evaluate(_columns(np.exp(y)), _T)
         return np.log([np.interp(x, *row) for row in zip(xs, ys, strict=True)]).reshape(len(genomes), len(x))
 
-    def encode(self, curve: Curve) -> Genome:
+    def encode(self, curve: Curve | Factors) -> Genome:
         """Return the genome of ``curve``.
 
         Raises:
-            ValueError: it has another degree.
+            ValueError: it is no curve, or one of another degree.
         """
+        if not isinstance(curve, Curve):
+            raise ValueError("factors of layers in a search of curves")
         x, y = np.array(curve.control_points, dtype=np.float64).T
         if len(x) != self.degree + 1:
             raise ValueError(f"a seed curve of degree {len(x) - 1} in a search of degree {self.degree}")

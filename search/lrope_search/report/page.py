@@ -16,7 +16,7 @@ from lrope_gguf.text import printable
 from ..results.comparison import Interval, contexts_needed
 from ..results.summary import StudySummary
 from .pictures import Picture, draw_pictures, drawn
-from .text import LONG, about, cost_words, count, duration, flat, model_name
+from .text import LONG, about, cost_words, count, duration, flat, model_name, scan_words
 
 NAME = "report.html"
 _MOST_ROWS = 200
@@ -138,6 +138,8 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
         n, whole = len(study.trials), [t for t in study.trials if t.contexts >= study.search_contexts]
         best = max((t.fitness for t in whole), default=-math.inf)
         reached = f"the best reached {best:+.4f}" if math.isfinite(best) else "none with a finite score"
+        if study.scan:
+            yield "scan", "The layer scan", f"{scan_words(study)} Whiskers: two standard errors of each."
         yield (
             "fitness",
             "Fitness over evaluations",

@@ -47,6 +47,7 @@ def draw_pictures(study: StudySummary) -> dict[str, Picture]:
     wanted: dict[str, tuple[bool, Callable[[Figure, StudySummary], None]]] = {
         "factors": (study.factors is not None, _factors),
         "accuracy": (study.table is not None, _accuracy),
+        "scan": (bool(study.scan), _scan),
         "fitness": (bool(study.trials), _fitness),
         "population": (bool(study.trials), _population),
         "cost": (bool(study.costs), _cost),
@@ -162,6 +163,32 @@ def _whiskers(axes: Axes, name: str, x: Sequence[float], rows: Sequence[tuple[fl
         linewidth=1.8 if kind == "curve" else 1.2, linestyle="--" if kind == "base" else "-", elinewidth=1,
         capsize=2, label=name, zorder={"base": 2, "uniform": 3, "curve": 4}[kind],
     )  # fmt: skip
+
+
+def _scan(figure: Figure, study: StudySummary) -> None:
+    """Bars over the layers: what each does alone, raised and lowered, with two standard errors."""
+    axes = figure.add_subplot()
+    scan = study.scan
+    finite = [effect.fitness for effect in scan if math.isfinite(effect.fitness)]
+    floor, top = min([*finite, 0.0]), max([*finite, 0.0])
+    low, high = floor - 0.15 * max(top - floor, 1e-4), top + 0.15 * max(top - floor, 1e-4)
+    for label, colour, shift, side in (
+        ("raised", COLOURS["curve"], -0.2, [e for e in scan if e.factor > 1.0]),
+        ("lowered", COLOURS["uniform"], 0.2, [e for e in scan if e.factor < 1.0]),
+    ):
+        if side:
+            middles = [(e.layers[0] + e.layers[-1]) / 2.0 + shift * len(e.layers) for e in side]
+            widths = [0.36 * len(e.layers) for e in side]
+            heights = [e.fitness if math.isfinite(e.fitness) else low for e in side]
+            shown = f"{label}, {min(e.factor for e in side):.3g} alone"
+            axes.bar(middles, heights, widths, color=colour, label=shown, zorder=3)
+            errors = [2.0 * e.error if math.isfinite(e.error) and math.isfinite(e.fitness) else 0.0 for e in side]
+            axes.errorbar(middles, heights, errors, linestyle="none", ecolor=COLOURS["ink"], elinewidth=0.8, zorder=4)
+    axes.axhline(0, color=COLOURS["base"], linewidth=1, zorder=2)
+    layer_axis(axes, len(study.trials[0].factors))
+    axes.set_ylim(low, high)
+    axes.set_ylabel("gain, nats per answer token")
+    _legend_above(axes, 3)
 
 
 def _fitness(figure: Figure, study: StudySummary) -> None:

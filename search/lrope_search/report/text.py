@@ -10,6 +10,8 @@ from lrope_gguf.text import printable, sparkline
 
 from ..results.summary import Cost, StudySummary
 
+_EFFECTS = 6  # of the layer scan, on each side
+
 LONG = 300
 """Characters that a name or a value may take."""
 
@@ -28,6 +30,8 @@ def summary_lines(study: StudySummary) -> Sequence[str]:
         if isinstance(result, dict) and isinstance(result.get("fitness"), (int, float)):
             lines.append(f"{split:<11} {result['fitness']:+.4f} nats a token on {result.get('contexts')} contexts")
     lines += [f"{f'KL, {name}':<11} {value:.4g} nats a token on ordinary text" for name, value in study.guard.items()]
+    if study.scan:
+        lines.append(f"layer scan  {scan_words(study)}")
     if study.costs:
         lines.append(f"cost        {cost_words(study.total)}")
     if study.table is not None:
@@ -35,6 +39,22 @@ def summary_lines(study: StudySummary) -> Sequence[str]:
         if study.table_split != "test":
             lines += ["(on the search contexts, which candidates were chosen on: no evidence of a gain)"]
     return [*lines, "", printable(study.verdict)]
+
+
+def scan_words(study: StudySummary) -> str:
+    """The layer scan in words: what gained and what lost beyond noise, and the rest."""
+    beyond = sorted((e for e in study.scan if e.beyond_noise), key=lambda effect: -effect.fitness)
+    words = [f"{count(len(study.scan), 'candidate')} with one layer, or one group of a deep model, at another factor"]
+    gains, losses = [e for e in beyond if e.fitness > 0.0], [e for e in reversed(beyond) if e.fitness < 0.0]
+    for name, side in (("gain", gains), ("loss", losses)):
+        shown = ", ".join(f"{_layers(e.layers)} at {e.factor:.3g} ({e.fitness:+.4f})" for e in side[:_EFFECTS])
+        more = f" and {len(side) - _EFFECTS} more" if len(side) > _EFFECTS else ""
+        words.append(f"{name} beyond two standard errors: {shown + more if side else 'none'}")
+    return "; ".join(words) + "."
+
+
+def _layers(layers: tuple[int, ...]) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
 
 
 def model_name(study: StudySummary) -> str:

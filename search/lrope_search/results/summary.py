@@ -10,11 +10,12 @@ from typing import Any
 
 from lrope_gguf.curve import CurveFile, Point
 
-from ..scores import ContextScore, DivergenceScore, Evaluation, Factors, Job
+from ..scores import LAYER_SCAN, ContextScore, DivergenceScore, Evaluation, Factors, Job
 from .comparison import finite
 from .guard import divergences_by_length
 from .objective import Objective
 from .table import DepthTable, depth_table
+from .variation import components
 
 Scores = Mapping[Factors, Mapping[int, ContextScore]]
 """Of one split, by factors and context."""
@@ -35,6 +36,26 @@ class Trial:
         """Call a fitness that is no finite number the worst."""
         if not math.isfinite(self.fitness):
             object.__setattr__(self, "fitness", -math.inf)
+
+
+@dataclass(frozen=True)
+class LayerEffect:
+    """What moving one layer, or one group of them, did alone.
+
+    ``fitness`` in nats per answer token, ``-inf`` if the model was ruined; ``error``, its standard error by its own
+    questions, is NaN where these are too few.
+    """
+
+    layers: tuple[int, ...]
+    factor: float
+    contexts: int
+    fitness: float
+    error: float
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether it is more than two standard errors from 0."""
+        return not math.isfinite(self.fitness) or abs(self.fitness) > 2.0 * self.error
 
 
 @dataclass(frozen=True)
@@ -69,6 +90,7 @@ class StudySummary:
         trials: all candidates with a score, in order of asking.
         search_contexts: how many a candidate sees that is not dropped early.
         table: accuracies by depth, on test contexts or, before there are such, on search contexts (``table_split``).
+        scan: what single layers, or groups of them, do alone, in order of asking; empty where none was looked at.
         guard: divergence from the base model on ordinary text, in nats per token, by length of the text.
         costs: by phase, those that took place.
     """
@@ -84,6 +106,7 @@ class StudySummary:
     confidence: float
     table: DepthTable | None
     table_split: str
+    scan: tuple[LayerEffect, ...]
     guard: dict[str, float]
     costs: tuple[Cost, ...]
 
@@ -196,9 +219,29 @@ def summarise(
         confidence=confidence,
         table=table,
         table_split=table_split,
+        scan=_scan(trials, searched, base),
         guard=divergences_by_length(divergences.get(factors or (), ())),
         costs=_costs(evaluations),
     )
+
+
+def _scan(trials: Sequence[Trial], searched: Scores, base: Factors) -> tuple[LayerEffect, ...]:
+    effects = []
+    for trial in trials:
+        moved = tuple(layer for layer, factor in enumerate(trial.factors) if factor != 1.0)
+        if trial.origin == LAYER_SCAN and moved:
+            error = _error(searched.get(base, {}), searched.get(trial.factors, {}))
+            effects.append(LayerEffect(moved, trial.factors[moved[0]], trial.contexts, trial.fitness, error))
+    return tuple(effects)
+
+
+def _error(base: Mapping[int, ContextScore], other: Mapping[int, ContextScore]) -> float:
+    """The standard error of a candidate's fitness, by how its own gain varies over questions and contexts."""
+    common = sorted(base.keys() & other.keys())
+    found = components([base[i] for i in common], [other[i] for i in common])
+    if found is None:
+        return math.nan
+    return found.standard_error(len(common), min(len(base[i].probes) for i in common))
 
 
 def _trials_from(searched: Scores, base: Factors, middle_weight: float) -> tuple[Trial, ...]:

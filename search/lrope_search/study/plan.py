@@ -24,7 +24,7 @@ def make_optimizer(settings: SearchConfig, n_layer: int, layers: Sequence[int] |
         degree=settings.degree,
         bounds=settings.bounds,
         uniform_factors=settings.uniform_factors,
-        curves=[settings.start_curve(points) for points in settings.start],
+        curves=[settings.started(start) for start in settings.start],
         **settings.algorithm_options(),
     )
 
