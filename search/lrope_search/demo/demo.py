@@ -19,12 +19,11 @@ from lrope_gguf.text import sparkline
 
 from ..config import ModelConfig, SearchConfig, TaskConfig
 from ..launch import search
+from ..results.comparison import depth_groups
 from ..study.run import SearchOutcome
 from ..tasks import Task, make_task
 from .model import NAME, SHA256, embedded_model
 from .server import LlamaServer
-
-_ROWS = 11  # depths of the table of answers over HTTP
 
 
 @dataclass(frozen=True)
@@ -181,17 +180,16 @@ def _ask(path: Path, task: Task, model: ModelConfig, config: TaskConfig, demo: _
 
 
 def _table(answers: Mapping[str, list[list[bool]]], task: Task) -> str:
-    """The share of right answers over HTTP, by the nearest of some depths."""
-    asked = np.array([probe.depth for probe in task.context("test", 0).probes])
-    depths = np.linspace(0.0, 1.0, min(_ROWS, len(asked)))
-    column = np.abs(asked[:, None] - depths).argmin(axis=1)
+    """The share of right answers over HTTP, by depth."""
+    n_contexts = len(next(iter(answers.values())))
+    depths, column = depth_groups([p.depth for i in range(n_contexts) for p in task.context("test", i).probes])
     lines = [
         "right answers over HTTP by depth, %",
-        "depth    " + "".join(f"{depth:5.1f}" for depth in depths) + "      all",
+        "depth    " + "".join(f"{depth:5.2f}" for depth in depths) + "      all",
     ]
     for name, contexts in answers.items():
-        right = np.array(contexts)
-        shares = (100.0 * right[:, column == i].mean() for i in range(len(depths)))
+        right = np.concatenate([np.array(answered) for answered in contexts])
+        shares = (100.0 * right[column == i].mean() for i in range(len(depths)))
         total = f"{right.sum()}/{right.size}"
         lines.append(f"{name:<9}" + "".join(f"{share:5.0f}" for share in shares) + f"{total:>9}")
     return "\n".join(lines)
