@@ -105,6 +105,7 @@ def _launch(
         first = _first_worker(workers, spec, stack)
         facts = first.ask(find_out)
         layers = _layers(info, facts.longest)
+        options = model.llama_options()
         config = {
             "model": {"fingerprint": info.fingerprint(), "architecture": info.architecture, "name": info.name},
             "task": task_identity(task) | {"chat_template": model.chat_template, "answer_lead": facts.lead},
@@ -112,7 +113,7 @@ def _launch(
             "guard": guard,
             "computing": {"batch_size": model.batch_size, "n_gpu_layers": model.n_gpu_layers},
             "versions": {"lrope-gguf": __version__, "llama-cpp-python": binding_version()},
-        }
+        } | ({"llama_options": options} if options else {})
         place = directory
         if dry_run and not (directory / "config.json").exists():  # no trace that would bind a later run
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrope-")))
@@ -135,6 +136,7 @@ def _launch(
                 architecture=info.architecture,
                 block_count=info.block_count,
                 guard_contexts=1,
+                rope=info.rope.under(options).json(),
             )
             progress.line(_report(outcome.summary))
             return outcome

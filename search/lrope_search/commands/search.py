@@ -22,6 +22,7 @@ from .options import (
     Pair,
     all_of,
     first_task_options,
+    llama_options,
     model_config,
     model_options,
     option,
@@ -97,6 +98,7 @@ _workers = all_of(
 @_settings
 @_workers
 @model_options
+@llama_options
 def command(model: str, output: str, study: str | None, dry_run: bool, require_gain: bool, **values: Any) -> int:
     """Search the layer factors with which MODEL, a GGUF file, answers best from a long context."""
     path, directory = Path(output), Path(study) if study else Path(output).with_name(f"{Path(output).stem}.study")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
@@ -97,10 +98,11 @@ class TeacherForcedEvaluator:
     def memory_needed(self) -> MemoryNeeded:
         """Predict the memory of the model, its context as it is now, and the guard's two contexts while it looks."""
         model = self._model
-        needed = memory_needed(model.path, model.n_ctx, n_seq=self._n_seq, n_batch=model.n_batch)
+        needed_for = functools.partial(memory_needed, model.path, n_batch=model.n_batch, cache_types=model.cache_types)
+        needed = needed_for(model.n_ctx, n_seq=self._n_seq)
         if self._guard is None:
             return needed
-        one = memory_needed(model.path, self._guard.n_cells, n_seq=self._guard.n_seq, n_batch=model.n_batch)
+        one = needed_for(self._guard.n_cells, n_seq=self._guard.n_seq)
         return replace(needed, kv_cache=needed.kv_cache + 2 * one.kv_cache, compute=needed.compute + 2 * one.compute)
 
     def evaluate(self, factors: Factors, split: str, index: int) -> ContextScore:

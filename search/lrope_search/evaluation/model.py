@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
 
+from ..config import CACHE_TYPES
 from ..machine import physical_cores
 from .batch import Batch, Rows, Tokens
-from .binding import chat_formatter, llama_library, log, pointer
+from .binding import chat_formatter, llama_library, log, pointer, set_options
 
 _ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
 MAX_OUTPUTS = 128  # rows of logits a decode may return: bounds memory where the vocabulary is large
@@ -44,11 +45,12 @@ class Model:
         flash_attention: bool | None = None,
         chat: bool = True,
         verbose: bool = False,
+        llama_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Load ``path`` (memory-mapped). ``None`` leaves a choice to llama.cpp; ``n_threads``: the physical cores.
 
-        ``chat``: put prompts into the model's chat template, if it has one. Raises `LropeError` if the model
-        cannot be loaded or has no RoPE.
+        ``chat``: put prompts into the model's chat template, if it has one. ``llama_options``: of its contexts, see
+        `ModelConfig.llama_options`. Raises `LropeError` if the model cannot be loaded or has no RoPE.
         """
         self._llama = llama = llama_library()
         self._model: Any = None
@@ -57,6 +59,11 @@ class Model:
         self.path = Path(path)
         self.n_batch = n_batch
         self.n_threads = n_threads or physical_cores()
+        self._llama_options = dict(llama_options or {})
+        of_k, of_v = (str(self._llama_options.get(f"cache_type_{part}", "f16")) for part in "kv")
+        self.cache_types = of_k, of_v
+        if flash_attention is None and CACHE_TYPES[of_v][0] > 1:
+            flash_attention = True  # llama.cpp has no other attention on quantized values
         self._flash_attention = flash_attention
         if not self.path.is_file():
             raise LropeError(f"{path}: no such file")
@@ -226,6 +233,7 @@ class Model:
         parameters.swa_full = swa_full
         if self._flash_attention is not None:
             parameters.flash_attn_type = int(self._flash_attention)
+        set_options(parameters, self._llama_options)
         log.clear()
         self._context = llama.llama_init_from_model(self._model, parameters)
         if not self._context:
@@ -233,6 +241,7 @@ class Model:
         self._memory = llama.llama_get_memory(self._context)
         self._max_outputs = int(parameters.n_outputs_max)
         self.n_ctx = int(llama.llama_n_ctx(self._context))
+        self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._model))  # YaRN of the options has stretched it
 
     def clear(self, *, data: bool = False) -> None:
         """Empty all sequences; with ``data`` also overwrite the cached keys and values (needed after a NaN)."""

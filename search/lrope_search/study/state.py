@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from lrope_gguf.curve import Curve, CurveFile
@@ -40,11 +41,12 @@ class Run:
         architecture: str | None,
         block_count: int | None,
         guard_contexts: int,
+        rope: Mapping[str, Any] | None = None,
     ) -> None:
         """Take what `run_search` was given."""
         self.study, self.settings, self.progress = study, settings, progress
         self.architecture, self.block_count = architecture, block_count or executor.n_layer
-        self.guard_contexts = guard_contexts
+        self.guard_contexts, self.rope = guard_contexts, rope
         self.start = time.monotonic()
         self.identity: Factors = (1.0,) * executor.n_layer
         self.pipeline = Pipeline(executor, study, progress)
@@ -87,11 +89,12 @@ class Run:
 
     def document(self, best: Candidate, results: dict[str, Any]) -> CurveFile:
         """Return the curve file of ``best``: no times in it, so that a resumed search writes the same bytes."""
+        rope = {} if self.rope is None else {"rope": self.rope}
         return CurveFile(
             control_points=best.control_points,
             layer_factors=best.factors,
             bounds=self.settings.bounds,
             architecture=self.architecture,
             block_count=self.block_count,
-            provenance={"config": self.study.config, "results": results},
+            provenance={"config": self.study.config, **rope, "results": results},
         )
