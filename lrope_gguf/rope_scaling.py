@@ -131,7 +131,7 @@ class RopeScaling:
             return None
         steep = abs(single(1.0 - fs)) > single(_EXT_GAIN_MAX * abs(single(s - fs)))
         if steep or single(1.0 + single(single(0.1) * _log(single(s / fs if fs else math.inf)))) <= 0.0:
-            return f"it is too close to the model's YaRN frequency scale of {fs:g}, where there is no solution"
+            return f"llama.cpp takes none so close to the model's YaRN frequency scale of {fs:g}; give one further off"
         return None
 
 

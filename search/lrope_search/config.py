@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, Point
 from lrope_gguf.errors import LropeError
+from lrope_gguf.rope_scaling import MAX_FACTOR
 
 ControlPoints: TypeAlias = tuple[Point, ...]
 
@@ -270,7 +271,8 @@ class SearchConfig:
         middle_weight: See `Objective`.
         algorithm: One of `ALGORITHM_FIELDS`.
         parametrization: One of `PARAMETRIZATIONS`.
-        degree, bounds, uniform_factors, width: Of every optimizer; see `GeneticAlgorithm`.
+        degree, bounds, uniform_factors, width: Of every optimizer; see `GeneticAlgorithm`. Bounds lie within 1/1024
+            and 1024, beyond which llama.cpp takes no factors, with 1 between them.
         lag: Candidates that may be asked for before the first of them is told: what a search on many workers needs
             to keep them busy, and what it costs in foresight. Of those optimizers that have no generations.
         population, parents: Of those optimizers that have them; None: their own.
@@ -318,7 +320,7 @@ class SearchConfig:
             "max_hours": self.max_hours is None or self.max_hours > 0.0,
             "racing_fraction": 0.0 < self.racing_fraction <= 1.0,
             "middle_weight": 0.0 <= self.middle_weight < math.inf,
-            "bounds": 0.0 < low <= 1.0 <= high < math.inf and low < high,
+            "bounds": 1.0 / MAX_FACTOR <= low <= 1.0 <= high <= MAX_FACTOR and low < high,
             "uniform_factors": all(0.0 < factor < math.inf for factor in self.uniform_factors),
             "width": 0.0 < self.width <= 1.0,
             "max_kl": self.max_kl >= 0.0,

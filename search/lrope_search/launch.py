@@ -91,6 +91,8 @@ def _launch(
     dry_run: bool,
 ) -> SearchOutcome | None:
     info = read_model(model.path)
+    if not info.has_rope:
+        raise LropeError(f"{info.path}: a model without RoPE; layer factors mean nothing to it")
     _layers(info, 1)
     contexts = make_task(task)
     for split in SPLITS:

@@ -63,7 +63,7 @@ _settings = all_of(
                                     f"the curve alone, or own factors alone ({_DEFAULTS.parametrization})"),
     _setting("lag", "N", int, "candidates out at once: as many as there are workers is fastest, two or three times as "
              "many keeps them busy", _OPTIMIZER),
-    _setting("bounds", "LOW,HIGH", Pair(), "range of the factors", _OPTIMIZER),
+    _setting("bounds", "LOW,HIGH", Pair(), "range of the factors, around 1 and within 1/1024 and 1024", _OPTIMIZER),
     _setting("degree", "N", int, "degree of the Bézier curve", _OPTIMIZER),
     option("--start", metavar="FILE", multiple=True, type=FILE, heading=_OPTIMIZER,
            help="a curve to begin with, as of an earlier search or of a smaller model; as often as you like"),

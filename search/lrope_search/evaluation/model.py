@@ -26,7 +26,12 @@ from .batch import Batch, Rows, Tokens
 from .binding import chat_formatter, llama_library, log, pointer, set_options
 
 _ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
+_REFUSED = -2  # llama_set_rope_layer_factors, patches/src/src/llama-rope-layer.cpp
 MAX_OUTPUTS = 128  # rows of logits a decode may return: bounds memory where the vocabulary is large
+
+
+class FactorsRefusedError(LropeError):
+    """llama.cpp refuses layer factors for what they are: out of its range, or without a solution under YaRN."""
 
 
 class Model:
@@ -189,13 +194,21 @@ class Model:
     # Factors
 
     def set_factors(self, factors: Sequence[float]) -> None:
-        """Let layer ``l`` rotate by ``position / factors[l]``. The memory must be empty: keys are cached rotated."""
+        """Let layer ``l`` rotate by ``position / factors[l]``. The memory must be empty: keys are cached rotated.
+
+        Raises:
+            FactorsRefusedError: llama.cpp refuses these values; those before stay. Model and context decide, nothing
+                else.
+            LropeError: they are not one a layer, or the memory is not empty.
+        """
         values = np.ones(max(self._n_block, len(factors)), np.float32)
         values[: len(factors)] = factors
         log.clear()
-        if self._llama.llama_set_rope_layer_factors(self._context, pointer(values, ctypes.c_float), values.size):
+        code = self._llama.llama_set_rope_layer_factors(self._context, pointer(values, ctypes.c_float), values.size)
+        if code:
             listed = ",".join(f"{factor:g}" for factor in factors)
-            raise LropeError(f"layer factors {listed}: refused by llama.cpp: {log.reason()}; change them")
+            kind = FactorsRefusedError if code == _REFUSED else LropeError
+            raise kind(f"layer factors {listed}: refused by llama.cpp: {log.reason()}; change them")
 
     def get_factors(self) -> tuple[float, ...]:
         """Return the active factors, one a layer."""

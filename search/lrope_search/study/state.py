@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -81,7 +82,8 @@ class Run:
 
     def finalists(self) -> tuple[list[Candidate], Candidate | None]:
         """Return who goes on to validation as it stands, best first, and the best uniform factor among them."""
-        uniform = next((c for c, _ in self.ranking if uniform_factor(c) is not None), None)
+        useful = (c for c, (_, fitness) in self.ranking if fitness > -math.inf)
+        uniform = next((c for c in useful if uniform_factor(c) is not None), None)
         finalists = [c for c, _ in self.better_than_base()][: self.settings.finalists]
         if uniform is not None and uniform not in finalists:
             finalists.append(uniform)
