@@ -90,7 +90,8 @@ class ModelConfig:
         path: GGUF file; of a split model the first shard.
         n_threads: CPU threads; None: the physical cores.
         n_gpu_layers: Layers to keep on the GPU; None: all that fit.
-        batch_size: Tokens that llama.cpp computes at once.
+        batch_size: Tokens that llama.cpp computes at once; None: what a study was begun with, and else 512 on the CPU
+            and 2048 where layers go to a GPU.
         chat_template: Whether prompts go through the model's own template, if it has one.
         verbose: Show llama.cpp's log.
         rope_scaling: One of `ROPE_SCALINGS`; None, here and below: what the model's file says.
@@ -107,7 +108,7 @@ class ModelConfig:
     path: str
     n_threads: int | None = None
     n_gpu_layers: int | None = None
-    batch_size: int = 512
+    batch_size: int | None = None
     chat_template: bool = True
     verbose: bool = False
     rope_scaling: str | None = None

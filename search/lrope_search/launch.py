@@ -102,6 +102,8 @@ def _launch(
     guard = {"text": None if settings.guard_text is None else file_identity(settings.guard_text)}
     free = free_memory()
     texts = kept_guard_texts(Study.kept(directory, "guard"), directory)
+    if model.batch_size is None:  # the default may have been another one, or another machine's
+        model = dataclasses.replace(model, batch_size=_kept_batch_size(directory))
     spec = EvaluatorSpec(model, task, settings.guard_text, texts)
     with one_interrupt(), ExitStack() as stack:
         first = _first_worker(workers, spec, stack)
@@ -113,7 +115,7 @@ def _launch(
             "task": task_identity(task) | {"chat_template": model.chat_template, "answer_lead": facts.lead},
             "search": settings.identity(),
             "guard": guard,
-            "computing": {"batch_size": model.batch_size, "n_gpu_layers": model.n_gpu_layers},
+            "computing": {"batch_size": facts.batch_size, "n_gpu_layers": model.n_gpu_layers},
             "versions": {"lrope-gguf": __version__, "llama-cpp-python": binding_version()},
         } | ({"llama_options": options} if options else {})
         place = directory
@@ -128,7 +130,10 @@ def _launch(
             _say_cost(workers, optimizer, settings, study, directory, first, facts, free, progress)
             if dry_run:
                 return None
-            executor = _all_workers(workers, dataclasses.replace(spec, guard_texts=facts.guard_texts), first, stack)
+            spec = dataclasses.replace(
+                spec, model=dataclasses.replace(model, batch_size=facts.batch_size), guard_texts=facts.guard_texts
+            )
+            executor = _all_workers(workers, spec, first, stack)
             outcome = run_search(
                 executor,
                 study,
@@ -142,6 +147,14 @@ def _launch(
             )
             progress.line(_report(outcome.summary))
             return outcome
+
+
+def _kept_batch_size(directory: Path) -> int | None:
+    """Return what the study in ``directory`` was begun with; None if there is none, or none that makes sense."""
+    config = Study.kept(directory, "config")
+    computing = config.get("computing") if isinstance(config, dict) else None
+    size = computing.get("batch_size") if isinstance(computing, dict) else None
+    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
 
 
 def _layers(info: ModelInfo, n_tokens: int) -> tuple[int, ...]:

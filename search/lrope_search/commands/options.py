@@ -82,8 +82,8 @@ _LLAMA = "Advanced: as llama-server will be run (names and values are llama.cpp'
 model_options = all_of(
     option("--threads", metavar="N", type=POSITIVE, heading=_MODEL, help="CPU threads (the physical cores)"),
     option("--n-gpu-layers", metavar="N", type=int, heading=_MODEL, help="layers to keep on the GPU (all that fit)"),
-    option("--batch-size", metavar="N", type=POSITIVE, default=ModelConfig("").batch_size, heading=_MODEL,
-           help="tokens a batch (512)"),
+    option("--batch-size", metavar="N", type=POSITIVE, heading=_MODEL,
+           help="tokens a batch (512 on the CPU, 2048 where layers go to a GPU)"),
     option("--no-chat-template", is_flag=True, heading=_MODEL, help="give prompts as they are, to a chat model too"),
     option("--verbose", is_flag=True, heading=_MODEL, help="show llama.cpp's log"),
 )  # fmt: skip

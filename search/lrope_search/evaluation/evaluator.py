@@ -74,6 +74,11 @@ class TeacherForcedEvaluator:
         return self._encoder.lead.for_key("{key}")
 
     @property
+    def batch_size(self) -> int:
+        """Tokens that are computed at once."""
+        return self._model.n_batch
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt with its answer, of the first contexts."""
         return self._longest

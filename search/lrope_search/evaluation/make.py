@@ -113,9 +113,13 @@ class Facts:
     memory: MemoryNeeded
     longest: int
     """Tokens of the longest prompt."""
+    batch_size: int
+    """Tokens that are computed at once."""
 
 
 def find_out(evaluator: Evaluator) -> Facts:
     """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
     assert isinstance(evaluator, _Guarded)
-    return Facts(evaluator.lead, evaluator.guard_texts, evaluator.memory_needed(), evaluator.longest)
+    return Facts(
+        evaluator.lead, evaluator.guard_texts, evaluator.memory_needed(), evaluator.longest, evaluator.batch_size
+    )

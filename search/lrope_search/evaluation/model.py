@@ -27,6 +27,7 @@ from .binding import chat_formatter, llama_library, log, pointer, set_options
 
 _ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
 _REFUSED = -2  # llama_set_rope_layer_factors, patches/src/src/llama-rope-layer.cpp
+CPU_BATCH, GPU_BATCH = 512, 2048  # tokens a batch, by default
 MAX_OUTPUTS = 128  # rows of logits a decode may return: bounds memory where the vocabulary is large
 
 
@@ -44,7 +45,7 @@ class Model:
         self,
         path: Path | str,
         *,
-        n_batch: int = 512,
+        n_batch: int | None = None,
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
         flash_attention: bool | None = None,
@@ -54,15 +55,17 @@ class Model:
     ) -> None:
         """Load ``path`` (memory-mapped). ``None`` leaves a choice to llama.cpp; ``n_threads``: the physical cores.
 
-        ``chat``: put prompts into the model's chat template, if it has one. ``llama_options``: of its contexts, see
-        `ModelConfig.llama_options`. Raises `LropeError` if the model cannot be loaded or has no RoPE.
+        ``n_batch``, if None: `GPU_BATCH` where layers go to a GPU, else `CPU_BATCH`. ``chat``: put prompts into the
+        model's chat template, if it has one. ``llama_options``: of its contexts, see `ModelConfig.llama_options`.
+        Raises `LropeError` if the model cannot be loaded or has no RoPE.
         """
         self._llama = llama = llama_library()
         self._model: Any = None
         self._context: Any = None
         self._owns_model = True
         self.path = Path(path)
-        self.n_batch = n_batch
+        on_gpu = n_gpu_layers != 0 and llama.llama_supports_gpu_offload()
+        self.n_batch = n_batch or (GPU_BATCH if on_gpu else CPU_BATCH)
         self.n_threads = n_threads or physical_cores()
         self._llama_options = dict(llama_options or {})
         of_k, of_v = (str(self._llama_options.get(f"cache_type_{part}", "f16")) for part in "kv")
@@ -94,7 +97,7 @@ class Model:
             llama.llama_model_is_recurrent(self._model) or llama.llama_model_is_hybrid(self._model)
         )
         self.n_ctx = 0
-        self._batch = Batch(llama, n_batch)
+        self._batch = Batch(llama, self.n_batch)
         self._formatter = self._chat_formatter() if chat else None
 
     def __enter__(self) -> Model:
