@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -36,8 +35,8 @@ from lrope_gguf.layout import entries_for, factors_key, keeps_blocks, length, ne
 from lrope_gguf.model_info import SHARD, ModelInfo, info_of, shortest
 from lrope_gguf.model_info import read_factors as read_factors
 from lrope_gguf.model_info import read_model as read_model
+from lrope_gguf.rope_scaling import single
 
-MAX_FACTOR = 1024  # and its inverse: the limits of the patch, src/llama-rope-layer.cpp
 _LINKS = "{path} had {links} names (hard links); only this one has the new content, the others keep the old"
 Progress = Callable[[int, int], None]
 
@@ -309,12 +308,9 @@ def _storable(info: ModelInfo, factors: Iterable[float]) -> tuple[str, tuple[flo
     for layer, value in enumerate(values):
         if layer >= n_layer and value != 1:
             raise LropeError(f"{path}: layer {layer} is of a multi-token-prediction head and keeps factor 1")
-        if not 1 / MAX_FACTOR <= value <= MAX_FACTOR:
-            raise LropeError(
-                f"{path}: the factor of layer {layer} is {value:g}, but llama.cpp takes 1/{MAX_FACTOR} to "
-                f"{MAX_FACTOR}; give one near 1"
-            )
-        stored.append(struct.unpack("<f", struct.pack("<f", value))[0])
+        if refusal := info.rope.refusal(value):
+            raise LropeError(f"{path}: the factor of layer {layer} is {value:g}, but {refusal}")
+        stored.append(single(value))
     return info.architecture, tuple(stored)
 
 

@@ -13,6 +13,7 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.gguf_scan import ARRAY, FLOAT32, GGUFFile
 from lrope_gguf.layout import CURVE_KEY, PAGE, factors_key, kept, prefix
 from lrope_gguf.reach import rope_reach
+from lrope_gguf.rope_scaling import RopeScaling
 
 MAX_LAYERS = 4096
 _MAX_CURVE_BYTES = 4 << 20
@@ -54,6 +55,7 @@ class ModelInfo:
         nextn_predict_layers: layers of that head, the last ones.
         context_length: trained length in tokens.
         rope_reach: of the layers that a curve shapes, how many tokens their rotation reaches (`lrope_gguf.reach`).
+        rope: how llama.cpp rotates without further options.
         rope_freq_base, rope_dimension_count, rope_scaling_type, rope_scaling_factor: of the base model's RoPE.
         factors: `s_l` of all `block_count` layers, float32 values; None where absent or not usable.
         factors_error: why a stored array is not usable, as a sentence's end.
@@ -72,6 +74,7 @@ class ModelInfo:
     nextn_predict_layers: int
     context_length: int | None
     rope_reach: tuple[int | None, ...]
+    rope: RopeScaling
     rope_freq_base: float | None
     rope_dimension_count: int | None
     rope_scaling_type: str | None
@@ -180,6 +183,7 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         nextn_predict_layers=nextn,
         context_length=gguf.integer(of("context_length")),
         rope_reach=rope_reach(gguf, str(architecture), (block_count or 0) - nextn if block_count else 0),
+        rope=RopeScaling.of(gguf, str(architecture)),
         rope_freq_base=real("rope.freq_base"),
         rope_dimension_count=gguf.integer(of("rope.dimension_count")),
         rope_scaling_type=gguf.text(of("rope.scaling.type")),

@@ -96,6 +96,14 @@ def test_the_scan_waits_for_its_results() -> None:
     assert scan.next() == ((0,), -0.1)
 
 
+def test_a_layer_whose_factor_is_refused_does_not_lead() -> None:
+    scan = LayerScan(4, 0.18, -0.1)
+    while (item := scan.next()) is not None:
+        (layer,), log_factor = item
+        scan.tell((layer,), log_factor, -math.inf if layer == 0 or log_factor < 0.0 else 0.01 * layer)
+    assert scan.done and scan.relevant(4) == [3, 2, 1, 0] and [layer for layer, _ in scan.gains()] == [3, 2, 1]
+
+
 def test_layers_that_do_not_count_stay_at_1() -> None:
     space = LayerSpace(6, (1, 4), curve=CurveSpace(6))
     generator = np.random.default_rng(0)

@@ -7,21 +7,37 @@ from pathlib import Path
 
 import gguf
 import pytest
-from support.rope_models import GEMMA3, LLAMA, LONGROPE_SHORT, MROPE, QWEN2, QWEN3, WIDE_64, TinyModel, by_name, file_of
+from support.rope_models import (
+    GEMMA3,
+    LLAMA,
+    LONGROPE_SHORT,
+    MROPE,
+    QWEN2,
+    QWEN3,
+    WIDE_32,
+    WIDE_64,
+    TinyModel,
+    by_name,
+    file_of,
+)
 from support.tiny_models import write_readable
 
 from lrope_gguf.errors import LropeError
+from lrope_search.config import CACHE_TYPES
 from lrope_search.evaluation import binding as binding_module
 from lrope_search.evaluation import model as model_module
-from lrope_search.evaluation.memory import MemoryNeeded, memory_needed
+from lrope_search.evaluation.memory import MemoryNeeded, check_cache_types, memory_needed
 from lrope_search.evaluation.model import Model
 
 native = pytest.mark.native
 _BUFFER = re.compile(r"(KV|compute|output) buffer size = +([\d.]+) MiB")
 
 
+F16 = ("f16", "f16")
+
+
 def allocated(
-    path: Path, n_ctx: int, n_seq: int, n_batch: int, flash: bool, monkeypatch: pytest.MonkeyPatch
+    path: Path, n_ctx: int, n_seq: int, n_batch: int, flash: bool, types: tuple[str, str], patch: pytest.MonkeyPatch
 ) -> dict[str, int]:
     """Bytes by kind of buffer, from llama.cpp's log."""
     lines: list[str] = []
@@ -31,8 +47,9 @@ def allocated(
         lines.append(text.decode())
         log(self, level, text, data)
 
-    monkeypatch.setattr(binding_module.Log, "__call__", keep)
-    with Model(path, n_threads=1, chat=False, n_batch=n_batch, flash_attention=flash) as model:
+    patch.setattr(binding_module.Log, "__call__", keep)
+    options = {"cache_type_k": types[0], "cache_type_v": types[1]}
+    with Model(path, n_threads=1, chat=False, n_batch=n_batch, flash_attention=flash, llama_options=options) as model:
         model.reserve(n_ctx, n_seq)
         # the buffer for logits that are read grows to so many rows when they are first asked for, unlogged
         logits = 4 * model.n_vocab * min(max(model_module.MAX_OUTPUTS, n_seq), n_batch)
@@ -43,9 +60,17 @@ def allocated(
     return sizes
 
 
-def check(path: Path, monkeypatch: pytest.MonkeyPatch, n_ctx: int, n_seq: int, n_batch: int, flash: bool) -> None:
-    found = allocated(path, n_ctx, n_seq, n_batch, flash, monkeypatch)
-    predicted = memory_needed(path, n_ctx, n_seq=n_seq, n_batch=n_batch, flash_attention=flash)
+def check(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    n_ctx: int,
+    n_seq: int,
+    n_batch: int,
+    flash: bool,
+    types: tuple[str, str] = F16,
+) -> None:
+    found = allocated(path, n_ctx, n_seq, n_batch, flash, types, monkeypatch)
+    predicted = memory_needed(path, n_ctx, n_seq=n_seq, n_batch=n_batch, flash_attention=flash, cache_types=types)
     assert predicted.kv_cache == pytest.approx(found["KV"], abs=2**14)  # the log's rounding
     assert found["KV"] > 0
     computing = found["compute"] + found["output"]
@@ -61,6 +86,37 @@ def test_prediction_covers_what_is_allocated(
     model: TinyModel, n_ctx: int, n_seq: int, n_batch: int, flash: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(file_of(model), monkeypatch, n_ctx, n_seq, n_batch, flash)
+
+
+@native
+@pytest.mark.parametrize("model", [WIDE_32, WIDE_64], ids=by_name)
+@pytest.mark.parametrize("of_v", ["f16", "f32", "q8_0"])
+@pytest.mark.parametrize("of_k", CACHE_TYPES)
+def test_prediction_follows_the_types_of_the_cache(
+    model: TinyModel, of_k: str, of_v: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of 64 are quantized through a rotation, heads of 32 as they are."""
+    check(file_of(model), monkeypatch, 300, 5, 64, True, (of_k, of_v))
+    if CACHE_TYPES[of_v][0] == 1:
+        check(file_of(model), monkeypatch, 4000, 40, 512, False, (of_k, of_v))
+    else:
+        check(file_of(model), monkeypatch, 4000, 40, 512, True, (of_k, of_v))
+
+
+def test_types_of_the_cache_that_a_model_cannot_have(tmp_path: Path) -> None:
+    path = write_readable(tmp_path / "m.gguf", LLAMA)
+    check_cache_types(path, ("bf16", "f32"))
+    with pytest.raises(LropeError, match=r"^--cache-type-v q8_0: has blocks of 32 .* m?.*\.gguf have 16; give f16"):
+        check_cache_types(path, ("f16", "q8_0"))
+    latent = {"attention__key_length": 64, "attention__key_length_mla": 32, "attention__value_length": 64}
+    path = header(tmp_path / "latent.gguf", "deepseek2", **COMMON, **latent, attention__head_count=2)
+    check_cache_types(path, ("q8_0", "q8_0"))
+    with pytest.raises(LropeError, match=r"--cache-type-k q8_0: .*keeps values in its keys"):
+        check_cache_types(path, ("q8_0", "f16"))
+    path = header(tmp_path / "grok.gguf", "grok", **COMMON, attention__head_count=2)
+    check_cache_types(path, ("q8_0", "f16"))
+    with pytest.raises(LropeError, match="--cache-type-v q4_0: needs flash attention"):
+        check_cache_types(path, ("f16", "q4_0"))
 
 
 def test_the_cache_counts_layers_heads_and_cells(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,6 +20,9 @@ from lrope_gguf.files import check_output
 from lrope_gguf.layout import CURVE_KEY, factors_key
 from lrope_gguf.metadata import WritePlan, WriteResult, plan_write, write_factors
 from lrope_gguf.model_info import ModelInfo, read_model, shortest
+from lrope_gguf.rope_scaling import differences
+
+_TYPE = re.compile(r"[a-z0-9_]{1,16}")
 
 
 @click.command("write", cls=Command)
@@ -41,16 +46,18 @@ def command(
     exactly_one(curve=curve, factors=factors, uniform=uniform)
     info = read_model(model)
     curve_json = None
+    served = _Served()
     if curve is not None:
         if output is not None:
             check_output("--output", output, {"--curve": curve})
         document, factors = curve_for(curve, info)
         curve_json = document.dumps(compact=True)
+        served = _served(document, info)
     elif uniform is not None:
         factors = (uniform,) * (info.n_layer or 1)
     if dry_run:
         plan = plan_write(model, factors or (), curve_json=curve_json, output=output, mapped_ok=mapped_ok)
-        report(plan.notes, [] if quiet else _plan_lines(plan, info))
+        report((*served.notes, *plan.notes), [] if quiet else _plan_lines(plan, info))
         return
     with CopyProgress(quiet=quiet) as progress:
         result = write_factors(
@@ -61,8 +68,44 @@ def command(
         "rewritten": f"written ({result.bytes_written} bytes, {whole_file(result)})",
         "unchanged": "unchanged, it held them already",
     }[result.how]
-    server = f"llama-server -m {shlex.quote(str(result.path))}"
-    report(result.notes, [] if quiet else [f"{result.path}: {done}; {_factors(result.factors)}; next: {server}"])
+    server = shlex.join(["llama-server", "-m", str(result.path), *served.options])
+    lines = [f"{result.path}: {done}; {_factors(result.factors)}; next: {server}"]
+    report((*served.notes, *result.notes), [] if quiet else lines)
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What a server must be told for the factors to be those that were found: options, and notes that say why."""
+
+    options: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _served(document: CurveFile, info: ModelInfo) -> _Served:
+    """Hold what a curve was found under, as far as its provenance tells, against the file that it goes into."""
+    provenance = document.provenance if isinstance(document.provenance, dict) else {}
+    said: list[str] = []
+    options: list[str] = []
+
+    def add(name: str, value: Any, where: str) -> None:
+        option = f"--{name.replace('_', '-')}"
+        text = value if isinstance(value, str) else f"{value:.9g}"
+        said.append(f"{option} {text} ({where})")
+        if value != "longrope":  # which no option turns on
+            options.extend((option, text))
+
+    for name, (wanted, own) in differences(provenance.get("rope"), info.rope).items():
+        add(name, wanted, f"the file says {own if isinstance(own, str) else f'{own:.9g}'}")
+    config = provenance.get("config")
+    given = config.get("llama_options") if isinstance(config, dict) else None
+    for name in ("cache_type_k", "cache_type_v"):
+        kind = given.get(name) if isinstance(given, dict) else None
+        if isinstance(kind, str) and _TYPE.fullmatch(kind):
+            add(name, kind, "no file says that")
+    if not said:
+        return _Served()
+    note = f"{info.path}: the curve was found with {', '.join(said)}; give llama-server the same, or search again"
+    return _Served(tuple(options), (note,))
 
 
 def whole_file(result: WriteResult) -> str:

@@ -7,13 +7,14 @@ command line. Nothing here imports NumPy or llama.cpp.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, Point
 from lrope_gguf.errors import LropeError
+from lrope_gguf.rope_scaling import MAX_FACTOR
 
 from .sample import default_contexts, default_probes
 
@@ -57,6 +58,25 @@ PARAMETRIZATIONS = ("both", "bezier", "layers")
 """What candidates are: a Bézier curve over all layers with own factors of a few, the curve alone (the papers' way), or
 own factors alone; the first is the default."""
 
+ROPE_SCALINGS = ("none", "linear", "yarn")
+"""What ``--rope-scaling`` of llama.cpp takes."""
+CACHE_TYPES: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {
+        "f16": (1, 2), "f32": (1, 4), "bf16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20),
+        "iq4_nl": (32, 18), "q5_0": (32, 22), "q5_1": (32, 24),
+    }
+)  # fmt: skip
+"""What ``--cache-type-k`` and ``-v`` of llama.cpp take, and of each numbers and bytes a block; the first is the
+default."""
+_UNSET: Mapping[str, float] = MappingProxyType(
+    {
+        "rope_freq_base": 0.0, "rope_freq_scale": 0.0, "yarn_orig_ctx": 0, "yarn_ext_factor": -1.0,
+        "yarn_attn_factor": -1.0, "yarn_beta_slow": -1.0, "yarn_beta_fast": -1.0,
+    }
+)  # fmt: skip
+"""Numbers that say to llama.cpp what None says here: as the model has it (``llama_context_default_params``)."""
+_FLOAT32_MAX = 3.4028234663852886e38
+
 EXECUTORS = ("local", "ray")
 """Where workers live: processes of this machine, or actors of a Ray cluster."""
 
@@ -76,9 +96,16 @@ class ModelConfig:
         path: GGUF file; of a split model the first shard.
         n_threads: CPU threads; None: the physical cores.
         n_gpu_layers: Layers to keep on the GPU; None: all that fit.
-        batch_size: Tokens that llama.cpp computes at once.
+        batch_size: Tokens that llama.cpp computes at once; None: what a study was begun with, and else 512 on the CPU
+            and 2048 where layers go to a GPU.
         chat_template: Whether prompts go through the model's own template, if it has one.
         verbose: Show llama.cpp's log.
+        rope_scaling: One of `ROPE_SCALINGS`; None, here and below: what the model's file says.
+        rope_scale: How many times longer contexts become; 1 over ``rope_freq_scale``, give one of them.
+        rope_freq_base, rope_freq_scale: RoPE's base, and the factor of its frequencies.
+        yarn_orig_ctx: Tokens of context that the model was trained on.
+        yarn_ext_factor, yarn_attn_factor, yarn_beta_slow, yarn_beta_fast: YaRN's, as llama.cpp has them.
+        cache_type_k, cache_type_v: Of the cached keys and values, one of `CACHE_TYPES`.
 
     Raises:
         LropeError: a value out of range.
@@ -87,15 +114,61 @@ class ModelConfig:
     path: str
     n_threads: int | None = None
     n_gpu_layers: int | None = None
-    batch_size: int = 512
+    batch_size: int | None = None
     chat_template: bool = True
     verbose: bool = False
+    rope_scaling: str | None = None
+    rope_scale: float | None = None
+    rope_freq_base: float | None = None
+    rope_freq_scale: float | None = None
+    yarn_orig_ctx: int | None = None
+    yarn_ext_factor: float | None = None
+    yarn_attn_factor: float | None = None
+    yarn_beta_slow: float | None = None
+    yarn_beta_fast: float | None = None
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         object.__setattr__(self, "path", str(self.path))
         for name, value in (("threads", self.n_threads), ("batch_size", self.batch_size)):
             _at_least(name, value, 1)
+        _one_of("rope_scaling", self.rope_scaling, (None, *ROPE_SCALINGS))
+        for name in ("cache_type_k", "cache_type_v"):
+            _one_of(name, getattr(self, name), tuple(CACHE_TYPES))
+        for name in ("rope_scale", *_UNSET):
+            self._check_number(name)
+        if self.rope_scale is not None and self.rope_freq_scale is not None:
+            raise LropeError("--rope-scale, --rope-freq-scale: both say how far to scale; leave out one of them")
+        for name in ("rope_scale", "rope_freq_scale"):
+            if self.rope_scaling == "none" and getattr(self, name) is not None:
+                raise LropeError(f"{option(name)}: means nothing with --rope-scaling none; leave out one of them")
+
+    def _check_number(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None or value == _UNSET.get(name):
+            return
+        if name == "yarn_orig_ctx":
+            right = isinstance(value, int) and 0 < value < 1 << 31
+        else:
+            least = 0.0 if name.startswith("yarn") else 1.0 / _FLOAT32_MAX
+            right = least <= value <= _FLOAT32_MAX
+        if not right:
+            above = "at least 0" if name.startswith("yarn") and name != "yarn_orig_ctx" else "above 0"
+            raise LropeError(f"{option(name)} {value}: out of range; give a number {above}, or leave it out")
+
+    def llama_options(self) -> dict[str, Any]:
+        """Return what llama.cpp's context is told beside its defaults, by the names of its options; mostly nothing.
+
+        Two settings that come to the same return the same: ``rope_scale`` becomes ``rope_freq_scale``.
+        """
+        scale = self.rope_freq_scale if self.rope_scale is None else 1.0 / self.rope_scale
+        values = {name: scale if name == "rope_freq_scale" else getattr(self, name) for name in _UNSET}
+        options: dict[str, Any] = {} if self.rope_scaling is None else {"rope_scaling": self.rope_scaling}
+        options |= {name: value for name, value in values.items() if value not in (None, _UNSET[name])}
+        types = {name: getattr(self, name) for name in ("cache_type_k", "cache_type_v")}
+        return options | {name: kind for name, kind in types.items() if kind != next(iter(CACHE_TYPES))}
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as a JSON object."""
@@ -215,7 +288,8 @@ class SearchConfig:
         middle_weight: See `Objective`.
         algorithm: One of `ALGORITHM_FIELDS`.
         parametrization: One of `PARAMETRIZATIONS`.
-        degree, bounds, uniform_factors, width: Of every optimizer; see `GeneticAlgorithm`.
+        degree, bounds, uniform_factors, width: Of every optimizer; see `GeneticAlgorithm`. Bounds lie within 1/1024
+            and 1024, beyond which llama.cpp takes no factors, with 1 between them.
         lag: Candidates that may be asked for before the first of them is told: what a search on many workers needs
             to keep them busy, and what it costs in foresight. Of those optimizers that have no generations.
         population, parents: Of those optimizers that have them; None: their own.
@@ -263,7 +337,7 @@ class SearchConfig:
             "max_hours": self.max_hours is None or self.max_hours > 0.0,
             "racing_fraction": 0.0 < self.racing_fraction <= 1.0,
             "middle_weight": 0.0 <= self.middle_weight < math.inf,
-            "bounds": 0.0 < low <= 1.0 <= high < math.inf and low < high,
+            "bounds": 1.0 / MAX_FACTOR <= low <= 1.0 <= high <= MAX_FACTOR and low < high,
             "uniform_factors": all(0.0 < factor < math.inf for factor in self.uniform_factors),
             "width": 0.0 < self.width <= 1.0,
             "max_kl": self.max_kl >= 0.0,
@@ -395,6 +469,12 @@ def escaped(text: str) -> str:
 def _at_least(name: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise LropeError(f"{option(name)} {value}: too few; give at least {least}")
+
+
+def _one_of(name: str, value: str | None, known: Sequence[str | None]) -> None:
+    if value not in known:
+        choices = ", ".join(filter(None, known))
+        raise LropeError(f"{option(name)} {value}: unknown; choose one of {choices}")
 
 
 def _from_json(config: type[C], value: Mapping[str, Any]) -> C:

@@ -1,10 +1,15 @@
-"""What a search will take, said before it begins: memory, tokens, hours."""
+"""What a search will take and how much it will see, said before it begins."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from lrope_gguf.errors import LropeError
 
+from .evaluation.make import Facts
 from .evaluation.memory import MemoryNeeded
+from .results.variation import variation_text
+from .sample import Components, cheapest
 
 
 def memory_text(memory: MemoryNeeded, n_workers: int) -> str:
@@ -26,6 +31,29 @@ def check_memory(memory: MemoryNeeded, n_workers: int, free: int | None) -> None
         f"--workers {n_workers}: need {_size(needed)} ({_size(memory.weights)} for the model, "
         f"{_size(memory.per_worker)} for each worker), but {_size(free)} are free; {advice}"
     )
+
+
+def precision(found: Components, contexts: int, facts: Facts, n_tokens: int, measured_with: str) -> Iterator[str]:
+    """Say how well ``contexts`` contexts of ``n_tokens`` tokens tell candidates apart, and what twice as well costs."""
+    probes = facts.n_probes
+    yield f"{variation_text(found, contexts, probes)}; measured with {measured_with}"
+    probe_cost = (n_tokens - facts.longest) / max(probes - 1, 1)
+    if found.within == 0.0 or probe_cost <= 0.0:
+        return
+    tokens, how = contexts * n_tokens, ""
+    if facts.n_places > probes:
+        contexts, probes = cheapest(
+            found,
+            found.standard_error(contexts, probes) / 2.0,
+            places=facts.n_places,
+            context_cost=facts.longest - probe_cost,
+            probe_cost=probe_cost,
+        )
+        how = f"--probes {probes} "
+    else:
+        contexts *= 4
+    times = contexts * (facts.longest + (probes - 1) * probe_cost) / tokens
+    yield f"half of that: {how}--search-contexts {contexts}, {times:.1f} times the tokens a candidate"
 
 
 def duration(hours: float) -> str:

@@ -13,15 +13,14 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import ModelInfo, read_model
 
 from .config import ModelConfig, SearchConfig, TaskConfig, WorkersConfig
-from .cost import check_memory, duration, memory_text
+from .cost import check_memory, duration, memory_text, precision
 from .evaluation.binding import binding_version
 from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_guard_texts
 from .machine import free_memory, physical_cores, visible_gpus
 from .optimizers.protocol import Optimizer
 from .report.page import write_report
 from .results.summary import StudySummary
-from .results.variation import components, variation_text
-from .sample import cheapest
+from .results.variation import components
 from .scores import ContextScore, Job
 from .study.interrupt import one_interrupt
 from .study.plan import make_optimizer, planned_evaluations
@@ -93,6 +92,8 @@ def _launch(
     dry_run: bool,
 ) -> SearchOutcome | None:
     info = read_model(model.path)
+    if not info.has_rope:
+        raise LropeError(f"{info.path}: a model without RoPE; layer factors mean nothing to it")
     _layers(info, 1)
     contexts = make_task(task)
     for start in settings.start:
@@ -106,20 +107,23 @@ def _launch(
     guard = {"text": None if settings.guard_text is None else file_identity(settings.guard_text)}
     free = free_memory()
     texts = kept_guard_texts(Study.kept(directory, "guard"), directory)
+    if model.batch_size is None:  # the default may have been another one, or another machine's
+        model = dataclasses.replace(model, batch_size=_kept_batch_size(directory))
     spec = EvaluatorSpec(model, task, settings.guard_text, texts)
     with one_interrupt(), ExitStack() as stack:
         first = _first_worker(workers, spec, stack)
         facts = first.ask(find_out)
         layers = _layers(info, facts.longest)
         settings = settings.settled(facts.n_probes, sizes)
+        options = model.llama_options()
         config = {
             "model": {"fingerprint": info.fingerprint(), "architecture": info.architecture, "name": info.name},
             "task": task_identity(task) | {"chat_template": model.chat_template, "answer_lead": facts.lead},
             "search": settings.identity(),
             "guard": guard,
-            "computing": {"batch_size": model.batch_size, "n_gpu_layers": model.n_gpu_layers},
+            "computing": {"batch_size": facts.batch_size, "n_gpu_layers": model.n_gpu_layers},
             "versions": {"lrope-gguf": __version__, "llama-cpp-python": binding_version()},
-        }
+        } | ({"llama_options": options} if options else {})
         place = directory
         if dry_run and not (directory / "config.json").exists():  # no trace that would bind a later run
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrope-")))
@@ -133,7 +137,10 @@ def _launch(
             if dry_run:
                 _say_variation(settings, study, first, facts, progress)
                 return None
-            executor = _all_workers(workers, dataclasses.replace(spec, guard_texts=facts.guard_texts), first, stack)
+            spec = dataclasses.replace(
+                spec, model=dataclasses.replace(model, batch_size=facts.batch_size), guard_texts=facts.guard_texts
+            )
+            executor = _all_workers(workers, spec, first, stack)
             outcome = run_search(
                 executor,
                 study,
@@ -143,6 +150,7 @@ def _launch(
                 architecture=info.architecture,
                 block_count=info.block_count,
                 guard_contexts=1,
+                rope=info.rope.under(options).json(),
             )
             progress.line(_report(outcome.summary))
             return outcome
@@ -157,25 +165,9 @@ def _say_variation(settings: SearchConfig, study: Study, first: Executor, facts:
         for side in (1.0, factor)
     )
     found = components(base, other)
-    if found is None:
-        return
-    contexts, probes = settings.n_contexts("search"), facts.n_probes
-    progress.line(f"{variation_text(found, contexts, probes)}; measured with uniform {factor:g}")
-    probe_cost = (base[0].n_tokens - facts.longest) / max(probes - 1, 1)
-    if found.within == 0.0 or probe_cost <= 0.0:
-        return
-    error, tokens = found.standard_error(contexts, probes) / 2.0, contexts * base[0].n_tokens
-    how = ""
-    if facts.n_places > probes:
-        context_cost = facts.longest - probe_cost
-        contexts, probes = cheapest(
-            found, error, places=facts.n_places, context_cost=context_cost, probe_cost=probe_cost
-        )
-        how = f"--probes {probes} "
-    else:
-        contexts *= 4
-    times = contexts * (facts.longest + (probes - 1) * probe_cost) / tokens
-    progress.line(f"half of that: {how}--search-contexts {contexts}, {times:.1f} times the tokens a candidate")
+    if found is not None:
+        for line in precision(found, settings.n_contexts("search"), facts, base[0].n_tokens, f"uniform {factor:g}"):
+            progress.line(line)
 
 
 def _context_score(job: Job, study: Study, first: Executor) -> ContextScore:
@@ -187,6 +179,14 @@ def _context_score(job: Job, study: Study, first: Executor) -> ContextScore:
         study.record(job, score)
     assert isinstance(score, ContextScore)
     return score
+
+
+def _kept_batch_size(directory: Path) -> int | None:
+    """Return what the study in ``directory`` was begun with; None if there is none, or none that makes sense."""
+    config = Study.kept(directory, "config")
+    computing = config.get("computing") if isinstance(config, dict) else None
+    size = computing.get("batch_size") if isinstance(computing, dict) else None
+    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
 
 
 def _layers(info: ModelInfo, n_tokens: int) -> tuple[int, ...]:

@@ -118,6 +118,7 @@ def measure(
             "chat_template": model.chat_template,
             "split": split,
             "answer_lead": evaluator.lead,
+            **({"llama_options": options} if (options := model.llama_options()) else {}),
         },
         sides=sides,
         table=depth_table(scores),

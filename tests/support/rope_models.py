@@ -108,9 +108,7 @@ class TinyModel:
         add_attention(writer, c)
         writer.add_vocab_size(c.n_vocab)
         writer.add_tokenizer_model("no_vocab")
-        for key, value in self.metadata:
-            add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-            add.get(type(value), writer.add_array)(f"{self.arch}.{key}", value)
+        add_metadata(writer, self)
         if factors is not None:
             writer.add_array(f"{self.arch}.rope.scaling.layer_factors", [float(f) for f in factors])
         for name, tensor in (self.weights() if weights is None else weights).items():
@@ -130,6 +128,13 @@ def add_attention(writer: gguf.GGUFWriter, c: Config) -> None:
     writer.add_rope_dimension_count(c.ropes[0].n_rot)
     writer.add_layer_norm_rms_eps(c.eps)
     writer.add_rope_freq_base(c.ropes[-1].base)
+
+
+def add_metadata(writer: gguf.GGUFWriter, model: TinyModel) -> None:
+    """Add the keys that are a model's own, each with its type."""
+    for key, value in model.metadata:
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        add.get(type(value), writer.add_array)(f"{model.arch}.{key}", value)
 
 
 _folder = tempfile.TemporaryDirectory(prefix="rope-models-")

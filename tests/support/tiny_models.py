@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from support.rope_models import LLAMA, TinyModel, add_attention
+from support.rope_models import LLAMA, TinyModel, add_attention, add_metadata
 
 # printable ASCII and newline in the byte alphabet of GPT-2, where a blank is Ġ and a newline Ċ
 _CHARACTERS = ["Ċ", "Ġ", *map(chr, range(33, 127))]
@@ -44,8 +44,7 @@ def write_readable(
     c = model.config
     writer = _writer(path, model.arch, c.n_layer, c.n_embd, c.n_ff, c.n_head, context_length)
     add_attention(writer, c)
-    for key, value in model.metadata:
-        writer.add_uint32(f"{model.arch}.{key}", int(value))
+    add_metadata(writer, model)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     if factors is not None:

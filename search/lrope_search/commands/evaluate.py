@@ -15,6 +15,7 @@ from ..scores import Factors
 from .options import (
     POSITIVE,
     first_task_options,
+    llama_options,
     model_config,
     model_options,
     option,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         help="which contexts (test)")  # fmt: skip
 @task_options
 @model_options
+@llama_options
 def command(
     model: str,
     curve: str | None,

@@ -10,11 +10,13 @@ import click
 from lrope_gguf.commands.options import FILE, Option
 
 from ..config import (
+    CACHE_TYPES,
     DEFAULT_DOCUMENTS,
     DEFAULT_PAIRS,
     DEFAULT_TEMPLATE,
     IDENTIFIER_KINDS,
     POSITIONS,
+    ROPE_SCALINGS,
     TASK_FIELDS,
     ModelConfig,
     TaskConfig,
@@ -74,16 +76,37 @@ def all_of(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
 
 
 _MODEL, _TASK = "Advanced: model", "Advanced: task"
+_LLAMA = "Advanced: as llama-server will be run (names and values are llama.cpp's)"
 
 model_options = all_of(
     option("--threads", metavar="N", type=POSITIVE, heading=_MODEL, help="CPU threads (the physical cores)"),
     option("--n-gpu-layers", metavar="N", type=int, heading=_MODEL, help="layers to keep on the GPU (all that fit)"),
-    option("--batch-size", metavar="N", type=POSITIVE, default=ModelConfig("").batch_size, heading=_MODEL,
-           help="tokens a batch (512)"),
+    option("--batch-size", metavar="N", type=POSITIVE, heading=_MODEL,
+           help="tokens a batch (512 on the CPU, 2048 where layers go to a GPU)"),
     option("--no-chat-template", is_flag=True, heading=_MODEL, help="give prompts as they are, to a chat model too"),
     option("--verbose", is_flag=True, heading=_MODEL, help="show llama.cpp's log"),
 )  # fmt: skip
 """How a model is run; `model_config` takes their values."""
+
+_CACHE_TYPE = click.Choice(list(CACHE_TYPES))
+
+llama_options = all_of(
+    option("--rope-scaling", type=click.Choice(ROPE_SCALINGS), heading=_LLAMA, help="RoPE scaling (the model's)"),
+    option("--rope-scale", metavar="N", type=float, heading=_LLAMA, help="stretch contexts N times (the model's)"),
+    option("--rope-freq-base", metavar="N", type=float, heading=_LLAMA, help="RoPE's base (the model's)"),
+    option("--rope-freq-scale", metavar="N", type=float, heading=_LLAMA, help="stretch contexts 1/N times"),
+    option("--yarn-orig-ctx", metavar="N", type=int, heading=_LLAMA, help="tokens of its training (the model's)"),
+    option("--yarn-ext-factor", metavar="N", type=float, heading=_LLAMA, help="share of extrapolation (1 with YaRN)"),
+    option("--yarn-attn-factor", metavar="N", type=float, heading=_LLAMA, help="magnitude (the model's)"),
+    option("--yarn-beta-slow", metavar="N", type=float, heading=_LLAMA, help="high correction dimension (the model's)"),
+    option("--yarn-beta-fast", metavar="N", type=float, heading=_LLAMA, help="low correction dimension (the model's)"),
+    option("--cache-type-k", type=_CACHE_TYPE, default="f16", heading=_LLAMA, help="cached keys (f16)"),
+    option("--cache-type-v", type=_CACHE_TYPE, default="f16", heading=_LLAMA,
+           help="cached values; quantized ones turn flash attention on (f16)"),
+)  # fmt: skip
+"""What decides which factors are good besides the model; `model_config` takes their values."""
+_LLAMA_NAMES = ("rope_scaling", "rope_scale", "rope_freq_base", "rope_freq_scale", "yarn_orig_ctx", "yarn_ext_factor",
+                "yarn_attn_factor", "yarn_beta_slow", "yarn_beta_fast", "cache_type_k", "cache_type_v")  # fmt: skip
 
 first_task_options = all_of(
     option("--task", type=click.Choice(list(TASK_FIELDS)), default="kv",
@@ -117,12 +140,18 @@ task_options = all_of(
 
 
 def model_config(path: str, values: dict[str, Any]) -> ModelConfig:
-    """Take the values of `model_options` out of a command's."""
+    """Take the values of `model_options`, and of `llama_options` if it has them, out of a command's.
+
+    Raises:
+        LropeError: values out of range or that do not go together.
+    """
+    own = {name: values.pop(name) for name in _LLAMA_NAMES if name in values}
     return ModelConfig(
         path,
         n_threads=values.pop("threads"),
         chat_template=not values.pop("no_chat_template"),
         **{name: values.pop(name) for name in ("n_gpu_layers", "batch_size", "verbose")},
+        **own,
     )
 
 

@@ -22,6 +22,7 @@ from .options import (
     Pair,
     all_of,
     first_task_options,
+    llama_options,
     model_config,
     model_options,
     option,
@@ -64,7 +65,7 @@ _settings = all_of(
                                     f"the curve alone, or own factors alone ({_DEFAULTS.parametrization})"),
     _setting("lag", "N", int, "candidates out at once: as many as there are workers is fastest, two or three times as "
              "many keeps them busy", _OPTIMIZER),
-    _setting("bounds", "LOW,HIGH", Pair(), "range of the factors", _OPTIMIZER),
+    _setting("bounds", "LOW,HIGH", Pair(), "range of the factors, around 1 and within 1/1024 and 1024", _OPTIMIZER),
     _setting("degree", "N", int, "degree of the Bézier curve", _OPTIMIZER),
     option("--start", metavar="FILE", multiple=True, type=FILE, heading=_OPTIMIZER,
            help="a curve to begin with, as of an earlier search or of a smaller model; as often as you like"),
@@ -99,6 +100,7 @@ _workers = all_of(
 @_settings
 @_workers
 @model_options
+@llama_options
 def command(model: str, output: str, study: str | None, dry_run: bool, require_gain: bool, **values: Any) -> int:
     """Search the layer factors with which MODEL, a GGUF file, answers best from a long context."""
     path, directory = Path(output), Path(study) if study else Path(output).with_name(f"{Path(output).stem}.study")

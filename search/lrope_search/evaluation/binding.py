@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +15,12 @@ from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
 from lrope_gguf.native import native_dir
+
+_ROPE_SCALINGS = {"none": 0, "linear": 1, "yarn": 2}  # enum llama_rope_scaling_type, llama.h
+_CACHE_TYPES = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30,
+}  # fmt: skip
+"""enum ggml_type, ggml.h"""
 
 
 class Log:
@@ -89,6 +96,20 @@ def llama_library() -> Any:
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp
+
+
+def set_options(parameters: Any, options: Mapping[str, Any]) -> None:
+    """Put `ModelConfig.llama_options` into a ``llama_context_params``."""
+    for name, value in options.items():
+        match name:
+            case "rope_scaling":
+                parameters.rope_scaling_type = _ROPE_SCALINGS[value]
+            case "cache_type_k":
+                parameters.type_k = _CACHE_TYPES[value]
+            case "cache_type_v":
+                parameters.type_v = _CACHE_TYPES[value]
+            case _:
+                setattr(parameters, name, value)
 
 
 def binding_version() -> str:

@@ -20,7 +20,7 @@ from lrope_gguf.errors import LropeError
 from ..scores import DivergenceScore, Factors
 from .batch import Tokens
 from .logits import RowWorkers, kl_divergences
-from .model import Model
+from .model import FactorsRefusedError, Model
 
 SHORT_TOKENS = 256
 LONG_TOKENS = 2048
@@ -150,15 +150,18 @@ class Guard:
         return max(len(texts) for texts, _ in self._texts)
 
     def score(self, factors: Factors) -> DivergenceScore:
-        """Compare ``factors`` with the base model. Where they lead to NaN, the divergence is inf.
+        """Compare ``factors`` with the base model. Where they lead to NaN or are refused, the divergence is inf.
 
-        Raises `LropeError` if the factors are refused or the base model computes something else than numbers.
+        Raises `LropeError` if the base model computes something else than numbers.
         """
         begin = time.perf_counter()
         with self._model.another_context() as base, self._model.another_context() as curve:
             for side, of_side in ((base, (1.0,) * self._model.n_layer), (curve, factors)):
                 side.reserve(self.n_cells, self.n_seq)
-                side.set_factors(of_side)
+                try:
+                    side.set_factors(of_side)
+                except FactorsRefusedError:
+                    return DivergenceScore(math.inf, math.inf, 0, time.perf_counter() - begin)
             short, long = (self._diverge(base, curve, texts, rows) for texts, rows in self._texts)
         return DivergenceScore(short, long, self.n_tokens, time.perf_counter() - begin)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +25,7 @@ from .generation import Generation, write_answers
 from .lead import Frame, Lead, most_frequent_lead
 from .logits import RowWorkers, gold_scores
 from .memory import MemoryNeeded, memory_needed
-from .model import Model
+from .model import FactorsRefusedError, Model
 
 _logger = logging.getLogger(__name__)
 
@@ -72,6 +74,11 @@ class TeacherForcedEvaluator:
         return self._encoder.lead.for_key("{key}")
 
     @property
+    def batch_size(self) -> int:
+        """Tokens that are computed at once."""
+        return self._model.n_batch
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt with its answer, of the first contexts."""
         return self._longest
@@ -103,18 +110,19 @@ class TeacherForcedEvaluator:
     def memory_needed(self) -> MemoryNeeded:
         """Predict the memory of the model, its context as it is now, and the guard's two contexts while it looks."""
         model = self._model
-        needed = memory_needed(model.path, model.n_ctx, n_seq=self._n_seq, n_batch=model.n_batch)
+        needed_for = functools.partial(memory_needed, model.path, n_batch=model.n_batch, cache_types=model.cache_types)
+        needed = needed_for(model.n_ctx, n_seq=self._n_seq)
         if self._guard is None:
             return needed
-        one = memory_needed(model.path, self._guard.n_cells, n_seq=self._guard.n_seq, n_batch=model.n_batch)
+        one = needed_for(self._guard.n_cells, n_seq=self._guard.n_seq)
         return replace(needed, kv_cache=needed.kv_cache + 2 * one.kv_cache, compute=needed.compute + 2 * one.compute)
 
     def evaluate(self, factors: Factors, split: str, index: int) -> ContextScore:
         """Score context ``index`` of ``split`` under ``factors``.
 
-        Log-probability and ``correct`` are those of the value, after its lead. Where
-        the model computes something else than numbers, all log-probabilities are -inf.
-        Raises `LropeError` if the factors are refused.
+        Log-probability and ``correct`` are those of the value, after its lead. Where the model computes something else
+        than numbers, or llama.cpp refuses the factors (then no token is computed), all log-probabilities are -inf: a
+        search must go on, and its record must say so.
         """
         return self.evaluate_many(factors, [(split, index)])[0]
 
@@ -130,7 +138,8 @@ class TeacherForcedEvaluator:
     def divergence(self, factors: Factors) -> DivergenceScore:
         """Hold ``factors`` against the base model on ordinary text: see `Guard`.
 
-        Raises `LropeError` if the evaluator has no guard, the factors are refused, or the base model gives NaN.
+        Inf where llama.cpp refuses the factors. Raises `LropeError` if the evaluator has no guard, or the base model
+        gives NaN.
         """
         if self._guard is None:
             raise LropeError("the evaluator was made without a guard; give it one to score ordinary text")
@@ -156,7 +165,11 @@ class TeacherForcedEvaluator:
         gold = np.concatenate([encoding.gold for encoding in encodings])
         log_p = np.empty(len(gold))
         hit = np.empty(len(gold), np.bool_)
-        for rows, logits in self._decode(encodings, factors):
+        try:
+            decoded = self._decode(encodings, factors)
+        except FactorsRefusedError:
+            return [self._refused(job, time.perf_counter() - start) for job in jobs]
+        for rows, logits in decoded:
             log_p[rows], hit[rows] = gold_scores(logits, gold[rows], self._workers)
         broken = not np.isfinite(log_p).all()
         if broken:
@@ -173,6 +186,11 @@ class TeacherForcedEvaluator:
             scores.append(ContextScore(*job, probes, n, seconds * n))
         return scores
 
+    def _refused(self, job: tuple[str, int], seconds: float) -> ContextScore:
+        """The worst score that there is."""
+        probes = self._task.context(*job).probes
+        return ContextScore(*job, tuple(ProbeScore(probe.depth, -math.inf, False) for probe in probes), 0, seconds)
+
     def _probe_scores(
         self, job: tuple[str, int], encoding: Encoding, log_p: NDArray[np.float64], hit: NDArray[np.bool_]
     ) -> tuple[ProbeScore, ...]:
@@ -188,7 +206,8 @@ class TeacherForcedEvaluator:
         """Answer all probes of a context by greedy decoding, side by side.
 
         An answer ends at the model's end token, after 100 tokens, or as soon as it is right: later text cannot
-        change its score. Uses the prefix again if the call before was `evaluate` with the same arguments.
+        change its score. Uses the prefix again if the call before was `evaluate` with the same arguments. Raises
+        `LropeError` if the factors are refused.
         """
         encoding = self._encode(split, index)
         if self._prefilled != (factors, split, index):

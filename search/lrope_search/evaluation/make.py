@@ -15,7 +15,7 @@ from ..scores import Evaluator
 from ..tasks import Task, make_task
 from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
 from .evaluator import TeacherForcedEvaluator
-from .memory import MemoryNeeded
+from .memory import MemoryNeeded, check_cache_types
 from .model import Model
 
 
@@ -23,8 +23,9 @@ def open_model(config: ModelConfig) -> Model:
     """Load the model.
 
     Raises:
-        LropeError: it cannot be loaded.
+        LropeError: it cannot be loaded, or not have such a cache.
     """
+    check_cache_types(config.path, (config.cache_type_k, config.cache_type_v))
     return Model(
         config.path,
         n_batch=config.batch_size,
@@ -32,6 +33,7 @@ def open_model(config: ModelConfig) -> Model:
         n_gpu_layers=config.n_gpu_layers,
         chat=config.chat_template,
         verbose=config.verbose,
+        llama_options=config.llama_options(),
     )
 
 
@@ -115,6 +117,8 @@ class Facts:
     """Questions of the first search context."""
     n_places: int
     """And how many it has room for."""
+    batch_size: int
+    """Tokens that are computed at once."""
 
 
 def find_out(evaluator: Evaluator) -> Facts:
@@ -126,4 +130,5 @@ def find_out(evaluator: Evaluator) -> Facts:
         evaluator.memory_needed(),
         evaluator.longest,
         *evaluator.n_probes,
+        evaluator.batch_size,
     )

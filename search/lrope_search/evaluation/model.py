@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -20,12 +20,19 @@ from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
 
+from ..config import CACHE_TYPES
 from ..machine import physical_cores
 from .batch import Batch, Rows, Tokens
-from .binding import chat_formatter, llama_library, log, pointer
+from .binding import chat_formatter, llama_library, log, pointer, set_options
 
 _ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
+_REFUSED = -2  # llama_set_rope_layer_factors, patches/src/src/llama-rope-layer.cpp
+CPU_BATCH, GPU_BATCH = 512, 2048  # tokens a batch, by default
 MAX_OUTPUTS = 128  # rows of logits a decode may return: bounds memory where the vocabulary is large
+
+
+class FactorsRefusedError(LropeError):
+    """llama.cpp refuses layer factors for what they are: out of its range, or without a solution under YaRN."""
 
 
 class Model:
@@ -38,25 +45,33 @@ class Model:
         self,
         path: Path | str,
         *,
-        n_batch: int = 512,
+        n_batch: int | None = None,
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
         flash_attention: bool | None = None,
         chat: bool = True,
         verbose: bool = False,
+        llama_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Load ``path`` (memory-mapped). ``None`` leaves a choice to llama.cpp; ``n_threads``: the physical cores.
 
-        ``chat``: put prompts into the model's chat template, if it has one. Raises `LropeError` if the model
-        cannot be loaded or has no RoPE.
+        ``n_batch``, if None: `GPU_BATCH` where layers go to a GPU, else `CPU_BATCH`. ``chat``: put prompts into the
+        model's chat template, if it has one. ``llama_options``: of its contexts, see `ModelConfig.llama_options`.
+        Raises `LropeError` if the model cannot be loaded or has no RoPE.
         """
         self._llama = llama = llama_library()
         self._model: Any = None
         self._context: Any = None
         self._owns_model = True
         self.path = Path(path)
-        self.n_batch = n_batch
+        on_gpu = n_gpu_layers != 0 and llama.llama_supports_gpu_offload()
+        self.n_batch = n_batch or (GPU_BATCH if on_gpu else CPU_BATCH)
         self.n_threads = n_threads or physical_cores()
+        self._llama_options = dict(llama_options or {})
+        of_k, of_v = (str(self._llama_options.get(f"cache_type_{part}", "f16")) for part in "kv")
+        self.cache_types = of_k, of_v
+        if flash_attention is None and CACHE_TYPES[of_v][0] > 1:
+            flash_attention = True  # llama.cpp has no other attention on quantized values
         self._flash_attention = flash_attention
         if not self.path.is_file():
             raise LropeError(f"{path}: no such file")
@@ -82,7 +97,7 @@ class Model:
             llama.llama_model_is_recurrent(self._model) or llama.llama_model_is_hybrid(self._model)
         )
         self.n_ctx = 0
-        self._batch = Batch(llama, n_batch)
+        self._batch = Batch(llama, self.n_batch)
         self._formatter = self._chat_formatter() if chat else None
 
     def __enter__(self) -> Model:
@@ -182,13 +197,21 @@ class Model:
     # Factors
 
     def set_factors(self, factors: Sequence[float]) -> None:
-        """Let layer ``l`` rotate by ``position / factors[l]``. The memory must be empty: keys are cached rotated."""
+        """Let layer ``l`` rotate by ``position / factors[l]``. The memory must be empty: keys are cached rotated.
+
+        Raises:
+            FactorsRefusedError: llama.cpp refuses these values; those before stay. Model and context decide, nothing
+                else.
+            LropeError: they are not one a layer, or the memory is not empty.
+        """
         values = np.ones(max(self._n_block, len(factors)), np.float32)
         values[: len(factors)] = factors
         log.clear()
-        if self._llama.llama_set_rope_layer_factors(self._context, pointer(values, ctypes.c_float), values.size):
+        code = self._llama.llama_set_rope_layer_factors(self._context, pointer(values, ctypes.c_float), values.size)
+        if code:
             listed = ",".join(f"{factor:g}" for factor in factors)
-            raise LropeError(f"layer factors {listed}: refused by llama.cpp: {log.reason()}; change them")
+            kind = FactorsRefusedError if code == _REFUSED else LropeError
+            raise kind(f"layer factors {listed}: refused by llama.cpp: {log.reason()}; change them")
 
     def get_factors(self) -> tuple[float, ...]:
         """Return the active factors, one a layer."""
@@ -226,6 +249,7 @@ class Model:
         parameters.swa_full = swa_full
         if self._flash_attention is not None:
             parameters.flash_attn_type = int(self._flash_attention)
+        set_options(parameters, self._llama_options)
         log.clear()
         self._context = llama.llama_init_from_model(self._model, parameters)
         if not self._context:
@@ -233,6 +257,7 @@ class Model:
         self._memory = llama.llama_get_memory(self._context)
         self._max_outputs = int(parameters.n_outputs_max)
         self.n_ctx = int(llama.llama_n_ctx(self._context))
+        self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._model))  # YaRN of the options has stretched it
 
     def clear(self, *, data: bool = False) -> None:
         """Empty all sequences; with ``data`` also overwrite the cached keys and values (needed after a NaN)."""

@@ -190,7 +190,8 @@ class LayerScan:
 
     def _most_moved(self, groups: Sequence[Group]) -> list[Group]:
         def moved(group: Group) -> float:
+            # what llama.cpp refuses says nothing of the layer
             found = [self.effects.get((group, direction), 0.0) for direction in self._directions]
-            return max(abs(value) if math.isfinite(value) else math.inf for value in found)
+            return max(abs(value) if math.isfinite(value) else 0.0 for value in found)
 
         return sorted(groups, key=lambda group: (-moved(group), group))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..config import SearchConfig
 from ..optimizers.protocol import Optimizer
 from ..workers.protocol import Executor
@@ -26,6 +29,7 @@ def run_search(
     architecture: str | None = None,
     block_count: int | None = None,
     guard_contexts: int = 0,
+    rope: Mapping[str, Any] | None = None,
 ) -> SearchOutcome:
     """Search for a curve that beats the base model, and measure its gain honestly.
 
@@ -48,13 +52,14 @@ def run_search(
         architecture: The model's ``general.architecture``, for ``best.json``.
         block_count: The model's, for ``best.json``; None: ``executor.n_layer``.
         guard_contexts: 1 if the evaluator can measure the `divergence` from the base model, 0 if not.
+        rope: How the base model rotates (`RopeScaling.json`), for the provenance of ``best.json``.
 
     Raises:
         LropeError: the base model's log-probabilities are not finite, an evaluation failed, or the study cannot be
             written.
     """
     algorithm = algorithm or make_optimizer(settings, executor.n_layer)
-    run = Run(executor, study, settings, progress, architecture, block_count, guard_contexts)
+    run = Run(executor, study, settings, progress, architecture, block_count, guard_contexts, rope)
     planned = planned_evaluations(settings, guard=bool(guard_contexts))
     progress.start(sum(planned.values()))
     parts = ", ".join(f"{n} {split}" for split, n in planned.items())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from lrope_gguf.curve import Curve, CurveFile
@@ -40,11 +42,12 @@ class Run:
         architecture: str | None,
         block_count: int | None,
         guard_contexts: int,
+        rope: Mapping[str, Any] | None = None,
     ) -> None:
         """Take what `run_search` was given."""
         self.study, self.settings, self.progress = study, settings, progress
         self.architecture, self.block_count = architecture, block_count or executor.n_layer
-        self.guard_contexts = guard_contexts
+        self.guard_contexts, self.rope = guard_contexts, rope
         self.start = time.monotonic()
         self.identity: Factors = (1.0,) * executor.n_layer
         self.pipeline = Pipeline(executor, study, progress)
@@ -79,7 +82,8 @@ class Run:
 
     def finalists(self) -> tuple[list[Candidate], Candidate | None]:
         """Return who goes on to validation as it stands, best first, and the best uniform factor among them."""
-        uniform = next((c for c, _ in self.ranking if uniform_factor(c) is not None), None)
+        useful = (c for c, (_, fitness) in self.ranking if fitness > -math.inf)
+        uniform = next((c for c in useful if uniform_factor(c) is not None), None)
         finalists = [c for c, _ in self.better_than_base()][: self.settings.finalists]
         if uniform is not None and uniform not in finalists:
             finalists.append(uniform)
@@ -87,11 +91,12 @@ class Run:
 
     def document(self, best: Candidate, results: dict[str, Any]) -> CurveFile:
         """Return the curve file of ``best``: no times in it, so that a resumed search writes the same bytes."""
+        rope = {} if self.rope is None else {"rope": self.rope}
         return CurveFile(
             control_points=best.control_points,
             layer_factors=best.factors,
             bounds=self.settings.bounds,
             architecture=self.architecture,
             block_count=self.block_count,
-            provenance={"config": self.study.config, "results": results},
+            provenance={"config": self.study.config, **rope, "results": results},
         )

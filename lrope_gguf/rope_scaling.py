@@ -1,0 +1,162 @@
+"""RoPE as llama.cpp will compute it: what a file's header says of its scaling, changed by options of a context.
+
+Which layer factors are good, and which of them the patched library can apply, depends on it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lrope_gguf.gguf_scan import GGUFFile
+
+MAX_FACTOR = 1024
+"""The largest layer factor, and 1 over the smallest: LLAMA_ROPE_LAYER_FACTOR_MAX of the patch."""
+_EXT_GAIN_MAX = 32.0  # LLAMA_ROPE_LAYER_EXT_GAIN_MAX of the patch
+_SCALINGS = ("none", "linear", "yarn", "longrope")
+# Facts of llama.cpp 0c1e570: who reads which key of YaRN (src/models/*.cpp), and the defaults (src/llama-hparams.h).
+_YARN_KEYS = {
+    "grok": ("ext_factor", "attn_factor", "beta_fast", "beta_slow"),
+    "mistral3": ("beta_fast", "beta_slow"),
+}
+_YARN_DEFAULTS = {"ext_factor": -1.0, "attn_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
+_GROK_BETA_FAST = 8.0
+_HUGE = 1e300  # no larger integer need fit into a float
+_CLOSE = 1e-6  # float32 numbers, some of them written with fewer digits
+
+_OPTIONS = {"scaling": "rope_scaling", "freq_base": "rope_freq_base", "freq_scale": "rope_freq_scale"} | {
+    name: f"yarn_{name}" for name in ("orig_ctx", "ext_factor", "attn_factor", "beta_slow", "beta_fast")
+}
+"""What `RopeScaling.json` says, and the option of llama.cpp for it."""
+
+
+def single(value: float) -> float:
+    """The float32 next to ``value``."""
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """The scaling under which a model's layers rotate.
+
+    Attributes:
+        scaling: ``none``, ``linear``, ``yarn`` or ``longrope``.
+        freq_base, freq_scale: RoPE's base, and the factor of all frequencies, a float32 value.
+        orig_ctx: tokens of context that the model was trained on, for YaRN and LongRoPE.
+        ext_factor: share of YaRN's extrapolation; below 0: 1 with YaRN, 0 without.
+        attn_factor, beta_fast, beta_slow: of YaRN.
+    """
+
+    scaling: str = "linear"
+    freq_base: float = 10000.0
+    freq_scale: float = 1.0
+    orig_ctx: int = 0
+    ext_factor: float = -1.0
+    attn_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    @classmethod
+    def of(cls, gguf: GGUFFile, architecture: str) -> RopeScaling:
+        """What a header says, with llama.cpp's defaults for what it leaves out (``llama_model::load_hparams``)."""
+
+        def real(key: str, default: float) -> float:
+            value = gguf.scalar(f"{architecture}.{key}")
+            return default if value is None else float(value)
+
+        factor = single(real("rope.scaling.factor", real("rope.scale_linear", 0.0)))
+        yarn = dict(_YARN_DEFAULTS) | ({"beta_fast": _GROK_BETA_FAST} if architecture == "grok" else {})
+        for name in _YARN_KEYS.get(architecture, ()):
+            yarn[name] = real(f"rope.scaling.yarn_{name}", yarn[name])
+        trained = gguf.integer(f"{architecture}.context_length") or 0
+        original = gguf.integer(f"{architecture}.rope.scaling.original_context_length")
+        return cls(
+            scaling=gguf.text(f"{architecture}.rope.scaling.type") or "linear",
+            freq_base=real("rope.freq_base", 10000.0),
+            freq_scale=1.0 if factor == 0.0 else single(1.0 / factor),
+            orig_ctx=trained if original is None else original,
+            **yarn,
+        )
+
+    def under(self, options: Mapping[str, Any]) -> RopeScaling:
+        """The same model in a context with ``options``, by llama.cpp's names; those of no RoPE change nothing."""
+        given = {name: options[option] for name, option in _OPTIONS.items() if option in options}
+        if "freq_scale" in given:
+            given["freq_scale"] = single(given["freq_scale"])
+        return replace(self, **given)
+
+    @property
+    def _ext_factor(self) -> float:
+        if self.ext_factor >= 0.0:
+            return self.ext_factor
+        return 1.0 if self.scaling == "yarn" else 0.0
+
+    @property
+    def _freq_scale(self) -> float:
+        return 1.0 if self.scaling == "none" else self.freq_scale
+
+    def json(self) -> dict[str, Any]:
+        """What has an effect of all this, as a JSON object: two equal ones rotate alike."""
+        plain = self.scaling in ("none", "linear") and self._freq_scale == 1.0
+        said: dict[str, Any] = {
+            "scaling": "none" if plain else self.scaling,
+            "freq_base": self.freq_base,
+            "freq_scale": self._freq_scale,
+        }
+        if self._ext_factor:  # llama.cpp then works the magnitude out by itself
+            said |= {name: getattr(self, name) for name in ("orig_ctx", "beta_fast", "beta_slow")}
+        else:
+            said["attn_factor"] = self.attn_factor
+        if self._ext_factor or self.scaling == "yarn":
+            said["ext_factor"] = self._ext_factor
+        if self.scaling == "longrope":
+            said["orig_ctx"] = self.orig_ctx
+        return said
+
+    def refusal(self, factor: float) -> str | None:
+        """Why the patched library refuses a layer factor under this scaling, as a sentence's end; None: it does not.
+
+        In float32 as there (``llama_rope_layer_check`` and ``llama_rope_layer_init``), so that both agree on any value.
+        """
+        s, fs = single(factor), self._freq_scale
+        if not 1.0 / MAX_FACTOR <= s <= MAX_FACTOR:
+            return f"llama.cpp takes 1/{MAX_FACTOR} to {MAX_FACTOR}; give one near 1"
+        if s == 1.0 or not self._ext_factor:
+            return None
+        steep = abs(single(1.0 - fs)) > single(_EXT_GAIN_MAX * abs(single(s - fs)))
+        if steep or single(1.0 + single(single(0.1) * _log(single(s / fs if fs else math.inf)))) <= 0.0:
+            return f"llama.cpp takes none so close to the model's YaRN frequency scale of {fs:g}; give one further off"
+        return None
+
+
+def _log(value: float) -> float:
+    """C's ``logf``."""
+    if value <= 0.0 or math.isnan(value):
+        return -math.inf if value == 0.0 else math.nan
+    return single(math.log(value))
+
+
+def differences(wanted: object, found: RopeScaling) -> dict[str, tuple[Any, Any]]:
+    """Where ``wanted``, a JSON value of unknown origin that should be of `RopeScaling.json`, is not what was found.
+
+    By the names of llama.cpp's options, which make it so; what makes no sense is passed over.
+    """
+    if not isinstance(wanted, dict) or wanted.get("scaling") not in _SCALINGS:
+        return {}
+    result: dict[str, tuple[Any, Any]] = {}
+    if wanted["scaling"] != (own := found.json()["scaling"]):
+        result["rope_scaling"] = (wanted["scaling"], own)
+        found = replace(found, scaling=wanted["scaling"])  # what it implies needs no option of its own
+    has = found.json()
+    for name in (name for name in _OPTIONS if name != "scaling" and name in ("ext_factor", *wanted)):
+        value, own = wanted.get(name, 0.0), has.get(name, max(getattr(found, name), 0.0))
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _HUGE
+        if is_number and not math.isclose(value, own, rel_tol=_CLOSE):
+            result[_OPTIONS[name]] = (value, own)
+    return result
