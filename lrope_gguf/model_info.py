@@ -12,7 +12,7 @@ from pathlib import Path
 from lrope_gguf.errors import LropeError
 from lrope_gguf.gguf_scan import ARRAY, FLOAT32, GGUFFile
 from lrope_gguf.layout import CURVE_KEY, PAGE, factors_key, kept, prefix
-from lrope_gguf.reach import rope_reach
+from lrope_gguf.reach import has_rope, rope_reach
 from lrope_gguf.rope_scaling import RopeScaling
 
 MAX_LAYERS = 4096
@@ -20,18 +20,6 @@ _MAX_CURVE_BYTES = 4 << 20
 _BUFFER = 1 << 20
 _SAMPLES = 64
 
-# Architectures whose graphs never rotate: LLAMA_ROPE_TYPE_NONE in llama_model_rope_type() (llama.cpp 0c1e570,
-# src/llama-model.cpp; names from src/llama-arch.cpp), and two with learned positions that it gives a rope type
-# nevertheless, though src/models/bert.cpp and starcoder.cpp apply none.
-WITHOUT_ROPE = frozenset(
-    (
-        *("arwkv7", "bloom", "clip", "glm5-next", "gpt2", "gptj", "jais", "jamba", "jina-bert-v2", "kimi-k3"),
-        *("kimi-linear", "mamba", "mamba2", "mpt", "nemotron_h", "nemotron_h_moe", "refact", "rwkv6", "rwkv6qwen2"),
-        *("rwkv7", "t5", "t5encoder", "wavtokenizer-dec", "bert", "starcoder"),
-    )
-)
-# These take rope.scaling.finetuned as a switch for RoPE (src/models/granite*.cpp).
-_ROPE_SWITCH = frozenset(("granite", "granitehybrid", "graniteswitch"))
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 """The name of a split model's file: its beginning, its number from 1 on, and how many there are."""
 
@@ -54,6 +42,7 @@ class ModelInfo:
         block_count: layers, those of a multi-token-prediction head included.
         nextn_predict_layers: layers of that head, the last ones.
         context_length: trained length in tokens.
+        has_rope: whether it uses RoPE, as far as its metadata tells; an unknown architecture is taken to.
         rope_reach: of the layers that a curve shapes, how many tokens their rotation reaches (`lrope_gguf.reach`).
         rope: how llama.cpp rotates without further options.
         rope_freq_base, rope_dimension_count, rope_scaling_type, rope_scaling_factor: of the base model's RoPE.
@@ -73,13 +62,13 @@ class ModelInfo:
     block_count: int | None
     nextn_predict_layers: int
     context_length: int | None
+    has_rope: bool
     rope_reach: tuple[int | None, ...]
     rope: RopeScaling
     rope_freq_base: float | None
     rope_dimension_count: int | None
     rope_scaling_type: str | None
     rope_scaling_factor: float | None
-    rope_switched_off: bool
     factors: tuple[float, ...] | None
     factors_error: str | None
     curve_json: str | None
@@ -89,18 +78,6 @@ class ModelInfo:
     def n_layer(self) -> int | None:
         """The layers that a curve shapes: all but those of a multi-token-prediction head."""
         return None if self.block_count is None else self.block_count - self.nextn_predict_layers
-
-    @property
-    def has_rope(self) -> bool:
-        """Whether the model uses RoPE, as far as its metadata tells; an unknown architecture is taken to."""
-        # src/models/baichuan.cpp: only the model of 32 layers has RoPE, the larger one has ALiBi
-        alibi = self.architecture == "baichuan" and self.block_count != 32
-        return (
-            self.architecture not in WITHOUT_ROPE
-            and self.rope_dimension_count != 0
-            and not self.rope_switched_off
-            and not alibi
-        )
 
     def layers_reaching(self, n_tokens: int) -> tuple[int, ...]:
         """The layers that rotate over the whole of a context of ``n_tokens`` tokens, as far as the header tells."""
@@ -182,13 +159,13 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         block_count=block_count,
         nextn_predict_layers=nextn,
         context_length=gguf.integer(of("context_length")),
+        has_rope=has_rope(gguf, str(architecture), block_count),
         rope_reach=rope_reach(gguf, str(architecture), (block_count or 0) - nextn if block_count else 0),
         rope=RopeScaling.of(gguf, str(architecture)),
         rope_freq_base=real("rope.freq_base"),
         rope_dimension_count=gguf.integer(of("rope.dimension_count")),
         rope_scaling_type=gguf.text(of("rope.scaling.type")),
         rope_scaling_factor=real("rope.scale_linear") if factor is None else factor,
-        rope_switched_off=architecture in _ROPE_SWITCH and gguf.scalar(of("rope.scaling.finetuned")) is False,
         factors=factors,
         factors_error=factors_error,
         curve_json=None if curve is None else curve.rstrip(" "),

@@ -26,13 +26,28 @@ _DEFAULT_WINDOWS = {"gemma2": 4096, "exaone-moe": 128, "llama4": 8192}  # where 
 _DENSE_WITHOUT_ROPE = frozenset(("cohere2", "cohere2moe", "exaone-moe", "exaone4", "maple", "muse-glimmer"))
 # recurrent layers between those of attention, in turn
 _RECURRENT_BETWEEN = frozenset(("minimax-01", "qwen3next", "qwen35", "qwen35moe", "qwen4exp"))
-_WITHOUT_ROPE = frozenset((
-    "arwkv7", "bert", "bloom", "glm5-next", "gpt2", "gptj", "jais", "jamba", "jina-bert-v2", "kimi-k3", "kimi-linear",
-    "mamba", "mamba2", "mpt", "nemotron_h", "nemotron_h_moe", "refact", "rwkv6", "rwkv6qwen2", "rwkv7", "starcoder",
-    "t5", "t5encoder", "wavtokenizer-dec",
-))  # fmt: skip
 _EVERY_FOURTH_WITHOUT_ROPE = {"afmoe": 3, "llama4": 3, "smallthinker": 0, "smollm3": 3}  # the first of them
-_SWITCHED = frozenset(("granite", "granitehybrid", "granitemoe", "graniteswitch"))  # by rope.scaling.finetuned
+# Architectures whose graphs never rotate: LLAMA_ROPE_TYPE_NONE in llama_model_rope_type() (llama.cpp 0c1e570,
+# src/llama-model.cpp; names from src/llama-arch.cpp), and two with learned positions that it gives a rope type
+# nevertheless, though src/models/bert.cpp and starcoder.cpp apply none.
+_WITHOUT_ROPE = frozenset(
+    (
+        *("arwkv7", "bloom", "clip", "glm5-next", "gpt2", "gptj", "jais", "jamba", "jina-bert-v2", "kimi-k3"),
+        *("kimi-linear", "mamba", "mamba2", "mpt", "nemotron_h", "nemotron_h_moe", "refact", "rwkv6", "rwkv6qwen2"),
+        *("rwkv7", "t5", "t5encoder", "wavtokenizer-dec", "bert", "starcoder"),
+    )
+)
+# These take rope.scaling.finetuned as a switch for RoPE (src/models/granite*.cpp).
+_ROPE_SWITCH = frozenset(("granite", "granitehybrid", "graniteswitch"))
+
+
+def has_rope(gguf: GGUFFile, architecture: str, block_count: int | None) -> bool:
+    """Return whether anything rotates; an architecture that is not known here counts as one that does."""
+    switched_off = architecture in _ROPE_SWITCH and gguf.scalar(f"{architecture}.rope.scaling.finetuned") is False
+    # src/models/baichuan.cpp: only the model of 32 layers has RoPE, the larger one has ALiBi
+    alibi = architecture == "baichuan" and block_count != 32
+    without = gguf.integer(f"{architecture}.rope.dimension_count") == 0
+    return not (architecture in _WITHOUT_ROPE or switched_off or alibi or without)
 
 
 def rope_reach(gguf: GGUFFile, architecture: str, n_layer: int) -> tuple[int | None, ...]:
@@ -48,9 +63,7 @@ def rope_reach(gguf: GGUFFile, architecture: str, n_layer: int) -> tuple[int | N
     def flags(key: str) -> tuple[int, ...] | None:
         return gguf.integers(f"{architecture}.{key}", n_layer, (*INTEGERS, _BOOL))
 
-    switched_off = architecture in _SWITCHED and gguf.scalar(f"{architecture}.rope.scaling.finetuned") is False
-    alibi = architecture == "baichuan" and n_layer == 40
-    if architecture in _WITHOUT_ROPE or switched_off or alibi:
+    if not has_rope(gguf, architecture, n_layer):
         return (0,) * n_layer
     window = number("attention.sliding_window", _DEFAULT_WINDOWS.get(architecture, 0))
     if architecture == "exaone4" and n_layer != 64:

@@ -57,6 +57,7 @@ def reach(path: Path, architecture: str, n_layer: int, **keys: int | list[int] |
         ("smallthinker", 4, {}, (None,) * 4),
         ("maple", 2, {"attention__sliding_window": 9, "attention__sliding_window_pattern": [True, False]}, (9, 0)),
         ("baichuan", 40, {}, (0,) * 40),  # ALiBi
+        ("llama", 2, {"rope__dimension_count": 0}, (0, 0)),
         ("lfm2", 3, {"attention__head_count_kv": [0, 2, 0]}, (0, None, 0)),
     ],
 )  # fmt: skip

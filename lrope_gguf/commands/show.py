@@ -245,7 +245,7 @@ def _json(
     info: ModelInfo, document: CurveFile | None, curve_error: str | None, agreement: bool | None
 ) -> dict[str, Any]:
     fields = asdict(info)
-    del fields["curve_json"], fields["rope_switched_off"], fields["rope"]
+    del fields["curve_json"], fields["has_rope"], fields["rope"]
     # JSON has no infinities
     fields = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in fields.items()}
     return fields | {
