@@ -12,7 +12,7 @@ from lrope_gguf import __version__
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import ModelInfo, read_model
 
-from .config import ModelConfig, SearchConfig, TaskConfig, WorkersConfig
+from .config import ModelConfig, SearchConfig, TaskMix, Tasks, WorkersConfig, option
 from .cost import check_memory, duration, memory_text
 from .evaluation.binding import binding_version
 from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_guard_texts
@@ -20,13 +20,13 @@ from .machine import free_memory, physical_cores, visible_gpus
 from .optimizers.protocol import Optimizer
 from .report.page import write_report
 from .results.summary import StudySummary
-from .scores import ContextScore, Job
+from .scores import Job
 from .study.interrupt import one_interrupt
 from .study.plan import make_optimizer, planned_evaluations
 from .study.progress import Progress
 from .study.run import SearchOutcome, run_search
 from .study.store import Study
-from .tasks import SPLITS, file_identity, make_task, task_identity
+from .tasks import SPLITS, file_identity, make_tasks, task_identity
 from .workers.processes import ProcessExecutor
 from .workers.protocol import Executor, LocalExecutor
 from .workers.ray_cluster import RayExecutor
@@ -34,7 +34,7 @@ from .workers.ray_cluster import RayExecutor
 
 def search(
     model: ModelConfig,
-    task: TaskConfig,
+    task: Tasks,
     settings: SearchConfig,
     directory: str | os.PathLike[str],
     *,
@@ -53,7 +53,7 @@ def search(
 
     Args:
         model: The model and how it is run.
-        task: What it is asked.
+        task: What it is asked; several tasks, with their weights, are asked by turns.
         settings: How to search.
         directory: Of the study (`Study`); made if it is missing.
         workers: Who does the work; None: one worker in this process.
@@ -68,7 +68,7 @@ def search(
 
 def estimate(
     model: ModelConfig,
-    task: TaskConfig,
+    task: Tasks,
     settings: SearchConfig,
     directory: str | os.PathLike[str],
     *,
@@ -83,7 +83,7 @@ def estimate(
 
 def _launch(
     model: ModelConfig,
-    task: TaskConfig,
+    task: Tasks,
     settings: SearchConfig,
     directory: Path,
     workers: WorkersConfig,
@@ -92,22 +92,24 @@ def _launch(
 ) -> SearchOutcome | None:
     info = read_model(model.path)
     _layers(info, 1)
-    contexts = make_task(task)
+    mix = TaskMix.of(task)
+    contexts = make_tasks(mix)
     for split in SPLITS:
         size, wanted = contexts.size(split), getattr(settings, f"{split}_contexts")
+        mix.check_contexts(option(f"{split}_contexts"), wanted)
         if size is not None and wanted > size:
             raise LropeError(f"--{split}-contexts {wanted}: the data has {size} for this; ask for fewer")
     guard = {"text": None if settings.guard_text is None else file_identity(settings.guard_text)}
     free = free_memory()
     texts = kept_guard_texts(Study.kept(directory, "guard"), directory)
-    spec = EvaluatorSpec(model, task, settings.guard_text, texts)
+    spec = EvaluatorSpec(model, mix, settings.guard_text, texts)
     with one_interrupt(), ExitStack() as stack:
         first = _first_worker(workers, spec, stack)
         facts = first.ask(find_out)
         layers = _layers(info, facts.longest)
         config = {
             "model": {"fingerprint": info.fingerprint(), "architecture": info.architecture, "name": info.name},
-            "task": task_identity(task) | {"chat_template": model.chat_template, "answer_lead": facts.lead},
+            "task": task_identity(mix, facts.leads) | {"chat_template": model.chat_template},
             "search": settings.identity(),
             "guard": guard,
             "computing": {"batch_size": model.batch_size, "n_gpu_layers": model.n_gpu_layers},
@@ -122,7 +124,7 @@ def _launch(
             if len(layers) < first.n_layer:
                 progress.line(f"{len(layers)} of {first.n_layer} layers rotate over the whole context")
             optimizer = make_optimizer(settings, first.n_layer, layers)
-            _say_cost(workers, optimizer, settings, study, directory, first, facts, free, progress)
+            _say_cost(workers, optimizer, settings, study, directory, first, facts, free, progress, len(mix.parts))
             if dry_run:
                 return None
             executor = _all_workers(workers, dataclasses.replace(spec, guard_texts=facts.guard_texts), first, stack)
@@ -198,8 +200,9 @@ def _say_cost(
     facts: Facts,
     free: int | None,
     progress: Progress,
+    n_tasks: int,
 ) -> None:
-    """Say what the search will cost, by the base model on the first search context, which is needed anyway.
+    """Say what the search will cost, by the base model on each task's first search context, which is needed anyway.
 
     Raises:
         LropeError: the workers do not fit into ``free`` bytes of memory.
@@ -210,21 +213,24 @@ def _say_cost(
         if not gpus:
             check_memory(facts.memory, n_workers, free)
         progress.line(memory_text(facts.memory, n_workers))
-    job = Job((1.0,) * first.n_layer, "search", 0)
-    score = study.lookup(job)
-    if score is None:
-        first.submit(job)
-        _, score = first.next()
-        study.record(job, score)
-    assert isinstance(score, ContextScore)
+    scores = []
+    for job in [Job((1.0,) * first.n_layer, "search", index) for index in range(n_tasks)]:
+        score = study.lookup(job)
+        if score is None:
+            first.submit(job)
+            _, score = first.next()
+            study.record(job, score)
+        scores.append(score)
+    n_tokens = sum(score.n_tokens for score in scores) / n_tasks
+    seconds = sum(score.seconds for score in scores) / n_tasks
     # processors are divided between local workers: more of them are no faster in all
     side_by_side = n_workers if workers.executor == "ray" else min(n_workers, max(len(gpus), 1))
-    n_evaluations = sum(planned_evaluations(settings, guard=True).values())
-    hours = n_evaluations * score.seconds / 3600.0 / side_by_side
+    n_evaluations = sum(planned_evaluations(settings, guard=True, n_tasks=n_tasks).values())
+    hours = n_evaluations * seconds / 3600.0 / side_by_side
     on_each = " on each worker" if workers.executor == "ray" and workers.n_workers is None else ""
     progress.line(
-        f"about {n_evaluations} evaluations of {score.n_tokens} tokens: about {duration(hours)} at "
-        f"{side_by_side * score.n_tokens / max(score.seconds, 1e-9):.0f} tokens/s{on_each}; "
+        f"about {n_evaluations} evaluations of {n_tokens:.0f} tokens: about {duration(hours)} at "
+        f"{side_by_side * n_tokens / max(seconds, 1e-9):.0f} tokens/s{on_each}; "
         f"results go to {directory}"
     )
     if workers.executor == "local" and not gpus and n_workers > physical_cores():

@@ -14,7 +14,7 @@ import numpy as np
 from lrope_gguf.curve import Point
 from lrope_gguf.plot import COLOURS, bezier, draw_factors, drawing, layer_axis, rendered
 
-from ..results.comparison import Interval, contexts_needed
+from ..results.comparison import Interval
 from ..results.summary import StudySummary, Trial
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _accuracy(figure: Figure, study: StudySummary) -> None:
     for i, (name, comparison) in enumerate(table.comparisons.items(), start=1):
         shift = step * (i - (len(names) - 1) / 2)
         gains = [row.accuracy_gain for row in comparison.by_depth]
-        told = table.n_contexts >= contexts_needed(study.confidence)
+        told = comparison.enough
         _whiskers(
             lower,
             name,

@@ -171,7 +171,7 @@ def summarise(
     searched = splits.get("search", {})
     base: Factors = (1.0,) * n_layer
     if trials is None:
-        trials = _trials_from(searched, base, _number(settings.get("middle_weight"), 0.0))
+        trials = _trials_from(searched, base, _number(settings.get("middle_weight"), 0.0), task_weights(config))
     seen = max((len(scores) for scores in searched.values()), default=0)
     factors = None if best is None else best.layer_factors
     uniform = _number(_section(results, "best_uniform").get("factor"), math.nan)
@@ -183,7 +183,8 @@ def summarise(
         sides["curve"] = factors
     table_split = "test" if isinstance(results.get("verdict"), str) else "search"
     if table is None:
-        table = _table(splits.get(table_split, {}), sides, int(_number(settings.get("seed"), 0)), confidence)
+        options = {"seed": max(int(_number(settings.get("seed"), 0)), 0), "confidence": confidence}
+        table = _table(splits.get(table_split, {}), sides, options | {"weights": task_weights(config)})
     return StudySummary(
         directory=directory,
         config=config,
@@ -201,9 +202,18 @@ def summarise(
     )
 
 
-def _trials_from(searched: Scores, base: Factors, middle_weight: float) -> tuple[Trial, ...]:
+def task_weights(config: Mapping[str, Any]) -> dict[str, float]:
+    """Return the weight of each task of a study's configuration, which may be any JSON; empty if there is one task."""
+    parts = _section(_section(config, "task"), "parts")
+    weights = {name: _number(_section(parts, name).get("weight"), 1.0) for name in parts}
+    return {name: weight if weight > 0.0 else 1.0 for name, weight in weights.items()}
+
+
+def _trials_from(
+    searched: Scores, base: Factors, middle_weight: float, weights: Mapping[str, float]
+) -> tuple[Trial, ...]:
     """The trials that the evaluations tell of, by first appearance: without origin and control points."""
-    objective = Objective(tuple(searched.get(base, {}).values()), middle_weight)
+    objective = Objective(tuple(searched.get(base, {}).values()), middle_weight, weights)
     trials = []
     for number, (factors, scores) in enumerate(searched.items()):
         seen = [score for index, score in scores.items() if index in searched.get(base, {})]
@@ -213,13 +223,13 @@ def _trials_from(searched: Scores, base: Factors, middle_weight: float) -> tuple
     return tuple(trials)
 
 
-def _table(scores: Scores, sides: Mapping[str, Factors], seed: int, confidence: float) -> DepthTable | None:
+def _table(scores: Scores, sides: Mapping[str, Factors], options: Mapping[str, Any]) -> DepthTable | None:
     """The sides on the contexts that all of them saw; None if there are none, or nothing to compare."""
     sides = {name: factors for name, factors in sides.items() if factors in scores}
     if "base" not in sides or not (common := sorted(set.intersection(*(set(scores[f]) for f in sides.values())))):
         return None
     chosen = {name: [scores[factors][i] for i in common] for name, factors in sides.items()}
-    return depth_table(chosen, seed=max(seed, 0), confidence=confidence)
+    return depth_table(chosen, **options)
 
 
 def _costs(evaluations: Mapping[Job, Evaluation]) -> tuple[Cost, ...]:

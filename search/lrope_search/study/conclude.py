@@ -12,7 +12,6 @@ from lrope_gguf.curve import CurveFile
 from ..optimizers.protocol import Candidate, Score
 from ..results.comparison import compare, finite
 from ..results.guard import divergences_by_length
-from ..results.objective import Objective
 from ..results.summary import StudySummary, Trial, summarise
 from ..results.table import depth_table
 from ..results.verdict import Verdict, verdict
@@ -76,7 +75,7 @@ def conclude(run: Run, stopped_by: str) -> SearchOutcome:
         run.pipeline.want(run.jobs(uniform.factors, "test"), Urgency.SOON)
     for order, candidate in enumerate(finalists):
         run.pipeline.want(run.jobs(candidate.factors, "guard"), Urgency.MAYBE, order)
-    objective = Objective(run.all_of(run.identity, "validation"), settings.middle_weight)
+    objective = run.objective(run.all_of(run.identity, "validation"))
     fitness = {c: objective.fitness(run.all_of(c.factors, "validation")) for c in finalists}
     winner, divergences = _choose(run, finalists, fitness)
 
@@ -93,15 +92,22 @@ def conclude(run: Run, stopped_by: str) -> SearchOutcome:
         scores[beside] = run.all_of(uniform.factors, "test")
     if winner is not None:
         scores["curve"] = run.all_of(winner.factors, "test")
-    table = depth_table(scores, seed=settings.seed, confidence=settings.confidence)
+    table = depth_table(scores, seed=settings.seed, confidence=settings.confidence, weights=run.weights)
     curve_gain = table.comparisons.get("curve")
     uniform_gain = over_uniform = None
     if uniform is not None:
         uniform_gain = factor, table.comparisons[beside]
         if winner not in (None, uniform):
-            over_uniform = compare(scores[beside], scores["curve"], seed=settings.seed, confidence=settings.confidence)
+            over_uniform = compare(
+                scores[beside],
+                scores["curve"],
+                seed=settings.seed,
+                confidence=settings.confidence,
+                weights=run.weights,
+            )
     kl = None if winner is None or winner not in divergences else max(divergences[winner].values())
-    judgement = verdict(curve_gain, uniform_gain, kl, over_uniform=over_uniform)
+    tasks = {} if curve_gain is None else {name: part.comparisons["curve"] for name, part in table.tasks.items()}
+    judgement = verdict(curve_gain, uniform_gain, kl, over_uniform=over_uniform, tasks=tasks)
     if winner is None and divergences:
         judgement = Verdict(
             False,
@@ -120,6 +126,8 @@ def conclude(run: Run, stopped_by: str) -> SearchOutcome:
         "recommended": judgement.recommended,
         "verdict": judgement.text,
     }
+    if tasks:
+        results["test"]["tasks"] = {name: {"weight": run.weights[name], **gain.json()} for name, gain in tasks.items()}
     if uniform_gain is not None:
         results["best_uniform"] = {"factor": uniform_gain[0], "test": uniform_gain[1].json()}
     if over_uniform is not None:

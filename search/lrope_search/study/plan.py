@@ -29,17 +29,18 @@ def make_optimizer(settings: SearchConfig, n_layer: int, layers: Sequence[int] |
     )
 
 
-def racing(settings: SearchConfig) -> Racing:
-    """Return the racing rule of these settings."""
-    return Racing(settings.search_contexts, settings.racing_first, settings.racing_fraction)
+def racing(settings: SearchConfig, n_tasks: int = 1) -> Racing:
+    """Return the racing rule of these settings, by which everybody sees a context of each task first."""
+    return Racing(settings.search_contexts, max(settings.racing_first, n_tasks), settings.racing_fraction)
 
 
-def planned_evaluations(settings: SearchConfig, *, guard: bool = False) -> dict[str, int]:
+def planned_evaluations(settings: SearchConfig, *, guard: bool = False, n_tasks: int = 1) -> dict[str, int]:
     """Return about how many context evaluations (one prefill each) the search takes, by split."""
     sides = 2 + bool(settings.uniform_factors)
     finalists = min(settings.finalists, settings.max_evaluations - 1)
+    candidates = racing(settings, n_tasks).expected_evaluations(settings.max_evaluations - 1)
     planned = {
-        "search": settings.search_contexts + racing(settings).expected_evaluations(settings.max_evaluations - 1),
+        "search": settings.search_contexts + candidates,
         "validation": (finalists + sides - 1) * settings.validation_contexts,
         "test": sides * settings.test_contexts,
     }

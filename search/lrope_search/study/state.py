@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from lrope_gguf.curve import Curve, CurveFile
 
 from ..config import SearchConfig
 from ..optimizers.protocol import Candidate, Score
+from ..results.objective import Objective
+from ..results.summary import task_weights
 from ..scores import ContextScore, Factors, Job
 from ..workers.protocol import Executor
 from .progress import Progress
@@ -29,6 +32,7 @@ class Run:
     Attributes:
         base: The base model as a candidate.
         ranking: All candidates that were told, with their scores, best first.
+        weights: Of each of several tasks; empty if there is one.
     """
 
     def __init__(
@@ -45,12 +49,22 @@ class Run:
         self.study, self.settings, self.progress = study, settings, progress
         self.architecture, self.block_count = architecture, block_count or executor.n_layer
         self.guard_contexts = guard_contexts
+        self.weights = task_weights(study.config)
         self.start = time.monotonic()
         self.identity: Factors = (1.0,) * executor.n_layer
         self.pipeline = Pipeline(executor, study, progress)
         self.ranking: list[tuple[Candidate, Score]] = []
         straight = tuple((i / settings.degree, 1.0) for i in range(settings.degree + 1))
         self.base = Candidate(-1, Curve(straight, bounds=settings.bounds), self.identity, "identity")
+
+    @property
+    def n_tasks(self) -> int:
+        """How many tasks take turns."""
+        return max(len(self.weights), 1)
+
+    def objective(self, base: Sequence[ContextScore]) -> Objective:
+        """Return what candidates are worth on the contexts of ``base``, the base model's scores."""
+        return Objective(base, self.settings.middle_weight, self.weights)
 
     def jobs(self, factors: Factors, split: str, contexts: range | None = None) -> list[Job]:
         """Return the evaluations of ``factors`` on ``contexts`` of ``split``; None: on all."""

@@ -37,7 +37,7 @@ class Context:
     """One long prompt prefix with its probes; ``split`` is ``search``, ``validation`` or ``test``.
 
     ``lead``, of a calibration context: what stands between a question and its answer unless a model shows that it
-    writes something else.
+    writes something else. ``task``: the name of its task in a mix of several.
     """
 
     split: str
@@ -45,6 +45,7 @@ class Context:
     prefix: str
     probes: tuple[Probe, ...]
     lead: str = ""
+    task: str = ""
 
 
 class Task(Protocol):
