@@ -16,7 +16,18 @@ from lrope_gguf.text import printable
 from ..results.comparison import Comparison, Interval
 from ..results.summary import StudySummary
 from .pictures import Picture, draw_pictures, drawn
-from .text import LONG, about, cost_words, count, duration, flat, model_name
+from .text import (
+    LONG,
+    about,
+    cost_words,
+    count,
+    duration,
+    flat,
+    front_rows,
+    limit_words,
+    model_name,
+    shows_front,
+)
 
 NAME = "report.html"
 _MOST_ROWS = 200
@@ -69,6 +80,7 @@ def page_text(study: StudySummary, pictures: Mapping[str, Picture]) -> str:
         figures={key: (title, text, pictures[key]) for key, title, text in _captions(study) if key in pictures},
         interval=_interval,
         ranked=sorted(study.trials, key=lambda trial: (-trial.contexts, -trial.fitness, trial.number))[:_TOP],
+        front=front_rows(study) if shows_front(study) else [],
         most_layers=_MOST_LAYERS,
         settings=list(flat(study.config)),
         most_settings=_MOST_ROWS,
@@ -156,6 +168,19 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
             "The population over time",
             f"{'Every candidate' if shown == n else f'{shown} of {n} candidates, evenly chosen'}, coloured by when "
             "it was tried, and the best curve.",
+        )
+    if shows_front(study):
+        front = study.front
+        found = "none of them better than the base model"
+        if front.best:
+            found = f"{len(front.best)} of them on the front: nothing else gains as much at as little KL"
+        yield (
+            "front",
+            "Gain against change of ordinary text",
+            f"{count(len(front.points), 'candidate')} of which both are known, {found}. Each is at the larger of its "
+            "KL divergences on short and on long text, the line ends at the other one; the scale is of square roots. "
+            f"The best on the front within the limit ({limit_words(study)}) is chosen"
+            f"{f', which passes over {len(front.passed_over)}' if front.passed_over else ''}.",
         )
     if study.costs:
         text = f"{cost_words(study.total)} of work, summed over workers."

@@ -9,6 +9,7 @@ from typing import Any
 from lrope_gguf.text import printable, sparkline
 
 from ..results.summary import Cost, StudySummary
+from ..results.table import left_aligned
 
 LONG = 300
 """Characters that a name or a value may take."""
@@ -30,11 +31,49 @@ def summary_lines(study: StudySummary) -> Sequence[str]:
     lines += [f"{f'KL, {name}':<11} {value:.4g} nats a token on ordinary text" for name, value in study.guard.items()]
     if study.costs:
         lines.append(f"cost        {cost_words(study.total)}")
+    if shows_front(study):
+        lines += ["", *front_lines(study)]
     if study.table is not None:
         lines += ["", str(study.table)]
         if study.table_split != "test":
             lines += ["(on the search contexts, which candidates were chosen on: no evidence of a gain)"]
     return [*lines, "", printable(study.verdict)]
+
+
+def shows_front(study: StudySummary) -> bool:
+    """Whether there are candidates to compare by gain and KL."""
+    return len(study.front.points) > 1
+
+
+def front_rows(study: StudySummary) -> list[list[str]]:
+    """Gain against KL on ordinary text, with a head: a row for each candidate of which both are known, by KL."""
+    front, trials = study.front, {trial.factors: trial for trial in study.trials}
+    rows = [["candidate", "origin", "gain, nats", "KL, short", "KL, long", ""]]
+    for point in front.points:
+        trial = trials.get(point.factors)
+        chosen = study.finished and point.factors == study.factors
+        notes = {"chosen": chosen, "front": point in front.best, "over --max-kl": not point.kl <= front.limit}
+        rows.append([
+            "" if trial is None else str(trial.number),
+            "" if trial is None else printable(trial.origin, 30),
+            f"{point.gain:+.4f}",
+            f"{point.short:.4f}",
+            f"{point.long:.4f}",
+            ", ".join(note for note, holds in notes.items() if holds),
+        ])  # fmt: skip
+    return rows
+
+
+def front_lines(study: StudySummary) -> Sequence[str]:
+    """The same for a terminal."""
+    head = f"gain on validation contexts against KL on ordinary text, nats a token; {limit_words(study)}"
+    return [head, *left_aligned(front_rows(study))]
+
+
+def limit_words(study: StudySummary) -> str:
+    """The limit of KL in words."""
+    limit = study.front.limit
+    return f"--max-kl {limit:g}" if math.isfinite(limit) else "no --max-kl known"
 
 
 def model_name(study: StudySummary) -> str:

@@ -12,6 +12,7 @@ from lrope_gguf.curve import CurveFile, Point
 
 from ..scores import ContextScore, DivergenceScore, Evaluation, Factors, Job
 from .comparison import finite
+from .front import Front, FrontPoint
 from .guard import divergences_by_length
 from .objective import Objective
 from .table import DepthTable, depth_table
@@ -70,6 +71,7 @@ class StudySummary:
         search_contexts: how many a candidate sees that is not dropped early.
         table: accuracies by depth, on test contexts or, before there are such, on search contexts (``table_split``).
         guard: divergence from the base model on ordinary text, in nats per token, by length of the text.
+        front: gain against that divergence, of all candidates of which both are known.
         costs: by phase, those that took place.
     """
 
@@ -85,6 +87,7 @@ class StudySummary:
     table: DepthTable | None
     table_split: str
     guard: dict[str, float]
+    front: Front
     costs: tuple[Cost, ...]
 
     @property
@@ -117,6 +120,7 @@ class StudySummary:
             "candidates": len(self.trials),
             "accuracy": None if self.table is None else {"split": self.table_split, **self.table.json()},
             "kl": self.guard,
+            "front": self.front.json(),
             "cost": [cost.json() for cost in (*self.costs, self.total)],
         }
 
@@ -198,6 +202,7 @@ def summarise(
         table=table,
         table_split=table_split,
         guard=divergences_by_length(divergences.get(factors or (), ())),
+        front=_front(config, splits.get("validation", {}), divergences, base),
         costs=_costs(evaluations),
     )
 
@@ -221,6 +226,23 @@ def _trials_from(
             fitness = 0.0 if factors == base else objective.fitness(seen)
             trials.append(Trial(number, "", factors, None, len(seen), fitness))
     return tuple(trials)
+
+
+def _front(
+    config: Mapping[str, Any],
+    validated: Scores,
+    divergences: Mapping[Factors, Sequence[DivergenceScore]],
+    base: Factors,
+) -> Front:
+    """Gain on validation contexts against KL, of those candidates that saw both all that the base model saw."""
+    settings, of_base = _section(config, "search"), validated.get(base, {})
+    objective = Objective(tuple(of_base.values()), _number(settings.get("middle_weight"), 0.0), task_weights(config))
+    points = [
+        FrontPoint(factors, objective.fitness(list(scores.values())), **divergences_by_length(divergences[factors]))
+        for factors, scores in validated.items()
+        if factors != base and factors in divergences and scores.keys() == of_base.keys()
+    ]
+    return Front.of(points, _number(settings.get("max_kl"), math.inf))
 
 
 def _table(scores: Scores, sides: Mapping[str, Factors], options: Mapping[str, Any]) -> DepthTable | None:

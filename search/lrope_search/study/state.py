@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -98,6 +99,19 @@ class Run:
         if uniform is not None and uniform not in finalists:
             finalists.append(uniform)
         return finalists, uniform
+
+    def nearest(self, levels: Sequence[float]) -> list[Candidate]:
+        """Return, for each part of the best gain by search, the candidate nearest to the base model that reaches it.
+
+        Near are small factors' logarithms: a small change moves a model by about their squares.
+        """
+        better = self.better_than_base()
+
+        def distance(item: tuple[Candidate, float]) -> float:
+            return math.fsum(math.log(factor) ** 2 for factor in item[0].factors)
+
+        reached = [[item for item in better if item[1] >= level * better[0][1]] for level in levels if better]
+        return list(dict.fromkeys(min(items, key=distance)[0] for items in reached))
 
     def document(self, best: Candidate, results: dict[str, Any]) -> CurveFile:
         """Return the curve file of ``best``: no times in it, so that a resumed search writes the same bytes."""
