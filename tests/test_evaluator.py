@@ -111,7 +111,7 @@ def test_a_shared_prefix_scores_as_prompts_of_their_own(
     with Model(model.path, n_threads=1, n_batch=n_batch, flash_attention=False) as other:
         evaluator = TeacherForcedEvaluator(other, task)
         score = evaluator.evaluate(factors, "test", 1)
-    assert evaluator._encoder.lead == Lead(' "', own_tokens=True)  # the default: random weights retrieve nothing
+    assert evaluator._encoders[0].lead == Lead(' "', own_tokens=True)  # the default: random weights retrieve nothing
     expected = reference(model, ' "', task.context("test", 1), factors)
     assert [p.log_probability for p in score.probes] == pytest.approx([log_p for log_p, _ in expected], abs=5e-5)
     assert [p.correct for p in score.probes] == [correct for _, correct in expected]
@@ -179,7 +179,7 @@ def test_what_greedy_decoding_writes_is_correct_and_nothing_else(model: Model) -
     assert len(probes) == 3
     task = OneContext(probes)
     evaluator = TeacherForcedEvaluator(model, task)
-    evaluator._encoder.lead = Lead("", own_tokens=True)
+    evaluator._encoders[0].lead = Lead("", own_tokens=True)
     evaluator._encodings.clear()
     assert [probe.correct for probe in evaluator.evaluate(CURVE, "test", 0).probes] == [True] * 3
     assert [answer.correct for answer in evaluator.generate(CURVE, "test", 0)] == [True] * 3
@@ -199,7 +199,7 @@ def test_the_lead_is_what_the_base_model_writes_before_the_value(model: Model) -
     value = text[7:12]
     n = text.lower().index(value.lower())
     evaluator = TeacherForcedEvaluator(model, OneContext((replace(asked[0], answer=value),)))
-    assert evaluator._encoder.lead == Lead(text[:n], own_tokens=True)
+    assert evaluator._encoders[0].lead == Lead(text[:n], own_tokens=True)
     score = evaluator.evaluate(ONES, "test", 0)
     assert score.probes[0].correct
     encoding = evaluator._encode("test", 0)
@@ -255,7 +255,7 @@ def test_the_key_is_what_differs_between_questions(keys: list[str], head: str, t
 @native
 def test_a_lead_can_hold_the_key(model: Model) -> None:
     evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4, seed=3))
-    evaluator._encoder.lead = Lead(' The value of "\0" is "', own_tokens=True)
+    evaluator._encoders[0].lead = Lead(' The value of "\0" is "', own_tokens=True)
     assert evaluator.lead == ' The value of "{key}" is "'
     evaluator._encodings.clear()
     context = KeyValueTask(6, probes=4, seed=3).context("test", 0)

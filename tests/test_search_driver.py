@@ -269,11 +269,14 @@ def test_the_guard_passes_over_who_strays(tmp_path: Path) -> None:
     json.loads((tmp_path / "nan" / "best.json").read_text(), parse_constant=lambda word: pytest.fail(word))
 
 
-def test_the_guard_looks_at_the_winner_alone(tmp_path: Path) -> None:
+def test_the_guard_looks_at_whoever_is_validated(tmp_path: Path) -> None:
     recorder = Recorder(Guarded())
     outcome = search(tmp_path, recorder, dataclasses.replace(SETTINGS, max_kl=9.0), guard_contexts=1)
     assert outcome.winner is not None
-    assert [job for job in recorder.jobs if job.split == "guard"] == [Job(outcome.winner.factors, "guard", 0)]
+    by_split = {split: {j.factors for j in recorder.jobs if j.split == split} for split in ("validation", GUARD)}
+    assert by_split["validation"] == by_split[GUARD] | {(1.0,) * recorder.n_layer}
+    assert len([job for job in recorder.jobs if job.split == GUARD]) == len(by_split[GUARD])
+    assert {job.index for job in recorder.jobs if job.split == GUARD} == {0}
     random.seed(1)
     search(
         tmp_path / "many",

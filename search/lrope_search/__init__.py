@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import ModelConfig, SearchConfig, TaskConfig, WorkersConfig
+    from .config import ModelConfig, SearchConfig, TaskConfig, TaskMix, WorkersConfig
     from .launch import estimate, search
     from .measure import Measurement, measure
     from .study.run import SearchOutcome, run_search
@@ -21,6 +21,7 @@ __all__ = [
     "SearchOutcome",
     "Study",
     "TaskConfig",
+    "TaskMix",
     "WorkersConfig",
     "estimate",
     "measure",

@@ -82,6 +82,9 @@ EXECUTORS = ("local", "ray")
 
 C = TypeVar("C", "ModelConfig", "TaskConfig", "SearchConfig")
 
+Tasks: TypeAlias = "TaskConfig | TaskMix | Sequence[tuple[TaskConfig, float]]"
+"""What the model is asked: one task, or several with their weights."""
+
 
 def option(name: str) -> str:
     """Return the command line's name of a setting."""
@@ -271,6 +274,70 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class TaskMix:
+    """Tasks that are asked side by side, with the weight of each; one alone is the task itself.
+
+    Args:
+        parts: Tasks with their weights, each task once; kept in the order of `TASK_FIELDS`, so that a mix is the same
+            in whatever order its tasks are named.
+
+    Raises:
+        LropeError: no task, a task given twice, or a weight that is no positive number.
+    """
+
+    parts: tuple[tuple[TaskConfig, float], ...]
+
+    def __post_init__(self) -> None:
+        """Check and sort the parts."""
+        if not self.parts:
+            raise LropeError(f"--task: none given; choose from {', '.join(TASK_FIELDS)}")
+        names = [task.name for task, _ in self.parts]
+        for name in names:
+            if names.count(name) > 1:
+                raise LropeError(f"--task {name}: given twice; give each task once")
+        for task, weight in self.parts:
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not 0.0 < weight < math.inf:
+                raise LropeError(f"--weight {task.name}={weight}: no positive number; give one such as 2")
+        order = list(TASK_FIELDS)
+        parts = sorted(((task, float(weight)) for task, weight in self.parts), key=lambda p: order.index(p[0].name))
+        object.__setattr__(self, "parts", tuple(parts))
+
+    @classmethod
+    def of(cls, tasks: Tasks) -> TaskMix:
+        """Return the mix of `Tasks` however they are given.
+
+        Raises:
+            LropeError: see the class.
+        """
+        if isinstance(tasks, TaskMix):
+            return tasks
+        return cls(((tasks, 1.0),) if isinstance(tasks, TaskConfig) else tuple(tasks))
+
+    @property
+    def tasks(self) -> tuple[TaskConfig, ...]:
+        """The tasks alone."""
+        return tuple(task for task, _ in self.parts)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each task, by name; empty for one task alone, which nothing is weighed against."""
+        return {task.name: weight for task, weight in self.parts} if len(self.parts) > 1 else {}
+
+    def check_contexts(self, option: str, n_contexts: int) -> None:
+        """Refuse fewer contexts than tasks, which take turns.
+
+        Raises:
+            LropeError: names the option.
+        """
+        if n_contexts < len(self.parts):
+            names = " and ".join(task.name for task in self.tasks)
+            raise LropeError(
+                f"{option} {n_contexts}: too few for {names}, which take turns; give at least {len(self.parts)}"
+            )
+
+
+@dataclass(frozen=True)
 class SearchConfig:
     """How to search. All but ``max_hours`` decide the result together with model and task.
 
@@ -364,18 +431,19 @@ class SearchConfig:
         contexts: int | None = getattr(self, f"{split}_contexts")
         return default_contexts(split, default_probes(2**10)) if contexts is None else contexts
 
-    def settled(self, probes: int, sizes: Mapping[str, int | None] | None = None) -> SearchConfig:
+    def settled(self, probes: int, sizes: Mapping[str, int | None] | None = None, n_tasks: int = 1) -> SearchConfig:
         """Return these settings with numbers in place of None.
 
         Args:
             probes: Questions of a context.
             sizes: The contexts that there are of each split; None: as many as wanted.
+            n_tasks: Tasks that take turns, each of which is to show its gain.
         """
         numbers: dict[str, Any] = {}
         for split in SPLITS:
             if getattr(self, f"{split}_contexts") is None:
                 most = (sizes or {}).get(split)
-                wanted = default_contexts(split, probes)
+                wanted = n_tasks * default_contexts(split, probes)
                 numbers[f"{split}_contexts"] = wanted if most is None else max(1, min(wanted, most))
         return replace(self, **numbers)
 

@@ -12,7 +12,7 @@ from lrope_gguf import __version__
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import ModelInfo, read_model
 
-from .config import ModelConfig, SearchConfig, TaskConfig, WorkersConfig
+from .config import ModelConfig, SearchConfig, TaskMix, Tasks, WorkersConfig, option
 from .cost import check_memory, duration, memory_text, precision
 from .evaluation.binding import binding_version
 from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_guard_texts
@@ -27,7 +27,7 @@ from .study.plan import make_optimizer, planned_evaluations
 from .study.progress import Progress
 from .study.run import SearchOutcome, run_search
 from .study.store import Study
-from .tasks import SPLITS, file_identity, make_task, task_identity
+from .tasks import SPLITS, file_identity, make_tasks, task_identity
 from .workers.processes import ProcessExecutor
 from .workers.protocol import Executor, LocalExecutor
 from .workers.ray_cluster import RayExecutor
@@ -35,7 +35,7 @@ from .workers.ray_cluster import RayExecutor
 
 def search(
     model: ModelConfig,
-    task: TaskConfig,
+    task: Tasks,
     settings: SearchConfig,
     directory: str | os.PathLike[str],
     *,
@@ -54,7 +54,7 @@ def search(
 
     Args:
         model: The model and how it is run.
-        task: What it is asked.
+        task: What it is asked; several tasks, with their weights, are asked by turns.
         settings: How to search.
         directory: Of the study (`Study`); made if it is missing.
         workers: Who does the work; None: one worker in this process.
@@ -69,7 +69,7 @@ def search(
 
 def estimate(
     model: ModelConfig,
-    task: TaskConfig,
+    task: Tasks,
     settings: SearchConfig,
     directory: str | os.PathLike[str],
     *,
@@ -84,7 +84,7 @@ def estimate(
 
 def _launch(
     model: ModelConfig,
-    task: TaskConfig,
+    task: Tasks,
     settings: SearchConfig,
     directory: Path,
     workers: WorkersConfig,
@@ -95,30 +95,34 @@ def _launch(
     if not info.has_rope:
         raise LropeError(f"{info.path}: a model without RoPE; layer factors mean nothing to it")
     _layers(info, 1)
-    contexts = make_task(task)
     for start in settings.start:
         if not isinstance(start[0], tuple) and len(start) != info.n_layer:
             raise LropeError(f"--start: {len(start)} factors, but {info.path} has {info.n_layer} layers; give another")
+    mix = TaskMix.of(task)
+    contexts = make_tasks(mix)
     sizes = {split: contexts.size(split) for split in SPLITS}
     for split, size in sizes.items():
         wanted = getattr(settings, f"{split}_contexts")
-        if None not in (size, wanted) and wanted > size:
+        if wanted is None:
+            continue
+        mix.check_contexts(option(f"{split}_contexts"), wanted)
+        if size is not None and wanted > size:
             raise LropeError(f"--{split}-contexts {wanted}: the data has {size} for this; ask for fewer")
     guard = {"text": None if settings.guard_text is None else file_identity(settings.guard_text)}
     free = free_memory()
     texts = kept_guard_texts(Study.kept(directory, "guard"), directory)
     if model.batch_size is None:  # the default may have been another one, or another machine's
         model = dataclasses.replace(model, batch_size=_kept_batch_size(directory))
-    spec = EvaluatorSpec(model, task, settings.guard_text, texts)
+    spec = EvaluatorSpec(model, mix, settings.guard_text, texts)
     with one_interrupt(), ExitStack() as stack:
         first = _first_worker(workers, spec, stack)
         facts = first.ask(find_out)
         layers = _layers(info, facts.longest)
-        settings = settings.settled(facts.n_probes, sizes)
+        settings = settings.settled(facts.n_probes, sizes, len(mix.parts))
         options = model.llama_options()
         config = {
             "model": {"fingerprint": info.fingerprint(), "architecture": info.architecture, "name": info.name},
-            "task": task_identity(task) | {"chat_template": model.chat_template, "answer_lead": facts.lead},
+            "task": task_identity(mix, facts.leads) | {"chat_template": model.chat_template},
             "search": settings.identity(),
             "guard": guard,
             "computing": {"batch_size": facts.batch_size, "n_gpu_layers": model.n_gpu_layers},
@@ -133,9 +137,10 @@ def _launch(
             if len(layers) < first.n_layer:
                 progress.line(f"{len(layers)} of {first.n_layer} layers rotate over the whole context")
             optimizer = make_optimizer(settings, first.n_layer, layers)
-            _say_cost(workers, optimizer, settings, study, directory, first, facts, free, progress)
+            _say_cost(workers, optimizer, settings, study, directory, first, facts, free, progress, len(mix.parts))
             if dry_run:
-                _say_variation(settings, study, first, facts, progress)
+                if len(mix.parts) == 1:
+                    _say_variation(settings, study, first, facts, progress)
                 return None
             spec = dataclasses.replace(
                 spec, model=dataclasses.replace(model, batch_size=facts.batch_size), guard_texts=facts.guard_texts
@@ -247,8 +252,9 @@ def _say_cost(
     facts: Facts,
     free: int | None,
     progress: Progress,
+    n_tasks: int,
 ) -> None:
-    """Say what the search will cost, by the base model on the first search context, which is needed anyway.
+    """Say what the search will cost, by the base model on each task's first search context, which is needed anyway.
 
     Raises:
         LropeError: the workers do not fit into ``free`` bytes of memory.
@@ -259,16 +265,18 @@ def _say_cost(
         if not gpus:
             check_memory(facts.memory, n_workers, free)
         progress.line(memory_text(facts.memory, n_workers))
-    job = Job((1.0,) * first.n_layer, "search", 0)
-    score = _context_score(job, study, first)
+    jobs = [Job((1.0,) * first.n_layer, "search", index) for index in range(n_tasks)]
+    scores = [_context_score(job, study, first) for job in jobs]
+    n_tokens = sum(score.n_tokens for score in scores) / n_tasks
+    seconds = sum(score.seconds for score in scores) / n_tasks
     # processors are divided between local workers: more of them are no faster in all
     side_by_side = n_workers if workers.executor == "ray" else min(n_workers, max(len(gpus), 1))
-    n_evaluations = sum(planned_evaluations(settings, guard=True).values())
-    hours = n_evaluations * score.seconds / 3600.0 / side_by_side
+    n_evaluations = sum(planned_evaluations(settings, guard=True, n_tasks=n_tasks).values())
+    hours = n_evaluations * seconds / 3600.0 / side_by_side
     on_each = " on each worker" if workers.executor == "ray" and workers.n_workers is None else ""
     progress.line(
-        f"about {n_evaluations} evaluations of {score.n_tokens} tokens: about {duration(hours)} at "
-        f"{side_by_side * score.n_tokens / max(score.seconds, 1e-9):.0f} tokens/s{on_each}; "
+        f"about {n_evaluations} evaluations of {n_tokens:.0f} tokens: about {duration(hours)} at "
+        f"{side_by_side * n_tokens / max(seconds, 1e-9):.0f} tokens/s{on_each}; "
         f"results go to {directory}"
     )
     if workers.executor == "local" and not gpus and n_workers > physical_cores():

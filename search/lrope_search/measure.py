@@ -8,14 +8,14 @@ from typing import Any
 
 from lrope_gguf.model_info import read_model
 
-from .config import ModelConfig, TaskConfig
+from .config import ModelConfig, TaskMix, Tasks
 from .evaluation.evaluator import TeacherForcedEvaluator
 from .evaluation.generation import Generation
-from .evaluation.make import open_model, task_for
+from .evaluation.make import evaluator_parts, open_model
 from .results.table import DepthTable, depth_table
 from .scores import ContextScore, Factors
 from .study.progress import Progress
-from .tasks import make_task, task_identity
+from .tasks import make_tasks, task_identity
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Measurement:
 
 def measure(
     model: ModelConfig,
-    task: TaskConfig,
+    task: Tasks,
     sides: Mapping[str, Factors],
     *,
     contexts: int = 8,
@@ -83,7 +83,7 @@ def measure(
 
     Args:
         model: The model and how it is run.
-        task: What it is asked.
+        task: What it is asked; several tasks take turns, and their weights (`TaskMix`) are those of the means.
         sides: Factors by name, one for each layer; ``base`` comes of itself, whatever the file holds.
         contexts: How many.
         split: Which: ``search``, ``validation`` or ``test``.
@@ -92,11 +92,16 @@ def measure(
     Raises:
         LropeError: the model or the task cannot be used, or llama.cpp refuses the factors.
     """
-    make_task(task).context(split, contexts - 1)  # too few records are better known now
+    mix = TaskMix.of(task)
+    mix.check_contexts("--contexts", contexts)
+    questions = make_tasks(mix)
+    for index in range(contexts - len(mix.parts), contexts):
+        questions.context(split, index)  # too few records are better known now
     read_model(model.path)  # its messages on damaged files are the plainer ones
     with open_model(model) as loaded:
         sides = {"base": (1.0,) * loaded.n_layer, **sides}
-        evaluator = TeacherForcedEvaluator(loaded, task_for(loaded, task), answer_prefix=task.answer_prefix)
+        asked, prefixes = evaluator_parts(loaded, mix)
+        evaluator = TeacherForcedEvaluator(loaded, asked, answer_prefix=prefixes)
         for factors in sides.values():
             loaded.set_factors(factors)  # if they are refused, then before hours have passed
         scores: dict[str, list[ContextScore]] = {name: [] for name in sides}
@@ -114,15 +119,16 @@ def measure(
     every = [score for side in scores.values() for score in side]
     return Measurement(
         asked={
-            **task_identity(task),
+            **task_identity(mix, evaluator.leads),
             "chat_template": model.chat_template,
             "split": split,
-            "answer_lead": evaluator.lead,
             **({"llama_options": options} if (options := model.llama_options()) else {}),
         },
         sides=sides,
-        table=depth_table(scores),
-        generated=depth_table({n: _generated(scores[n], answers[n]) for n in sides}) if generate else None,
+        table=depth_table(scores, weights=mix.weights),
+        generated=depth_table({n: _generated(scores[n], answers[n]) for n in sides}, weights=mix.weights)
+        if generate
+        else None,
         agreement=_agreement(scores, answers) if generate else None,
         n_tokens=sum(score.n_tokens for score in every),
         seconds=sum(score.seconds for score in every),

@@ -24,13 +24,17 @@ class ProbeScore:
 
 @dataclass(frozen=True)
 class ContextScore:
-    """The scores of one context's probes, and their cost: tokens computed and wall-clock seconds."""
+    """The scores of one context's probes, and their cost: tokens computed and wall-clock seconds.
+
+    ``task``: the name of the context's task where several are asked; empty where there is one.
+    """
 
     split: str
     index: int
     probes: tuple[ProbeScore, ...]
     n_tokens: int
     seconds: float
+    task: str = ""
 
     @property
     def log_probability(self) -> float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from lrope_gguf.commands.options import FILE, Option
+from lrope_gguf.errors import LropeError
 
 from ..config import (
     CACHE_TYPES,
@@ -20,8 +21,13 @@ from ..config import (
     TASK_FIELDS,
     ModelConfig,
     TaskConfig,
+    TaskMix,
     escaped,
 )
+from ..config import option as option_name
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 POSITIVE, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
@@ -108,31 +114,62 @@ llama_options = all_of(
 _LLAMA_NAMES = ("rope_scaling", "rope_scale", "rope_freq_base", "rope_freq_scale", "yarn_orig_ctx", "yarn_ext_factor",
                 "yarn_attn_factor", "yarn_beta_slow", "yarn_beta_fast", "cache_type_k", "cache_type_v")  # fmt: skip
 
+
+class OfTask(click.ParamType):  # type: ignore[type-arg]
+    """A value for all tasks, or, as ``TASK=VALUE``, for one of several; a pair of the task, or None, and the value."""
+
+    def __init__(self, kind: click.ParamType) -> None:  # type: ignore[type-arg]
+        self.kind = kind
+        self.name = kind.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str | None, Any]:
+        """Read the value and whose it is."""
+        if isinstance(value, tuple):
+            return value[0], value[1]
+        task, equals, own = str(value).partition("=")
+        named = bool(equals) and task in TASK_FIELDS
+        return task if named else None, self.kind.convert(own if named else value, param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Complete a value that is not one task's."""
+        return self.kind.shell_complete(ctx, param, incomplete)
+
+
+def task_option(*declarations: str, type: Any = click.STRING, **attributes: Any) -> Callable[[Function], Function]:
+    """Declare an option that each of several tasks may have a value of its own for; the last one given counts."""
+    if isinstance(type, click.Choice):
+        attributes.setdefault("metavar", f"[{'|'.join(type.choices)}]")
+    return option(*declarations, type=OfTask(type), multiple=True, **attributes)
+
+
 first_task_options = all_of(
-    option("--task", type=click.Choice(list(TASK_FIELDS)), default="kv",
-           help="kv: key-value retrieval; mdqa: multi-document question answering; jsonl: your own (kv)"),
-    option("--keys", metavar="N", type=POSITIVE,
+    option("--task", type=click.Choice(list(TASK_FIELDS)), default=["kv"], multiple=True,
+           help="kv: key-value retrieval; mdqa: multi-document question answering; jsonl: your own (kv); give several "
+                "to search for all of them, and what is one task's as TASK=VALUE: --data mdqa=FILE"),
+    task_option("--keys", metavar="N", type=POSITIVE,
            help=f"kv: pairs a context ({DEFAULT_PAIRS}; with --data all of a record)"),
-    option("--data", metavar="FILE", type=FILE,
+    task_option("--data", metavar="FILE", type=FILE,
            help="JSONL, plain or gzipped. kv: kv-retrieval-*_keys (contexts made from the seed); mdqa: nq-open-* of "
                 "the same benchmark; jsonl: a line {context, question, answer: text or list of texts, depth: 0 to 1, "
                 "optional}"),
 )  # fmt: skip
 task_options = all_of(
-    option("--context-tokens", metavar="N", type=POSITIVE, heading=_TASK,
+    option("--weight", metavar="TASK=W", multiple=True, heading=_TASK,
+           help="of several tasks: how much one counts, such as mdqa=2 (1)"),
+    task_option("--context-tokens", metavar="N", type=POSITIVE, heading=_TASK,
            help="kv, mdqa: as many keys or documents as fit into N tokens"),
-    option("--documents", metavar="N", type=POSITIVE, heading=_TASK,
+    task_option("--documents", metavar="N", type=POSITIVE, heading=_TASK,
            help=f"mdqa: documents a context ({DEFAULT_DOCUMENTS})"),
-    option("--identifiers", type=click.Choice(list(IDENTIFIER_KINDS)), heading=_TASK,
+    task_option("--identifiers", type=click.Choice(list(IDENTIFIER_KINDS)), heading=_TASK,
            help=f"kv without --data: what keys and values are; {_KINDS} ({IDENTIFIER_KINDS[0]})"),
-    option("--probes", "--depths", metavar="N", type=POSITIVE, heading=_TASK,
+    task_option("--probes", "--depths", metavar="N", type=POSITIVE, heading=_TASK,
            help="kv, mdqa: questions a context (as many as see a gain worth finding at the least cost)"),
-    option("--positions", type=click.Choice(POSITIONS), heading=_TASK,
+    task_option("--positions", type=click.Choice(POSITIONS), heading=_TASK,
            help=f"kv, mdqa: where they stand: at random, one in each of equal strata, or the same everywhere "
                 f"({POSITIONS[0]})"),
-    option("--prompt-template", metavar="TEXT", heading=_TASK,
+    task_option("--prompt-template", metavar="TEXT", heading=_TASK,
            help=f"jsonl: the prompt, \\n a new line ({escaped(DEFAULT_TEMPLATE)})"),
-    option("--answer-prefix", metavar="TEXT", default="", heading=_TASK,
+    task_option("--answer-prefix", metavar="TEXT", heading=_TASK,
            help="begin all answers with this, for base models: ' \"'"),
     option("--seed", metavar="N", type=NATURAL, default=0, heading=_TASK, help="of all that is random (0)"),
 )  # fmt: skip
@@ -155,12 +192,51 @@ def model_config(path: str, values: dict[str, Any]) -> ModelConfig:
     )
 
 
-def task_config(values: dict[str, Any]) -> TaskConfig:
-    """Take the task's values out of a command's.
+def task_config(values: dict[str, Any]) -> TaskConfig | TaskMix:
+    """Take the tasks' values out of a command's.
 
     Raises:
-        LropeError: options that do not go together.
+        LropeError: options that do not go together, or one that is for a task that is not there.
     """
-    names = ("data", "keys", "documents", "context_tokens", "identifiers", "probes", "positions", "prompt_template")
-    own = {name: values.pop(name) for name in (*names, "answer_prefix", "seed")}
-    return TaskConfig(values.pop("task"), **own)
+    tasks: tuple[str, ...] = values.pop("task")
+    for name in tasks:
+        if tasks.count(name) > 1:
+            raise LropeError(f"--task {name}: given twice; give each task once")
+    seed = values.pop("seed")
+    own: dict[str, dict[str, Any]] = {name: {"seed": seed} for name in tasks}
+    for field in (*sorted(frozenset().union(*TASK_FIELDS.values())), "answer_prefix"):
+        # a task that does not take the option refuses it in words of its own
+        takers = [name for name in tasks if field == "answer_prefix" or field in TASK_FIELDS[name]] or tasks[:1]
+        given: tuple[tuple[str | None, Any], ...] = values.pop(field)
+        for task, value in sorted(given, key=lambda pair: pair[0] is not None):  # what is one task's own counts more
+            if task is None and field == "data" and len(tasks) > 1:
+                raise LropeError(f"--data {value}: whose, of {len(tasks)} tasks? say --data {takers[-1]}={value}")
+            if task is not None:
+                _check_there(tasks, task, f"{option_name(field)} {task}={value}")
+            for name in takers if task is None else (task,):
+                own[name][field] = value
+    weights = _weights(tasks, values.pop("weight"))
+    configs = [TaskConfig(name, **fields) for name, fields in own.items()]
+    return configs[0] if len(configs) == 1 else TaskMix(tuple((task, weights[task.name]) for task in configs))
+
+
+def _weights(tasks: tuple[str, ...], given: tuple[str, ...]) -> dict[str, float]:
+    """Read ``--weight TASK=W``."""
+    weights = dict.fromkeys(tasks, 1.0)
+    for text in given:
+        task, equals, number = text.partition("=")
+        if not equals or task not in TASK_FIELDS:
+            raise LropeError(f"--weight {text}: does not say whose; give it as TASK=W, such as {tasks[-1]}=2")
+        _check_there(tasks, task, f"--weight {text}")
+        if len(tasks) == 1:
+            raise LropeError(f"--weight {text}: there is no other task to weigh {task} against; leave it out")
+        try:
+            weights[task] = float(number)
+        except ValueError:
+            raise LropeError(f"--weight {text}: {number!r} is no number; give one such as 2") from None
+    return weights
+
+
+def _check_there(tasks: tuple[str, ...], task: str, given: str) -> None:
+    if task not in tasks:
+        raise LropeError(f"{given}: no --task {task} is given, only {' and '.join(tasks)}; add it or leave this out")

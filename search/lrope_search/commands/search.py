@@ -15,7 +15,7 @@ from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 
-from ..config import ALGORITHM_FIELDS, EXECUTORS, PARAMETRIZATIONS, SearchConfig, WorkersConfig
+from ..config import ALGORITHM_FIELDS, EXECUTORS, PARAMETRIZATIONS, SearchConfig, TaskMix, WorkersConfig
 from .options import (
     POSITIVE,
     Names,
@@ -110,7 +110,9 @@ def command(model: str, output: str, study: str | None, dry_run: bool, require_g
     how, task = model_config(model, values), task_config(values | {"seed": values["seed"]})
     settings = search_config({name: value for name, value in values.items() if hasattr(_DEFAULTS, name)})
 
-    inputs = {"MODEL": model, "--data": task.data, "--guard-text": settings.guard_text}
+    inputs = {"MODEL": model, "--guard-text": settings.guard_text}
+    parts = TaskMix.of(task).tasks
+    inputs |= {"--data" if len(parts) == 1 else f"--data {part.name}": part.data for part in parts}
     inputs |= {f"--start {file}": file for file in values.get("start", ())}
     check_output("--output", path, inputs)
     if directory.exists() and not directory.is_dir():

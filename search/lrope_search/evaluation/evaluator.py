@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lrope_gguf.errors import LropeError
 
 from ..scores import ContextScore, DivergenceScore, Factors, ProbeScore
-from ..tasks import SPLITS, Task
+from ..tasks import SPLITS, AnyTask, Task, parts_of
 from ..tasks.task import Context
 from .batch import MAX_SEQUENCES, Rows
 from .divergence import Guard
@@ -39,12 +39,19 @@ class TeacherForcedEvaluator:
     """
 
     def __init__(
-        self, model: Model, task: Task, *, answer_prefix: str = "", guard: Guard | None = None, pack_tokens: int = 0
+        self,
+        model: Model,
+        task: AnyTask,
+        *,
+        answer_prefix: str | tuple[str, ...] = "",
+        guard: Guard | None = None,
+        pack_tokens: int = 0,
     ) -> None:
         """Hold ``model``, whose context is made here and whose lifetime stays the caller's concern.
 
         ``answer_prefix``: text that begins the answer and is given to the model as part of the prompt, for base
-        models that would not answer in the wanted form by themselves. ``guard`` measures the `divergence`.
+        models that would not answer in the wanted form by themselves; of a mix, for all tasks or one for each of them.
+        ``guard`` measures the `divergence`.
         ``pack_tokens``: `evaluate_many` computes contexts together until they have so many tokens. A GPU that short
         contexts would starve wants some thousands; 0, one after the other, is best for a CPU.
         """
@@ -58,11 +65,11 @@ class TeacherForcedEvaluator:
         self._n_cells = self._n_seq = 0
         self._warned = False
         self._prefilled: tuple[Factors, str, int] | None = None
-        easy = task.calibration()
-        self._encoder = Encoder(model, answer_prefix, Frame.of([probe.question for probe in easy.probes]))
-        self._encoder.lead = self._written_lead(easy) or self._likely_lead(easy, answer_prefix)
+        parts = parts_of(task)
+        prefixes = (answer_prefix,) * len(parts) if isinstance(answer_prefix, str) else answer_prefix
+        self._encoders = [self._encoder(part, prefix) for part, prefix in zip(parts, prefixes, strict=True)]
         # From the task alone, never from what was asked for first: the size of a cache can sway rounding.
-        first = [self._encode(split, i) for split in SPLITS for i in range(2) if self._has(split, i)]
+        first = [self._encode(split, i) for split in SPLITS for i in range(2 * len(parts)) if self._has(split, i)]
         self._longest = max(encoding.length for encoding in first)
         largest = max(first, key=lambda encoding: encoding.n_cells)
         n_packed = max(1, min(pack_tokens // largest.n_tokens, MAX_SEQUENCES // largest.n_seq))
@@ -70,8 +77,16 @@ class TeacherForcedEvaluator:
 
     @property
     def lead(self) -> str:
-        """What the base model writes before a value; ``{key}`` stands for what is particular to the question."""
-        return self._encoder.lead.for_key("{key}")
+        """What the base model writes before a value; ``{key}`` stands for what is particular to the question.
+
+        Of a mix, that in its first task.
+        """
+        return self.leads[0]
+
+    @property
+    def leads(self) -> tuple[str, ...]:
+        """The `lead` of each task of a mix."""
+        return tuple(encoder.lead.for_key("{key}") for encoder in self._encoders)
 
     @property
     def batch_size(self) -> int:
@@ -85,9 +100,9 @@ class TeacherForcedEvaluator:
 
     @property
     def n_probes(self) -> tuple[int, int]:
-        """Questions of the first search context, and how many it has room for."""
-        context = self._task.context("search", 0)
-        return len(context.probes), max(context.n_places, len(context.probes))
+        """Questions of the first search context, and how many it has room for; of several tasks where it has least."""
+        contexts = [self._task.context("search", i) for i in range(len(parts_of(self._task)))]
+        return min((len(context.probes), max(context.n_places, len(context.probes))) for context in contexts)
 
     @property
     def n_layer(self) -> int:
@@ -183,7 +198,7 @@ class TeacherForcedEvaluator:
         scores = []
         for job, encoding, own, right in zip(jobs, encodings, np.split(log_p, ends), np.split(hit, ends), strict=True):
             n, probes = encoding.n_tokens, self._probe_scores(job, encoding, own, right)
-            scores.append(ContextScore(*job, probes, n, seconds * n))
+            scores.append(ContextScore(*job, probes, n, seconds * n, self._task.context(*job).task))
         return scores
 
     def _refused(self, job: tuple[str, int], seconds: float) -> ContextScore:
@@ -261,12 +276,19 @@ class TeacherForcedEvaluator:
         self._n_cells, self._n_seq = n_cells, n_seq
         self._model.reserve(n_cells * 11 // 10, n_seq)
 
-    def _written_lead(self, easy: Context) -> Lead | None:
+    def _encoder(self, task: Task, answer_prefix: str) -> Encoder:
+        """Return what puts a task's contexts into tokens, with the lead that the base model writes in an easy one."""
+        easy = task.calibration()
+        encoder = Encoder(self._model, answer_prefix, Frame.of([probe.question for probe in easy.probes]))
+        encoder.lead = self._written_lead(encoder, easy) or self._likely_lead(easy, answer_prefix)
+        return encoder
+
+    def _written_lead(self, encoder: Encoder, easy: Context) -> Lead | None:
         """Return the lead that the base model writes most often in an easy context; None if there is none such."""
-        encoding = self._encoder.encode(easy)
+        encoding = encoder.encode(easy)
         self._prefill(encoding, self._base)
         written = write_answers(self._model, encoding, easy.probes)
-        return most_frequent_lead(easy.probes, written, self._encoder.frame, self._model.text)
+        return most_frequent_lead(easy.probes, written, encoder.frame, self._model.text)
 
     def _likely_lead(self, easy: Context, answer_prefix: str) -> Lead:
         """Return the task's own lead, as the tokenizer will want it."""
@@ -280,5 +302,6 @@ class TeacherForcedEvaluator:
     def _encode(self, split: str, index: int) -> Encoding:
         key = (split, index)
         if key not in self._encodings:
-            self._encodings[key] = self._encoder.encode(self._task.context(split, index))
+            encoder = self._encoders[index % len(self._encoders)]
+            self._encodings[key] = encoder.encode(self._task.context(split, index))
         return self._encodings[key]

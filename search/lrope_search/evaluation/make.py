@@ -10,9 +10,9 @@ from typing import Any
 
 from lrope_gguf.errors import LropeError
 
-from ..config import ModelConfig, TaskConfig
+from ..config import ModelConfig, TaskConfig, TaskMix, Tasks
 from ..scores import Evaluator
-from ..tasks import Task, make_task
+from ..tasks import AnyTask, Task, make_task, make_tasks, mixed
 from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
 from .evaluator import TeacherForcedEvaluator
 from .memory import MemoryNeeded, check_cache_types
@@ -46,10 +46,20 @@ def task_for(model: Model, config: TaskConfig) -> Task:
     return make_task(config, lambda text: len(model.tokenize_prompt(text, config.answer_prefix)))
 
 
+def evaluator_parts(model: Model, tasks: Tasks) -> tuple[AnyTask, tuple[str, ...]]:
+    """Return what a `TeacherForcedEvaluator` of ``tasks`` takes: the task or mix, and what begins each one's answers.
+
+    Raises:
+        LropeError: see `make_task`.
+    """
+    configs = TaskMix.of(tasks).tasks
+    return mixed([task_for(model, config) for config in configs]), tuple(config.answer_prefix for config in configs)
+
+
 class _Guarded(TeacherForcedEvaluator):
     """An evaluator with a guard, whose texts it remembers."""
 
-    def __init__(self, model: Model, task: Task, texts: GuardTexts, *, answer_prefix: str) -> None:
+    def __init__(self, model: Model, task: AnyTask, texts: GuardTexts, *, answer_prefix: tuple[str, ...]) -> None:
         super().__init__(model, task, answer_prefix=answer_prefix, guard=Guard(model, texts))
         self.guard_texts = texts
 
@@ -61,12 +71,12 @@ class EvaluatorSpec:
     Args:
         model: The model and how it is run.
         task: What it is asked.
-        guard_text: File of the guard's text; None: the base model writes it, from the task's seed.
+        guard_text: File of the guard's text; None: the base model writes it, from the (first) task's seed.
         guard_texts: The text itself, once a worker has found out (`find_out`).
     """
 
     model: ModelConfig
-    task: TaskConfig
+    task: Tasks
     guard_text: str | None = None
     guard_texts: GuardTexts | None = None
 
@@ -77,16 +87,17 @@ class EvaluatorSpec:
         Raises:
             LropeError: the model, the task or the guard's text cannot be used.
         """
-        make_task(self.task)  # what is wrong with it shows at once
+        make_tasks(self.task)  # what is wrong with it shows at once
         with open_model(replace(self.model, n_threads=n_threads or self.model.n_threads)) as model:
             texts = self.guard_texts or self._texts(model)
-            yield _Guarded(model, task_for(model, self.task), texts, answer_prefix=self.task.answer_prefix)
+            task, prefixes = evaluator_parts(model, self.task)
+            yield _Guarded(model, task, texts, answer_prefix=prefixes)
 
     def _texts(self, model: Model) -> GuardTexts:
         short, long = min(SHORT_TOKENS, model.n_ctx_train // 2), min(LONG_TOKENS, model.n_ctx_train)
         if self.guard_text is not None:
             return read_texts(model, self.guard_text, short=short, long=long)
-        return write_texts(model, self.task.seed, short=short, long=long)
+        return write_texts(model, TaskMix.of(self.task).tasks[0].seed, short=short, long=long)
 
 
 def kept_guard_texts(kept: Any, directory: Path) -> GuardTexts | None:
@@ -107,8 +118,8 @@ def kept_guard_texts(kept: Any, directory: Path) -> GuardTexts | None:
 class Facts:
     """What only a loaded model can say, and all workers must agree on."""
 
-    lead: str
-    """What the base model writes before a value."""
+    leads: tuple[str, ...]
+    """What the base model writes before a value, in each task."""
     guard_texts: GuardTexts
     memory: MemoryNeeded
     longest: int
@@ -125,7 +136,7 @@ def find_out(evaluator: Evaluator) -> Facts:
     """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
     assert isinstance(evaluator, _Guarded)
     return Facts(
-        evaluator.lead,
+        evaluator.leads,
         evaluator.guard_texts,
         evaluator.memory_needed(),
         evaluator.longest,

@@ -13,10 +13,22 @@ from lrope_gguf.files import atomic_write_bytes, atomic_write_text
 from lrope_gguf.plot import require_matplotlib
 from lrope_gguf.text import printable
 
-from ..results.comparison import Interval, contexts_needed
+from ..results.comparison import Comparison, Interval
 from ..results.summary import StudySummary
 from .pictures import Picture, draw_pictures, drawn
-from .text import LONG, about, cost_words, count, duration, flat, model_name, scan_words
+from .text import (
+    LONG,
+    about,
+    cost_words,
+    count,
+    duration,
+    flat,
+    front_rows,
+    limit_words,
+    model_name,
+    scan_words,
+    shows_front,
+)
 
 NAME = "report.html"
 _MOST_ROWS = 200
@@ -67,8 +79,9 @@ def page_text(study: StudySummary, pictures: Mapping[str, Picture]) -> str:
         verdict=_sentence(study.verdict),
         facts=list(_facts(study)),
         figures={key: (title, text, pictures[key]) for key, title, text in _captions(study) if key in pictures},
-        interval=lambda gain: _interval(gain, study),
+        interval=_interval,
         ranked=sorted(study.trials, key=lambda trial: (-trial.contexts, -trial.fitness, trial.number))[:_TOP],
+        front=front_rows(study) if shows_front(study) else [],
         most_layers=_MOST_LAYERS,
         settings=list(flat(study.config)),
         most_settings=_MOST_ROWS,
@@ -82,12 +95,17 @@ def _facts(study: StudySummary) -> Iterator[tuple[str, str, list[str]]]:
     if table is not None and study.table_split == "test":
         base = table.totals["base"].accuracy
         for name, comparison in reversed(table.comparisons.items()):
-            interval = _interval(comparison.accuracy_gain, study) or "too few contexts for an interval"
+            interval = _interval(comparison.accuracy_gain, comparison) or "too few contexts for an interval"
             yield (
                 "Gain in accuracy" if name == "curve" else f"Best {name}",
                 f"{100 * comparison.accuracy_gain.mean:+.1f} points",
                 [interval, f"{100 * base:.1f} % to {100 * comparison.accuracy:.1f} %"],
             )
+        for task, alone in table.tasks.items():
+            if "curve" in alone.comparisons:
+                gain = alone.comparisons["curve"].accuracy_gain
+                details = [_interval(gain, alone.comparisons["curve"]), f"weight {table.weights[task]:g}"]
+                yield f"Gain in {printable(task, 20)}", f"{100 * gain.mean:+.1f} points", list(filter(None, details))
         yield "Unseen contexts", str(table.n_contexts), [f"{table.n_probes} questions"]
     if study.guard:
         worst = max(study.guard, key=lambda length: study.guard[length])
@@ -121,7 +139,7 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
             f"{name}: {100 * min(c.accuracy for c in cells):.0f} to {100 * max(c.accuracy for c in cells):.0f} %"
             for name, cells in table.cells.items()
         )
-        told = table.n_contexts >= contexts_needed(study.confidence)
+        told = all(comparison.enough for comparison in table.comparisons.values())
         where = (
             f"{count(table.n_contexts, 'test context')} that neither search nor validation saw"
             if study.table_split == "test"
@@ -154,6 +172,19 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
             f"{'Every candidate' if shown == n else f'{shown} of {n} candidates, evenly chosen'}, coloured by when "
             "it was tried, and the best curve.",
         )
+    if shows_front(study):
+        front = study.front
+        found = "none of them better than the base model"
+        if front.best:
+            found = f"{len(front.best)} of them on the front: nothing else gains as much at as little KL"
+        yield (
+            "front",
+            "Gain against change of ordinary text",
+            f"{count(len(front.points), 'candidate')} of which both are known, {found}. Each is at the larger of its "
+            "KL divergences on short and on long text, the line ends at the other one; the scale is of square roots. "
+            f"The best on the front within the limit ({limit_words(study)}) is chosen"
+            f"{f', which passes over {len(front.passed_over)}' if front.passed_over else ''}.",
+        )
     if study.costs:
         text = f"{cost_words(study.total)} of work, summed over workers."
         planned = len(study.trials) * study.search_contexts
@@ -163,10 +194,9 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
         yield "cost", "Cost", text
 
 
-def _interval(gain: Interval, study: StudySummary) -> str:
-    """An interval in points; nothing where there are too few contexts for one."""
-    table = study.table
-    if table is None or table.n_contexts < contexts_needed(study.confidence) or not math.isfinite(gain.low):
+def _interval(gain: Interval, comparison: Comparison) -> str:
+    """An interval in points; nothing where the comparison that it is of has too few contexts for one."""
+    if not comparison.enough or not math.isfinite(gain.low):
         return ""
     return f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
 

@@ -14,8 +14,10 @@ import numpy as np
 from lrope_gguf.curve import Point
 from lrope_gguf.plot import COLOURS, bezier, draw_factors, drawing, layer_axis, rendered
 
-from ..results.comparison import Interval, contexts_needed
+from ..results.comparison import Interval
+from ..results.front import FrontPoint
 from ..results.summary import StudySummary, Trial
+from .text import shows_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +52,7 @@ def draw_pictures(study: StudySummary) -> dict[str, Picture]:
         "scan": (bool(study.scan), _scan),
         "fitness": (bool(study.trials), _fitness),
         "population": (bool(study.trials), _population),
+        "front": (shows_front(study), _front),
         "cost": (bool(study.costs), _cost),
     }
     return {name: _picture(name, draw, study) for name, (present, draw) in wanted.items() if present}
@@ -123,7 +126,7 @@ def _accuracy(figure: Figure, study: StudySummary) -> None:
     for i, (name, comparison) in enumerate(table.comparisons.items(), start=1):
         shift = step * (i - (len(names) - 1) / 2)
         gains = [row.accuracy_gain for row in comparison.by_depth]
-        told = table.n_contexts >= contexts_needed(study.confidence)
+        told = comparison.enough
         _whiskers(
             lower,
             name,
@@ -282,6 +285,49 @@ def _population(figure: Figure, study: StudySummary) -> None:
     bar.outline.set_visible(False)
     if study.factors is not None:
         _legend_above(axes, 1)
+
+
+def _front(figure: Figure, study: StudySummary) -> None:
+    axes = figure.add_subplot()
+    front = study.front
+    points = [point for point in front.points if math.isfinite(point.kl) and math.isfinite(point.gain)]
+    top = max([*(point.kl for point in points), 1e-6])
+    limit = front.limit if front.limit <= 2.0 * top else math.inf  # one far off would press all points together
+    edge = 1.1 * max(top, limit if math.isfinite(limit) else top)
+    axes.set_xscale("function", functions=(_root, np.square))
+    axes.axhline(0, color=COLOURS["base"], linewidth=1, linestyle="--", zorder=1)
+    steps = [(0.0, 0.0), *((point.kl, point.gain) for point in front.best)]
+    axes.step([*(kl for kl, _ in steps), edge], [*(gain for _, gain in steps), steps[-1][1]], where="post",
+              color=COLOURS["uniform"], linewidth=1.4, label="front", zorder=2)  # fmt: skip
+    for point in points:
+        axes.plot([point.short, point.long], [point.gain] * 2, color=COLOURS["muted"], linewidth=0.8, zorder=2)
+    groups: tuple[tuple[str, Sequence[FrontPoint], dict[str, Any]], ...] = (
+        ("candidates", points, {"color": COLOURS["muted"], "markersize": 5}),
+        ("", front.best, {"color": COLOURS["uniform"], "markersize": 5}),
+        ("chosen", [p for p in points if study.finished and p.factors == study.factors],
+         {"color": COLOURS["curve"], "markersize": 8}),
+    )  # fmt: skip
+    for i, (label, group, style) in enumerate(groups):
+        if group:
+            axes.plot([p.kl for p in group], [p.gain for p in group], linestyle="none", marker="o", zorder=3 + i,
+                      label=label or None, clip_on=False, **style)  # fmt: skip
+    axes.plot([0], [0], linestyle="none", marker="s", markersize=5, color=COLOURS["base"], label="base model", zorder=3,
+              clip_on=False)  # fmt: skip
+    if math.isfinite(limit):
+        axes.axvline(limit, color=COLOURS["ink"], linewidth=1, linestyle=":", label=f"limit {limit:g}", zorder=1)
+    axes.set_xlim(0.0, edge)
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("KL on ordinary text, nats a token (short and long)")
+    axes.set_ylabel("gain on validation, nats")
+    _legend_above(axes, 5)
+
+
+def _root(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Square roots; matplotlib asks for a margin below zero too."""
+    root: np.ndarray[Any, np.dtype[np.float64]] = np.sqrt(np.maximum(values, 0.0))
+    return root
 
 
 def _vertices(trial: Trial) -> list[Point]:

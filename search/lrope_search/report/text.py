@@ -9,6 +9,7 @@ from typing import Any
 from lrope_gguf.text import printable, sparkline
 
 from ..results.summary import Cost, StudySummary
+from ..results.table import left_aligned
 
 _EFFECTS = 6  # of the layer scan, on each side
 
@@ -34,6 +35,8 @@ def summary_lines(study: StudySummary) -> Sequence[str]:
         lines.append(f"layer scan  {scan_words(study)}")
     if study.costs:
         lines.append(f"cost        {cost_words(study.total)}")
+    if shows_front(study):
+        lines += ["", *front_lines(study)]
     if study.table is not None:
         lines += ["", str(study.table)]
         if study.table_split != "test":
@@ -55,6 +58,42 @@ def scan_words(study: StudySummary) -> str:
 
 def _layers(layers: tuple[int, ...]) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+
+
+def shows_front(study: StudySummary) -> bool:
+    """Whether there are candidates to compare by gain and KL."""
+    return len(study.front.points) > 1
+
+
+def front_rows(study: StudySummary) -> list[list[str]]:
+    """Gain against KL on ordinary text, with a head: a row for each candidate of which both are known, by KL."""
+    front, trials = study.front, {trial.factors: trial for trial in study.trials}
+    rows = [["candidate", "origin", "gain, nats", "KL, short", "KL, long", ""]]
+    for point in front.points:
+        trial = trials.get(point.factors)
+        chosen = study.finished and point.factors == study.factors
+        notes = {"chosen": chosen, "front": point in front.best, "over --max-kl": not point.kl <= front.limit}
+        rows.append([
+            "" if trial is None else str(trial.number),
+            "" if trial is None else printable(trial.origin, 30),
+            f"{point.gain:+.4f}",
+            f"{point.short:.4f}",
+            f"{point.long:.4f}",
+            ", ".join(note for note, holds in notes.items() if holds),
+        ])  # fmt: skip
+    return rows
+
+
+def front_lines(study: StudySummary) -> Sequence[str]:
+    """The same for a terminal."""
+    head = f"gain on validation contexts against KL on ordinary text, nats a token; {limit_words(study)}"
+    return [head, *left_aligned(front_rows(study))]
+
+
+def limit_words(study: StudySummary) -> str:
+    """The limit of KL in words."""
+    limit = study.front.limit
+    return f"--max-kl {limit:g}" if math.isfinite(limit) else "no --max-kl known"
 
 
 def model_name(study: StudySummary) -> str:

@@ -7,7 +7,7 @@ and probes stay in their contexts' clusters.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,9 @@ class DepthComparison:
 class Comparison:
     """A model under factors against the base model on the same contexts.
 
-    Gains are differences of means over contexts: accuracy 0 to 1, log-probability in nats per token.
+    Gains are differences of means over contexts: accuracy 0 to 1, log-probability in nats per token. Of several tasks
+    they are weighted means of the tasks' means; ``n_effective`` contexts that all count alike would tell as much
+    (Kish's effective sample size); None: all count alike.
     """
 
     n_contexts: int
@@ -59,11 +61,23 @@ class Comparison:
     accuracy_gain: Interval
     log_probability_gain: Interval
     by_depth: tuple[DepthComparison, ...]
+    n_effective: float | None = None
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are enough contexts for an interval to mean something."""
+        n = self.n_contexts if self.n_effective is None else self.n_effective
+        return n + 1e-9 >= contexts_needed(self.confidence)
 
     @property
     def significant(self) -> bool:
-        """Whether the accuracy's interval lies above zero, on enough contexts for that to mean something."""
-        return self.n_contexts >= contexts_needed(self.confidence) and self.accuracy_gain.low > 0.0
+        """Whether the accuracy's interval lies above zero, on `enough` contexts."""
+        return self.enough and self.accuracy_gain.low > 0.0
+
+    @property
+    def harmful(self) -> bool:
+        """Whether the accuracy's interval lies below zero, on `enough` contexts."""
+        return self.enough and self.accuracy_gain.high < 0.0
 
     def json(self) -> dict[str, Any]:
         """Return what ``best.json`` holds of a comparison: six decimals, an interval as its mean and ends."""
@@ -109,6 +123,7 @@ def compare(
     seed: int = 0,
     resamples: int = 10_000,
     confidence: float = 0.95,
+    weights: Mapping[str, float] | None = None,
 ) -> Comparison:
     """Compare ``other`` with ``base``, context by context, with expanded percentile bootstrap intervals.
 
@@ -118,6 +133,9 @@ def compare(
     t interval if the means were normal ("expanded" in Hesterberg, arXiv 1411.5279). Where positions are jittered, each
     context has its own, so that the interval covers them too. `depth_groups` groups the probes.
 
+    Contexts of several tasks (`ContextScore.task`) are strata, resampled by themselves; what is compared is the
+    ``weights``' mean (1 by default) of their means, with the degrees of freedom of Welch and Satterthwaite.
+
     Raises:
         ValueError: no contexts, or the two sides are not of the same contexts and probes.
     """
@@ -125,12 +143,18 @@ def compare(
     if not pairs:
         raise ValueError("nothing to compare")
     for a, b in pairs:
-        if (a.split, a.index, [p.depth for p in a.probes]) != (b.split, b.index, [p.depth for p in b.probes]):
+        if _asked(a) != _asked(b):
             raise ValueError(f"context {a.split} {a.index} is compared with another")
 
     n = len(pairs)
     rng = np.random.default_rng(seed)
-    counts = rng.multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(np.float64)  # (resamples, contexts)
+    tasks = list(dict.fromkeys(a.task for a, _ in pairs))
+    strata = Strata(
+        np.array([tasks.index(a.task) for a, _ in pairs]), np.array([(weights or {}).get(task, 1.0) for task in tasks])
+    )
+    counts = np.empty((resamples, n))
+    for here in strata.members():
+        counts[:, here] = rng.multinomial(len(here), np.full(len(here), 1.0 / len(here)), size=resamples)
 
     depths, group = depth_groups([p.depth for a, _ in pairs for p in a.probes])
     context = np.repeat(np.arange(n), [len(a.probes) for a, _ in pairs])
@@ -147,21 +171,55 @@ def compare(
             DepthComparison(
                 depth=float(depth),
                 n_probes=int(here.sum()),
-                base_accuracy=float(correct[0, here].mean()),
-                accuracy=float(correct[1, here].mean()),
-                accuracy_gain=_interval(d_correct[here], context[here], counts, confidence),
-                log_probability_gain=_interval(d_log_p[here], context[here], counts, confidence),
+                base_accuracy=strata.mean(correct[0, here], context[here]),
+                accuracy=strata.mean(correct[1, here], context[here]),
+                accuracy_gain=_interval(d_correct[here], context[here], counts, confidence, strata),
+                log_probability_gain=_interval(d_log_p[here], context[here], counts, confidence, strata),
             )
         )
     return Comparison(
         n_contexts=n,
         confidence=confidence,
-        base_accuracy=float(np.mean([a.accuracy for a, _ in pairs])),
-        accuracy=float(np.mean([b.accuracy for _, b in pairs])),
-        accuracy_gain=_interval(d_correct, context, counts, confidence),
-        log_probability_gain=_interval(d_log_p, context, counts, confidence),
+        base_accuracy=strata.mean([a.accuracy for a, _ in pairs], np.arange(n)),
+        accuracy=strata.mean([b.accuracy for _, b in pairs], np.arange(n)),
+        accuracy_gain=_interval(d_correct, context, counts, confidence, strata),
+        log_probability_gain=_interval(d_log_p, context, counts, confidence, strata),
         by_depth=tuple(by_depth),
+        n_effective=strata.n_effective() if len(tasks) > 1 else None,
     )
+
+
+@dataclass(frozen=True)
+class Strata:
+    """Contexts by task: the number of each one's task, and the weight of each task."""
+
+    task: NDArray[np.int_]
+    weight: NDArray[np.float64]
+
+    def members(self, among: NDArray[np.int_] | None = None) -> list[NDArray[np.int_]]:
+        """Return the places of each task's contexts in ``among`` (None: all contexts), where it has any."""
+        task = self.task if among is None else self.task[among]
+        return [np.flatnonzero(task == number) for number in np.unique(task)]
+
+    def weights(self, among: NDArray[np.int_]) -> NDArray[np.float64]:
+        """Return the weights of the tasks that the contexts ``among`` have, in the order of `members`."""
+        return self.weight[np.unique(self.task[among])]
+
+    def mean(self, values: Sequence[float] | NDArray[np.float64], context: NDArray[np.int_]) -> float:
+        """Return the weighted mean of the tasks' means of ``values``, each of a ``context``."""
+        values = np.asarray(values, np.float64)
+        means = np.array([values[here].mean() for here in self.members(context)])
+        weights = self.weights(context)
+        return float((weights * means).sum() / weights.sum())
+
+    def n_effective(self) -> float:
+        """Return how many contexts of equal weight would tell as much as these."""
+        sizes = np.bincount(self.task)
+        return float(self.weight.sum() ** 2 / (self.weight**2 / sizes).sum())
+
+
+def _asked(score: ContextScore) -> tuple[object, ...]:
+    return score.split, score.index, score.task, [probe.depth for probe in score.probes]
 
 
 def depth_groups(depths: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.int_]]:
@@ -176,32 +234,47 @@ def depth_groups(depths: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[
     return groups, index
 
 
-def _tail(n: int, confidence: float) -> float:
-    """Return what an interval leaves out at each end of ``n`` differences' resampled means.
+def _tail(strata: Sequence[NDArray[np.float64]], weights: NDArray[np.float64], confidence: float) -> float:
+    """Return what an interval leaves out at each end of the resampled means of differences, given by stratum.
 
-    Their spread is that of the sample with divisor n, and normal quantiles are too near: both are made good.
+    Their spread is that of the sample with divisor n, and normal quantiles are too near: both are made good. Of several
+    strata, each adds its share to the variance and, by Welch and Satterthwaite, to the degrees of freedom.
     """
-    if n == 1:
+    sizes = np.array([len(values) for values in strata])
+    if sizes.min() == 1:
         return 0.0
-    quantile = stats.t.ppf(0.5 + confidence / 2.0, n - 1) * math.sqrt(n / (n - 1))
+    freedom, short = float(sizes[0] - 1), float(sizes[0] / (sizes[0] - 1))
+    variances = np.array([values.var(ddof=1) for values in strata]) * weights**2 / sizes
+    if len(strata) > 1 and variances.sum() > 0.0:
+        freedom = variances.sum() ** 2 / (variances**2 / (sizes - 1)).sum()
+        short = variances.sum() / (variances * (sizes - 1) / sizes).sum()
+    quantile = stats.t.ppf(0.5 + confidence / 2.0, freedom) * math.sqrt(short)
     return float(stats.norm.sf(quantile))
 
 
 def _interval(
-    differences: NDArray[np.float64], context: NDArray[np.int_], counts: NDArray[np.float64], confidence: float
+    differences: NDArray[np.float64],
+    context: NDArray[np.int_],
+    counts: NDArray[np.float64],
+    confidence: float,
+    strata: Strata | None = None,
 ) -> Interval:
     """Bootstrap interval of the mean over contexts of each context's mean difference; NaN if one is not finite.
 
-    ``counts`` has shape (resamples, contexts): how often each context was drawn.
+    ``counts`` has shape (resamples, contexts): how often each context was drawn. ``strata``: None if there is one task.
     """
+    strata = strata or Strata(np.zeros(counts.shape[1], np.int_), np.ones(1))
     present, index = np.unique(context, return_inverse=True)  # a depth need not occur in every context
     means = np.bincount(index, differences) / np.bincount(index)
     if not np.isfinite(means).all():
         return Interval(math.nan, math.nan, math.nan)
-    drawn = counts[:, present]
+    members, weights = strata.members(present), strata.weights(present)
+    resampled = np.zeros(len(counts))
     with np.errstate(invalid="ignore"):  # 0 / 0 where a resample has none of them
-        resampled = drawn @ means / drawn.sum(axis=1)
-    tail = 100.0 * _tail(len(means), confidence)
+        for here, weight in zip(members, weights, strict=True):
+            drawn = counts[:, present[here]]
+            resampled += weight * (drawn @ means[here] / drawn.sum(axis=1)) / weights.sum()
+    tail = 100.0 * _tail([means[here] for here in members], weights, confidence)
     ends = np.nanpercentile(resampled, [tail, 100.0 - tail])
     low, high = np.round(ends, 12)  # differences that cancel give 0, not 1e-17
-    return Interval(float(means.mean()), float(low), float(high))
+    return Interval(strata.mean(means, present), float(low), float(high))

@@ -12,6 +12,7 @@ from lrope_gguf.curve import CurveFile, Point
 
 from ..scores import LAYER_SCAN, ContextScore, DivergenceScore, Evaluation, Factors, Job
 from .comparison import finite
+from .front import Front, FrontPoint
 from .guard import divergences_by_length
 from .objective import Objective
 from .table import DepthTable, depth_table
@@ -92,6 +93,7 @@ class StudySummary:
         table: accuracies by depth, on test contexts or, before there are such, on search contexts (``table_split``).
         scan: what single layers, or groups of them, do alone, in order of asking; empty where none was looked at.
         guard: divergence from the base model on ordinary text, in nats per token, by length of the text.
+        front: gain against that divergence, of all candidates of which both are known.
         costs: by phase, those that took place.
     """
 
@@ -108,6 +110,7 @@ class StudySummary:
     table_split: str
     scan: tuple[LayerEffect, ...]
     guard: dict[str, float]
+    front: Front
     costs: tuple[Cost, ...]
 
     @property
@@ -140,6 +143,7 @@ class StudySummary:
             "candidates": len(self.trials),
             "accuracy": None if self.table is None else {"split": self.table_split, **self.table.json()},
             "kl": self.guard,
+            "front": self.front.json(),
             "cost": [cost.json() for cost in (*self.costs, self.total)],
         }
 
@@ -194,7 +198,7 @@ def summarise(
     searched = splits.get("search", {})
     base: Factors = (1.0,) * n_layer
     if trials is None:
-        trials = _trials_from(searched, base, _number(settings.get("middle_weight"), 0.0))
+        trials = _trials_from(searched, base, _number(settings.get("middle_weight"), 0.0), task_weights(config))
     seen = max((len(scores) for scores in searched.values()), default=0)
     factors = None if best is None else best.layer_factors
     uniform = _number(_section(results, "best_uniform").get("factor"), math.nan)
@@ -206,7 +210,8 @@ def summarise(
         sides["curve"] = factors
     table_split = "test" if isinstance(results.get("verdict"), str) else "search"
     if table is None:
-        table = _table(splits.get(table_split, {}), sides, int(_number(settings.get("seed"), 0)), confidence)
+        options = {"seed": max(int(_number(settings.get("seed"), 0)), 0), "confidence": confidence}
+        table = _table(splits.get(table_split, {}), sides, options | {"weights": task_weights(config)})
     return StudySummary(
         directory=directory,
         config=config,
@@ -221,6 +226,7 @@ def summarise(
         table_split=table_split,
         scan=_scan(trials, searched, base),
         guard=divergences_by_length(divergences.get(factors or (), ())),
+        front=_front(config, splits.get("validation", {}), divergences, base),
         costs=_costs(evaluations),
     )
 
@@ -244,9 +250,18 @@ def _error(base: Mapping[int, ContextScore], other: Mapping[int, ContextScore]) 
     return found.standard_error(len(common), min(len(base[i].probes) for i in common))
 
 
-def _trials_from(searched: Scores, base: Factors, middle_weight: float) -> tuple[Trial, ...]:
+def task_weights(config: Mapping[str, Any]) -> dict[str, float]:
+    """Return the weight of each task of a study's configuration, which may be any JSON; empty if there is one task."""
+    parts = _section(_section(config, "task"), "parts")
+    weights = {name: _number(_section(parts, name).get("weight"), 1.0) for name in parts}
+    return {name: weight if weight > 0.0 else 1.0 for name, weight in weights.items()}
+
+
+def _trials_from(
+    searched: Scores, base: Factors, middle_weight: float, weights: Mapping[str, float]
+) -> tuple[Trial, ...]:
     """The trials that the evaluations tell of, by first appearance: without origin and control points."""
-    objective = Objective(tuple(searched.get(base, {}).values()), middle_weight)
+    objective = Objective(tuple(searched.get(base, {}).values()), middle_weight, weights)
     trials = []
     for number, (factors, scores) in enumerate(searched.items()):
         seen = [score for index, score in scores.items() if index in searched.get(base, {})]
@@ -256,13 +271,30 @@ def _trials_from(searched: Scores, base: Factors, middle_weight: float) -> tuple
     return tuple(trials)
 
 
-def _table(scores: Scores, sides: Mapping[str, Factors], seed: int, confidence: float) -> DepthTable | None:
+def _front(
+    config: Mapping[str, Any],
+    validated: Scores,
+    divergences: Mapping[Factors, Sequence[DivergenceScore]],
+    base: Factors,
+) -> Front:
+    """Gain on validation contexts against KL, of those candidates that saw both all that the base model saw."""
+    settings, of_base = _section(config, "search"), validated.get(base, {})
+    objective = Objective(tuple(of_base.values()), _number(settings.get("middle_weight"), 0.0), task_weights(config))
+    points = [
+        FrontPoint(factors, objective.fitness(list(scores.values())), **divergences_by_length(divergences[factors]))
+        for factors, scores in validated.items()
+        if factors != base and factors in divergences and scores.keys() == of_base.keys()
+    ]
+    return Front.of(points, _number(settings.get("max_kl"), math.inf))
+
+
+def _table(scores: Scores, sides: Mapping[str, Factors], options: Mapping[str, Any]) -> DepthTable | None:
     """The sides on the contexts that all of them saw; None if there are none, or nothing to compare."""
     sides = {name: factors for name, factors in sides.items() if factors in scores}
     if "base" not in sides or not (common := sorted(set.intersection(*(set(scores[f]) for f in sides.values())))):
         return None
     chosen = {name: [scores[factors][i] for i in common] for name, factors in sides.items()}
-    return depth_table(chosen, seed=max(seed, 0), confidence=confidence)
+    return depth_table(chosen, **options)
 
 
 def _costs(evaluations: Mapping[Job, Evaluation]) -> tuple[Cost, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from lrope_gguf.text import sparkline
 
 from ..scores import ContextScore
-from .comparison import Comparison, compare, contexts_needed, depth_groups, finite
+from .comparison import Comparison, Interval, Strata, compare, depth_groups, finite
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class DepthTable:
         cells: of each side, a cell a depth.
         totals: of each side, over all contexts.
         comparisons: of each side but the base, against it.
+        weights: of several tasks, each one's; all means are then weighted means of the tasks' means.
+        tasks: each of several tasks by itself.
     """
 
     n_contexts: int
@@ -39,9 +41,11 @@ class DepthTable:
     cells: dict[str, tuple[Cell, ...]]
     totals: dict[str, Cell]
     comparisons: dict[str, Comparison]
+    weights: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, DepthTable] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Return an aligned table, a line of gains for each side, and the accuracies as a picture."""
+        """Return an aligned table, the accuracies as a picture, a line of gains for each side, and each task's."""
         base, *others = self.totals
         heads = [base, *(head for name in others for head in (name, "gain"))]
         left, right = [["accuracy, %"], heads], [["log-probability"], heads]
@@ -53,7 +57,7 @@ class DepthTable:
         columns = zip(labels, _aligned(left), _aligned(right), strict=True)
         lines = [f"{label:>5}   {accuracy}   {log_p}".rstrip() for label, accuracy, log_p in columns]
         lines.insert(-1, "-" * len(lines[-1]))
-        return "\n".join([*lines, "", *self._pictures(), *self._gains()])
+        return "\n".join([*lines, "", *self._pictures(), *self._gains(), *self._by_task()])
 
     def json(self) -> dict[str, Any]:
         """Return everything, for `json.dumps`; a number that is not finite becomes None."""
@@ -74,7 +78,11 @@ class DepthTable:
                 {"depth": depth, **{name: _cell(cells[i]) for name, cells in self.cells.items()}}
                 for i, depth in enumerate(self.depths)
             ],
+            **({"tasks": {name: self._task_json(name) for name in self.tasks}} if self.tasks else {}),
         }
+
+    def _task_json(self, name: str) -> dict[str, Any]:
+        return {"weight": self.weights[name], **self.tasks[name].json()}
 
     def _pictures(self) -> list[str]:
         width = max(map(len, self.cells))
@@ -88,7 +96,7 @@ class DepthTable:
         for name, comparison in self.comparisons.items():
             accuracy, log_p = comparison.accuracy_gain, comparison.log_probability_gain
             text = f"{name}: accuracy {100 * accuracy.mean:+.1f} points"
-            if self.n_contexts >= contexts_needed(comparison.confidence):
+            if comparison.enough:
                 text += f" [{100 * accuracy.low:+.1f}, {100 * accuracy.high:+.1f}]"
                 text += f", log-probability {log_p.mean:+.4f} [{log_p.low:+.4f}, {log_p.high:+.4f}]"
                 text += f" ({100 * comparison.confidence:.0f} % bootstrap intervals over {self.n_contexts} contexts)"
@@ -97,14 +105,49 @@ class DepthTable:
             lines.append(text)
         return lines
 
+    def _by_task(self) -> list[str]:
+        """A row for each task and side."""
+        if not self.tasks:
+            return []
+        rows = [["task", "weight", "contexts", "side", "accuracy, %", "gain, points", "log-probability gain"]]
+        for name, table in self.tasks.items():
+            base = f"{100 * next(iter(table.totals.values())).accuracy:.1f}"
+            rows.append([name, f"{self.weights[name]:g}", str(table.n_contexts), "base", base, "", ""])
+            for side, comparison in table.comparisons.items():
+                points = with_interval(comparison, comparison.accuracy_gain, 100.0, 1)
+                nats = with_interval(comparison, comparison.log_probability_gain, 1.0, 4)
+                rows.append(["", "", "", side, f"{100 * comparison.accuracy:.1f}", points, nats])
+        return ["", *left_aligned(rows)]
 
-def depth_table(sides: Mapping[str, Sequence[ContextScore]], *, seed: int = 0, confidence: float = 0.95) -> DepthTable:
+
+def left_aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of a table as lines, all columns flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def with_interval(comparison: Comparison, gain: Interval, scale: float, digits: int) -> str:
+    """Return a gain with its interval, if there are enough contexts for one."""
+    text = f"{scale * gain.mean:+.{digits}f}"
+    if not comparison.enough:
+        return text
+    return f"{text} [{scale * gain.low:+.{digits}f}, {scale * gain.high:+.{digits}f}]"
+
+
+def depth_table(
+    sides: Mapping[str, Sequence[ContextScore]],
+    *,
+    seed: int = 0,
+    confidence: float = 0.95,
+    weights: Mapping[str, float] | None = None,
+) -> DepthTable:
     """Tabulate ``sides``, the first of which is the base; all are of the same contexts and probes.
 
     Args:
         sides: the scores of each, by name.
         seed: of the bootstrap, see `compare`.
         confidence: of its intervals.
+        weights: of several tasks, whose scores name them; 1 by default.
 
     Raises:
         ValueError: no contexts, or not the same ones.
@@ -112,16 +155,25 @@ def depth_table(sides: Mapping[str, Sequence[ContextScore]], *, seed: int = 0, c
     (_, base), *others = sides.items()
     if not base:
         raise ValueError("nothing to compare")
-    comparisons = {name: compare(base, scores, seed=seed, confidence=confidence) for name, scores in others}
+    options: dict[str, Any] = {"seed": seed, "confidence": confidence, "weights": weights}
+    comparisons = {name: compare(base, scores, **options) for name, scores in others}
+    tasks = list(dict.fromkeys(score.task for score in base))
+    weights = {task: (weights or {}).get(task, 1.0) for task in tasks}
+    strata = Strata(np.array([tasks.index(score.task) for score in base]), np.array(list(weights.values())))
+    context = np.repeat(np.arange(len(base)), [len(score.probes) for score in base])
     depths, row = depth_groups([probe.depth for score in base for probe in score.probes])
     cells, totals = {}, {}
     for name, scores in sides.items():
         correct = np.array([probe.correct for score in scores for probe in score.probes], np.float64)
         log_p = np.array([probe.log_probability for score in scores for probe in score.probes])
         here = [row == i for i in range(len(depths))]
-        cells[name] = tuple(Cell(float(correct[at].mean()), float(log_p[at].mean())) for at in here)
+        cells[name] = tuple(
+            Cell(strata.mean(correct[at], context[at]), strata.mean(log_p[at], context[at])) for at in here
+        )
+        each = np.arange(len(base))
         totals[name] = Cell(
-            float(np.mean([score.accuracy for score in scores])), float(np.mean([s.log_probability for s in scores]))
+            strata.mean([score.accuracy for score in scores], each),
+            strata.mean([score.log_probability for score in scores], each),
         )
     return DepthTable(
         n_contexts=len(base),
@@ -130,7 +182,13 @@ def depth_table(sides: Mapping[str, Sequence[ContextScore]], *, seed: int = 0, c
         cells=cells,
         totals=totals,
         comparisons=comparisons,
+        weights=weights if len(tasks) > 1 else {},
+        tasks={task: depth_table(_of_task(sides, task), **options) for task in tasks} if len(tasks) > 1 else {},
     )
+
+
+def _of_task(sides: Mapping[str, Sequence[ContextScore]], task: str) -> dict[str, list[ContextScore]]:
+    return {name: [score for score in scores if score.task == task] for name, scores in sides.items()}
 
 
 def _with_gains(values: Mapping[str, float], digits: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .comparison import Comparison, Interval, contexts_needed
@@ -21,6 +22,7 @@ def verdict(
     kl: float | None = None,
     *,
     over_uniform: Comparison | None = None,
+    tasks: Mapping[str, Comparison] | None = None,
 ) -> Verdict:
     """Say whether the curve is worth using: its accuracy must lie above the base model's, interval and all.
 
@@ -31,6 +33,7 @@ def verdict(
         kl: KL divergence from the base model on ordinary text, in nats per token; None if not measured.
         over_uniform: The curve against the best uniform factor (`compare` with that as the base), on the same
             contexts; says how much of the gain is owed to the layers' different factors.
+        tasks: Of several tasks, the curve against the base model on each.
     """
     beside = ""
     if uniform is not None:
@@ -44,12 +47,24 @@ def verdict(
     if curve is None:
         return Verdict(False, f"no curve beat the base model on validation: no gain, not recommended{beside}")
     n, needed = curve.n_contexts, contexts_needed(curve.confidence)
-    text = f"gain {_gain(curve.accuracy_gain)} on {n} unseen contexts{beside}"
+    text = f"gain {_gain(curve.accuracy_gain)} on {n} unseen contexts{_each(tasks or {})}{beside}"
     if curve.significant:
         return Verdict(True, text)
-    if n < needed:
+    if not curve.enough:
         return Verdict(False, f"too few contexts to tell, at least {needed} are needed, not recommended: {text}")
     return Verdict(False, f"no significant gain, not recommended: {text}")
+
+
+def _each(tasks: Mapping[str, Comparison]) -> str:
+    """Each task's gain, and which of them the curve harms."""
+    if not tasks:
+        return ""
+    gains = [
+        f"{name} {_gain(comparison.accuracy_gain) if comparison.enough else _points(comparison.accuracy_gain.mean)}"
+        for name, comparison in tasks.items()
+    ]
+    harmed = [name for name, comparison in tasks.items() if comparison.harmful]
+    return f" ({', '.join(gains)}){'; harms ' + ' and '.join(harmed) if harmed else ''}"
 
 
 def _gain(gain: Interval) -> str:

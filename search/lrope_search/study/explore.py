@@ -35,7 +35,7 @@ class Exploration:
 
     def search(self, algorithm: Optimizer) -> str:
         """Ask, evaluate and tell, candidate by candidate; return what ended it."""
-        run, race = self._run, Race(racing(self._run.settings))
+        run, race = self._run, Race(racing(self._run.settings, self._run.n_tasks))
         asked: list[Candidate] = []
         pending: deque[Candidate] = deque()
 
@@ -76,7 +76,7 @@ class Exploration:
             algorithm.tell(candidate, score)
             run.study.record_candidate(candidate, score)
             bisect.insort(run.ranking, (candidate, score), key=rank)
-            if len(run.ranking) == _VARIED and run.pipeline.n_fresh:
+            if len(run.ranking) == _VARIED and run.pipeline.n_fresh and run.n_tasks == 1:
                 self._say_variation()
             self._keep_best()
 
@@ -108,7 +108,7 @@ class Exploration:
                 return None
             if not all(math.isfinite(score.log_probability) for score in base):
                 raise LropeError("the base model gives no finite log-probabilities on this task; check model and data")
-            self._objectives[n_contexts] = Objective(base, run.settings.middle_weight)
+            self._objectives[n_contexts] = run.objective(base)
         return self._objectives[n_contexts].fitness(known)
 
     def _keep_best(self) -> None:
@@ -136,7 +136,7 @@ class Exploration:
     def _expected(self) -> int:
         """Return how many evaluations it will be in all, by what racing has taken so far."""
         run = self._run
-        planned = planned_evaluations(run.settings, guard=bool(run.guard_contexts))
+        planned = planned_evaluations(run.settings, guard=bool(run.guard_contexts), n_tasks=run.n_tasks)
         begun = sum(contexts for _, (contexts, _) in run.ranking)
         left = max(run.settings.max_evaluations - len(run.ranking), 0)
         search = run.settings.n_contexts("search") + begun + math.ceil(left * begun / len(run.ranking))

@@ -9,6 +9,10 @@ from ..optimizers.protocol import Optimizer
 from ..optimizers.registry import make_algorithm
 from .racing import Racing
 
+NEARER = (0.75, 0.5)
+"""Parts of the best gain on search contexts; the candidates nearest to the base model that reach one are validated too
+where a guard looks at KL divergence, for a choice between gain and that."""
+
 
 def make_optimizer(settings: SearchConfig, n_layer: int, layers: Sequence[int] | None = None) -> Optimizer:
     """Return the optimizer of these settings, fresh, for ``n_layer`` factors.
@@ -29,18 +33,23 @@ def make_optimizer(settings: SearchConfig, n_layer: int, layers: Sequence[int] |
     )
 
 
-def racing(settings: SearchConfig) -> Racing:
-    """Return the racing rule of these settings."""
-    return Racing(settings.n_contexts("search"), settings.racing_first, settings.racing_fraction)
+def racing(settings: SearchConfig, n_tasks: int = 1) -> Racing:
+    """Return the racing rule of these settings, by which everybody sees a context of each task first."""
+    return Racing(settings.n_contexts("search"), max(settings.racing_first, n_tasks), settings.racing_fraction)
 
 
-def planned_evaluations(settings: SearchConfig, *, guard: bool = False) -> dict[str, int]:
-    """Return about how many context evaluations (one prefill each) the search takes, by split."""
+def planned_evaluations(settings: SearchConfig, *, guard: bool = False, n_tasks: int = 1) -> dict[str, int]:
+    """Return about how many context evaluations (one prefill each) the search takes, by split.
+
+    With a ``guard``, it looks at every finalist, and `NEARER` adds some.
+    """
     sides = 2 + bool(settings.uniform_factors)
     finalists = min(settings.finalists, settings.max_evaluations - 1)
+    validated = finalists + sides - 2 + (len(NEARER) if guard else 0)
+    candidates = racing(settings, n_tasks).expected_evaluations(settings.max_evaluations - 1)
     planned = {
-        "search": settings.n_contexts("search") + racing(settings).expected_evaluations(settings.max_evaluations - 1),
-        "validation": (finalists + sides - 1) * settings.n_contexts("validation"),
+        "search": settings.n_contexts("search") + candidates,
+        "validation": (1 + validated) * settings.n_contexts("validation"),
         "test": sides * settings.n_contexts("test"),
     }
-    return planned | ({"guard": 1} if guard else {})
+    return planned | ({"guard": validated} if guard else {})

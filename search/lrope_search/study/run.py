@@ -45,7 +45,7 @@ def run_search(
 
     Args:
         executor: Evaluates; stays open.
-        study: Holds every result; its config goes into the provenance of ``best.json``.
+        study: Holds every result; its config goes into the provenance of ``best.json`` and has the tasks' weights.
         settings: Options.
         progress: Shows how far it is.
         algorithm: Fresh optimizer in place of the one of the settings.
@@ -60,7 +60,7 @@ def run_search(
     """
     algorithm = algorithm or make_optimizer(settings, executor.n_layer)
     run = Run(executor, study, settings, progress, architecture, block_count, guard_contexts, rope)
-    planned = planned_evaluations(settings, guard=bool(guard_contexts))
+    planned = planned_evaluations(settings, guard=bool(guard_contexts), n_tasks=run.n_tasks)
     progress.start(sum(planned.values()))
     parts = ", ".join(f"{n} {split}" for split, n in planned.items())
     progress.line(f"up to {settings.max_evaluations} candidates: about {parts} evaluations of one context each")

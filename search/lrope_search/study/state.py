@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lrope_gguf.curve import Curve, CurveFile
 
 from ..config import SearchConfig
 from ..optimizers.protocol import Candidate, Score
+from ..results.objective import Objective
+from ..results.summary import task_weights
 from ..scores import ContextScore, Factors, Job
 from ..workers.protocol import Executor
 from .progress import Progress
@@ -31,6 +33,7 @@ class Run:
     Attributes:
         base: The base model as a candidate.
         ranking: All candidates that were told, with their scores, best first.
+        weights: Of each of several tasks; empty if there is one.
     """
 
     def __init__(
@@ -48,12 +51,22 @@ class Run:
         self.study, self.settings, self.progress = study, settings, progress
         self.architecture, self.block_count = architecture, block_count or executor.n_layer
         self.guard_contexts, self.rope = guard_contexts, rope
+        self.weights = task_weights(study.config)
         self.start = time.monotonic()
         self.identity: Factors = (1.0,) * executor.n_layer
         self.pipeline = Pipeline(executor, study, progress)
         self.ranking: list[tuple[Candidate, Score]] = []
         straight = tuple((i / settings.degree, 1.0) for i in range(settings.degree + 1))
         self.base = Candidate(-1, Curve(straight, bounds=settings.bounds), self.identity, "identity")
+
+    @property
+    def n_tasks(self) -> int:
+        """How many tasks take turns."""
+        return max(len(self.weights), 1)
+
+    def objective(self, base: Sequence[ContextScore]) -> Objective:
+        """Return what candidates are worth on the contexts of ``base``, the base model's scores."""
+        return Objective(base, self.settings.middle_weight, self.weights)
 
     def jobs(self, factors: Factors, split: str, contexts: range | None = None) -> list[Job]:
         """Return the evaluations of ``factors`` on ``contexts`` of ``split``; None: on all."""
@@ -88,6 +101,19 @@ class Run:
         if uniform is not None and uniform not in finalists:
             finalists.append(uniform)
         return finalists, uniform
+
+    def nearest(self, levels: Sequence[float]) -> list[Candidate]:
+        """Return, for each part of the best gain by search, the candidate nearest to the base model that reaches it.
+
+        Near are small factors' logarithms: a small change moves a model by about their squares.
+        """
+        better = self.better_than_base()
+
+        def distance(item: tuple[Candidate, float]) -> float:
+            return math.fsum(math.log(factor) ** 2 for factor in item[0].factors)
+
+        reached = [[item for item in better if item[1] >= level * better[0][1]] for level in levels if better]
+        return list(dict.fromkeys(min(items, key=distance)[0] for items in reached))
 
     def document(self, best: Candidate, results: dict[str, Any]) -> CurveFile:
         """Return the curve file of ``best``: no times in it, so that a resumed search writes the same bytes."""

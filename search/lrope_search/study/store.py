@@ -249,6 +249,8 @@ def _line(job: Job, score: Evaluation) -> bytes:
         "seconds": score.seconds,
         "probes": [[depth, _encode(log_probability), correct] for depth, log_probability, correct in _probes(score)],
     }
+    if isinstance(score, ContextScore) and score.task:
+        record["task"] = score.task
     return json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
@@ -276,7 +278,7 @@ def _parse(line: bytes) -> tuple[Job, Evaluation]:
     job = Job(tuple(float(s) for s in record["factors"]), str(record["split"]), int(record["index"]))
     probes = tuple(ProbeScore(float(d), float(lp), bool(correct)) for d, lp, correct in record["probes"])
     n_tokens, seconds = int(record["n_tokens"]), float(record["seconds"])
-    score: Evaluation = ContextScore(job.split, job.index, probes, n_tokens, seconds)
+    score: Evaluation = ContextScore(job.split, job.index, probes, n_tokens, seconds, str(record.get("task", "")))
     if job.split == GUARD:
         short, long = sorted(probes, key=lambda probe: probe.depth)
         score = DivergenceScore(-short.log_probability, -long.log_probability, n_tokens, seconds)

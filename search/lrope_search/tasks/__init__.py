@@ -8,22 +8,28 @@ from ..config import SPLITS
 from .identifiers import IDENTIFIERS, Identifiers
 from .jsonl import JsonlTask
 from .kv import KeyValueTask
-from .make import file_identity, make_task, task_identity
+from .make import file_identity, make_task, make_tasks, task_identity
 from .mdqa import MultiDocumentTask
+from .mix import AnyTask, MixedTask, mixed, parts_of
 from .sizing import Count, TokenLimit
 from .task import Task
 
 __all__ = [
     "IDENTIFIERS",
     "SPLITS",
+    "AnyTask",
     "Count",
     "Identifiers",
     "JsonlTask",
     "KeyValueTask",
+    "MixedTask",
     "MultiDocumentTask",
     "Task",
     "TokenLimit",
     "file_identity",
     "make_task",
+    "make_tasks",
+    "mixed",
+    "parts_of",
     "task_identity",
 ]

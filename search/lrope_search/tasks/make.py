@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lrope_gguf.errors import LropeError
 
-from ..config import DEFAULT_TEMPLATE, IDENTIFIER_KINDS, POSITIONS, TaskConfig
+from ..config import DEFAULT_TEMPLATE, IDENTIFIER_KINDS, POSITIONS, TaskConfig, TaskMix, Tasks
 from .jsonl import JsonlTask
 from .kv import KeyValueTask
 from .mdqa import MultiDocumentTask
+from .mix import AnyTask, mixed
 from .sizing import TokenLimit
 from .task import Task
 
@@ -51,16 +52,40 @@ def make_task(config: TaskConfig, count: Callable[[str], int] | None = None) -> 
     return JsonlTask(config.data, seed=config.seed, template=template)
 
 
-def task_identity(config: TaskConfig) -> dict[str, Any]:
+def make_tasks(tasks: Tasks) -> AnyTask:
+    """Return the task or the mix, as `make_task` makes each without a model.
+
+    Raises:
+        LropeError: see there.
+    """
+    return mixed([make_task(config) for config in TaskMix.of(tasks).tasks])
+
+
+def task_identity(tasks: Tasks, leads: Sequence[str] = ()) -> dict[str, Any]:
     """Return what decides the questions, for a study's configuration: the settings, of a file its name and content.
 
     The tokenizer, by which ``context_tokens`` counts, is the model's, whose fingerprint stands beside this.
 
+    Args:
+        tasks: A task, or several, each of which then stands in ``parts`` with its weight.
+        leads: What the base model writes before a value, of each task in the order of a mix; becomes ``answer_lead``.
+
     Raises:
-        LropeError: the file cannot be read.
+        LropeError: a file cannot be read.
     """
-    identity = config.to_json()
-    return identity | {"data": None if config.data is None else file_identity(config.data)}
+    mix = TaskMix.of(tasks)
+    parts: dict[str, dict[str, Any]] = {}
+    for number, config in enumerate(mix.tasks):
+        data = None if config.data is None else file_identity(config.data)
+        parts[config.name] = config.to_json() | {"data": data}
+        if leads:
+            parts[config.name]["answer_lead"] = leads[number]
+    if not mix.weights:
+        return parts.popitem()[1]
+    return {
+        "name": "+".join(parts),
+        "parts": {name: parts[name] | {"weight": weight} for name, weight in mix.weights.items()},
+    }
 
 
 def file_identity(path: Path | str) -> str:

@@ -38,6 +38,7 @@ class Context:
 
     ``lead``, of a calibration context: what stands between a question and its answer unless a model shows that it
     writes something else. ``n_places``: how many questions the context has room for; 0: no more than ``probes``.
+    ``task``: the name of its task in a mix of several.
     """
 
     split: str
@@ -46,6 +47,7 @@ class Context:
     probes: tuple[Probe, ...]
     lead: str = ""
     n_places: int = 0
+    task: str = ""
 
 
 class Task(Protocol):

@@ -1,0 +1,383 @@
+"""More than one task at once: what the options make, whose turn it is, and each task's own gain beside the mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from support.study_fixtures import make_study
+from support.synthetic import Landscape
+from support.task_files import write
+from support.tiny_models import write_readable
+from support.virtual_workers import VirtualExecutor
+from test_task_jsonl import line as own_line
+from test_task_mdqa import line as qa_line
+from test_task_options import parse
+
+from lrope_gguf.cli import main
+from lrope_gguf.errors import LropeError
+from lrope_search import measure, search
+from lrope_search.config import ModelConfig, SearchConfig, TaskConfig, TaskMix
+from lrope_search.report.page import page_text
+from lrope_search.report.pictures import draw_pictures
+from lrope_search.report.reading import read_study
+from lrope_search.report.text import summary_lines
+from lrope_search.results.comparison import compare
+from lrope_search.results.objective import Objective
+from lrope_search.results.table import depth_table
+from lrope_search.results.verdict import verdict
+from lrope_search.scores import ContextScore, ProbeScore
+from lrope_search.study.plan import racing
+from lrope_search.study.progress import Progress
+from lrope_search.study.run import run_search
+from lrope_search.study.store import Study
+from lrope_search.tasks import KeyValueTask, MixedTask, make_task, make_tasks, task_identity
+
+native = pytest.mark.native
+WEIGHTS = {"kv": 3.0, "mdqa": 1.0}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, str]:
+    """A file of each task that needs one."""
+    lines = {"mdqa": [qa_line(n) for n in range(120)], "jsonl": [own_line(n) for n in range(40)]}
+    return {name: str(write(tmp_path / f"{name}.jsonl", rows)) for name, rows in lines.items()}
+
+
+def mix(*options: str) -> TaskMix:
+    made: Any = parse(*options)
+    assert isinstance(made, TaskMix)
+    return made
+
+
+def test_options_go_to_the_tasks_that_take_them(data: dict[str, str]) -> None:
+    both = ("--task", "kv", "--task", "mdqa", "--data", f"mdqa={data['mdqa']}")
+    made = mix(*both, "--keys", "9", "--documents", "mdqa=6", "--probes", "3", "--probes", "mdqa=4", "--weight", "kv=3",
+               "--answer-prefix", 'kv= "', "--seed", "5")  # fmt: skip
+    kv = TaskConfig("kv", keys=9, probes=3, answer_prefix=' "', seed=5)
+    mdqa = TaskConfig("mdqa", data=data["mdqa"], documents=6, probes=4, seed=5)
+    assert made.parts == ((kv, 3.0), (mdqa, 1.0))
+    assert made.weights == WEIGHTS
+    turned = mix("--task", "mdqa", "--task", "kv", *both[4:], "--keys", "9", "--documents", "6", "--probes", "mdqa=4",
+                 "--probes", "3", "--weight", "kv=3", "--answer-prefix", 'kv= "', "--seed", "5")  # fmt: skip
+    assert turned == made and pickle.loads(pickle.dumps(made)) == made
+    assert TaskMix.of([(mdqa, 1), (kv, 3)]) == made == TaskMix.of(made)
+    last = mix(*both, "--probes", "kv=2", "--probes", "7", "--probes", "5")
+    assert [task.probes for task in last.tasks] == [2, 5]
+
+
+def test_one_task_is_what_it_was(data: dict[str, str]) -> None:
+    assert parse("--keys", "9", "--keys", "12") == parse("--keys", "kv=12") == TaskConfig("kv", keys=12)
+    assert parse() == TaskConfig() and parse("--data", "a=b.jsonl").data == "a=b.jsonl"
+    alone = TaskConfig("kv", keys=12)
+    assert TaskMix.of(alone).weights == {} and TaskMix.of([(alone, 2.0)]).weights == {}
+    assert task_identity(TaskMix.of(alone)) == task_identity(alone)
+    assert isinstance(make_tasks(alone), KeyValueTask)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--task kv --task kv", "^--task kv: given twice; give each task once$"),
+        ("--task kv --task jsonl --data x.jsonl", "^--data x.jsonl: whose, of 2 tasks"),
+        ("--task kv --task jsonl", "^--task jsonl: needs your file"),
+        ("--keys mdqa=3", "^--keys mdqa=3: no --task mdqa is given, only kv; add it or leave this out$"),
+        ("--task kv --task jsonl --data mdqa=x", "^--data mdqa=x: no --task mdqa is given, only kv and jsonl"),
+        ("--task kv --task jsonl --data jsonl=x --documents 3", "^--documents: means nothing to --task kv"),
+        ("--task kv --task jsonl --data jsonl=x --keys jsonl=3", "^--keys: means nothing to --task jsonl"),
+        ("--weight kv=2", "^--weight kv=2: there is no other task to weigh kv against; leave it out$"),
+        ("--task kv --task jsonl --data jsonl=x --weight 2", "^--weight 2: does not say whose; .* such as jsonl=2$"),
+        ("--task kv --task jsonl --data jsonl=x --weight 2,1", "^--weight 2,1: does not say whose"),
+        ("--task kv --task jsonl --data jsonl=x --weight kv=two", "^--weight kv=two: 'two' is no number"),
+        ("--task kv --task jsonl --data jsonl=x --weight kv=", "^--weight kv=: '' is no number"),
+        ("--task kv --task jsonl --data jsonl=x --weight kv=0", "^--weight kv=0.0: no positive number"),
+        ("--task kv --task jsonl --data jsonl=x --weight kv=-1", "^--weight kv=-1.0: no positive number"),
+        ("--task kv --task jsonl --data jsonl=x --weight kv=nan", "^--weight kv=nan: no positive number"),
+        ("--task kv --task jsonl --data jsonl=x --weight kv=inf", "^--weight kv=inf: no positive number"),
+        ("--task kv --task jsonl --data jsonl=x --weight mdqa=1", "^--weight mdqa=1: no --task mdqa is given"),
+    ],
+)
+def test_bad_input_is_named_before_any_model(
+    options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(LropeError, match=message):
+        parse(*options.split())
+    for command in ("search", "eval"):
+        assert main([command, str(tmp_path / "none.gguf"), *options.split()]) == 1
+        (said,) = capsys.readouterr().err.splitlines()
+        assert "none.gguf" not in said and said.startswith("lrope-gguf: --")
+
+
+def test_bad_mixes_from_python() -> None:
+    kv = TaskConfig("kv")
+    for parts, message in (
+        ([], "none given"),
+        ([(kv, 1.0), (kv, 2.0)], "--task kv: given twice"),
+        ([(kv, True)], "no positive number"),
+        ([(kv, "2")], "no positive number"),
+    ):
+        with pytest.raises(LropeError, match=message):
+            TaskMix.of(parts)  # type: ignore[arg-type]
+
+
+def test_tasks_take_turns(data: dict[str, str]) -> None:
+    configs = (TaskConfig("kv", keys=6, probes=2), TaskConfig("jsonl", data=data["jsonl"]))
+    kv, own = map(make_task, configs)
+    both = make_tasks([(config, 1.0) for config in configs])
+    assert isinstance(both, MixedTask) and both.name == "kv+jsonl"
+    for index in range(6):
+        part, name = ((kv, "kv"), (own, "jsonl"))[index % 2]
+        expected = part.context("test", index // 2)
+        assert both.context("test", index) == dataclasses.replace(expected, index=index, task=name)
+    n = own.size("test")
+    assert n is not None and both.size("test") == 2 * n + 1  # kv, which never ends, has the turn after the last one
+    both.context("test", 2 * n)
+    with pytest.raises(LropeError, match="contexts asked for"):
+        both.context("test", 2 * n + 1)
+    assert MixedTask([kv, kv]).size("test") is None
+
+
+def test_a_studys_configuration_holds_each_task(data: dict[str, str]) -> None:
+    made = mix("--task", "kv", "--task", "jsonl", "--data", f"jsonl={data['jsonl']}", "--weight", "jsonl=2")
+    identity = task_identity(made, ('"', ""))
+    assert identity["name"] == "kv+jsonl" and list(identity) == ["name", "parts"]
+    for config, lead, weight in zip(made.tasks, ('"', ""), (1.0, 2.0), strict=True):
+        expected = task_identity(config) | {"answer_lead": lead, "weight": weight}
+        assert identity["parts"][config.name] == expected
+    json.dumps(identity)
+
+
+def test_fewer_contexts_than_tasks_are_refused(data: dict[str, str], tmp_path: Path) -> None:
+    path = write_readable(tmp_path / "model.gguf")
+    made = mix("--task", "kv", "--task", "jsonl", "--data", f"jsonl={data['jsonl']}")
+    with pytest.raises(LropeError, match="--search-contexts 1: too few for kv and jsonl, which take turns"):
+        search(ModelConfig(str(path)), made, SearchConfig(search_contexts=1), tmp_path / "study")
+    with pytest.raises(LropeError, match="--contexts 1: too few for kv and jsonl"):
+        measure(ModelConfig(str(path)), made, {}, contexts=1)
+    with pytest.raises(LropeError, match=r"^--test-contexts 99: the data has \d+ for this"):
+        search(ModelConfig(str(path)), made, SearchConfig(test_contexts=99), tmp_path / "study")
+
+
+def scores(differences: dict[str, list[float]], base: float = 0.0) -> list[ContextScore]:
+    """Contexts by turns, each with one probe."""
+    names = list(differences)
+    rows = [(names[i % len(names)], i // len(names)) for i in range(sum(map(len, differences.values())))]
+    return [
+        ContextScore("test", i, (ProbeScore(0.5, base + differences[t][n], differences[t][n] > 0.0),), 1, 0.0, t)
+        for i, (t, n) in enumerate(rows)
+    ]
+
+
+def test_fitness_is_the_weighted_mean_of_the_tasks_means() -> None:
+    gains = {"kv": [0.4, 0.2], "mdqa": [-0.1]}
+    base = scores({task: [0.0] * len(values) for task, values in gains.items()}, -1.0)
+    objective = Objective(base, weights=WEIGHTS)
+    assert objective.fitness(scores(gains, -1.0)) == pytest.approx((3.0 * 0.3 - 0.1) / 4.0)
+    assert Objective(base).fitness(scores(gains, -1.0)) == pytest.approx((0.3 - 0.1) / 2.0)
+    alone = [score for score in scores(gains, -1.0) if score.task == "kv"]
+    assert objective.fitness(alone) == pytest.approx(0.3)  # over the tasks that are there
+    gains["mdqa"] = [-math.inf]
+    assert objective.fitness(scores(gains, -1.0)) == -math.inf
+
+
+@pytest.mark.parametrize(("sizes", "weights"), [((8, 8), (1.0, 1.0)), ((6, 5), (3.0, 1.0)), ((12, 6), (1.0, 2.0))])
+def test_weighted_intervals_cover_the_truth_as_often_as_they_say(
+    sizes: tuple[int, int], weights: tuple[float, float]
+) -> None:
+    """Of tasks that differ in their spread; 95 % of 400 would be 380, with a standard deviation of 4.4."""
+    rng, names = np.random.default_rng(1), ("kv", "mdqa")
+    truth = (weights[0] * 0.5 - weights[1] * 0.2) / sum(weights)
+    covered = 0
+    for trial in range(400):
+        values = {
+            n: rng.normal(m, s, k).tolist() for n, m, s, k in zip(names, (0.5, -0.2), (0.3, 1.0), sizes, strict=True)
+        }
+        rows = [(n, v) for n in names for v in values[n]]
+        base, other = (
+            [ContextScore("test", i, (ProbeScore(0.5, v * on, False),), 1, 0.0, n) for i, (n, v) in enumerate(rows)]
+            for on in (0.0, 1.0)
+        )
+        weighted = dict(zip(names, weights, strict=True))
+        gain = compare(base, other, seed=trial, resamples=1000, weights=weighted).log_probability_gain
+        expected = sum(w * np.mean(values[n]) for n, w in weighted.items()) / sum(weights)
+        assert gain.mean == pytest.approx(expected)
+        covered += gain.low <= truth <= gain.high
+    assert covered >= 366, covered
+
+
+def test_a_mixs_interval_is_welchs() -> None:
+    normal = stats.norm.ppf((np.arange(8) + 0.5) / 8)
+    values = {"kv": (0.2 + 0.1 * normal).tolist(), "mdqa": (0.4 * normal).tolist()}
+    base, other = scores({task: [0.0] * 8 for task in values}), scores(values)
+    gain = compare(base, other, resamples=100_000).log_probability_gain
+    t = stats.ttest_ind(values["kv"], -np.array(values["mdqa"]), equal_var=False).confidence_interval()
+    assert (gain.low, gain.high) == pytest.approx((t.low / 2.0, t.high / 2.0), rel=0.06)
+
+
+def test_how_many_contexts_a_weighted_mean_stands_for() -> None:
+    base = scores({"kv": [0.0] * 4, "mdqa": [0.0] * 4})
+    other = scores({"kv": [1.0] * 4, "mdqa": [1.0] * 4})
+    assert compare(base, other).n_effective == pytest.approx(8.0) and compare(base, other).significant
+    one_sided = compare(base, other, weights={"kv": 100.0})
+    assert one_sided.n_effective == pytest.approx(4.08, abs=0.01) and not one_sided.significant
+    with pytest.raises(ValueError, match="another"):
+        compare(base, [dataclasses.replace(score, task="kv") for score in other])
+
+
+def test_the_table_has_a_row_for_each_task_and_the_verdict_names_what_is_harmed() -> None:
+    rng = np.random.default_rng(0)
+    right = {"kv": [0.5] * 8, "mdqa": [-0.5] * 8}
+    noise = {task: (values + rng.normal(0.0, 0.01, 8)).tolist() for task, values in right.items()}
+    base = scores({"kv": [-1.0] * 8, "mdqa": [1.0] * 8})
+    table = depth_table({"base": base, "curve": scores(noise)}, weights=WEIGHTS)
+    assert table.totals["curve"].accuracy == pytest.approx(0.75) and table.totals["base"].accuracy == pytest.approx(
+        0.25
+    )
+    assert table.comparisons["curve"].accuracy_gain.mean == pytest.approx(0.5)
+    alone = {name: part.comparisons["curve"] for name, part in table.tasks.items()}
+    assert [alone[name].accuracy_gain.mean for name in WEIGHTS] == [1.0, -1.0]
+    assert alone["kv"].accuracy_gain == compare(base[::2], scores(noise)[::2]).accuracy_gain
+    lines = str(table).splitlines()[-5:]
+    assert lines[0].split() == [
+        "task",
+        "weight",
+        "contexts",
+        "side",
+        "accuracy,",
+        "%",
+        "gain,",
+        "points",
+        "log-probability",
+        "gain",
+    ]
+    assert [line.split()[:5] for line in lines[1::2]] == [
+        ["kv", "3", "8", "base", "0.0"],
+        ["mdqa", "1", "8", "base", "100.0"],
+    ]
+    assert "+100.0 [+100.0, +100.0]" in lines[2] and "-100.0 [-100.0, -100.0]" in lines[4]
+    assert table.json()["tasks"]["mdqa"]["weight"] == 1.0
+    judged = verdict(table.comparisons["curve"], tasks=alone)
+    assert judged.recommended
+    assert judged.text.endswith(
+        "on 16 unseen contexts (kv 100.0 points [100.0, 100.0], mdqa -100.0 points [-100.0, -100.0]); harms mdqa"
+    )
+
+
+class Two(Landscape):
+    """Two tasks by turns, whose best factors differ."""
+
+    def __init__(self) -> None:
+        super().__init__(peak=1.12)
+        self.other = Landscape(seed=0, peak=1.05)
+
+    def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
+        land = (super(), self.other)[index % 2]
+        return dataclasses.replace(land.evaluate(factors, split, index), task=("kv", "mdqa")[index % 2])
+
+
+SETTINGS = SearchConfig(
+    parametrization="bezier", seed=3, max_evaluations=40, search_contexts=4, racing_fraction=0.5, validation_contexts=4,
+    test_contexts=16,
+)  # fmt: skip
+CONFIG = {"task": {"name": "kv+mdqa", "parts": {name: {"name": name, "weight": w} for name, w in WEIGHTS.items()}}}
+
+
+def test_a_search_over_two_tasks_reports_both(tmp_path: Path) -> None:
+    outcome = make_study(tmp_path, SETTINGS, evaluator=Two(), config=CONFIG)
+    assert outcome.verdict.recommended and outcome.winner is not None
+    table = outcome.summary.table
+    assert table is not None and table.weights == WEIGHTS
+    gains = {name: part.comparisons["curve"] for name, part in table.tasks.items()}
+    weighted = sum(WEIGHTS[name] * gain.accuracy_gain.mean for name, gain in gains.items()) / 4.0
+    assert table.comparisons["curve"].accuracy_gain.mean == pytest.approx(weighted)
+    stored = json.loads((tmp_path / "best.json").read_text())["provenance"]["results"]["test"]
+    assert stored["tasks"] == {name: {"weight": WEIGHTS[name], **gain.json()} for name, gain in gains.items()}
+    assert "(kv " in outcome.verdict.text and ", mdqa " in outcome.verdict.text
+
+    # the fitness is the weighted one, whatever the weights of the same evaluations
+    again = read_study(tmp_path)
+    assert again.table == table and again.trials == outcome.summary.trials
+    (tmp_path / "candidates.jsonl").unlink()
+    told = {trial.factors: trial.fitness for trial in read_study(tmp_path).trials}
+    assert told == pytest.approx({trial.factors: trial.fitness for trial in again.trials})
+    assert min(trial.contexts for trial in again.trials) == 2  # nobody is dropped before both tasks had a say
+
+    text = "\n".join(summary_lines(again))
+    page = page_text(again, draw_pictures(again))
+    for name, gain in gains.items():
+        assert f"{100 * gain.accuracy_gain.mean:+.1f} [" in text
+        assert f"<dt>Gain in {name}</dt><dd>{100 * gain.accuracy_gain.mean:+.1f} points" in page
+        assert f"<summary>{name}, weight {WEIGHTS[name]:g}</summary>" in page
+    assert "task kv+mdqa" in text
+
+
+def test_every_rung_of_a_race_has_every_task() -> None:
+    settings = SearchConfig(search_contexts=8, racing_fraction=0.5)
+    assert [racing(settings, n).stops() for n in (1, 2, 3)] == [(1, 2, 4, 8), (2, 4, 8), (3, 6, 8)]
+    assert racing(SearchConfig(search_contexts=4), 2).stops() == (4,)
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_workers_and_kills_change_nothing(tmp_path: Path, n_workers: int) -> None:
+    config = CONFIG | {"search": SETTINGS.identity()}
+
+    def run(directory: Path, executor: VirtualExecutor) -> bytes:
+        with Study(directory, config) as study:
+            run_search(executor, study, SETTINGS, Progress(study.log, quiet=True))
+        return (directory / "best.json").read_bytes()
+
+    def anyhow() -> VirtualExecutor:
+        return VirtualExecutor(Two(), n_workers, lambda job: random.random())
+
+    whole = run(tmp_path / "whole", VirtualExecutor(Two(), 1, lambda job: 1.0))
+    assert run(tmp_path / "other", anyhow()) == whole
+    path = tmp_path / "other" / "evaluations.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[: len(lines) // 2]) + lines[-1][:20])  # as a kill leaves it
+    assert run(tmp_path / "other", anyhow()) == whole
+
+
+@native
+def test_search_and_eval_on_two_tasks(tmp_path: Path, data: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_readable(tmp_path / "model.gguf", context_length=4096)
+    tasks = ["--task", "jsonl", "--task", "kv", "--data", f"jsonl={data['jsonl']}", "--keys", "6", "--probes", "2",
+             "--answer-prefix", 'kv= "', "--weight", "kv=3", "--threads", "1"]  # fmt: skip
+    alone = {}
+    for name, options in (("kv", ["--keys", "6", "--probes", "2", "--answer-prefix", ' "']),
+                          ("jsonl", ["--task", "jsonl", "--data", data["jsonl"]])):  # fmt: skip
+        assert (
+            main(["eval", str(path), *options, "--threads", "1", "--contexts", "3", "--uniform", "1.2", "--json"]) == 0
+        )
+        alone[name] = json.loads(capsys.readouterr().out)
+    assert main(["eval", str(path), *tasks, "--contexts", "6", "--uniform", "1.2", "--json", "--generate"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    for name, document in alone.items():  # each with its own prompt and lead, as if there were no other
+        assert both["tasks"][name]["uniform 1.2"] == pytest.approx(document["uniform 1.2"], rel=1e-4)
+        assert both["task"]["parts"][name].items() >= {"answer_lead": document["task"]["answer_lead"]}.items()
+    of = {name: document["base"]["log_probability"] for name, document in alone.items()}
+    assert both["base"]["log_probability"] == pytest.approx((3.0 * of["kv"] + of["jsonl"]) / 4.0, rel=1e-4)
+    assert both["task"]["name"] == "kv+jsonl" and both["generated"]["tasks"].keys() == {"kv", "jsonl"}
+
+    how = ["--max-evaluations", "7", "--validation-contexts", "2", "--test-contexts", "4"]
+    assert main(["search", str(path), *tasks, *how, "--output", str(tmp_path / "best.json")]) == 0
+    said = capsys.readouterr()
+    assert "task   weight  contexts  side" in said.out
+    config = json.loads((tmp_path / "best.study" / "config.json").read_text())
+    assert config["task"]["name"] == "kv+jsonl" and config["task"]["parts"]["kv"]["weight"] == 3.0
+    evaluations = (tmp_path / "best.study" / "evaluations.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in evaluations]
+    assert {(r["index"] % 2, r["task"]) for r in records if r["split"] != "guard"} == {(0, "kv"), (1, "jsonl")}
+    before = (tmp_path / "best.json").read_bytes()
+    assert main(["search", str(path), *tasks, *how, "--output", str(tmp_path / "best.json")]) == 0
+    assert (tmp_path / "best.json").read_bytes() == before
+    assert len((tmp_path / "best.study" / "evaluations.jsonl").read_text().splitlines()) == len(evaluations)
+    assert main(["search", str(path), *tasks, "--weight", "kv=2", *how, "--output", str(tmp_path / "best.json")]) == 1
+    assert "task.parts.kv.weight was 3.0, is 2.0" in capsys.readouterr().err
