@@ -80,6 +80,34 @@ class ModelProblem:
                 if key == self._key:
                     self._known[tuple(factors), split, index] = value
 
+    @property
+    def lack(self) -> float:
+        """About what there is to gain: how unlikely the base model finds the answers of a search context, in nats."""
+        return -self._value((1.0,) * self.n_layer, "search", 0)
+
+    def know_study(self, directory: Path) -> int:
+        """Take over what a search of the same task has evaluated, and return how many results that were.
+
+        Raises:
+            LropeError: it is a study of another task, or none.
+        """
+        mine = json.loads(self._key)[1]
+        try:
+            theirs = json.loads((directory / "config.json").read_text(encoding="utf-8"))["task"]
+            lines = (directory / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError, KeyError) as error:
+            raise LropeError(f"--study {directory}: no study ({error}); give the directory of a search") from error
+        for name in mine:
+            if theirs.get(name) != mine[name]:
+                raise LropeError(f"--study {directory}: {name} is {theirs.get(name)} there and {mine[name]} here")
+        n = 0
+        for line in map(json.loads, lines):
+            if line["split"] in ("search", "validation"):
+                value = statistics.mean(probe[1] for probe in line["probes"])
+                self._known[_rounded(tuple(line["factors"])), line["split"], line["index"]] = value
+                n += 1
+        return n
+
     def gain(self, factors: Factors, context: int) -> float:
         """Difference to the base model on a search context."""
         return self._difference(factors, "search", context)
@@ -96,7 +124,7 @@ class ModelProblem:
         return self._value(factors, split, index) - self._value((1.0,) * self.n_layer, split, index)
 
     def _value(self, factors: Factors, split: str, index: int) -> float:
-        rounded = tuple(round(factor, 3) for factor in factors)  # as fine as the algorithms tell curves apart
+        rounded = _rounded(factors)
         key = (rounded, split, index)
         if key not in self._known:
             self._known[key] = self._evaluator.evaluate(rounded, split, index).log_probability
@@ -104,6 +132,10 @@ class ModelProblem:
                 with self._path.open("a", encoding="utf-8") as file:
                     print(json.dumps([self._key, *key, self._known[key]]), file=file)
         return self._known[key]
+
+
+def _rounded(factors: Factors) -> Factors:
+    return tuple(round(factor, 3) for factor in factors)  # as fine as the algorithms tell curves apart
 
 
 def play(problem: Problem, algorithm: Optimizer, racing: Racing, budget: int) -> Iterator[tuple[Candidate, int]]:
@@ -178,7 +210,7 @@ def synthetic_run(kind: str, seed: int, name: str, racing: Racing, budget: int, 
     """A run on a landscape, and what its optimum is worth."""
     landscape = Landscape(kind, seed)
     algorithm = make_algorithm(name, landscape.n_layer, seed=seed)
-    optimum = landscape.true_gain(tuple(np.exp(landscape.target).tolist()))
+    optimum = landscape.true_gain(landscape.optimum())
     return run(landscape, algorithm, racing, budget, max_cost), optimum
 
 
