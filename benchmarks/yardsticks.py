@@ -129,7 +129,7 @@ Rows: TypeAlias = Iterator[tuple[str, list[list[float]]]]
 
 def print_table(budgets: Sequence[int], rows: Rows, digits: int, heads: Callable[[int], str] = str) -> None:
     """Print a line a contender: mean and interval at each budget, as soon as it is there."""
-    width = 22 if digits else 14
+    width = 28 if digits else 14
     print(f"{'contender':<17}{'runs':>5}" + "".join(f"{heads(n):>{width}}" for n in budgets), flush=True)
     for name, runs in rows:
         cells = []
@@ -306,8 +306,8 @@ def main() -> None:
         if name in ("landscapes", "model"):
             command.add_argument("--budgets", metavar="N,...", type=numbers, default=[50, 100, 200, 400])
             command.add_argument("--contexts", metavar="N", type=int, default=1, help="search contexts (%(default)s)")
-            command.add_argument("--reach", metavar="X", type=float, help="how far samplers look that know no width: the"
-                                 " largest log factor (5 widths)")  # fmt: skip
+            command.add_argument("--reach", metavar="X", type=float,
+                                 help="largest log factor of samplers that know no width (5 widths)")  # fmt: skip
         if name == "landscapes":
             command.add_argument("--probes", metavar="N", type=int, default=60, help="of a context (%(default)s)")
             command.add_argument("--kinds", metavar="KIND,...", type=words, default=[SPARSE],
