@@ -15,7 +15,7 @@ from lrope_gguf.model_info import ModelInfo, read_model
 from .config import ModelConfig, SearchConfig, TaskConfig, WorkersConfig
 from .cost import check_memory, duration, memory_text
 from .evaluation.binding import binding_version
-from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_guard_texts
+from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_guard_texts, kept_scoring
 from .machine import free_memory, physical_cores, visible_gpus
 from .optimizers.protocol import Optimizer
 from .report.page import write_report
@@ -100,7 +100,7 @@ def _launch(
     guard = {"text": None if settings.guard_text is None else file_identity(settings.guard_text)}
     free = free_memory()
     texts = kept_guard_texts(Study.kept(directory, "guard"), directory)
-    spec = EvaluatorSpec(model, task, settings.guard_text, texts)
+    spec = EvaluatorSpec(model, task, settings.guard_text, texts, kept_scoring(Study.kept(directory, "config")))
     with one_interrupt(), ExitStack() as stack:
         first = _first_worker(workers, spec, stack)
         facts = first.ask(find_out)
@@ -110,7 +110,8 @@ def _launch(
             "task": task_identity(task) | {"chat_template": model.chat_template, "answer_lead": facts.lead},
             "search": settings.identity(),
             "guard": guard,
-            "computing": {"batch_size": model.batch_size, "n_gpu_layers": model.n_gpu_layers},
+            "computing": {"batch_size": model.batch_size, "n_gpu_layers": model.n_gpu_layers}
+            | ({} if facts.scoring == "host" else {"scoring": facts.scoring}),  # nothing: as in older studies
             "versions": {"lrope-gguf": __version__, "llama-cpp-python": binding_version()},
         }
         place = directory
@@ -125,7 +126,8 @@ def _launch(
             _say_cost(workers, optimizer, settings, study, directory, first, facts, free, progress)
             if dry_run:
                 return None
-            executor = _all_workers(workers, dataclasses.replace(spec, guard_texts=facts.guard_texts), first, stack)
+            spec = dataclasses.replace(spec, guard_texts=facts.guard_texts, scoring=facts.scoring)
+            executor = _all_workers(workers, spec, first, stack)
             outcome = run_search(
                 executor,
                 study,

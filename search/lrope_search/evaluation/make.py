@@ -14,7 +14,7 @@ from ..config import ModelConfig, TaskConfig
 from ..scores import Evaluator
 from ..tasks import Task, make_task
 from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
-from .evaluator import TeacherForcedEvaluator
+from .evaluator import SCORINGS, TeacherForcedEvaluator
 from .memory import MemoryNeeded
 from .model import Model
 
@@ -47,8 +47,8 @@ def task_for(model: Model, config: TaskConfig) -> Task:
 class _Guarded(TeacherForcedEvaluator):
     """An evaluator with a guard, whose texts it remembers."""
 
-    def __init__(self, model: Model, task: Task, texts: GuardTexts, *, answer_prefix: str) -> None:
-        super().__init__(model, task, answer_prefix=answer_prefix, guard=Guard(model, texts))
+    def __init__(self, model: Model, task: Task, texts: GuardTexts, *, answer_prefix: str, scoring: str | None) -> None:
+        super().__init__(model, task, answer_prefix=answer_prefix, guard=Guard(model, texts), scoring=scoring)
         self.guard_texts = texts
 
 
@@ -61,12 +61,14 @@ class EvaluatorSpec:
         task: What it is asked.
         guard_text: File of the guard's text; None: the base model writes it, from the task's seed.
         guard_texts: The text itself, once a worker has found out (`find_out`).
+        scoring: See `TeacherForcedEvaluator`; None until a worker has found out.
     """
 
     model: ModelConfig
     task: TaskConfig
     guard_text: str | None = None
     guard_texts: GuardTexts | None = None
+    scoring: str | None = None
 
     @contextmanager
     def __call__(self, n_threads: int | None = None) -> Iterator[TeacherForcedEvaluator]:
@@ -78,7 +80,8 @@ class EvaluatorSpec:
         make_task(self.task)  # what is wrong with it shows at once
         with open_model(replace(self.model, n_threads=n_threads or self.model.n_threads)) as model:
             texts = self.guard_texts or self._texts(model)
-            yield _Guarded(model, task_for(model, self.task), texts, answer_prefix=self.task.answer_prefix)
+            task = task_for(model, self.task)
+            yield _Guarded(model, task, texts, answer_prefix=self.task.answer_prefix, scoring=self.scoring)
 
     def _texts(self, model: Model) -> GuardTexts:
         short, long = min(SHORT_TOKENS, model.n_ctx_train // 2), min(LONG_TOKENS, model.n_ctx_train)
@@ -101,6 +104,19 @@ def kept_guard_texts(kept: Any, directory: Path) -> GuardTexts | None:
         raise LropeError(f"{directory / 'guard.json'}: is damaged; choose another study directory") from None
 
 
+def kept_scoring(config: Any) -> str | None:
+    """Return who scored a study, from its ``config.json``; None if it is yet to begin.
+
+    What is scored otherwise differs by rounding, so that a study stays with what it began with. One that does not say
+    is scored by the host, as all were once.
+    """
+    if config is None:
+        return None
+    computing = config.get("computing") if isinstance(config, dict) else None
+    scoring = computing.get("scoring") if isinstance(computing, dict) else None
+    return scoring if scoring in SCORINGS else SCORINGS[0]
+
+
 @dataclass(frozen=True)
 class Facts:
     """What only a loaded model can say, and all workers must agree on."""
@@ -111,9 +127,11 @@ class Facts:
     memory: MemoryNeeded
     longest: int
     """Tokens of the longest prompt."""
+    scoring: str
+    """Who takes log-probabilities from logits."""
 
 
 def find_out(evaluator: Evaluator) -> Facts:
     """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
     assert isinstance(evaluator, _Guarded)
-    return Facts(evaluator.lead, evaluator.guard_texts, evaluator.memory_needed(), evaluator.longest)
+    return Facts(evaluator.lead, evaluator.guard_texts, evaluator.memory_needed(), evaluator.longest, evaluator.scoring)

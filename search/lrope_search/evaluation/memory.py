@@ -39,7 +39,13 @@ class MemoryNeeded:
 
 
 def memory_needed(
-    path: Path | str, n_ctx: int, *, n_seq: int = 12, n_batch: int = 512, flash_attention: bool = True
+    path: Path | str,
+    n_ctx: int,
+    *,
+    n_seq: int = 12,
+    n_batch: int = 512,
+    flash_attention: bool = True,
+    score_on_device: bool = False,
 ) -> MemoryNeeded:
     """Predict what `Model` on ``path`` takes with a context of ``n_ctx`` tokens for ``n_seq`` sequences.
 
@@ -56,7 +62,7 @@ def memory_needed(
         return MemoryNeeded(
             weights=_weights(gguf),
             kv_cache=header.cache(cells, n_seq, flash_attention),
-            compute=header.compute(cells, max(n_seq, MAX_OUTPUTS), n_batch, n_seq, flash_attention),
+            compute=header.compute(cells, max(n_seq, MAX_OUTPUTS), n_batch, n_seq, flash_attention, score_on_device),
         )
 
 
@@ -108,11 +114,13 @@ class _Header:
         short = self.n_embd * max(self._number("shortconv.l_cache", 1) - 1, 0)
         return convolution + inner * size + short
 
-    def compute(self, cells: int, n_outputs: int, n_batch: int, n_seq: int, flash_attention: bool) -> int:
+    def compute(
+        self, cells: int, n_outputs: int, n_batch: int, n_seq: int, flash_attention: bool, score_on_device: bool
+    ) -> int:
         """Bytes of the compute and output buffers.
 
         Memory is used again from layer to layer, so that the largest moment counts: either some layer, or the logits,
-        which llama.cpp then copies to a buffer of their own.
+        which llama.cpp then copies to a buffer of their own, or makes probabilities of if they are scored there.
         """
         n_outputs = min(n_outputs, n_batch)
         experts = self._number("expert_used_count", 0) * self._number("expert_feed_forward_length", self.n_ff)
@@ -125,7 +133,11 @@ class _Header:
         a_layer = n_batch * (_F32 * (4 * self.n_embd + max(attention, 3 * wide)) + masks + scores)
         logits = n_outputs * _F32 * self.n_vocab
         a_row = n_batch * _F32 * 3 * self.n_embd
-        largest = max(a_layer, logits + a_row) + max(logits, n_seq * _F32 * self.n_vocab)
+        initial = n_seq * _F32 * self.n_vocab  # rows to read that a new context has room for
+        if score_on_device:
+            largest = max(a_layer, 2 * logits + a_row) + initial
+        else:
+            largest = max(a_layer, logits + a_row) + max(logits, initial)
         return largest * 21 // 20  # the small inputs of the graph
 
     def _number(self, key: str, default: int) -> int:
