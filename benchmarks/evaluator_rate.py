@@ -1,15 +1,16 @@
 """Tokens per second of the evaluator against `llama-bench` prefill, side by side: same model, length, batch, threads.
 
-Runs of the two take turns, so that a busy machine slows both. `llama-bench` projects one row to the vocabulary; an
-evaluation needs a row for every token of an answer. What these cost is measured apart: the floor is the ratio that an
-evaluator would reach that added nothing else to the prefill. Usage:
+Runs of the two take turns, each round in the other order, so that a busy machine slows both. `llama-bench` projects
+one row to the vocabulary; an evaluation needs a row for every token of a value. What these cost is measured apart: the
+floor is the ratio that an evaluator would reach that added nothing else to the prefill. Usage:
 
-    python benchmarks/evaluator_rate.py MODEL... [--keys 40 100] [--pairs 5] [--threads N] [--cpu-time]
+    python benchmarks/evaluator_rate.py MODEL... [--keys 40 100] [--probes 20 60] [--pairs 5] [--threads N] [--cpu-time]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -59,10 +60,10 @@ def prefill(model: Model, n_tokens: int, n_rows: int = 0) -> None:
     model.synchronize()
 
 
-def measure(path: str, n_keys: int, args: argparse.Namespace) -> dict[str, str]:
+def measure(path: str, n_keys: int, n_probes: int, args: argparse.Namespace) -> dict[str, str]:
     """One row of the table."""
     clock = time.process_time if args.cpu_time else time.perf_counter
-    task = KeyValueTask(n_keys, identifiers=args.identifiers)
+    task = KeyValueTask(n_keys, probes=n_probes, identifiers=args.identifiers)
     with Model(path, n_threads=args.threads, n_batch=args.batch_size) as model:
         evaluator = TeacherForcedEvaluator(model, task, answer_prefix=args.answer_prefix)
         base = (1.0,) * evaluator.n_layer
@@ -73,12 +74,19 @@ def measure(path: str, n_keys: int, args: argparse.Namespace) -> dict[str, str]:
             evaluator.n_tokens_alone("search", 0),
         )
         ours, theirs, rows = [], [], []
-        for _ in range(args.pairs):
+
+        def own() -> None:
             ours.append(seconds_of(partial(evaluator.evaluate, base, "search", 0), clock))
+
+        def their() -> None:
             if args.cpu_time:
                 theirs.append(seconds_of(partial(prefill, model, n_tokens), clock))
             else:
                 theirs.append(bench(path, n_tokens, args.threads, args.batch_size))
+
+        for i in range(args.pairs):
+            for side in (own, their) if i % 2 == 0 else (their, own):
+                side()
             with_rows, without = (seconds_of(partial(prefill, model, 256, n), clock) for n in (_ROWS, 0))
             rows.append((with_rows - without) / _ROWS)
         changes = []
@@ -92,6 +100,7 @@ def measure(path: str, n_keys: int, args: argparse.Namespace) -> dict[str, str]:
     return {
         "model": Path(path).name,
         "keys": str(n_keys),
+        "probes": str(n_probes),
         "tokens": str(n_tokens),
         "evaluator, tokens/s": f"{n_tokens / statistics.median(ours):.0f}",
         "prefill, tokens/s": f"{n_tokens / statistics.median(theirs):.0f}",
@@ -108,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--keys", type=int, nargs="+", default=[40], metavar="N", help="pairs a context (40)")
+    parser.add_argument("--probes", type=int, nargs="+", default=[11], metavar="N", help="questions a context (11)")
     parser.add_argument("--identifiers", choices=IDENTIFIERS, default="uuid")
     parser.add_argument("--answer-prefix", default="")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each (%(default)s)")
@@ -116,12 +126,11 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="processor time against a prefill in this process: "
                         "on a busy machine, with --threads 1, since waiting threads spin")  # fmt: skip
     args = parser.parse_args()
-    rows = [measure(model, n_keys, args) for model in args.models for n_keys in args.keys]
+    cases = itertools.product(args.models, args.keys, args.probes)
+    rows = [measure(model, n_keys, n_probes, args) for model, n_keys, n_probes in cases if n_probes <= n_keys]
     print(f"`{shlex.join(['python', 'benchmarks/evaluator_rate.py', *sys.argv[1:]])}`\n")
     what = "processor time, against prefill in this process" if args.cpu_time else "against llama-bench -fa 1"
-    print(
-        f"{cpu_model()}, {os.cpu_count()} cores, {args.threads} threads, batch {args.batch_size}, 11 probes; {what}\n"
-    )
+    print(f"{cpu_model()}, {os.cpu_count()} cores, {args.threads} threads, batch {args.batch_size}; {what}\n")
     print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
     for row in rows:
         print(f"| {' | '.join(row.values())} |")

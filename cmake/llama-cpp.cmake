@@ -64,11 +64,14 @@ function(lrope_fetch_llama_cpp out)
     file(WRITE "${top}/complete" "${hash} ${series}")
 endfunction()
 
-# What the series consists of: the hooks, and the files under patches/src, which is laid out as llama.cpp is.
+# What the series consists of: the patches, in the order of their names, and the files under patches/src, which is laid out
+# as llama.cpp is.
 function(lrope_series out)
+    file(GLOB patches "${LROPE_PATCH_DIR}/*.patch")
     file(GLOB_RECURSE files "${LROPE_PATCH_DIR}/src/*")
+    list(SORT patches)
     list(SORT files)
-    set(${out} "${LROPE_PATCH_DIR}/hooks.patch" "${LROPE_PATCH_DIR}/fallback/ctx-other.patch" ${files} PARENT_SCOPE)
+    set(${out} ${patches} "${LROPE_PATCH_DIR}/fallback/ctx-other.patch" ${files} PARENT_SCOPE)
 endfunction()
 
 function(lrope_series_hash out)
@@ -90,11 +93,17 @@ function(lrope_apply_patches source)
     set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${series})
 
     # one file: git checks the patches of a file one after the other only inside one input
-    file(READ "${LROPE_PATCH_DIR}/hooks.patch" hooks)
+    set(hooks "")
+    file(GLOB patches "${LROPE_PATCH_DIR}/*.patch")
+    list(SORT patches)
+    foreach (path ${patches})
+        file(READ "${path}" patch)
+        string(APPEND hooks "${patch}\n")
+    endforeach()
     file(READ "${source}/src/llama-cparams.h" cparams)
     if (NOT cparams MATCHES "ctx_other")
         file(READ "${LROPE_PATCH_DIR}/fallback/ctx-other.patch" fallback)
-        string(APPEND hooks "\n${fallback}")
+        string(APPEND hooks "${fallback}")
     endif()
     file(WRITE "${CMAKE_BINARY_DIR}/series.patch" "${hooks}")
     set(apply "${GIT_EXECUTABLE}" apply "${CMAKE_BINARY_DIR}/series.patch"

@@ -109,7 +109,7 @@ def commit_of(release: str, source: Path) -> str:
 
 def apply(source: Path) -> str:
     """Apply the series to ``source`` as the build does; tells how, or which hunks fail."""
-    exact = _git_apply(source, native_build.PATCHES / "hooks.patch", "--check")
+    exact = _git_apply(source, sorted(native_build.PATCHES.glob("*.patch")), "--check")
     try:
         native_build.apply_series(source)
     except CommandError as error:
@@ -118,13 +118,13 @@ def apply(source: Path) -> str:
     fallbacks = [
         path.stem
         for path in sorted((native_build.PATCHES / "fallback").glob("*.patch"))
-        if _git_apply(source, path, "--reverse", "--check", "--ignore-whitespace")
+        if _git_apply(source, [path], "--reverse", "--check", "--ignore-whitespace")
     ]
     return " + ".join(["exactly" if exact else "indented otherwise", *(f"fallback {name}" for name in fallbacks)])
 
 
-def _git_apply(source: Path, patch: Path, *options: str) -> bool:
-    command: list[str | Path] = ["git", "apply", *options, patch.resolve()]
+def _git_apply(source: Path, patches: Sequence[Path], *options: str) -> bool:
+    command: list[str | Path] = ["git", "apply", *options, *(patch.resolve() for patch in patches)]
     # the source may lie inside another repository: this one
     environment = {"GIT_CEILING_DIRECTORIES": str(source.resolve().parent)}
     return run(command, cwd=source, check=False, env=environment).returncode == 0

@@ -124,6 +124,17 @@ def test_hooks_and_the_fallback_may_change_one_file(checkout: Path) -> None:
         assert header.read_text() == "struct {\n    int ctx_other;\n};\n// the\n// END\n"
 
 
+def test_a_later_patch_may_change_what_an_earlier_one_left(checkout: Path) -> None:
+    patches = checkout.parent.parent / "patches"
+    (patches / "later.patch").write_text(
+        "a : change it again\n\n"
+        "diff --git a/a.txt b/a.txt\n--- a/a.txt\n+++ b/a.txt\n@@ -1,3 +1,3 @@\n one\n-2\n+II\n three\n"
+    )
+    for said in ("is patched", "already patched"):
+        assert said in apply(checkout).stdout
+        assert (checkout / "a.txt").read_text() == "one\nII\nthree\n"
+
+
 def test_context_that_is_only_indented_deeper_is_no_drift(checkout: Path) -> None:
     patch = checkout.parent.parent / "patches" / "hooks.patch"
     patch.write_text(patch.read_text().replace("\n one\n", "\n   one\n"))

@@ -14,10 +14,12 @@ from support import call_sites, native_build
 from support.commands import CommandError
 
 ROOT = Path(__file__).parent.parent
-HOOKS = ROOT / "patches" / "hooks.patch"
+PATCHES = sorted((ROOT / "patches").glob("*.patch"))
 FALLBACKS = sorted((ROOT / "patches" / "fallback").glob("*.patch"))
 FILES = native_build.series_files()
-MAX_ADDED, MAX_HUNK, MAX_LINE = 400, 8, 160
+SCORE = ("score.patch", "src/llama-score.h", "src/llama-score.cpp")
+MAX_ADDED = {"factors": 400, "scores": 200}
+MAX_HUNK, MAX_LINE = 8, 160
 # a template, lambdas, an inverse rotation, an indexer and a cache, besides the usual
 QUICK = ("llama.cpp", "dflash.cpp", "hy-v4.cpp", "deepseek4.cpp", "llama-kv-cache.cpp", "llama-model-loader.cpp")
 
@@ -60,7 +62,7 @@ def parse(patches: list[Path]) -> list[Hunk]:
     return hunks
 
 
-HUNKS = parse([HOOKS, *FALLBACKS])
+HUNKS = parse([*PATCHES, *FALLBACKS])
 
 
 def added_lines() -> list[tuple[str, str]]:
@@ -70,7 +72,7 @@ def added_lines() -> list[tuple[str, str]]:
 
 
 def test_the_parser_sees_every_hunk() -> None:
-    text = "".join(path.read_text() for path in [HOOKS, *FALLBACKS])
+    text = "".join(path.read_text() for path in [*PATCHES, *FALLBACKS])
     assert len(HUNKS) == len(re.findall(r"^@@ ", text, re.M)) > 0
     files = {hunk.file for hunk in HUNKS}
     assert files == set(re.findall(r"^\+\+\+ b/(\S+)", text, re.M))
@@ -79,15 +81,21 @@ def test_the_parser_sees_every_hunk() -> None:
 def test_new_files_are_files_and_not_patches() -> None:
     assert FILES and {Path(file).suffix for file in FILES} <= {".cpp", ".h"}
     assert not {hunk.file for hunk in HUNKS} & FILES.keys()
-    for path in (HOOKS, *FALLBACKS):
+    for path in (*PATCHES, *FALLBACKS):
         assert not re.search(r"^(new|deleted) file mode|^rename |^(---|\+\+\+) /dev/null", path.read_text(), re.M)
 
 
-def test_the_series_is_small() -> None:
+def test_each_part_of_the_series_is_small() -> None:
     """Blank lines do not count."""
-    added = Counter(file for file, line in added_lines() if line.strip())
-    print(added, "total", sum(added.values()))
-    assert sum(added.values()) <= MAX_ADDED, added
+    added = {part: Counter[str]() for part in MAX_ADDED}
+    for hunk in HUNKS:
+        part = "scores" if hunk.patch in SCORE else "factors"
+        added[part][hunk.file] += sum(bool(line.strip()) for line in hunk.added)
+    for file, path in FILES.items():
+        part = "scores" if file in SCORE else "factors"
+        added[part][file] += sum(bool(line.strip()) for line in path.read_text().splitlines())
+    print({part: (sum(lines.values()), lines) for part, lines in added.items()})
+    assert [part for part, most in MAX_ADDED.items() if sum(added[part].values()) > most] == []
 
 
 def test_hunks_of_upstream_files_add_few_lines() -> None:
@@ -106,13 +114,14 @@ def test_added_lines_are_clean() -> None:
     assert not [file for file, path in FILES.items() if not re.search(r"\S\n\Z", path.read_text())]
 
 
-def test_the_hooks_say_what_they_do() -> None:
-    head = HOOKS.read_text().split("\ndiff --git ")[0]
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
+def test_patches_say_what_they_do(patch: Path) -> None:
+    head = patch.read_text().split("\ndiff --git ")[0]
     subject, _, body = head.partition("\nSubject: ")[2].partition("\n\n")
     assert re.fullmatch(r"\[PATCH\] [a-z][a-z0-9/-]* : \S.{1,60}[^.\s]", subject), "upstream: 'module : what it does'"
     assert len(body.split()) >= 10
     places = [place for place in re.findall(r"[\w/-]+", body) if place == "common" or "/" in place]
-    hooked = {hunk.file for hunk in HUNKS if hunk.patch == HOOKS.name}
+    hooked = {hunk.file for hunk in HUNKS if hunk.patch == patch.name}
     assert not [file for file in hooked if not file.startswith(tuple(places))]
 
 

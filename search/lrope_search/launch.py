@@ -15,7 +15,7 @@ from lrope_gguf.model_info import ModelInfo, read_model
 from .config import ModelConfig, SearchConfig, TaskMix, Tasks, WorkersConfig, option
 from .cost import check_memory, duration, memory_text, precision
 from .evaluation.binding import binding_version
-from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_guard_texts
+from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_guard_texts, kept_scoring
 from .machine import free_memory, physical_cores, visible_gpus
 from .optimizers.protocol import Optimizer
 from .report.page import write_report
@@ -113,7 +113,7 @@ def _launch(
     texts = kept_guard_texts(Study.kept(directory, "guard"), directory)
     if model.batch_size is None:  # the default may have been another one, or another machine's
         model = dataclasses.replace(model, batch_size=_kept_batch_size(directory))
-    spec = EvaluatorSpec(model, mix, settings.guard_text, texts)
+    spec = EvaluatorSpec(model, mix, settings.guard_text, texts, kept_scoring(Study.kept(directory, "config")))
     with one_interrupt(), ExitStack() as stack:
         first = _first_worker(workers, spec, stack)
         facts = first.ask(find_out)
@@ -125,7 +125,8 @@ def _launch(
             "task": task_identity(mix, facts.leads) | {"chat_template": model.chat_template},
             "search": settings.identity(),
             "guard": guard,
-            "computing": {"batch_size": facts.batch_size, "n_gpu_layers": model.n_gpu_layers},
+            "computing": {"batch_size": facts.batch_size, "n_gpu_layers": model.n_gpu_layers}
+            | ({} if facts.scoring == "host" else {"scoring": facts.scoring}),  # nothing: as in older studies
             "versions": {"lrope-gguf": __version__, "llama-cpp-python": binding_version()},
         } | ({"llama_options": options} if options else {})
         place = directory
@@ -143,7 +144,10 @@ def _launch(
                     _say_variation(settings, study, first, facts, progress)
                 return None
             spec = dataclasses.replace(
-                spec, model=dataclasses.replace(model, batch_size=facts.batch_size), guard_texts=facts.guard_texts
+                spec,
+                model=dataclasses.replace(model, batch_size=facts.batch_size),
+                guard_texts=facts.guard_texts,
+                scoring=facts.scoring,
             )
             executor = _all_workers(workers, spec, first, stack)
             outcome = run_search(

@@ -25,6 +25,17 @@ class Rows(NamedTuple):
     """Shape (rows, n_vocab): llama.cpp's own buffer, free to be overwritten, valid until the next decode."""
 
 
+class Scores(NamedTuple):
+    """What one decoded batch says of the tokens that follow its wanted positions."""
+
+    rows: slice
+    """Which of the wanted rows these are."""
+    log_p: NDArray[np.float32]
+    """Natural log-probability of each row's token; NaN where the logits are no numbers."""
+    hit: NDArray[np.bool_]
+    """Whether no other token is more likely."""
+
+
 class Batch:
     """A ``llama_batch`` of ``size`` tokens, on NumPy arrays that are filled in place.
 
@@ -34,6 +45,7 @@ class Batch:
     def __init__(self, llama: Any, size: int) -> None:
         self.token, self.pos, self.n_seq = (np.zeros(size, np.int32) for _ in range(3))
         self.logits = np.zeros(size, np.int8)
+        self.target = np.zeros(size, np.int32)
         self._all = np.arange(MAX_SEQUENCES, dtype=np.int32)
         self._pointer_of = self._all.ctypes.data + self._all.itemsize * np.arange(MAX_SEQUENCES, dtype=np.uintp)
         self._pointers = np.zeros(size, np.uintp)

@@ -57,7 +57,7 @@ log = Log()
 
 @functools.cache
 def llama_library() -> Any:
-    """Import the binding on our library and add the patch's three functions to it.
+    """Import the binding on our library and add the patches' functions to it.
 
     Raises:
         LropeError: there is no binding, no usable library, or an unpatched one.
@@ -91,6 +91,13 @@ def llama_library() -> Any:
         function.argtypes = [ctypes.c_void_p, floats, ctypes.c_size_t]
         function.restype = result
         setattr(llama_cpp, name, function)
+    if can_score(library):
+        tokens, flags = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_bool)
+        for name, arguments in (("llama_set_score_targets", [tokens]), ("llama_get_scores", [floats, flags])):
+            function = getattr(library, name)
+            function.argtypes = [ctypes.c_void_p, *arguments, ctypes.c_size_t]
+            function.restype = ctypes.c_int32
+            setattr(llama_cpp, name, function)
     callback = llama_cpp.llama_log_callback(log)
     llama_cpp.lrope_log_callback = callback  # as long as the library: it keeps only the address
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
@@ -110,6 +117,11 @@ def set_options(parameters: Any, options: Mapping[str, Any]) -> None:
                 parameters.type_v = _CACHE_TYPES[value]
             case _:
                 setattr(parameters, name, value)
+
+
+def can_score(library: Any) -> bool:
+    """Whether the library has the patch that scores tokens on the device (an older one has only the factors)."""
+    return hasattr(library, "llama_set_score_targets")
 
 
 def binding_version() -> str:

@@ -18,9 +18,9 @@ from lrope_gguf.errors import LropeError
 from ..scores import ContextScore, DivergenceScore, Factors, ProbeScore
 from ..tasks import SPLITS, AnyTask, Task, parts_of
 from ..tasks.task import Context
-from .batch import MAX_SEQUENCES, Rows
+from .batch import MAX_SEQUENCES
 from .divergence import Guard
-from .encoding import Encoder, Encoding
+from .encoding import Encoder, Encoding, Part
 from .generation import Generation, write_answers
 from .lead import Frame, Lead, most_frequent_lead
 from .logits import RowWorkers, gold_scores
@@ -28,6 +28,14 @@ from .memory import MemoryNeeded, memory_needed
 from .model import FactorsRefusedError, Model
 
 _logger = logging.getLogger(__name__)
+
+SCORINGS = ("host", "device")
+"""Who takes log-probabilities from logits: NumPy, or nodes of llama.cpp's graph where the model is computed."""
+
+
+def default_scoring(model: Model) -> str:
+    """Return the faster one of `SCORINGS`: on a CPU no logits travel, and NumPy is (docs/evaluator.md)."""
+    return "device" if model.can_score and model.logits_on_gpu else "host"
 
 
 class TeacherForcedEvaluator:
@@ -46,6 +54,7 @@ class TeacherForcedEvaluator:
         answer_prefix: str | tuple[str, ...] = "",
         guard: Guard | None = None,
         pack_tokens: int = 0,
+        scoring: str | None = None,
     ) -> None:
         """Hold ``model``, whose context is made here and whose lifetime stays the caller's concern.
 
@@ -54,8 +63,17 @@ class TeacherForcedEvaluator:
         ``guard`` measures the `divergence`.
         ``pack_tokens``: `evaluate_many` computes contexts together until they have so many tokens. A GPU that short
         contexts would starve wants some thousands; 0, one after the other, is best for a CPU.
+        ``scoring``: one of `SCORINGS`; None: the faster one here. They agree but for rounding.
+
+        Raises `LropeError` if the library cannot score on the device.
         """
         self._model = model
+        self.scoring = scoring or default_scoring(model)
+        if self.scoring == "device" and not model.can_score:
+            raise LropeError(
+                "scores were taken on the device so far, which this llama.cpp library cannot do; use one with all of "
+                "lrope-gguf's patches"
+            )
         self._task = task
         self._guard = guard
         self._pack_tokens = pack_tokens
@@ -126,7 +144,7 @@ class TeacherForcedEvaluator:
         """Predict the memory of the model, its context as it is now, and the guard's two contexts while it looks."""
         model = self._model
         needed_for = functools.partial(memory_needed, model.path, n_batch=model.n_batch, cache_types=model.cache_types)
-        needed = needed_for(model.n_ctx, n_seq=self._n_seq)
+        needed = needed_for(model.n_ctx, n_seq=self._n_seq, score_on_device=self.scoring == "device")
         if self._guard is None:
             return needed
         one = needed_for(self._guard.n_cells, n_seq=self._guard.n_seq)
@@ -181,11 +199,15 @@ class TeacherForcedEvaluator:
         log_p = np.empty(len(gold))
         hit = np.empty(len(gold), np.bool_)
         try:
-            decoded = self._decode(encodings, factors)
+            laid_out = self._lay_out(encodings, factors)
         except FactorsRefusedError:
             return [self._refused(job, time.perf_counter() - start) for job in jobs]
-        for rows, logits in decoded:
-            log_p[rows], hit[rows] = gold_scores(logits, gold[rows], self._workers)
+        if self.scoring == "device":
+            for rows, of_rows, hits in self._model.score(*laid_out, gold):
+                log_p[rows], hit[rows] = of_rows, hits
+        else:
+            for rows, logits in self._model.decode(*laid_out):
+                log_p[rows], hit[rows] = gold_scores(logits, gold[rows], self._workers)
         broken = not np.isfinite(log_p).all()
         if broken:
             self._model.clear(data=True)  # a NaN outlives the token that it belongs to
@@ -232,8 +254,8 @@ class TeacherForcedEvaluator:
         texts = map(self._model.text, write_answers(self._model, encoding, context.probes))
         return tuple(Generation(p.depth, t, p.answered_by(t)) for p, t in zip(context.probes, texts, strict=True))
 
-    def _decode(self, encodings: Sequence[Encoding], factors: Factors) -> Iterator[Rows]:
-        """Compute the contexts under ``factors`` and yield the logits of the wanted positions.
+    def _lay_out(self, encodings: Sequence[Encoding], factors: Factors) -> Part:
+        """Set ``factors`` and return the contexts as `Model.decode` takes them.
 
         Prefixes and probes go in one row, so that only the last batch is not full; a prefix's tokens belong to the
         sequences of all its probes.
@@ -249,7 +271,7 @@ class TeacherForcedEvaluator:
                 for sequence in range(1, encoding.n_seq):
                     self._model.copy_sequence(first, first + sequence)
         tokens, positions, sequences, wanted, n_seq = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return self._model.decode(tokens, positions, sequences, wanted, n_seq)
+        return tokens, positions, sequences, wanted, n_seq
 
     def _prefill(self, encoding: Encoding, factors: Factors) -> None:
         """Compute the prefix under ``factors``; whoever writes answers gives each probe a copy of it."""

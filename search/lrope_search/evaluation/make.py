@@ -14,7 +14,7 @@ from ..config import ModelConfig, TaskConfig, TaskMix, Tasks
 from ..scores import Evaluator
 from ..tasks import AnyTask, Task, make_task, make_tasks, mixed
 from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
-from .evaluator import TeacherForcedEvaluator
+from .evaluator import SCORINGS, TeacherForcedEvaluator
 from .memory import MemoryNeeded, check_cache_types
 from .model import Model
 
@@ -59,8 +59,10 @@ def evaluator_parts(model: Model, tasks: Tasks) -> tuple[AnyTask, tuple[str, ...
 class _Guarded(TeacherForcedEvaluator):
     """An evaluator with a guard, whose texts it remembers."""
 
-    def __init__(self, model: Model, task: AnyTask, texts: GuardTexts, *, answer_prefix: tuple[str, ...]) -> None:
-        super().__init__(model, task, answer_prefix=answer_prefix, guard=Guard(model, texts))
+    def __init__(
+        self, model: Model, task: AnyTask, texts: GuardTexts, *, answer_prefix: tuple[str, ...], scoring: str | None
+    ) -> None:
+        super().__init__(model, task, answer_prefix=answer_prefix, guard=Guard(model, texts), scoring=scoring)
         self.guard_texts = texts
 
 
@@ -73,12 +75,14 @@ class EvaluatorSpec:
         task: What it is asked.
         guard_text: File of the guard's text; None: the base model writes it, from the (first) task's seed.
         guard_texts: The text itself, once a worker has found out (`find_out`).
+        scoring: See `TeacherForcedEvaluator`; None until a worker has found out.
     """
 
     model: ModelConfig
     task: Tasks
     guard_text: str | None = None
     guard_texts: GuardTexts | None = None
+    scoring: str | None = None
 
     @contextmanager
     def __call__(self, n_threads: int | None = None) -> Iterator[TeacherForcedEvaluator]:
@@ -91,7 +95,7 @@ class EvaluatorSpec:
         with open_model(replace(self.model, n_threads=n_threads or self.model.n_threads)) as model:
             texts = self.guard_texts or self._texts(model)
             task, prefixes = evaluator_parts(model, self.task)
-            yield _Guarded(model, task, texts, answer_prefix=prefixes)
+            yield _Guarded(model, task, texts, answer_prefix=prefixes, scoring=self.scoring)
 
     def _texts(self, model: Model) -> GuardTexts:
         short, long = min(SHORT_TOKENS, model.n_ctx_train // 2), min(LONG_TOKENS, model.n_ctx_train)
@@ -114,6 +118,19 @@ def kept_guard_texts(kept: Any, directory: Path) -> GuardTexts | None:
         raise LropeError(f"{directory / 'guard.json'}: is damaged; choose another study directory") from None
 
 
+def kept_scoring(config: Any) -> str | None:
+    """Return who scored a study, from its ``config.json``; None if it is yet to begin.
+
+    What is scored otherwise differs by rounding, so that a study stays with what it began with. One that does not say
+    is scored by the host, as all were once.
+    """
+    if config is None:
+        return None
+    computing = config.get("computing") if isinstance(config, dict) else None
+    scoring = computing.get("scoring") if isinstance(computing, dict) else None
+    return scoring if scoring in SCORINGS else SCORINGS[0]
+
+
 @dataclass(frozen=True)
 class Facts:
     """What only a loaded model can say, and all workers must agree on."""
@@ -130,6 +147,8 @@ class Facts:
     """And how many it has room for."""
     batch_size: int
     """Tokens that are computed at once."""
+    scoring: str
+    """Who takes log-probabilities from logits."""
 
 
 def find_out(evaluator: Evaluator) -> Facts:
@@ -142,4 +161,5 @@ def find_out(evaluator: Evaluator) -> Facts:
         evaluator.longest,
         *evaluator.n_probes,
         evaluator.batch_size,
+        evaluator.scoring,
     )

@@ -47,6 +47,7 @@ def memory_needed(
     n_batch: int = 512,
     flash_attention: bool = True,
     cache_types: tuple[str, str] = ("f16", "f16"),
+    score_on_device: bool = False,
 ) -> MemoryNeeded:
     """Predict what `Model` on ``path`` takes with a context of ``n_ctx`` tokens for ``n_seq`` sequences.
 
@@ -64,7 +65,9 @@ def memory_needed(
         return MemoryNeeded(
             weights=_weights(gguf),
             kv_cache=header.cache(cells, n_seq, flash_attention, cache_types),
-            compute=header.compute(cells, max(n_seq, MAX_OUTPUTS), n_batch, n_seq, flash_attention, cache_types),
+            compute=header.compute(
+                cells, max(n_seq, MAX_OUTPUTS), n_batch, n_seq, flash_attention, cache_types, score_on_device
+            ),
         )
 
 
@@ -154,12 +157,19 @@ class _Header:
         return convolution + inner * size + short
 
     def compute(
-        self, cells: int, n_outputs: int, n_batch: int, n_seq: int, flash_attention: bool, types: tuple[str, str]
+        self,
+        cells: int,
+        n_outputs: int,
+        n_batch: int,
+        n_seq: int,
+        flash_attention: bool,
+        types: tuple[str, str],
+        score_on_device: bool,
     ) -> int:
         """Bytes of the compute and output buffers.
 
         Memory is used again from layer to layer, so that the largest moment counts: either some layer, or the logits,
-        which llama.cpp then copies to a buffer of their own.
+        which llama.cpp then copies to a buffer of their own, or makes probabilities of if they are scored there.
         """
         n_outputs = min(n_outputs, n_batch)
         experts = self._number("expert_used_count", 0) * self._number("expert_feed_forward_length", self.n_ff)
@@ -175,7 +185,11 @@ class _Header:
                 a_layer += cells * max(self.kv_heads) * length * _F16
         logits = n_outputs * _F32 * self.n_vocab
         a_row = n_batch * _F32 * 3 * self.n_embd
-        largest = max(a_layer, logits + a_row) + max(logits, n_seq * _F32 * self.n_vocab)
+        initial = n_seq * _F32 * self.n_vocab  # rows to read that a new context has room for
+        if score_on_device:
+            largest = max(a_layer, 2 * logits + a_row) + initial
+        else:
+            largest = max(a_layer, logits + a_row) + max(logits, initial)
         return largest * 21 // 20  # the small inputs of the graph
 
     def _number(self, key: str, default: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +22,8 @@ from lrope_gguf.errors import LropeError
 
 from ..config import CACHE_TYPES
 from ..machine import physical_cores
-from .batch import Batch, Rows, Tokens
-from .binding import chat_formatter, llama_library, log, pointer, set_options
+from .batch import Batch, Rows, Scores, Tokens
+from .binding import can_score, chat_formatter, llama_library, log, pointer, set_options
 
 _ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
 _REFUSED = -2  # llama_set_rope_layer_factors, patches/src/src/llama-rope-layer.cpp
@@ -63,6 +63,7 @@ class Model:
         self._model: Any = None
         self._context: Any = None
         self._owns_model = True
+        self._scoring = False
         self.path = Path(path)
         on_gpu = n_gpu_layers != 0 and llama.llama_supports_gpu_offload()
         self.n_batch = n_batch or (GPU_BATCH if on_gpu else CPU_BATCH)
@@ -90,6 +91,9 @@ class Model:
         self._n_block = int(self._metadata(f"{self._metadata('general.architecture')}.block_count"))
         # what a curve shapes; the patch wants a factor for each block, a multi-token-prediction head's too
         self.n_layer = self._n_block - int(llama.llama_model_n_layer_nextn(self._model))
+        # the output layer goes last, after all the others
+        all_on_gpu = n_gpu_layers is None or n_gpu_layers < 0 or n_gpu_layers > self._n_block
+        self.logits_on_gpu = all_on_gpu and bool(llama.llama_supports_gpu_offload())
         self.n_vocab = int(llama.llama_vocab_n_tokens(self._vocab))
         self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._model))
         # whether a token may belong to several sequences: a recurrent state belongs to one.
@@ -122,7 +126,7 @@ class Model:
         """Return the same loaded weights with a llama.cpp context of their own, to be closed before this one."""
         other = copy.copy(self)
         other._context = None
-        other._owns_model = False
+        other._owns_model = other._scoring = False
         other.n_ctx = 0
         other._batch = Batch(self._llama, self.n_batch)
         return other
@@ -239,6 +243,7 @@ class Model:
         if self._context:
             llama.llama_free(self._context)
             self._context = None
+        self._scoring = False
         parameters = llama.llama_context_default_params()
         parameters.n_ctx = n_ctx
         parameters.n_batch = parameters.n_ubatch = self.n_batch
@@ -279,6 +284,41 @@ class Model:
         """Wait until all that was given to the devices is computed."""
         self._llama.llama_synchronize(self._context)
 
+    @property
+    def can_score(self) -> bool:
+        """Whether the library can `score`."""
+        return can_score(self._llama)
+
+    def score(
+        self,
+        tokens: Tokens,
+        positions: NDArray[Any],
+        sequences: NDArray[Any],
+        wanted: NDArray[np.bool_],
+        n_seq: NDArray[Any] | None,
+        targets: Tokens,
+    ) -> Iterator[Scores]:
+        """Append as `decode` does and yield how likely ``targets`` are, one for each ``wanted`` token.
+
+        The device computes that, so that no logits travel. If `can_score`.
+        """
+        batch, target = self._batch, pointer(self._batch.target, self._llama.llama_token)
+        self._scoring = True
+
+        def prepare(rows: slice, of_batch: NDArray[np.bool_]) -> None:
+            batch.target[: len(of_batch)][of_batch] = targets[rows]
+            # all of them, so that any batch without wanted tokens may follow
+            if self._llama.llama_set_score_targets(self._context, target, self.n_batch):
+                raise LropeError(f"{self.path}: {log.reason()}")
+
+        for rows in self._decode(tokens, positions, sequences, wanted, n_seq, prepare):
+            n = rows.stop - rows.start
+            log_p, hit = np.empty(n, np.float32), np.empty(n, np.bool_)
+            where = pointer(log_p, ctypes.c_float), pointer(hit, ctypes.c_bool)
+            if self._llama.llama_get_scores(self._context, *where, n) != n:
+                raise LropeError(f"{self.path}: llama.cpp gave other scores than were asked for")
+            yield Scores(rows, log_p, hit)
+
     def decode(
         self,
         tokens: Tokens,
@@ -292,6 +332,26 @@ class Model:
         All arrays have shape (n,). A token is shared by ``n_seq`` sequences, numbered from ``sequences`` on (one if
         not given; see `shares_tokens`). Work is done as the iterator advances, in as few batches as fit.
         """
+
+        def prepare(rows: slice, of_batch: NDArray[np.bool_]) -> None:
+            if self._scoring and rows.stop > rows.start:  # it costs new graphs: not for a mere prefill
+                self._llama.llama_set_score_targets(self._context, None, 0)
+                self._scoring = False
+
+        for rows in self._decode(tokens, positions, sequences, wanted, n_seq, prepare):
+            address = self._llama.llama_get_logits(self._context)
+            yield Rows(rows, np.ctypeslib.as_array(address, (rows.stop - rows.start, self.n_vocab)))
+
+    def _decode(
+        self,
+        tokens: Tokens,
+        positions: NDArray[Any],
+        sequences: NDArray[Any],
+        wanted: NDArray[np.bool_],
+        n_seq: NDArray[Any] | None,
+        prepare: Callable[[slice, NDArray[np.bool_]], None],
+    ) -> Iterator[slice]:
+        """Compute batch by batch, after ``prepare`` of its wanted rows, and yield which these are if there are any."""
         batch = self._batch
         seen = np.concatenate(([0], np.cumsum(wanted)))  # wanted rows before each token
         start = 0
@@ -306,14 +366,14 @@ class Model:
             batch.set_sequences(sequences[start:stop], 1 if n_seq is None else n_seq[start:stop])
             batch.logits[:n] = wanted[start:stop]
             batch.struct.n_tokens = n
+            rows = slice(int(seen[start]), int(seen[stop]))
             log.clear()
+            prepare(rows, wanted[start:stop])
             code = self._llama.llama_decode(self._context, batch.struct)
             if code == 1:
                 raise LropeError(f"{self.path}: more tokens than the context of {self.n_ctx} can hold")
             if code:
                 raise LropeError(f"{self.path}: llama.cpp failed to decode (code {code}): {log.reason()}")
-            rows = slice(int(seen[start]), int(seen[stop]))
             if rows.stop > rows.start:
-                address = self._llama.llama_get_logits(self._context)
-                yield Rows(rows, np.ctypeslib.as_array(address, (rows.stop - rows.start, self.n_vocab)))
+                yield rows
             start = stop
