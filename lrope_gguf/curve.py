@@ -215,7 +215,7 @@ class CurveFile:
         except OSError as error:
             raise LropeError(f"{path}: cannot be read ({error.strerror})") from error
         try:
-            text = data.decode()
+            text = data.decode("utf-8-sig")  # editors on Windows begin a file with a byte order mark
         except UnicodeDecodeError as error:
             if len(data) > MAX_BYTES:
                 text = " " * len(data)  # its size says more than where the cut fell

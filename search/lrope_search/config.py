@@ -410,6 +410,10 @@ class SearchConfig:
             "max_kl": self.max_kl >= 0.0,
             "confidence": 0.0 < self.confidence < 1.0,
         }
+        for field in fields(self):
+            number = getattr(self, field.name)
+            if isinstance(number, float) and math.isinf(number):
+                raise LropeError(f"{option(field.name)} {number}: not finite; give a number, a large one for no limit")
         for name, right in ranges.items():
             if not right:
                 raise LropeError(f"{option(name)} {getattr(self, name)}: out of range; see lrope-gguf search --help")

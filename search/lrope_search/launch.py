@@ -271,6 +271,9 @@ def _say_cost(
         progress.line(memory_text(facts.memory, n_workers))
     jobs = [Job((1.0,) * first.n_layer, "search", index) for index in range(n_tasks)]
     scores = [_context_score(job, study, first) for job in jobs]
+    for score, sample in zip(scores, facts.samples, strict=True):
+        if score.accuracy == 0.0:
+            progress.line(sample.advice(len(score.probes)))
     n_tokens = sum(score.n_tokens for score in scores) / n_tasks
     seconds = sum(score.seconds for score in scores) / n_tasks
     # processors are divided between local workers: more of them are no faster in all

@@ -35,6 +35,7 @@ def write_readable(
     chat_template: str | None = None,
     factors: list[float] | None = None,
     poison: str | None = None,
+    add_eos: bool = False,
 ) -> Path:
     """Write ``model`` with a tokenizer; the tensor named ``poison`` is full of NaN."""
     model = readable(model)
@@ -47,6 +48,8 @@ def write_readable(
     add_metadata(writer, model)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
+    if add_eos:
+        writer.add_add_eos_token(True)
     if factors is not None:
         writer.add_array(f"{model.arch}.rope.scaling.layer_factors", factors)
     return _finish(writer, weights)

@@ -46,7 +46,7 @@ def read_texts(
     Raises `LropeError` if the file cannot be read as UTF-8 or has fewer than twice ``short`` tokens.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise LropeError(f"{path}: cannot be read as text ({reason}); give --guard-text a UTF-8 file") from error

@@ -26,6 +26,7 @@ from .lead import Frame, Lead, most_frequent_lead
 from .logits import RowWorkers, gold_scores
 from .memory import MemoryNeeded, memory_needed
 from .model import FactorsRefusedError, Model
+from .sample_answer import Sample
 
 _logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class TeacherForcedEvaluator:
         self._workers = RowWorkers(model.n_threads)
         self._base = (1.0,) * model.n_layer
         self._encodings: dict[tuple[str, int], Encoding] = {}
+        self._samples: list[Sample] = []
         self._n_cells = self._n_seq = 0
         self._warned = False
         self._prefilled: tuple[Factors, str, int] | None = None
@@ -121,6 +123,17 @@ class TeacherForcedEvaluator:
         """Questions of the first search context, and how many it has room for; of several tasks where it has least."""
         contexts = [self._task.context("search", i) for i in range(len(parts_of(self._task)))]
         return min((len(context.probes), max(context.n_places, len(context.probes))) for context in contexts)
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The names of the tasks as scores carry them: of one alone an empty one."""
+        parts = parts_of(self._task)
+        return tuple(part.name for part in parts) if len(parts) > 1 else ("",)
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """What the base model wrote to an easy question of each task."""
+        return tuple(self._samples)
 
     @property
     def n_layer(self) -> int:
@@ -310,6 +323,15 @@ class TeacherForcedEvaluator:
         encoding = encoder.encode(easy)
         self._prefill(encoding, self._base)
         written = write_answers(self._model, encoding, easy.probes)
+        sample = easy.probes[0]
+        self._samples.append(
+            Sample(
+                self._model.prompt_end(easy.prefix + sample.question),
+                sample.answer,
+                self._model.text(written[0]),
+                self._model.is_chat,
+            )
+        )
         return most_frequent_lead(easy.probes, written, encoder.frame, self._model.text)
 
     def _likely_lead(self, easy: Context, answer_prefix: str) -> Lead:

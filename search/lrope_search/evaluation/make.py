@@ -17,6 +17,7 @@ from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts
 from .evaluator import SCORINGS, TeacherForcedEvaluator
 from .memory import MemoryNeeded, check_cache_types
 from .model import Model
+from .sample_answer import Sample
 
 
 def open_model(config: ModelConfig) -> Model:
@@ -141,6 +142,8 @@ class Facts:
     memory: MemoryNeeded
     longest: int
     """Tokens of the longest prompt."""
+    samples: tuple[Sample, ...]
+    """What the base model makes of an easy question of each task."""
     n_probes: int
     """Questions of the first search context."""
     n_places: int
@@ -159,6 +162,7 @@ def find_out(evaluator: Evaluator) -> Facts:
         evaluator.guard_texts,
         evaluator.memory_needed(),
         evaluator.longest,
+        evaluator.samples,
         *evaluator.n_probes,
         evaluator.batch_size,
         evaluator.scoring,

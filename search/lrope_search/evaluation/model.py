@@ -149,10 +149,21 @@ class Model:
             return None
         special = (self._llama.llama_vocab_eos(self._vocab), self._llama.llama_vocab_bos(self._vocab))
         eos, bos = (self.text([token], special=True) if token >= 0 else "" for token in special)
-        formatter = chat_formatter(template.decode(), eos=eos, bos=bos)
+        try:
+            formatter = chat_formatter(template.decode(), eos=eos, bos=bos)
+        except Exception as error:  # no Jinja: Go's syntax, something unclosed, unknown tags or filters, no UTF-8
+            self.close()
+            raise self._template_error(error) from error
         formatter.strftime_now = _ENCODING_DATE.strftime
         self._bos_text = bos
         return formatter
+
+    def _template_error(self, error: Exception) -> LropeError:
+        return LropeError(f"{self.path}: its chat template fails ({error}); use --no-chat-template")
+
+    def prompt_end(self, prompt: str, n_tokens: int = 8) -> str:
+        """Return the text of a prompt's last tokens, control tokens too, as the model sees it before it answers."""
+        return self.text(self.tokenize_prompt(prompt)[-n_tokens:], special=True)
 
     def tokenize_prompt(self, prompt: str, answer: str = "") -> Tokens:
         """Return the tokens of a whole prompt, with BOS where the model wants one, followed by ``answer``.
@@ -165,19 +176,24 @@ class Model:
             message = {"role": "user", "content": prompt}
             text: str = self._formatter(messages=[message], enable_thinking=False).prompt
         except Exception as error:  # a template is a program of its own
-            raise LropeError(f"{self.path}: its chat template fails ({error}); use --no-chat-template") from error
+            raise self._template_error(error) from error
         if self._bos_text and self._llama.llama_vocab_get_add_bos(self._vocab):
             text = text.removeprefix(self._bos_text)  # the tokenizer adds it
         return self.tokenize(text + answer, add_special=True, parse_special=True)
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> Tokens:
-        """Return the tokens of ``text``, shape (n,); control tokens are only recognised with ``parse_special``."""
+        """Return the tokens of ``text``, shape (n,); control tokens are only recognised with ``parse_special``.
+
+        ``add_special`` adds what a model wants before a text, never what it wants behind it: the text goes on.
+        """
         data = text.encode()
         tokens = np.empty(len(data) + 8, np.int32)
         target = pointer(tokens, self._llama.llama_token)
         n = self._llama.llama_tokenize(self._vocab, data, len(data), target, len(tokens), add_special, parse_special)
         if n < 0:
             raise LropeError(f"{self.path}: cannot tokenize {len(data)} bytes of text: {log.reason()}")
+        if add_special and n and self._llama.llama_vocab_get_add_eos(self._vocab):
+            n -= int(tokens[n - 1] == self._llama.llama_vocab_eos(self._vocab))
         return tokens[:n].copy()
 
     def text(self, tokens: Sequence[int] | Tokens, *, special: bool = False) -> str:

@@ -36,7 +36,7 @@ def read_records(path: Path | str, kind: str, parse: Callable[[str, Any], T]) ->
     try:
         with Path(path).open("rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8") as lines:
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig") as lines:
             for n, line in enumerate(lines, 1):
                 if line.strip():
                     records.append(_parsed(f"{path}:{n}", line, kind, parse))

@@ -1,0 +1,39 @@
+"""What a base model makes of an easy question, for when it makes nothing of the hard ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lrope_gguf.text import printable
+
+_SHOWN = 60  # characters
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An easy question of a task: the end of its prompt as the model sees it, the right answer, and what it wrote.
+
+    ``chat``: whether the prompt went through a chat template.
+    """
+
+    prompt_end: str
+    answer: str
+    written: str
+    chat: bool
+
+    def advice(self, n_questions: int) -> str:
+        """Say what to look at where the base model answers none of ``n_questions`` right."""
+        told = (
+            f"the base model answers none of {n_questions} questions right, so that no gain can show; the prompt of an "
+            f"easy one ends in {_quoted(self.prompt_end[-_SHOWN:])}, the answer is {_quoted(self.answer)}, and it "
+            f"writes {_quoted(self.written[:_SHOWN])}"
+        )
+        _, opened, rest = self.prompt_end.rpartition("<think>")
+        if opened and "</think>" not in rest:
+            return f"{told}. Its chat template opens <think>: close it with --answer-prefix '</think>'"
+        way = "--no-chat-template" if self.chat else "--answer-prefix"
+        return f"{told}. Look at {way}, at shorter contexts, and at what it writes: eval --generate"
+
+
+def _quoted(text: str) -> str:
+    return "'" + printable(text.replace("\n", "\\n"), 4 * _SHOWN) + "'"

@@ -1,0 +1,153 @@
+"""What strangers bring: templates, tokenizers, encodings, numbers and streams of every kind. A table a kind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.tiny_models import write_readable
+
+from lrope_gguf.cli import main
+from lrope_gguf.curve import CurveFile
+from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
+from lrope_search.evaluation.model import Model
+from lrope_search.evaluation.sample_answer import Sample
+from lrope_search.tasks import KeyValueTask
+from lrope_search.tasks.records import read_records
+
+native = pytest.mark.native
+
+ASK = ["--keys", "4", "--probes", "2", "--threads", "1"]
+
+# F. Others' input becomes one line
+
+TEMPLATES = {
+    "Go": "{{ range .Messages }}{{ .Content }}{{ end }}",
+    "Go with a pipe": "{{ if .System }}{{ .System | trim }}{{ end }}",
+    "unclosed block": "{% for m in messages %}{{ m.content }}",
+    "unclosed variable": "{{ messages",
+    "unknown tag": "{% nonsense %}{{ messages[0].content }}",
+    "unknown filter": "{{ messages[0].content | nonsense }}",
+    "unknown test": "{% if messages is nonsense %}{% endif %}",
+    "undefined attribute": "{{ nothing.there.at_all }}",
+    "division by zero": "{{ 1 // 0 }}",
+    "not UTF-8": "{{ messages[0].content }}~~~~",
+}
+
+
+@native
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("command", ["eval", "search"])
+def test_a_chat_template_that_fails_is_one_line(
+    name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_readable(tmp_path / "model.gguf", chat_template=TEMPLATES[name])
+    path.write_bytes(path.read_bytes().replace(b"~~~~", b"\xff\xfe\xff\xfe"))
+    output = [] if command == "eval" else ["--output", str(tmp_path / "best.json")]
+    assert main([command, str(path), *ASK, *output]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert f"{path}: its chat template fails (" in err and "--no-chat-template" in err
+    assert main(["eval", str(path), *ASK, "--contexts", "1", "--no-chat-template"]) == 0
+
+
+STREAMS = [(command, closed) for command in ("show {model}", "write {model} --uniform 1.1 --dry-run", "report {study}",
+                                              "show {none}", "--help", "eval --help")
+           for closed in (">&-", "2>&-", "<&-", ">&- 2>&-")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "closed"), STREAMS)
+def test_closed_streams_give_no_traceback(command: str, closed: str, tmp_path: Path) -> None:
+    model = write_readable(tmp_path / "m.gguf")
+    words = command.format(model=model, study=tmp_path / "none.study", none=tmp_path / "none.gguf")
+    log = tmp_path / "log"
+    shown = f"exec {sys.executable} -m lrope_gguf {words} >>{log} 2>>{log} {closed}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    status = subprocess.run(["sh", "-c", shown], env=environment, cwd=tmp_path).returncode
+    assert status in (0, 1)
+    assert "Traceback" not in log.read_text()
+
+
+# G. No zero without a word
+
+
+@native
+def test_an_end_token_behind_the_prompt_is_taken_off(tmp_path: Path) -> None:
+    plain, ended = write_readable(tmp_path / "a.gguf"), write_readable(tmp_path / "b.gguf", add_eos=True)
+    task = KeyValueTask(4, probes=2)
+    found = []
+    for path in (plain, ended):
+        with Model(path, n_threads=1) as model:
+            found.append((model.tokenize_prompt("Key: 1", " 2"), TeacherForcedEvaluator(model, task).evaluate(
+                (1.0,) * model.n_layer, "test", 0).probes))  # fmt: skip
+    assert np.array_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+ADVICE = {
+    "opens <think>": (Sample("<|assistant|>\n<think>\n", "42", "Okay, so", chat=True), "--answer-prefix '</think>'"),
+    "closes it": (Sample("<think>\n\n</think>\n\n", "42", "Okay, so", chat=True), "Look at --no-chat-template"),
+    "no template": (Sample("the value of 7:", "42", "", chat=False), "Look at --answer-prefix"),
+}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_where_the_base_model_answers_nothing_it_is_said_what_to_look_at(name: str) -> None:
+    sample, advice = ADVICE[name]
+    text = sample.advice(60)
+    assert text.startswith("the base model answers none of 60 questions right") and advice in text
+    assert text.isprintable() and "'42'" in text
+    assert (name == "closes it") == ("</think>\\n" in text)
+
+
+@native
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}<think>\n"])
+def test_commands_say_it(template: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_readable(tmp_path / "model.gguf", chat_template=template)  # of random weights: it answers nothing
+    wanted = "--answer-prefix '</think>'" if template else "Look at --answer-prefix"
+    assert main(["eval", str(path), *ASK, "--contexts", "1"]) == 0
+    err = capsys.readouterr().err
+    assert "the base model answers none of 2 questions right" in err and wanted in err
+    options = ["--dry-run", "--search-contexts", "1", "--output", str(tmp_path / "best.json")]
+    assert main(["search", str(path), *ASK, *options]) == 0
+    err = capsys.readouterr().err
+    assert "the base model answers none of 2 questions right" in err and wanted in err
+
+
+# H. Encodings and numbers
+
+
+def test_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    curve, data = tmp_path / "best.json", tmp_path / "data.jsonl"
+    text = CurveFile(layer_factors=(1.0, 1.5)).dumps()
+    curve.write_text(text, encoding="utf-8-sig")
+    assert CurveFile.load(curve).layer_factors == (1.0, 1.5)
+    data.write_text('{"a": 1}\n{"a": 2}\n', encoding="utf-8-sig")
+    assert read_records(data, "record", lambda _, value: value["a"]) == [1, 2]
+    curve.write_text(text, encoding="utf-16")
+    with pytest.raises(Exception, match="is not UTF-8 text"):
+        CurveFile.load(curve)
+
+
+NUMBERS = [
+    ("--max-kl", "inf"), ("--max-kl", "nan"), ("--max-kl", "-1"), ("--max-kl", "1e999"), ("--width", "inf"),
+    ("--width", "nan"), ("--bounds", "0.5,inf"), ("--bounds", "nan,2"), ("--bounds", "0.0001,4"),
+    ("--racing-fraction", "nan"), ("--middle-weight", "inf"), ("--max-hours", "nan"), ("--max-hours", "inf"),
+    ("--max-hours", "0"), ("--bounds", "0.5,2000"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), NUMBERS)
+def test_numbers_that_are_none_are_refused_before_anything_is_written(
+    name: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_readable(tmp_path / "model.gguf")
+    before = sorted(tmp_path.iterdir())
+    assert main(["search", str(path), *ASK, "--output", str(tmp_path / "best.json"), f"{name}={value}"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and name in err
+    assert sorted(tmp_path.iterdir()) == before
