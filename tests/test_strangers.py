@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
+from support.gguf_fixtures import write_model
 from support.tiny_models import write_readable
 
+from lrope_gguf import LropeError, read_factors, read_model, remove_factors, write_factors
 from lrope_gguf.cli import main
 from lrope_gguf.curve import CurveFile
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.model import Model
 from lrope_search.evaluation.sample_answer import Sample
+from lrope_search.study.store import Study
 from lrope_search.tasks import KeyValueTask
 from lrope_search.tasks.records import read_records
 
@@ -151,3 +157,75 @@ def test_numbers_that_are_none_are_refused_before_anything_is_written(
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and name in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+# Other people's tools and files: what works must go on working
+
+FACTORS = (1.0, 1.25, 0.75, 1.5)
+BIN = Path(sys.executable).parent
+
+
+def key_of(n_bytes: int) -> Callable[[GGUFWriter], None]:
+    return lambda writer: writer.add_string("k" * n_bytes, "v")
+
+
+def keys(n: int) -> Callable[[GGUFWriter], None]:
+    def add(writer: GGUFWriter) -> None:
+        for i in range(n):
+            writer.add_uint32(f"general.extra.{i}", i)
+
+    return add
+
+
+HEADERS: dict[str, dict[str, Any]] = {
+    "alignment 1": {"alignment": 1},
+    "alignment 64": {"alignment": 64},
+    "alignment 4096": {"alignment": 4096},
+    "big endian": {"big_endian": True},
+    "60,000 keys": {"add": keys(60_000)},
+    "a key of 65 kB": {"add": key_of(65_535)},
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_of_every_kind_are_written_and_restored(name: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf", **HEADERS[name])
+    before = path.read_bytes()
+    write_factors(path, FACTORS)
+    assert read_factors(path) == FACTORS
+    remove_factors(path)
+    assert path.read_bytes() == before
+
+
+def test_gguf_new_metadata_keeps_factors_that_can_be_removed_then(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf")
+    write_factors(path, FACTORS, curve_json=CurveFile(layer_factors=FACTORS).dumps(compact=True))
+    renamed = tmp_path / "renamed.gguf"
+    subprocess.run([BIN / "gguf-new-metadata", "--general-name", "Other", path, renamed], check=True)
+    info = read_model(renamed)
+    assert (info.name, info.factors) == ("Other", FACTORS)
+    assert CurveFile.loads(info.curve_json or "", "stored").layer_factors == FACTORS
+    write_factors(renamed, FACTORS[::-1])
+    remove_factors(renamed)
+    assert read_factors(renamed) is None and read_model(renamed).curve_json is None
+
+
+def test_gguf_convert_endian_there_and_back_keeps_factors(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf")
+    write_factors(path, FACTORS)
+    before = path.read_bytes()
+    for order in ("big", "little"):
+        subprocess.run([BIN / "gguf-convert-endian", path, order], input="YES\n", text=True, check=True)
+        assert read_factors(path) == FACTORS
+    assert path.read_bytes() == before
+
+
+def test_two_searches_in_one_study_at_once(tmp_path: Path) -> None:
+    with (
+        Study(tmp_path / "a.study", {"seed": 1}),
+        pytest.raises(LropeError) as error,
+        Study(tmp_path / "a.study", {"seed": 1}),
+    ):
+        pass
+    assert str(tmp_path / "a.study") in str(error.value)
+    Study(tmp_path / "a.study", {"seed": 1}).close()  # which another may have when it is free
