@@ -99,11 +99,16 @@ class GeneticAlgorithm:
         self._scanned: dict[int, tuple[Group, float]] = {}  # what the scan waits for, by candidate id
         self._own_layers = own_layers
         self._among: list[int] = []  # layers with a coordinate after the scan, indices into those of the space
+        curve = space
         if isinstance(space, LayerSpace):
             self._scan = LayerScan(len(space.layers), _RAISED * width, _LOWERED * width)
-        else:
-            self._queue += [(genome, "scan") for genome in space.bumps(math.exp(1.5 * width))]
-            self._queue += [(space.smooth(self._rng, width), "random") for _ in range(population - len(self._queue))]
+            curve = space.curve
+        if curve is not None:
+            first = [(genome, "scan") for genome in curve.bumps(math.exp(1.5 * width))]
+            n_random = population - len(self._queue) - len(first)
+            first += [(curve.smooth(self._rng, width), "random") for _ in range(n_random)]
+            own = np.zeros(space.size - curve.size)
+            self._queue += [(np.concatenate([genome, own]), origin) for genome, origin in first]
 
         self._told: list[tuple[Candidate, Score]] = []  # best first
         self._visible = np.empty(0, np.bool_)  # whether the surrogate can tell a candidate from others, by id
@@ -304,7 +309,10 @@ class GeneticAlgorithm:
         active[: space.n_curve] = True
         active[[space.n_curve + i for i in self._among]] = True
         mutated = active & (rng.random((n, size)) < rng.uniform(0.1, 0.7, (n, 1)))
-        mutated[:, : space.n_curve] &= rng.random((n, 1)) < 0.5  # of a curve all of it or nothing
+        if space.curve:
+            bent = rng.random((n, 1)) < 0.5  # a child moves the curve, as `_children` would, or layers of their own
+            mutated[:, : space.n_curve] = bent & (rng.random((n, space.n_curve)) < rng.uniform(0.5, 1.0, (n, 1)))
+            mutated[:, space.n_curve :] &= ~bent
         genomes += width * space.scale * mutated * rng.standard_normal((n, size))
         back = active & (rng.random((n, size)) < 0.1)  # a layer that does nothing should be 1
         genomes = np.where(back, base, genomes)
