@@ -59,6 +59,32 @@ def test_a_gain_of_few_layers_is_found_where_a_curve_finds_none(curve: CurveSpac
     assert again == play(GeneticAlgorithm(space, seed=3, lag=lag), 90, sparse, lag)
 
 
+LATE = 0.5 / (1.0 + np.exp(-(np.linspace(0.0, 1.0, N_LAYER) - 0.6) / 0.08))
+WEIGHT = 0.5 + 3.0 * np.exp(-5.0 * np.linspace(0.0, 1.0, N_LAYER))
+
+
+def late(factors: Sequence[float]) -> float:
+    """1 in the early layers, 1.65 in the late ones: a curve says it, and single layers hardly at all."""
+    return float((WEIGHT * LATE**1.5).mean() - (WEIGHT * np.abs(np.log(factors) - LATE) ** 1.5).mean())
+
+
+def test_a_smooth_gain_is_found_beside_own_layers_too() -> None:
+    found = []
+    for seed in range(4):
+        space = LayerSpace(N_LAYER, range(N_LAYER), curve=CurveSpace(N_LAYER))
+        told = play(GeneticAlgorithm(space, seed=seed, lag=8), 100, late, 8)
+        origins = [candidate.origin for candidate, _ in told]
+        assert "random" in origins[: origins.index("layer scan")]  # curves come first
+        found.append(max(score for _, (_, score) in told))
+    assert np.mean(found) > 0.65 * late(np.exp(LATE))
+
+
+def test_curves_are_bred_where_nothing_known_is_one() -> None:
+    space = LayerSpace(4, range(4), curve=CurveSpace(4))
+    told = play(GeneticAlgorithm(space, [(space.moved((1,), 0.1), "seed")], population=1, lag=1), 30, sum, 1)
+    assert len(told) > 12
+
+
 @given(st.integers(1, 40), st.integers(0, 2**32))
 def test_the_scan_looks_at_every_layer_and_ends(n_layers: int, seed: int) -> None:
     effects = np.random.default_rng(seed).standard_normal(n_layers)

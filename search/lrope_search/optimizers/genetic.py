@@ -41,9 +41,10 @@ class GeneticAlgorithm:
     number of coordinates. A few proposals are random smooth curves. The best ten are the parents of a second round of
     proposals. Candidates that are pending count as if they had turned out as expected, so that no two births are alike.
 
-    Where layers have factors of their own (`LayerSpace`), a scan takes the place of random curves: each layer is raised
-    alone, and those that move something are lowered as well (`LayerScan`). The layers that moved most are the
-    coordinates of what follows; the first proposals are the layers that gained, together.
+    Where layers have factors of their own (`LayerSpace`), a scan comes before the births: each layer is raised alone,
+    and those that move something are lowered as well (`LayerScan`). The layers that moved most are the coordinates of
+    what follows; the first proposals are the layers that gained, together. Beside a curve, half of all proposals are
+    curves alone: where the gain is smooth, children that move everything learn the curve at half the pace.
 
     Parents are the ``parents`` best of all told. The defaults are made for 50 to 400 evaluations.
 
@@ -100,11 +101,16 @@ class GeneticAlgorithm:
         self._scanned: dict[int, tuple[Group, float]] = {}  # what the scan waits for, by candidate id
         self._own_layers = own_layers
         self._among: list[int] = []  # layers with a coordinate after the scan, indices into those of the space
+        curve = space
         if isinstance(space, LayerSpace):
             self._scan = LayerScan(len(space.layers), _RAISED * width, _LOWERED * width)
-        else:
-            self._queue += [(genome, "scan") for genome in space.bumps(math.exp(1.5 * width))]
-            self._queue += [(space.smooth(self._rng, width), "random") for _ in range(population - len(self._queue))]
+            curve = space.curve
+        if curve is not None:
+            first = [(genome, "scan") for genome in curve.bumps(math.exp(1.5 * width))]
+            n_random = population - len(self._queue) - len(first)
+            first += [(curve.smooth(self._rng, width), "random") for _ in range(n_random)]
+            own = np.zeros(space.size - curve.size)
+            self._queue += [(np.concatenate([genome, own]), origin) for genome, origin in first]
 
         self._told: list[tuple[Candidate, Score]] = []  # best first
         self._visible = np.empty(0, np.bool_)  # whether the surrogate can tell a candidate from others, by id
@@ -269,9 +275,29 @@ class GeneticAlgorithm:
 
     def _children(self, pool: Genomes, n: int) -> tuple[Genomes, NDArray[np.str_]]:
         """Return ``n`` repaired genomes and their origins; ``pool`` holds possible parents, best first."""
-        if isinstance(self._space, LayerSpace):
-            return self._layer_children(self._space, pool, n)
-        rng, size = self._rng, self._space.size
+        space = self._space
+        if isinstance(space, CurveSpace):
+            return self._curve_children(space, pool, n)
+        if space.curve is None:
+            return self._layer_children(space, pool, n)
+        bare = self._bare(pool)
+        genomes, origins = self._layer_children(space, pool, n // 2)
+        curves, more = self._curve_children(space.curve, bare[:, : space.n_curve], n - n // 2)
+        own = np.zeros((len(curves), len(space.layers)))
+        return np.concatenate([genomes, np.concatenate([curves, own], axis=1)]), np.concatenate([origins, more])
+
+    def _bare(self, pool: Genomes) -> Genomes:
+        """Return the best genomes that are curves without own layers: those of ``pool``, or else of all told."""
+        n_curve = self._space.size - len(self._space.layers)
+        bare = pool[~pool[:, n_curve:].any(axis=1)]
+        if not len(bare):
+            told = np.array([self._ledger.genomes[candidate.id] for candidate, _ in self._told])
+            bare = told[~told[:, n_curve:].any(axis=1)][: self._mu]
+        return bare if len(bare) else self._space.uniform(1.0)[None]
+
+    def _curve_children(self, space: CurveSpace, pool: Genomes, n: int) -> tuple[Genomes, NDArray[np.str_]]:
+        """Return ``n`` repaired genomes of curves and their origins."""
+        rng, size = self._rng, space.size
         mother, father = pool[rng.integers(len(pool), size=(2, 2, n)).min(axis=0)]
         line = rng.random((n, 1)) < 0.5
         share = np.where(line, rng.random((n, 1)), rng.random((n, size))) * (1.0 + 2.0 * self._ALPHA) - self._ALPHA
@@ -280,11 +306,11 @@ class GeneticAlgorithm:
         low, high = np.log(self._WIDTHS)
         width = self._width * np.exp(rng.uniform(low, high, (n, 1)))
         mutated = rng.random((n, size)) < rng.uniform(0.5, 1.0, (n, 1))
-        genomes += width * self._space.scale * mutated * rng.standard_normal((n, size))
+        genomes += width * space.scale * mutated * rng.standard_normal((n, size))
         origins = np.where(crossed[:, 0], "crossover", "mutation")
         for i in range(int(self._RANDOM * n)):
-            genomes[i], origins[i] = self._space.smooth(rng, 2.0 * self._width), "random"
-        return self._space.repair(genomes), origins
+            genomes[i], origins[i] = space.smooth(rng, 2.0 * self._width), "random"
+        return space.repair(genomes), origins
 
     def _layer_children(self, space: LayerSpace, pool: Genomes, n: int) -> tuple[Genomes, NDArray[np.str_]]:
         """Return ``n`` repaired genomes and their origins, which move few layers: effects are sparse.
@@ -305,7 +331,10 @@ class GeneticAlgorithm:
         active[: space.n_curve] = True
         active[[space.n_curve + i for i in self._among]] = True
         mutated = active & (rng.random((n, size)) < rng.uniform(0.1, 0.7, (n, 1)))
-        mutated[:, : space.n_curve] &= rng.random((n, 1)) < 0.5  # of a curve all of it or nothing
+        if space.curve:
+            bent = rng.random((n, 1)) < 0.5  # a child moves the curve, as `_children` would, or layers of their own
+            mutated[:, : space.n_curve] = bent & (rng.random((n, space.n_curve)) < rng.uniform(0.5, 1.0, (n, 1)))
+            mutated[:, space.n_curve :] &= ~bent
         genomes += width * space.scale * mutated * rng.standard_normal((n, size))
         back = active & (rng.random((n, size)) < 0.1)  # a layer that does nothing should be 1
         genomes = np.where(back, base, genomes)
