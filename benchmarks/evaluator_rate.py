@@ -27,7 +27,7 @@ from patch_speed import cpu_model, spread
 
 from lrope_gguf import LropeError
 from lrope_gguf.native import tool_path
-from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
+from lrope_search.evaluation.evaluator import SCORINGS, TeacherForcedEvaluator
 from lrope_search.evaluation.model import Model
 from lrope_search.machine import physical_cores
 from lrope_search.tasks import IDENTIFIERS, KeyValueTask
@@ -60,23 +60,27 @@ def prefill(model: Model, n_tokens: int, n_rows: int = 0) -> None:
     model.synchronize()
 
 
-def measure(path: str, n_keys: int, n_probes: int, args: argparse.Namespace) -> dict[str, str]:
-    """One row of the table."""
+def measure(path: str, n_keys: int, n_probes: int, args: argparse.Namespace) -> list[dict[str, str]]:
+    """Rows of the table: one for each who scores."""
     clock = time.process_time if args.cpu_time else time.perf_counter
     task = KeyValueTask(n_keys, probes=n_probes, identifiers=args.identifiers)
     with Model(path, n_threads=args.threads, n_batch=args.batch_size) as model:
         evaluator = TeacherForcedEvaluator(model, task, answer_prefix=args.answer_prefix)
         base = (1.0,) * evaluator.n_layer
-        evaluator.evaluate(base, "search", 0)  # warm
+        for scoring in args.scoring:  # warm
+            evaluator.scoring = scoring
+            evaluator.evaluate(base, "search", 0)
         n_tokens, n_rows, n_alone = (
             evaluator.n_tokens("search", 0),
             evaluator.n_rows("search", 0),
             evaluator.n_tokens_alone("search", 0),
         )
-        ours, theirs, rows = [], [], []
+        ours: dict[str, list[float]] = {scoring: [] for scoring in args.scoring}
+        theirs, rows = [], []
 
-        def own() -> None:
-            ours.append(seconds_of(partial(evaluator.evaluate, base, "search", 0), clock))
+        def own(scoring: str) -> None:
+            evaluator.scoring = scoring
+            ours[scoring].append(seconds_of(partial(evaluator.evaluate, base, "search", 0), clock))
 
         def their() -> None:
             if args.cpu_time:
@@ -84,8 +88,9 @@ def measure(path: str, n_keys: int, n_probes: int, args: argparse.Namespace) -> 
             else:
                 theirs.append(bench(path, n_tokens, args.threads, args.batch_size))
 
+        sides: list[Callable[[], None]] = [*(partial(own, scoring) for scoring in args.scoring), their]
         for i in range(args.pairs):
-            for side in (own, their) if i % 2 == 0 else (their, own):
+            for side in sides if i % 2 == 0 else reversed(sides):
                 side()
             with_rows, without = (seconds_of(partial(prefill, model, 256, n), clock) for n in (_ROWS, 0))
             rows.append((with_rows - without) / _ROWS)
@@ -96,20 +101,23 @@ def measure(path: str, n_keys: int, n_probes: int, args: argparse.Namespace) -> 
             changes.append(seconds_of(partial(model.set_factors, factors), time.perf_counter))
     row = statistics.median(rows)
     floor = statistics.median(b / (b + n_rows * row) for b in theirs)
-    ratio = spread([b / a for a, b in zip(ours, theirs, strict=True)])
-    return {
-        "model": Path(path).name,
-        "keys": str(n_keys),
-        "probes": str(n_probes),
-        "tokens": str(n_tokens),
-        "evaluator, tokens/s": f"{n_tokens / statistics.median(ours):.0f}",
-        "prefill, tokens/s": f"{n_tokens / statistics.median(theirs):.0f}",
-        "ratio (range)": ratio,
-        "rows of logits": f"{n_rows} of {1e3 * row:.1f} ms",
-        "floor": f"{floor:.3f}",
-        "one prompt a probe": f"{n_alone} tokens, {n_alone / n_tokens:.1f} times",
-        "factor change": f"{1e3 * statistics.median(changes):.3f} ms",
-    }
+    return [
+        {
+            "model": Path(path).name,
+            "keys": str(n_keys),
+            "probes": str(n_probes),
+            "tokens": str(n_tokens),
+            "scored by": scoring,
+            "evaluator, tokens/s": f"{n_tokens / statistics.median(seconds):.0f}",
+            "prefill, tokens/s": f"{n_tokens / statistics.median(theirs):.0f}",
+            "ratio (range)": spread([b / a for a, b in zip(seconds, theirs, strict=True)]),
+            "rows of logits": f"{n_rows} of {1e3 * row:.1f} ms",
+            "floor": f"{floor:.3f}",
+            "one prompt a probe": f"{n_alone} tokens, {n_alone / n_tokens:.1f} times",
+            "factor change": f"{1e3 * statistics.median(changes):.3f} ms",
+        }
+        for scoring, seconds in ours.items()
+    ]
 
 
 def main() -> None:
@@ -118,6 +126,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--keys", type=int, nargs="+", default=[40], metavar="N", help="pairs a context (40)")
     parser.add_argument("--probes", type=int, nargs="+", default=[11], metavar="N", help="questions a context (11)")
+    parser.add_argument("--scoring", choices=SCORINGS, nargs="+", default=["host"], help="who scores (host)")
     parser.add_argument("--identifiers", choices=IDENTIFIERS, default="uuid")
     parser.add_argument("--answer-prefix", default="")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each (%(default)s)")
@@ -127,7 +136,7 @@ def main() -> None:
                         "on a busy machine, with --threads 1, since waiting threads spin")  # fmt: skip
     args = parser.parse_args()
     cases = itertools.product(args.models, args.keys, args.probes)
-    rows = [measure(model, n_keys, n_probes, args) for model, n_keys, n_probes in cases if n_probes <= n_keys]
+    rows = [row for path, n_keys, n in cases if n <= n_keys for row in measure(path, n_keys, n, args)]
     print(f"`{shlex.join(['python', 'benchmarks/evaluator_rate.py', *sys.argv[1:]])}`\n")
     what = "processor time, against prefill in this process" if args.cpu_time else "against llama-bench -fa 1"
     print(f"{cpu_model()}, {os.cpu_count()} cores, {args.threads} threads, batch {args.batch_size}; {what}\n")
