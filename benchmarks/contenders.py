@@ -42,8 +42,14 @@ class KnotSpace(Space):
         """Return all knots at one height."""
         return np.full(self.size, math.log(factor))
 
-    def encode(self, curve: Curve) -> Genome:
-        """Return the knots on a curve."""
+    def encode(self, curve: Curve | Factors) -> Genome:
+        """Return the knots on a curve.
+
+        Raises:
+            ValueError: it is no curve.
+        """
+        if not isinstance(curve, Curve):
+            raise ValueError("factors of layers in a search of knots")
         return self.repair(np.log(np.interp(self._knots, self._x, curve.factors(self.n_layer))))
 
     def smooth(self, generator: np.random.Generator, width: float) -> Genome:
