@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from support.tiny_models import LLAMA, readable, write_readable
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import read_factors, write_factors
-from lrope_gguf.native import tool_path
+from lrope_gguf.native import native_dir, tool_path
 from lrope_search.demo.server import LlamaServer
 
 pytestmark = pytest.mark.native
@@ -79,7 +80,8 @@ def test_a_list_equals_the_written_file(model: Path, written: Path) -> None:
 def test_off_ignores_the_factors_of_the_file(model: Path, written: Path) -> None:
     base, off = served(model), served(written, "--rope-layer-factors", "off")
     assert off[:2] == base[:2]
-    assert "RoPE factors" not in off[2]
+    line = "RoPE factors are 1 in all 6 layers"  # without it, another library runs
+    assert [text.count(line) for text in (base[2], off[2], served(written)[2])] == [1, 1, 0]
 
 
 def test_a_search_s_curve_file_gives_the_factors_that_it_lists(model: Path, tmp_path: Path) -> None:
@@ -151,6 +153,32 @@ def test_what_cannot_be_used_ends_the_tool_and_says_why(name: str, model: Path, 
     status, text = perplexity(model, "--rope-layer-factors", value)
     assert status == 1, text
     assert all(message in text for message in (*messages, f"--rope-layer-factors {value}")), text
+
+
+def test_factors_are_no_value_to_override(model: Path) -> None:
+    status, text = perplexity(model, "--override-kv", "llama.rope.scaling.layer_factors=float:1.5")
+    assert status == 1 and "layer factors are a list, use --rope-layer-factors" in text
+
+
+def test_no_other_library_goes_before_ours(model: Path, tmp_path: Path) -> None:
+    """Files of the same names on LD_LIBRARY_PATH, as of a stock llama.cpp, are not even opened."""
+    library = native_dir()
+    assert library is not None
+    others = [path.name for path in library.iterdir()]
+    assert "libllama.so" in others and "libggml-base.so" in others
+    for name in others:
+        (tmp_path / name).write_text("no library")
+    environment = {"LD_LIBRARY_PATH": str(tmp_path)}
+    assert value(model, "--rope-layer-factors", LIST, environment=environment) == value(
+        model, "--rope-layer-factors", LIST
+    )
+    for tool in ("llama-server", "llama-cli", "llama-bench", "llama-quantize", "llama-gguf-split"):
+        command = [str(tool_path(tool)), "--help"]
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+        assert "no library" not in result.stderr and "shared libraries" not in result.stderr, result.stderr
+    # the binding loads it by its path, and its own libraries come with it
+    load = [sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", str(library / "libllama.so")]
+    subprocess.run(load, check=True, env={**os.environ, **environment})
 
 
 def test_the_server_ends_too(model: Path) -> None:

@@ -183,6 +183,8 @@ bool common_rope_layer_init(common_params & params, llama_context * ctx) {
     if (n_one < (ptrdiff_t) factors.size()) {
         LOG_INF("%s: RoPE factors from %g to %g, %zu of %zu layers differ from 1\n", __func__,
                 *range.first, *range.second, factors.size() - n_one, factors.size());
+    } else {
+        LOG_INF("%s: RoPE factors are 1 in all %zu layers\n", __func__, factors.size()); // a stock library would not say so
     }
 
     return true;
