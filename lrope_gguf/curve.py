@@ -309,7 +309,10 @@ class CurveFile:
 
 
 def _parse(text: str) -> Any:
-    """Strict JSON of bounded size, depth and memory: no NaN, infinities, overflowing numbers or repeated keys."""
+    """Strict JSON of bounded size, depth and memory: no NaN, infinities, overflowing numbers or repeated keys.
+
+    What is refused here, patches/src/common/rope-layer.cpp refuses too.
+    """
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise LropeError("is above 1 MiB; is it a curve file?")
     depth = containers = 0
@@ -331,6 +334,10 @@ def _parse(text: str) -> Any:
             raise LropeError(f"holds {digits[:40]}, too large for a number")
         return value
 
+    def whole(digits: str) -> int:
+        number(digits)
+        return int(digits)
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:
@@ -340,8 +347,13 @@ def _parse(text: str) -> Any:
         return result
 
     try:
-        return json.loads(text, parse_constant=constant, parse_float=number, object_pairs_hook=unique)
+        result = json.loads(
+            text, parse_constant=constant, parse_float=number, parse_int=whole, object_pairs_hook=unique
+        )
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(result, ensure_ascii=False).encode()
+        return result
     except json.JSONDecodeError as error:
         raise LropeError(f"is not JSON ({error.msg}, line {error.lineno} column {error.colno})") from None
-    except ValueError:  # the interpreter's limit on digits
-        raise LropeError("holds a number with thousands of digits; give shorter ones") from None
+    except UnicodeEncodeError:
+        raise LropeError("holds half of a surrogate pair, which is no text; write the character itself") from None

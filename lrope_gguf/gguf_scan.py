@@ -9,6 +9,7 @@ arrays and windows cost is bounded, so that neither memory nor time depends on w
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Collection
 from io import FileIO
@@ -40,6 +41,7 @@ _MAX_DEPTH = 8
 _MAX_WORK = 1 << 24
 _HEAVY = 32
 _MAX_ALIGNMENT = 1 << 20
+_HEAD = re.compile(rb"blk\.([0-9]{1,4})\.nextn\.eh_proj\.weight")
 
 # Items and bytes of a block by ggml type (ggml_type in ggml.h, block structs in ggml-common.h); other types are new.
 _BLOCKS = {
@@ -76,6 +78,7 @@ class GGUFFile:
         kv_end: offset after the last key's value.
         info_end: offset after the last tensor's description.
         data_start: offset of the tensor data; without tensors the same as `info_end`.
+        head_layers: layers with the projection that makes them a multi-token-prediction head.
 
     Raises:
         LropeError: where the file is missing, not GGUF, damaged or truncated; with the byte where it shows.
@@ -285,12 +288,15 @@ class GGUFFile:
 
     def _scan_tensors(self) -> None:
         end, last, last_start = 0, b"", 0
+        self.head_layers: set[int] = set()
         for _ in range(self.n_tensors):
             start = self._position
             length = self._u64("the length of a tensor's name")
             if length > _MAX_NAME_BYTES:
                 raise self._error(start, f"a tensor's name of {length} bytes")
             name = self._take(length, "a tensor's name")
+            if b".nextn." in name and (match := _HEAD.fullmatch(name)):
+                self.head_layers.add(int(match[1]))
             n_dims = self._u32("a tensor's number of dimensions")
             if n_dims > _MAX_DIMS:
                 raise self._error(self._position - 4, f"a tensor of {n_dims} dimensions")

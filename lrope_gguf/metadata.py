@@ -288,7 +288,7 @@ def _check_unmapped(gguf: GGUFFile) -> None:
 
 def _storable(info: ModelInfo, factors: Iterable[float]) -> tuple[str, tuple[float, ...]]:
     """The architecture and the float32 values to store, checked against the model."""
-    path, n_layer = info.path, info.n_layer
+    path = info.path
     if info.architecture is None:
         raise LropeError(f"{path}: names no architecture; give a model")
     if not info.has_rope:
@@ -297,21 +297,15 @@ def _storable(info: ModelInfo, factors: Iterable[float]) -> tuple[str, tuple[flo
         )
     if info.kind == "adapter":
         raise LropeError(f"{path}: is a LoRA adapter; write the factors into its base model")
-    if info.block_count is None or n_layer is None:
+    if info.block_count is None:
         raise LropeError(f"{path}: has no {info.architecture}.block_count (no layers); give a whole model")
     values = [positive(value, f"{path}: the factor of layer {layer}") for layer, value in enumerate(factors)]
-    if len(values) == n_layer:
-        values += [1.0] * info.nextn_predict_layers
-    if len(values) != info.block_count:
-        raise LropeError(f"{path}: {len(values)} factors for a model of {n_layer} layers; give one a layer")
     stored = []
-    for layer, value in enumerate(values):
-        if layer >= n_layer and value != 1:
-            raise LropeError(f"{path}: layer {layer} is of a multi-token-prediction head and keeps factor 1")
+    for layer, value in enumerate(info.shaped(values)):
         if refusal := info.rope.refusal(value):
             raise LropeError(f"{path}: the factor of layer {layer} is {value:g}, but {refusal}")
         stored.append(single(value))
-    return info.architecture, tuple(stored)
+    return info.architecture, (*stored, *[1.0] * info.nextn_predict_layers)
 
 
 def _target(info: ModelInfo, output: str | os.PathLike[str] | None) -> Path | None:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,10 @@ SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 def shortest(value: float) -> float:
     """The float64 with the fewest decimal digits that is `value` in float32."""
-    single = struct.pack("<f", value)
+    try:
+        single = struct.pack("<f", value)
+    except OverflowError:
+        return value  # no float32 at all, which `write_factors` refuses
     for digits in range(1, 9):
         candidate = float(f"{value:.{digits}g}")
         if struct.pack("<f", candidate) == single:
@@ -40,7 +44,7 @@ class ModelInfo:
 
     Attributes:
         block_count: layers, those of a multi-token-prediction head included.
-        nextn_predict_layers: layers of that head, the last ones.
+        nextn_predict_layers: layers of that head, the last ones; all, where the file holds the head alone.
         context_length: trained length in tokens.
         has_rope: whether it uses RoPE, as far as its metadata tells; an unknown architecture is taken to.
         rope_reach: of the layers that a curve shapes, how many tokens their rotation reaches (`lrope_gguf.reach`).
@@ -78,6 +82,26 @@ class ModelInfo:
     def n_layer(self) -> int | None:
         """The layers that a curve shapes: all but those of a multi-token-prediction head."""
         return None if self.block_count is None else self.block_count - self.nextn_predict_layers
+
+    def shaped(self, factors: Sequence[float]) -> tuple[float, ...]:
+        """The factors of `n_layer` layers, of a list that gives these or, with 1 for the head's, `block_count`.
+
+        Raises:
+            LropeError: the list has another length, or another factor for a layer of the head, or there is no more
+                than the head.
+        """
+        n_layer = self.n_layer or 0
+        if self.block_count and not n_layer:
+            raise LropeError(
+                f"{self.path}: is a multi-token-prediction head alone, whose layers keep factor 1; write factors into "
+                "the model that it belongs to"
+            )
+        if not factors or len(factors) not in (n_layer, self.block_count):
+            raise LropeError(f"{self.path}: {len(factors)} factors for a model of {n_layer} layers; give one a layer")
+        for layer, factor in enumerate(factors[n_layer:], n_layer):
+            if factor != 1:
+                raise LropeError(f"{self.path}: layer {layer} is of a multi-token-prediction head and keeps factor 1")
+        return tuple(factors[:n_layer])
 
     def layers_reaching(self, n_tokens: int) -> tuple[int, ...]:
         """The layers that rotate over the whole of a context of ``n_tokens`` tokens, as far as the header tells."""
@@ -142,9 +166,11 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         at = gguf.entries[of("block_count")].value
         raise LropeError(f"{gguf.path}: {of('block_count')} is {block_count} (byte {at}); the file is damaged")
     nextn = gguf.integer(of("nextn_predict_layers")) or 0
-    if not 0 <= nextn < (block_count or MAX_LAYERS):
+    if not 0 <= nextn <= (block_count or MAX_LAYERS):
         at = gguf.entries[of("nextn_predict_layers")].value
         raise LropeError(f"{gguf.path}: {of('nextn_predict_layers')} is {nextn} (byte {at}); the file is damaged")
+    if architecture == "deepseek4" and not _has_head(gguf, (block_count or 0) - nextn, shards):
+        nextn = 0
     factor = real("rope.scaling.factor")
     factors, factors_error = _stored_factors(gguf, factors_key(str(architecture)), block_count)
     curve = gguf.text(CURVE_KEY, _MAX_CURVE_BYTES)
@@ -185,6 +211,24 @@ def _shards(gguf: GGUFFile) -> int:
             f"{gguf.path}: is shard {number + 1} of {count} of a split model; its metadata are in {first}, give that"
         )
     return max(count, 1)
+
+
+def _has_head(gguf: GGUFFile, layer: int, shards: int) -> bool:
+    """Whether the model holds the head that begins with this layer (``llama_model_deepseek4::load_arch_hparams``).
+
+    It may lie in another shard; where one is missing, the model is taken to be as its metadata says.
+    """
+    if layer in gguf.head_layers:
+        return True
+    match = SHARD.fullmatch(gguf.path.name)
+    for number in range(2, shards + 1):
+        other = match and gguf.path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf")
+        if not other or not other.exists():
+            return True
+        with GGUFFile(other) as shard:
+            if layer in shard.head_layers:
+                return True
+    return False
 
 
 def _stored_factors(gguf: GGUFFile, key: str, n: int | None) -> tuple[tuple[float, ...] | None, str | None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,10 +37,45 @@ def tool_path(name: str) -> Path:
     return path
 
 
-def run_tool() -> NoReturn:
-    """Become the llama.cpp tool that this launcher is named after; arguments and signals are the tool's own."""
+def run_tool(name: str | None = None) -> NoReturn:
+    """Become a llama.cpp tool, whatever the launcher is called by; arguments and signals are the tool's own.
+
+    None: the tool that the launcher is named after (launchers of older installations say nothing else).
+
+    Without the native part it is the next tool of that name on PATH: an installation that cannot serve hides none.
+    """
+    name = name or Path(sys.argv[0]).resolve().stem
     try:
-        path = tool_path(Path(sys.argv[0]).stem)
-        os.execv(path, [str(path), *sys.argv[1:]])
+        path = str(tool_path(name))
     except LropeError as error:
-        sys.exit(f"error: {error}")
+        other = _next_on_path(name)
+        if other is None:
+            sys.exit(f"error: {error}")
+        print(f"lrope-gguf: note: {error}; running {other}", file=sys.stderr, flush=True)
+        path = other
+    try:
+        os.execv(path, [path, *sys.argv[1:]])
+    except OSError as error:
+        sys.exit(f"error: {path}: cannot be run ({error.strerror})")
+
+
+def _next_on_path(name: str) -> str | None:
+    """Return the program in the first folder of PATH after this launcher's own that has another one of this name.
+
+    Only later folders, so that several such launchers end at last.
+    """
+    folders = list(dict.fromkeys(map(os.path.realpath, os.get_exec_path())))
+    launcher = Path(sys.argv[0])
+    own = os.path.realpath(launcher.parent)
+    later = folders[folders.index(own) + 1 :] if own in folders else folders
+    for folder in later:
+        path = shutil.which(name, path=folder)
+        if path and not (launcher.exists() and launcher.samefile(path)):
+            return path
+    return None
+
+
+llama_server = partial(run_tool, "llama-server")
+llama_cli = partial(run_tool, "llama-cli")
+llama_bench = partial(run_tool, "llama-bench")
+llama_perplexity = partial(run_tool, "llama-perplexity")

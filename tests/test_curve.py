@@ -134,11 +134,11 @@ BAD_DOCUMENTS = {
     "holds 1e999": '{"format": "lrope-curve", "version": 1, "layer_factors": [1], "provenance": 1e999}',
     "layer_factors[1] is zero": json.dumps(LIST | {"layer_factors": [1, 0]}),
     "layer_factors[0] is negative": json.dumps(LIST | {"layer_factors": [-0.5]}),
-    "layer_factors[0] is infinite": json.dumps(LIST | {"layer_factors": [10**400]}),
+    f"holds 1{'0' * 39}, too large for a number": json.dumps(LIST | {"layer_factors": [10**400]}),
     "layer_factors is empty": json.dumps(LIST | {"layer_factors": []}),
     "layer_factors is dict, not a list": json.dumps(LIST | {"layer_factors": {}}),
     "layer_factors[0] is None, not a number": json.dumps(LIST | {"layer_factors": [None]}),
-    "thousands of digits": json.dumps(LIST).replace("0.9", "9" * 5000),
+    f"holds {'9' * 40}, too large for a number": json.dumps(LIST).replace("0.9", "9" * 5000),
     "holds the key 'version' twice": '{"format": "lrope-curve", "version": 1, "version": 1}',
     "holds the key 'a' twice": '{"format": "lrope-curve", "version": 1, "provenance": {"a": 1, "a": 2}}',
     "nested deeper than 32 levels": '{"provenance": ' + "[" * 100_000 + "]" * 100_000 + "}",
@@ -246,7 +246,12 @@ def test_schema_and_loader_refuse_alike(document: dict[str, object]) -> None:
         CurveFile.loads(json.dumps(document), "x")
 
 
-@pytest.mark.parametrize("document", [GOOD, LIST, GOOD | {"bounds": [0.1, 9]}, LIST | {"new": [1]}], ids=str)
+SCHEMA_TAKES = [
+    GOOD, LIST, GOOD | {"bounds": [0.1, 9]}, LIST | {"new": [1]}, LIST | {"architecture": None, "block_count": None}
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("document", SCHEMA_TAKES, ids=str)
 def test_schema_and_loader_accept_alike(document: dict[str, object]) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.validate(document, SCHEMA)

@@ -68,6 +68,21 @@ def test_every_rotation_has_the_factor_of_its_layer(name: str, folder: Path) -> 
     assert "has no RoPE" in (result.refusal or "has no RoPE")
 
 
+COUNTED = [name for name, fixture in FIXTURES.items() if fixture.metadata.get("nextn_predict_layers")]
+
+
+@pytest.mark.parametrize("name", [*COUNTED, "deepseek4-mtp without its head", "graniteswitch", "nanbeige-looped"])
+def test_a_header_counts_the_layers_as_the_library_does(name: str, folder: Path) -> None:
+    fixture = FIXTURES[name.partition(" ")[0]]
+    if "without" in name:
+        fixture = replace(fixture, tensors={}, mtp=False)
+    with LeanModel(fixture, folder) as model:
+        counted = library().llama.llama_model_n_layer(model.handle)
+    info = read_model(folder / f"{fixture.name}.gguf")
+    assert info.block_count == fixture.n_layer
+    assert info.n_layer == min(counted, fixture.n_layer)
+
+
 def test_factors_differ_from_layer_to_layer_and_from_1() -> None:
     assert len({*FACTORS, 1.0}) == len(FACTORS) + 1
     assert max(fixture.n_layer for fixture in FIXTURES.values()) <= len(FACTORS)

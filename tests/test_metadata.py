@@ -453,6 +453,70 @@ def test_multi_token_prediction_layers_keep_one(tmp_path: Path) -> None:
         write_factors(model, (2, 2))
 
 
+def test_a_list_for_all_layers_is_one_for_those_that_a_curve_shapes(tmp_path: Path) -> None:
+    info = read_model(write_model(tmp_path / "m.gguf", add=lambda writer: writer.add_nextn_predict_layers(1)))
+    assert info.shaped((2, 3, 4)) == info.shaped((2, 3, 4, 1)) == (2, 3, 4)
+    with pytest.raises(LropeError, match="layer 3 is of a multi-token-prediction head"):
+        info.shaped((2, 3, 4, 5))
+
+
+def test_a_head_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its layers are all of them counted as the head's (gemma4-assistant)."""
+    model = write_model(tmp_path / "m.gguf", add=lambda writer: writer.add_nextn_predict_layers(LAYERS))
+    assert read_model(model).n_layer == 0
+    assert main(["show", str(model)]) == 0
+    assert f"{LAYERS} ({LAYERS} of them multi-token prediction)" in capsys.readouterr().out
+    CurveFile(((0.0, 1.0), (1.0, 1.5))).save(tmp_path / "best.json")
+    original = model.read_bytes()
+    for option, value in (("uniform", "1.5"), ("factors", "1,1,1,1"), ("curve", str(tmp_path / "best.json"))):
+        assert main(["write", str(model), f"--{option}", value]) == 1
+        assert "is a multi-token-prediction head alone" in capsys.readouterr().err
+    assert model.read_bytes() == original
+
+
+HEAD_TENSOR = f"blk.{LAYERS - 1}.nextn.eh_proj.weight"
+
+
+def counted(path: Path, architecture: str = "deepseek4", tensor: str = HEAD_TENSOR, **split: int) -> Path:
+    """A model that counts its last layer as a head's, and holds a tensor of it."""
+
+    def add(writer: GGUFWriter) -> None:
+        writer.add_uint32(f"{architecture}.nextn_predict_layers", 1)
+        for key, number in split.items():
+            writer.add_uint16(f"split.{key}", number)
+        writer.add_tensor(tensor, np.ones((2, 2), np.float32))
+
+    return write_model(path, architecture=architecture, add=add)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tensor", "n_layer"),
+    [
+        ("deepseek4", HEAD_TENSOR, LAYERS - 1),
+        ("deepseek4", HEAD_TENSOR.replace("eh_proj", "enorm"), LAYERS),
+        ("deepseek4", HEAD_TENSOR.replace(f".{LAYERS - 1}.", f".{LAYERS}."), LAYERS),
+        ("deepseek4", "blk.0.attn_norm.weight", LAYERS),
+        ("deepseek2", "blk.0.attn_norm.weight", LAYERS - 1),
+    ],
+)
+def test_a_head_that_the_file_does_not_hold(architecture: str, tensor: str, n_layer: int, tmp_path: Path) -> None:
+    """What llama.cpp makes of it: deepseek4 counts no head then, all others count it."""
+    model = counted(tmp_path / "m.gguf", architecture, tensor)
+    assert read_model(model).n_layer == n_layer
+    write_factors(model, [1.5] * n_layer)
+    assert read_factors(model) == (*[1.5] * n_layer, *[1.0] * (LAYERS - n_layer))
+
+
+def test_a_head_in_another_shard(tmp_path: Path) -> None:
+    first, second = (tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2))
+    counted(first, tensor="blk.0.attn_norm.weight", count=2, no=0)
+    assert read_model(first).n_layer == LAYERS - 1  # who knows
+    counted(second, tensor="blk.1.attn_norm.weight", count=2, no=1)
+    assert read_model(first).n_layer == LAYERS
+    counted(second, count=2, no=1)
+    assert read_model(first).n_layer == LAYERS - 1
+
+
 def test_a_search_s_document_fits_a_model_with_multi_token_prediction_layers(tmp_path: Path) -> None:
     """It lists one factor for each layer that was searched; its block count is that of the whole model."""
     model = write_model(tmp_path / "m.gguf", add=lambda writer: writer.add_nextn_predict_layers(1))
@@ -597,8 +661,8 @@ def bad_files() -> dict[str, tuple[str, bytes]]:
         ),
         "block count 0": ("llama.block_count is 0", header(ARCHITECTURE + number_pair("llama.block_count", 0), 2)),
         "prediction layers": (
-            "llama.nextn_predict_layers is 4",
-            header(LLAMA + number_pair("llama.nextn_predict_layers", 4), 3),
+            "llama.nextn_predict_layers is 5",
+            header(LLAMA + number_pair("llama.nextn_predict_layers", 5), 3),
         ),
         "tensor cut": ("inside a tensor's", header(tensor[:-1], 0, n_tensors=1)),
         "tensor of 5 dimensions": (

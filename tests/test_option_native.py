@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.readers import curved, document
 from support.tiny_models import LLAMA, readable, write_readable
 
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
-from lrope_gguf.metadata import write_factors
-from lrope_gguf.native import tool_path
+from lrope_gguf.metadata import read_factors, write_factors
+from lrope_gguf.native import native_dir, tool_path
 from lrope_search.demo.server import LlamaServer
 
 pytestmark = pytest.mark.native
@@ -79,27 +80,17 @@ def test_a_list_equals_the_written_file(model: Path, written: Path) -> None:
 def test_off_ignores_the_factors_of_the_file(model: Path, written: Path) -> None:
     base, off = served(model), served(written, "--rope-layer-factors", "off")
     assert off[:2] == base[:2]
-    assert "RoPE factors" not in off[2]
+    line = "RoPE factors are 1 in all 6 layers"  # without it, another library runs
+    assert [text.count(line) for text in (base[2], off[2], served(written)[2])] == [1, 1, 0]
 
 
-@pytest.mark.parametrize("points", [POINTS, ((0.0, 2.0), (1.0, 1.0)), ((0.0, 1.0), (1.0, 3.0), (1.0, 1.5))])
-def test_a_curve_file_gives_the_factors_that_the_curve_has(
-    points: tuple[tuple[float, float], ...], model: Path, tmp_path: Path
-) -> None:
+def test_a_search_s_curve_file_gives_the_factors_that_it_lists(model: Path, tmp_path: Path) -> None:
     curve = tmp_path / "best.json"
-    CurveFile(control_points=points).save(curve)
-    factors, _, _ = served(model, "--rope-layer-factors", str(curve))
-    assert factors == pytest.approx(Curve(points).factors(N_LAYER), rel=1e-6)
-
-
-def test_a_curve_file_with_factors_of_the_right_number_gives_these(model: Path, tmp_path: Path) -> None:
-    curve = tmp_path / "best.json"
-    CurveFile(layer_factors=tuple(FACTORS), architecture="llama", block_count=N_LAYER).save(curve)
-    assert served(model, "--rope-layer-factors", str(curve))[0] == pytest.approx(FACTORS)
-    # a list for another model beside a curve: the curve counts
-    factors = Curve(POINTS).factors(4)
-    CurveFile(control_points=POINTS, layer_factors=tuple(factors)).save(curve)
-    assert served(model, "--rope-layer-factors", str(curve))[0] == pytest.approx(Curve(POINTS).factors(N_LAYER))
+    factors = tuple(Curve(POINTS).factor_list(N_LAYER))
+    CurveFile(POINTS, factors, architecture="llama", block_count=N_LAYER).save(curve)
+    found = served(model, "--rope-layer-factors", str(curve))[0]
+    write_factors(model, factors, output=tmp_path / "written.gguf")
+    assert tuple(found) == read_factors(tmp_path / "written.gguf")
 
 
 def test_perplexity_takes_it_from_option_and_environment(model: Path, written: Path) -> None:
@@ -128,32 +119,28 @@ def test_a_draft_model_keeps_its_own(model: Path) -> None:
     assert "draft.gguf" in log and log.count("RoPE factors from") == 1
 
 
-def document(**fields: object) -> str:
-    return json.dumps({"format": "lrope-curve", "version": 1, **fields})
-
-
 BAD: dict[str, tuple[str, Sequence[str]]] = {
     "short": ("1,1.2", ["has 2 factors, but the model has 6 layers"]),
     "zero": ("1,1,0,1,1,1", ["bad factor for layer 2: 0"]),
     "negative": ("1,1,1,1,1,-1", ["bad factor for layer 5: -1"]),
     "no number": ("1,1,1,1,1,1-2", ["parse error"]),
     "empty item": ("1,1,,1,1,1", ["parse error"]),
-    "no file": ("missing.json", ["cannot open the file"]),
+    "no file": ("missing.json", ["neither a list of numbers such as 1,1.05,0.98 nor a file that can be read"]),
+    "no JSON number": ("1,1,1,1,1,1_0", ["neither a list of numbers"]),
     "no json": ("{", ["parse error"]),
     "no curve": ('{"a": 1}', ["not a curve file"]),
-    "a list": ("[1, 2]", ["not a curve file"]),
-    "other version": ('{"format": "lrope-curve", "version": 2, "layer_factors": [1]}', ["not a curve file"]),
-    "nothing in it": (document(), ["control_points"]),
-    "too few": (document(layer_factors=[1.0, 1.1]), ["has 2 factors, but the model has 6 layers"]),
-    "text": (document(layer_factors=["a"] * 6), ["type must be number"]),
-    "other architecture": (
-        document(layer_factors=FACTORS, architecture="gemma3"),
-        ["another model", "llama, 6 layers"],
+    "a key twice": (document()[:-1] + ', "version": 1}', ["a key is there twice"]),
+    "nothing in it": (document(layer_factors=...), ["has 0 factors, but the model has 6 layers"]),
+    "text": (document(layer_factors=["a"] * 6), ["layer_factors must be a list of numbers above 0"]),
+    "other architecture": (document(architecture="gemma3"), ["another model", "llama, 6 layers"]),
+    "other size": (document(block_count=7), ["another model", "llama, 6 layers"]),
+    "backwards": (curved([[0, 1], [0.6, 1], [0.4, 1], [1, 1]]), ["without a step back"]),
+    "bounds": (curved([[0, 1], [1, 5]]), ["a control point is outside the bounds"]),
+    "contradiction": (curved(factors=FACTORS), ["layer_factors are not those of control_points; remove one of"]),
+    "a curve alone": (
+        curved(factors=...),
+        ["lists no factors for 6 layers, only a curve; lrope-gguf write MODEL --curve", "curve.json puts the factors"],
     ),
-    "other size": (document(control_points=POINTS, block_count=7), ["another model", "llama, 6 layers"]),
-    "backwards": (document(control_points=[[0, 1], [0.6, 1], [0.4, 1], [1, 1]]), ["without a step back"]),
-    "too short": (document(control_points=[[0, 1], [0.9, 1]]), ["from 0 to 1"]),
-    "one point": (document(control_points=[[0, 1]]), ["from 0 to 1"]),
 }
 
 
@@ -166,6 +153,32 @@ def test_what_cannot_be_used_ends_the_tool_and_says_why(name: str, model: Path, 
     status, text = perplexity(model, "--rope-layer-factors", value)
     assert status == 1, text
     assert all(message in text for message in (*messages, f"--rope-layer-factors {value}")), text
+
+
+def test_factors_are_no_value_to_override(model: Path) -> None:
+    status, text = perplexity(model, "--override-kv", "llama.rope.scaling.layer_factors=float:1.5")
+    assert status == 1 and "layer factors are a list, use --rope-layer-factors" in text
+
+
+def test_no_other_library_goes_before_ours(model: Path, tmp_path: Path) -> None:
+    """Files of the same names on LD_LIBRARY_PATH, as of a stock llama.cpp, are not even opened."""
+    library = native_dir()
+    assert library is not None
+    others = [path.name for path in library.iterdir()]
+    assert "libllama.so" in others and "libggml-base.so" in others
+    for name in others:
+        (tmp_path / name).write_text("no library")
+    environment = {"LD_LIBRARY_PATH": str(tmp_path)}
+    assert value(model, "--rope-layer-factors", LIST, environment=environment) == value(
+        model, "--rope-layer-factors", LIST
+    )
+    for tool in ("llama-server", "llama-cli", "llama-bench", "llama-quantize", "llama-gguf-split"):
+        command = [str(tool_path(tool)), "--help"]
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+        assert "no library" not in result.stderr and "shared libraries" not in result.stderr, result.stderr
+    # the binding loads it by its path, and its own libraries come with it
+    load = [sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", str(library / "libllama.so")]
+    subprocess.run(load, check=True, env={**os.environ, **environment})
 
 
 def test_the_server_ends_too(model: Path) -> None:

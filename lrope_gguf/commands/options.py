@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any, TypeVar
@@ -14,8 +15,11 @@ FILE = click.Path(readable=False)
 """A file's name, completed by the shell; whoever opens it says what is wrong with it."""
 
 
+_NUMBER = re.compile(r" *-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)? *")
+
+
 class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
-    """A list such as ``1,1.05,0.98``; a tuple of floats."""
+    """A list such as ``1,1.05,0.98``; a tuple of floats. The numbers are JSON's, as for ``--rope-layer-factors``."""
 
     name = "numbers"
 
@@ -23,10 +27,10 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic since click
         """Read the list."""
         if not isinstance(value, str):
             return tuple(map(float, value))
-        try:
-            return tuple(float(part) for part in value.split(","))
-        except ValueError:
+        parts = value.split(",")
+        if not all(map(_NUMBER.fullmatch, parts)):
             self.fail(f"{value!r} is not a list of numbers such as 1,1.05,0.98", param, ctx)
+        return tuple(map(float, parts))
 
 
 class Option(click.Option):

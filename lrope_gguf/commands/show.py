@@ -79,7 +79,7 @@ def agrees(document: CurveFile, factors: Sequence[float], n_layer: int | None = 
             return False
     elif curve is None:
         return False
-    return curve is None or _close(curve.factor_list(n_layer), factors, AGREEMENT)
+    return curve is None or (n_layer > 0 and _close(curve.factor_list(n_layer), factors, AGREEMENT))
 
 
 def _close(wanted: Sequence[float], factors: Sequence[float], tolerance: float) -> bool:

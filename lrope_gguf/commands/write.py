@@ -165,8 +165,12 @@ def curve_for(path: str | Path, info: ModelInfo) -> tuple[CurveFile, tuple[float
         wanted, found = getattr(document, name), getattr(info, name)
         if None not in (wanted, found) and wanted != found:
             raise LropeError(f"{path}: is for {name} {wanted}, but {info.path} has {found}; give a curve made for it")
+    listed = document.layer_factors or ()
     try:
-        factors = document.factors_for(info.n_layer or 1)
+        if document.control_points is None and len(listed) == info.block_count:
+            factors = info.shaped(listed)
+        else:
+            factors = document.factors_for(info.n_layer or 1)
     except LropeError as error:
         raise LropeError(f"{path}: {error}; give a curve made for {info.path}") from None
     return replace(document, layer_factors=tuple(map(shortest, factors))), factors

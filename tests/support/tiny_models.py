@@ -36,14 +36,20 @@ def write_readable(
     factors: list[float] | None = None,
     poison: str | None = None,
     add_eos: bool = False,
+    n_head_layers: int = 0,
 ) -> Path:
-    """Write ``model`` with a tokenizer; the tensor named ``poison`` is full of NaN."""
+    """Write ``model`` with a tokenizer; the tensor named ``poison`` is full of NaN.
+
+    ``n_head_layers`` are counted besides, as those of a multi-token-prediction head that the file does not hold.
+    """
     model = readable(model)
     weights = model.weights()
     if poison is not None:
         weights[poison] = np.full_like(weights[poison], np.nan)
     c = model.config
-    writer = _writer(path, model.arch, c.n_layer, c.n_embd, c.n_ff, c.n_head, context_length)
+    writer = _writer(path, model.arch, c.n_layer + n_head_layers, c.n_embd, c.n_ff, c.n_head, context_length)
+    if n_head_layers:
+        writer.add_nextn_predict_layers(n_head_layers)
     add_attention(writer, c)
     add_metadata(writer, model)
     if chat_template is not None:

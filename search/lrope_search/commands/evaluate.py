@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrope_gguf.commands.options import FILE, Command, Numbers, model_argument
-from lrope_gguf.errors import LropeError
 
 from ..scores import Factors
 from .options import (
@@ -78,9 +77,7 @@ def _sides(info: ModelInfo, curve: str | None, factors: Factors | None, uniform:
     if curve is not None:
         sides["curve"] = curve_for(curve, info)[1]
     elif factors is not None:
-        if len(factors) != info.n_layer:
-            raise LropeError(f"--factors: {len(factors)} numbers, but {info.path} has {info.n_layer} layers")
-        sides["given"] = factors  # "factors" is another key of the JSON
+        sides["given"] = info.shaped(factors)  # "factors" is another key of the JSON
     elif uniform is None and info.factors is not None:
         sides["file"] = info.factors[: info.n_layer]
     if uniform is not None:

@@ -89,8 +89,9 @@ class Model:
             raise LropeError(f"{path}: a model without RoPE; layer factors mean nothing to it")
         self._vocab = llama.llama_model_get_vocab(self._model)
         self._n_block = int(self._metadata(f"{self._metadata('general.architecture')}.block_count"))
-        # what a curve shapes; the patch wants a factor for each block, a multi-token-prediction head's too
-        self.n_layer = self._n_block - int(llama.llama_model_n_layer_nextn(self._model))
+        # what a curve shapes; the patch wants a factor for each block, a multi-token-prediction head's too. As in
+        # patches/src/common/rope-layer.cpp: llama.cpp runs some models' layers several times
+        self.n_layer = min(self._n_block, int(llama.llama_model_n_layer(self._model)))
         # the output layer goes last, after all the others
         all_on_gpu = n_gpu_layers is None or n_gpu_layers < 0 or n_gpu_layers > self._n_block
         self.logits_on_gpu = all_on_gpu and bool(llama.llama_supports_gpu_offload())
