@@ -12,7 +12,7 @@ import click
 
 from lrope_gguf.commands.options import FILE, Command, Numbers, exactly_one, model_argument, output_options
 from lrope_gguf.commands.progress import CopyProgress
-from lrope_gguf.curve import CurveFile
+from lrope_gguf.curve import CurveFile, source_name
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.layout import CURVE_KEY, factors_key
@@ -21,7 +21,7 @@ from lrope_gguf.model_info import ModelInfo, read_model, shortest
 from lrope_gguf.presets import plan_preset, write_preset
 from lrope_gguf.rope_scaling import differences
 from lrope_gguf.stores import model_name, reference
-from lrope_gguf.text import command_line, say
+from lrope_gguf.text import command_line, printable, say
 
 _TYPE = re.compile(r"[a-z0-9_]{1,16}")
 
@@ -179,9 +179,9 @@ def whole_file(result: WriteResult) -> str:
 def report(notes: Iterable[str], lines: Iterable[str]) -> None:
     """Print lines, and on the standard error what the user should know besides."""
     for note in notes:
-        say(f"lrope-gguf: note: {note}", err=True)
+        say(printable(f"lrope-gguf: note: {note}"), err=True)  # one line, whatever a name holds
     for line in lines:
-        say(line)
+        say(printable(line))
 
 
 def plan_line(plan: WritePlan) -> str:
@@ -221,13 +221,13 @@ def curve_for(path: str | Path, info: ModelInfo) -> tuple[CurveFile, tuple[float
     Raises:
         LropeError: where the file is not valid or made for another architecture or number of layers.
     """
-    document = CurveFile.load(path)
+    document, where = CurveFile.load(path), source_name(path)
     for name in ("architecture", "block_count"):
         wanted, found = getattr(document, name), getattr(info, name)
         if None not in (wanted, found) and wanted != found:
-            raise LropeError(f"{path}: is for {name} {wanted}, but {info.path} has {found}; give a curve made for it")
+            raise LropeError(f"{where}: is for {name} {wanted}, but {info.path} has {found}; give a curve made for it")
     try:
         factors = document.factors_for(info.n_layer or 1)
     except LropeError as error:
-        raise LropeError(f"{path}: {error}; give a curve made for {info.path}") from None
+        raise LropeError(f"{where}: {error}; give a curve made for {info.path}") from None
     return replace(document, layer_factors=tuple(map(shortest, factors))), factors
