@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lrope_gguf.errors import LropeError
+from lrope_gguf.text import say
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -88,8 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except click.ClickException as error:
+        shown = io.StringIO()
+        error.show(shown)
         with suppress(OSError):
-            error.show()
+            say(shown.getvalue().rstrip("\n"), err=True)
         return error.exit_code
     except LropeError as error:
         _say(" ".join(str(error).splitlines()))
@@ -134,7 +138,7 @@ def _output_fails() -> bool:
 
 def _say(message: str) -> None:
     with suppress(OSError):
-        print(f"lrope-gguf: {message}", file=sys.stderr)
+        say(f"lrope-gguf: {message}", err=True)
 
 
 def _run(arguments: list[str]) -> int:

@@ -202,18 +202,13 @@ class CurveFile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CurveFile:
-        """Read a curve file.
+        """Read a curve file, or what else gives such a document once, such as a pipe; ``-`` is the standard input.
 
         Raises:
             LropeError: where it is missing, unreadable, above 1 MiB, or not a valid document.
         """
-        try:
-            if not Path(path).is_file():
-                raise LropeError(f"{path}: {'is not a regular file' if Path(path).exists() else 'no such file'}")
-            with Path(path).open("rb") as file:
-                data = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise LropeError(f"{path}: cannot be read ({error.strerror})") from error
+        data = _read(path)
+        path = source_name(path)
         try:
             text = data.decode("utf-8-sig")  # editors on Windows begin a file with a byte order mark
         except UnicodeDecodeError as error:
@@ -306,6 +301,29 @@ class CurveFile:
                 f"it has {len(self.layer_factors or ())} layer_factors, but the model has {n_layer} layers"
             )
         return tuple(curve.factor_list(n_layer))
+
+
+def source_name(path: str | os.PathLike[str]) -> str:
+    """What messages call the place that `CurveFile.load` reads."""
+    return "standard input" if os.fspath(path) == "-" else str(path)
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a curve file, read once; one more than it may have where it has more."""
+    try:
+        if os.fspath(path) == "-":
+            file: Any = open(0, "rb", closefd=False)  # noqa: SIM115
+        elif Path(path).is_dir():
+            raise LropeError(f"{path}: is not a regular file")
+        else:
+            file = Path(path).open("rb")  # noqa: SIM115
+        with file:
+            data: bytes = file.read(MAX_BYTES + 1)
+            return data
+    except FileNotFoundError as error:
+        raise LropeError(f"{path}: no such file") from error
+    except OSError as error:
+        raise LropeError(f"{source_name(path)}: cannot be read ({error.strerror})") from error
 
 
 def _parse(text: str) -> Any:

@@ -36,6 +36,7 @@ from lrope_gguf.model_info import SHARD, ModelInfo, info_of, shortest
 from lrope_gguf.model_info import read_factors as read_factors
 from lrope_gguf.model_info import read_model as read_model
 from lrope_gguf.rope_scaling import single
+from lrope_gguf.stores import check_changeable
 
 _LINKS = "{path} had {links} names (hard links); only this one has the new content, the others keep the old"
 Progress = Callable[[int, int], None]
@@ -139,6 +140,15 @@ def plan_write(
     """
     with _opened(path, output) as gguf:
         return _plan_write(gguf, factors, curve_json, output, mapped_ok)[0]
+
+
+def storable_factors(info: ModelInfo, factors: Iterable[float]) -> tuple[float, ...]:
+    """Factors as `write_factors` would store them, one a block: float32, 1 in a multi-token-prediction head.
+
+    Raises:
+        LropeError: where the model cannot have them.
+    """
+    return _storable(info, factors)[1]
 
 
 def remove_factors(
@@ -270,7 +280,8 @@ def _plan_rewrite(gguf: GGUFFile, target: Path | None, new: bytes, factors: tupl
 
 
 def _check_permission(path: Path) -> None:
-    """Refuse early what could only fail late, or would replace a file that is write-protected."""
+    """Refuse early what could only fail late, or would replace a file that is protected or lies in a store."""
+    check_changeable(path)
     if path.exists() and not os.access(path, os.W_OK):
         raise LropeError(f"{path}: is read-only; make it writable or give --output")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII = str.maketrans({**dict(zip(_BLOCKS, "_.-~=+*#", strict=True)), "é": "e", "…": "...", "\ufffd": "?"})
@@ -12,6 +15,27 @@ def printable(text: str, limit: int | None = None) -> str:
     """`text` with a mark for each control character, which could steer a terminal, and cut to `limit` characters."""
     text = "".join(character if character.isprintable() else "\ufffd" for character in text)
     return text if limit is None or len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print lines for people, on the standard output or error: all output that holds names and paths goes this way."""
+    lines = "\n".join(printable(line) for line in text.split("\n"))
+    print(lines, file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def command_line(words: Iterable[str]) -> str:
+    """A command that can be pasted into a shell, whatever its words hold, and does nothing to a terminal."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _escaped(word) for word in words)
+
+
+def _escaped(word: str) -> str:
+    """A word in the quotes of bash, zsh and POSIX 2024 that take escapes; undecodable bytes are kept."""
+    plain = {ord("\\"): "\\\\", ord("'"): "\\'"}
+    parts = (
+        char.translate(plain) if char.isprintable() else "".join(f"\\{byte:03o}" for byte in os.fsencode(char))
+        for char in word
+    )
+    return f"$'{''.join(parts)}'"
 
 
 def sparkline(values: Sequence[float], low: float | None = None, high: float | None = None) -> str:

@@ -65,9 +65,22 @@ def _first(shown: list[tuple[str, Any]], heading: str) -> int:
     return next(i for i, (name, _) in enumerate(shown) if name == heading)
 
 
+class Model(click.Path):
+    """A model: a file, or ``user/repo[:quant]`` of one that is in a cache; the file's name."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Find the file."""
+        value = super().convert(value, param, ctx)
+        if not isinstance(value, str) or "/" not in value or value.endswith(".gguf"):
+            return value
+        from lrope_gguf.stores import find_model
+
+        return find_model(value)
+
+
 def model_argument(function: Function) -> Function:
     """Declare MODEL."""
-    return click.argument("model", type=FILE)(function)
+    return click.argument("model", type=Model(readable=False))(function)
 
 
 def output_options(function: Function) -> Function:

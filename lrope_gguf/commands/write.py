@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +12,16 @@ import click
 
 from lrope_gguf.commands.options import FILE, Command, Numbers, exactly_one, model_argument, output_options
 from lrope_gguf.commands.progress import CopyProgress
-from lrope_gguf.curve import CurveFile
+from lrope_gguf.curve import CurveFile, source_name
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.layout import CURVE_KEY, factors_key
-from lrope_gguf.metadata import WritePlan, WriteResult, plan_write, write_factors
+from lrope_gguf.metadata import WritePlan, WriteResult, plan_write, storable_factors, write_factors
 from lrope_gguf.model_info import ModelInfo, read_model, shortest
+from lrope_gguf.presets import plan_preset, write_preset
 from lrope_gguf.rope_scaling import differences
+from lrope_gguf.stores import model_name, reference
+from lrope_gguf.text import command_line, printable, say
 
 _TYPE = re.compile(r"[a-z0-9_]{1,16}")
 
@@ -32,6 +33,12 @@ _TYPE = re.compile(r"[a-z0-9_]{1,16}")
 @click.option("--uniform", type=float, metavar="S", help="the same factor for all layers")
 @output_options
 @click.option("--mapped-ok", is_flag=True, help="change MODEL in place even while a running program maps it")
+@click.option(
+    "--preset", type=FILE, metavar="INI",
+    help="leave MODEL as it is, and write an entry for it and the factors into this file, for llama-server "
+         "--models-preset",
+)  # fmt: skip
+@click.option("--preset-name", metavar="NAME", help="that entry's name (MODEL's, with -lrope)")
 def command(
     model: str,
     curve: str | None,
@@ -41,9 +48,19 @@ def command(
     dry_run: bool,
     quiet: bool,
     mapped_ok: bool,
+    preset: str | None,
+    preset_name: str | None,
 ) -> None:
-    """Store layer factors in MODEL, a GGUF file (of a split model the first shard)."""
+    """Store layer factors in MODEL.
+
+    MODEL is a GGUF file (of a split model the first shard), or user/repo[:quant] of a model that llama-server -hf or hf
+    download has brought.
+    """
     exactly_one(curve=curve, factors=factors, uniform=uniform)
+    if preset is not None and output is not None:
+        raise click.UsageError("argument --preset: not allowed with argument --output")
+    if preset_name is not None and preset is None:
+        raise click.UsageError("argument --preset-name: needs --preset INI")
     info = read_model(model)
     curve_json = None
     served = _Served()
@@ -55,6 +72,11 @@ def command(
         served = _served(document, info)
     elif uniform is not None:
         factors = (uniform,) * (info.n_layer or 1)
+    if preset is not None:
+        check_output("--preset", preset, {"MODEL": model, "--curve": curve})
+        entry = _preset_options(model, info, factors or (), served)
+        report(*_preset(preset, preset_name or _preset_name(model, info), entry, served, dry_run, quiet))
+        return
     if dry_run:
         plan = plan_write(model, factors or (), curve_json=curve_json, output=output, mapped_ok=mapped_ok)
         report((*served.notes, *plan.notes), [] if quiet else _plan_lines(plan, info))
@@ -68,9 +90,48 @@ def command(
         "rewritten": f"written ({result.bytes_written} bytes, {whole_file(result)})",
         "unchanged": "unchanged, it held them already",
     }[result.how]
-    server = shlex.join(["llama-server", "-m", str(result.path), *served.options])
+    server = command_line(["llama-server", "-m", str(result.path), *served.options])
     lines = [f"{result.path}: {done}; {_factors(result.factors)}; next: {server}"]
     report((*served.notes, *result.notes), [] if quiet else lines)
+
+
+def _preset_options(model: str, info: ModelInfo, factors: Iterable[float], served: _Served) -> dict[str, str]:
+    """The entry of a model that keeps its file: which model, which factors, and what else the server must be told."""
+    stored = storable_factors(info, factors)
+    name = reference(model)
+    which = {"model": str(Path(model).absolute())} if name is None else {"hf": name}
+    listed = ",".join(f"{shortest(factor):.9g}" for factor in stored)
+    options = zip(served.options[::2], served.options[1::2], strict=True)
+    return which | {"rope-layer-factors": listed} | {option.removeprefix("--"): value for option, value in options}
+
+
+def _preset_name(model: str, info: ModelInfo) -> str:
+    """A name for an entry: the file's, or the model's own where the file is called after a hash."""
+    name = model_name(model)
+    if re.search("[0-9a-f]{40}", name):
+        name = info.name or "model"
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-') or 'model'}-lrope"
+
+
+def _preset(
+    path: str, name: str, options: dict[str, str], served: _Served, dry_run: bool, quiet: bool
+) -> tuple[list[str], list[str]]:
+    """Write the entry, unless told not to; notes, and what to say."""
+    kept = (plan_preset if dry_run else write_preset)(path, name, options)
+    notes = [note for note in served.notes if "longrope" in note]  # which no option turns on; the entry has the rest
+    if kept:
+        listed = ", ".join(f"{option} = {value}" for option, value in kept.items())
+        notes.append(f"{path}: [{name}] keeps {listed}; the factors are good for what they were searched with")
+    if quiet:
+        return notes, []
+    if dry_run:
+        return notes, [
+            f"{path}: would hold",
+            f"[{name}]",
+            *(f"{option} = {value}" for option, value in options.items()),
+        ]
+    server = command_line(["llama-server", "--models-preset", path])
+    return notes, [f"{path}: [{name}] written, the name to ask for; next: {server}"]
 
 
 @dataclass(frozen=True)
@@ -118,9 +179,9 @@ def whole_file(result: WriteResult) -> str:
 def report(notes: Iterable[str], lines: Iterable[str]) -> None:
     """Print lines, and on the standard error what the user should know besides."""
     for note in notes:
-        print(f"lrope-gguf: note: {note}", file=sys.stderr)
+        say(printable(f"lrope-gguf: note: {note}"), err=True)  # one line, whatever a name holds
     for line in lines:
-        print(line)
+        say(printable(line))
 
 
 def plan_line(plan: WritePlan) -> str:
@@ -160,11 +221,11 @@ def curve_for(path: str | Path, info: ModelInfo) -> tuple[CurveFile, tuple[float
     Raises:
         LropeError: where the file is not valid or made for another architecture or number of layers.
     """
-    document = CurveFile.load(path)
+    document, where = CurveFile.load(path), source_name(path)
     for name in ("architecture", "block_count"):
         wanted, found = getattr(document, name), getattr(info, name)
         if None not in (wanted, found) and wanted != found:
-            raise LropeError(f"{path}: is for {name} {wanted}, but {info.path} has {found}; give a curve made for it")
+            raise LropeError(f"{where}: is for {name} {wanted}, but {info.path} has {found}; give a curve made for it")
     listed = document.layer_factors or ()
     try:
         if document.control_points is None and len(listed) == info.block_count:
@@ -172,5 +233,5 @@ def curve_for(path: str | Path, info: ModelInfo) -> tuple[CurveFile, tuple[float
         else:
             factors = document.factors_for(info.n_layer or 1)
     except LropeError as error:
-        raise LropeError(f"{path}: {error}; give a curve made for {info.path}") from None
+        raise LropeError(f"{where}: {error}; give a curve made for {info.path}") from None
     return replace(document, layer_factors=tuple(map(shortest, factors))), factors

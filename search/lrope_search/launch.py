@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tempfile
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from pathlib import Path
 from lrope_gguf import __version__
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import ModelInfo, read_model
+from lrope_gguf.text import command_line
 
 from .config import ModelConfig, SearchConfig, TaskMix, Tasks, WorkersConfig, option
 from .cost import check_memory, duration, memory_text, precision
@@ -31,6 +33,8 @@ from .tasks import SPLITS, file_identity, make_tasks, task_identity
 from .workers.processes import ProcessExecutor
 from .workers.protocol import Executor, LocalExecutor
 from .workers.ray_cluster import RayExecutor
+
+_SAME = 1e-3  # nats: a result that differs by less from another version's is the same
 
 
 def search(
@@ -135,6 +139,7 @@ def _launch(
         with Study(place, config) as study:
             study.keep("guard", dataclasses.asdict(facts.guard_texts))
             progress = Progress(study.log)
+            _check_versions(study, first, progress)
             if len(layers) < first.n_layer:
                 progress.line(f"{len(layers)} of {first.n_layer} layers rotate over the whole context")
             optimizer = make_optimizer(settings, first.n_layer, layers)
@@ -163,6 +168,46 @@ def _launch(
             )
             progress.line(_report(outcome.summary))
             return outcome
+
+
+def _check_versions(study: Study, first: Executor, progress: Progress) -> None:
+    """Go on with a study that other versions began only where one of its results comes out the same now.
+
+    Raises:
+        LropeError: it does not; says how to go on.
+    """
+    if not study.changed_versions:
+        return
+    changes = [
+        f"{name} was {old if isinstance(old, str) else 'absent'}, is {new if isinstance(new, str) else 'absent'}"
+        for name, (old, new) in study.changed_versions.items()
+    ]
+    said = f"{study.directory}: begun with other versions ({', '.join(changes)})"
+    results = [(job, score) for job, score in study.results.items() if isinstance(score, ContextScore)]
+    if not results:
+        progress.line(f"{said}; nothing was measured yet")
+        return
+    job, before = results[0]
+    first.submit(job)
+    _, now = first.next()
+    assert isinstance(now, ContextScore)
+    apart = _apart(before, now)
+    if apart > _SAME:
+        wanted = [f"{name}=={old}" for name, (old, _) in study.changed_versions.items() if isinstance(old, str)]
+        raise LropeError(
+            f"{said}, and what they measured comes out otherwise now ({apart:.2g} nats apart): go back to them "
+            f"({command_line(['pip', 'install', *wanted])}) or choose another --study"
+        )
+    progress.line(f"{said}; one result was measured again and is the same, so the study goes on")
+
+
+def _apart(one: ContextScore, other: ContextScore) -> float:
+    """Return the largest difference of two scores' log-probabilities, in nats; infinite where the questions differ."""
+    if [probe.depth for probe in one.probes] != [probe.depth for probe in other.probes]:
+        return math.inf
+    pairs = zip(one.probes, other.probes, strict=True)
+    values = [(a.log_probability, b.log_probability) for a, b in pairs]
+    return max((abs(a - b) for a, b in values if a != b), default=0.0)
 
 
 def _say_variation(settings: SearchConfig, study: Study, first: Executor, facts: Facts, progress: Progress) -> None:

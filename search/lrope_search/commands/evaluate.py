@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrope_gguf.commands.options import FILE, Command, Numbers, model_argument
+from lrope_gguf.text import say
 
 from ..scores import Factors
 from .options import (
@@ -51,7 +52,11 @@ def command(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Compare MODEL, a GGUF file, with layer factors and without on the same contexts, by depth."""
+    """Compare MODEL with layer factors and without on the same contexts, by depth.
+
+    MODEL is a GGUF file (of a split model the first shard), or user/repo[:quant] of a model that llama-server -hf or hf
+    download has brought.
+    """
     if curve is not None and factors is not None:
         raise click.UsageError("argument --factors: not allowed with argument --curve")
     how, what = model_config(model, values), task_config(values)
@@ -63,10 +68,10 @@ def command(
     sides = _sides(read_model(model), curve, factors, uniform)
     found = measure(how, what, sides, contexts=contexts, split=split, generate=generate)
     if as_json:
-        click.echo(json.dumps({"model": model, **found.json()}, indent=2))
+        print(json.dumps({"model": model, **found.json()}, indent=2))
     else:
         table = found.table
-        click.echo(f"{model}: {table.n_probes} questions on {table.n_contexts} {split} contexts\n\n{found}")
+        say(f"{model}: {table.n_probes} questions on {table.n_contexts} {split} contexts\n\n{found}")
 
 
 def _sides(info: ModelInfo, curve: str | None, factors: Factors | None, uniform: float | None) -> Mapping[str, Factors]:

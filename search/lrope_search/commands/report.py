@@ -11,6 +11,7 @@ import click
 from lrope_gguf.commands.options import Command
 from lrope_gguf.files import check_output
 from lrope_gguf.plot import PlotUnavailableError
+from lrope_gguf.text import command_line, say
 
 
 @click.command(cls=Command)
@@ -36,22 +37,26 @@ def command(study: Path, output: Path | None, as_json: bool, mlflow: bool, show:
     from ..report.text import summary_lines
 
     summary = read_study(study)
-    click.echo(json.dumps(summary.json(), indent=2) if as_json else "\n".join(summary_lines(summary)))
+    if as_json:
+        print(json.dumps(summary.json(), indent=2))
+    else:
+        say("\n".join(summary_lines(summary)))
     if not as_json or output is not None or show:
         try:
             page = write_report(summary, output)
         except PlotUnavailableError as error:
-            click.echo(f"lrope-gguf: {error}", err=True)
+            say(f"lrope-gguf: {error}", err=True)
             if output is not None or show:
                 return 1
         else:
-            click.echo(f"{page}: written, with its pictures as PNG beside it", err=as_json)
+            say(f"{page}: written, with its pictures as PNG beside it", err=as_json)
             if summary.recommended and not as_json:
-                click.echo(f"next: lrope-gguf write MODEL --curve {study / 'best.json'}")
+                command = command_line(["lrope-gguf", "write", "MODEL", "--curve", str(study / "best.json")])
+                say(f"next: {command}")
             if show:
                 webbrowser.open(page.absolute().as_uri())
     if mlflow:
         from ..report.tracking import log_study
 
-        click.echo(f"mlflow: run {log_study(summary)}", err=as_json)
+        say(f"mlflow: run {log_study(summary)}", err=as_json)
     return 0

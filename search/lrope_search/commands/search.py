@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,8 @@ from lrope_gguf.commands.options import FILE, Command, model_argument
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
+from lrope_gguf.stores import keeper, reference
+from lrope_gguf.text import command_line, say
 
 from ..config import ALGORITHM_FIELDS, EXECUTORS, PARAMETRIZATIONS, SearchConfig, TaskMix, WorkersConfig
 from .options import (
@@ -102,7 +103,11 @@ _workers = all_of(
 @model_options
 @llama_options
 def command(model: str, output: str, study: str | None, dry_run: bool, require_gain: bool, **values: Any) -> int:
-    """Search the layer factors with which MODEL, a GGUF file, answers best from a long context."""
+    """Search the layer factors with which MODEL answers best from a long context.
+
+    MODEL is a GGUF file (of a split model the first shard), or user/repo[:quant] of a model that llama-server -hf or hf
+    download has brought.
+    """
     path, directory = Path(output), Path(study) if study else Path(output).with_name(f"{Path(output).stem}.study")
     workers = WorkersConfig(
         values.pop("workers"), values.pop("gpus"), values.pop("executor"), values.pop("ray_address")
@@ -125,15 +130,21 @@ def command(model: str, output: str, study: str | None, dry_run: bool, require_g
         return 0
     outcome = launch.search(how, task, settings, directory, workers=workers)
     outcome.best.save(path)
-    click.echo(outcome.text())
+    say(outcome.text())
     if outcome.winner is None:
-        click.echo(f"{output}: holds the base model's factors, all 1")
+        say(f"{output}: holds the base model's factors, all 1")
     else:
         if outcome.winner.curve is not None and (hint := at_the_bounds(outcome.winner.curve)):
-            click.echo(hint)
-        written = shlex.join(["lrope-gguf", "write", model, "--curve", output])
-        click.echo(f"{output}: written; next: {written}")
+            say(hint)
+        say(f"{output}: written; next: {next_command(model, output)}")
     return NO_GAIN if require_gain and not outcome.verdict.recommended else 0
+
+
+def next_command(model: str, curve: str) -> str:
+    """Return what to do with a curve: store it in the model, or for one that may not be changed, in a preset."""
+    name = reference(model) or model
+    words = ["lrope-gguf", "write", f"./{name}" if name.startswith("-") else name, "--curve", curve]
+    return command_line([*words, "--preset", "presets.ini"] if keeper(model) else words)
 
 
 def search_config(values: dict[str, Any]) -> SearchConfig:

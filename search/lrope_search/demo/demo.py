@@ -15,7 +15,7 @@ import numpy as np
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import write_factors
 from lrope_gguf.plot import plot_factors
-from lrope_gguf.text import sparkline
+from lrope_gguf.text import command_line, say, sparkline
 
 from ..config import ModelConfig, SearchConfig, TaskConfig
 from ..launch import search
@@ -58,27 +58,28 @@ def run_demo(name: str, directory: Path, *, seed: int = 0, model_options: ModelC
     base = demo.path(directory)
     model, task = replace(model_options or ModelConfig(""), path=str(base)), replace(demo.task, seed=seed)
 
-    print(f"1. search: {base}, {task.keys} keys and values a context, {task.probes} of them asked for", flush=True)
+    say(f"1. search: {base}, {task.keys} keys and values a context, {task.probes} of them asked for")
     outcome = search(model, task, replace(demo.settings, seed=seed), directory / f"{base.stem}.study")
     curve = directory / f"{base.stem}.json"
     outcome.best.save(curve)
-    print(f"\n{outcome.text()}\n", flush=True)
+    say(f"\n{outcome.text()}\n")
 
     written = base.with_name(f"{base.stem}-lrope.gguf")
     factors = outcome.best.layer_factors
     assert factors is not None  # of a search
     write_factors(base, factors, curve_json=outcome.best.dumps(compact=True), output=written)
     listed = ",".join(f"{factor:.3g}" for factor in factors)
-    print(f"2. write: {written}, factors {sparkline(factors)} {listed}{_picture(outcome, factors, curve)}", flush=True)
+    say(f"2. write: {written}, factors {sparkline(factors)} {listed}{_picture(outcome, factors, curve)}")
 
     n_questions = demo.n_asked * (task.probes or 0)
-    print(f"3. serve and ask: {n_questions} questions of the test over HTTP, of each model", flush=True)
+    say(f"3. serve and ask: {n_questions} questions of the test over HTTP, of each model")
     contexts = make_task(task)
     asked = {side: _ask(path, contexts, model, task, demo) for side, path in (("base", base), ("written", written))}
-    print(f"\n{_table(asked, contexts)}\n")
+    say(f"\n{_table(asked, contexts)}\n")
     if not outcome.verdict.recommended:
-        print("No gain to recommend on this model: the demo shows the path, and that the tool says so.")
-    print(f"{time.monotonic() - start:.0f} s in all; serve it yourself: llama-server -m {written}")
+        say("No gain to recommend on this model: the demo shows the path, and that the tool says so.")
+    server = command_line(["llama-server", "-m", str(written)])
+    say(f"{time.monotonic() - start:.0f} s in all; serve it yourself: {server}")
 
 
 def _picture(outcome: SearchOutcome, factors: tuple[float, ...], curve: Path) -> str:

@@ -9,6 +9,8 @@ from typing import Never, TextIO
 
 from tqdm import tqdm
 
+from lrope_gguf.text import printable
+
 
 class Progress:
     """Counts evaluations done of those planned; results replayed from a study do not count as speed.
@@ -63,9 +65,9 @@ class Progress:
         if self._log is not None:
             self._log(text)
         if self._bar is not None:
-            self._bar.write(text, file=self._stream)
+            self._bar.write(printable(text), file=self._stream)
         elif self._stream is not None:
-            print(text, file=self._stream, flush=True)
+            print(printable(text), file=self._stream, flush=True)
 
     def status(self) -> str:
         """Return how far it is, how fast, and how long it will take, in words."""

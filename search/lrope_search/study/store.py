@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -34,7 +35,8 @@ class Study:
 
     Args:
         directory: Made if it is missing.
-        config: JSON object; it must equal the one that the study was begun with.
+        config: JSON object; it must equal the one that the study was begun with, but for the names of files whose
+            content is the same, and for its ``versions``, which `changed_versions` then tells.
 
     Raises:
         LropeError: another process uses the directory, the config differs (each difference is named), a
@@ -46,6 +48,8 @@ class Study:
         self.directory = Path(directory)
         self.config: dict[str, Any] = json.loads(json.dumps(config))  # as it comes back from disk
         self._results: dict[Job, Evaluation] = {}
+        # of programs whose version is another one than when the study was begun: that one and this
+        self.changed_versions: dict[str, tuple[Any, Any]] = {}
         self._end = 0  # length of what is whole in evaluations.jsonl
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -191,9 +195,12 @@ class Study:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise LropeError(f"{path}: is not JSON ({error}); choose another study directory") from None
-        differences = [
-            f"{key} was {_show(old)}, is {_show(new)}" for key, old, new in _differences(stored, self.config)
-        ]
+        differences = []
+        for key, old, new in _differences(stored, self.config):
+            if key.startswith("versions."):
+                self.changed_versions[key.removeprefix("versions.")] = (old, new)
+            else:
+                differences.append(f"{key} was {_show(old)}, is {_show(new)}")
         if differences:
             raise LropeError(
                 f"{path}: the study was begun with other settings: {', '.join(differences)}; "
@@ -295,10 +302,17 @@ def _parse(line: bytes) -> tuple[Job, Evaluation]:
 
 
 _ABSENT = object()
+_CONTENT = re.compile(r".* (sha256:[0-9a-f]{16})", re.DOTALL)
 
 
 def _show(value: Any) -> str:
     return "absent" if value is _ABSENT else json.dumps(value)
+
+
+def _same_content(old: Any, new: Any) -> bool:
+    """Whether both are files (`lrope_search.tasks.file_identity`) of one content, whatever their names."""
+    found = [_CONTENT.fullmatch(value) for value in (old, new) if isinstance(value, str)]
+    return len(found) == 2 and None not in found and len({match and match[1] for match in found}) == 1
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -306,5 +320,5 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, 
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
             yield from _differences(old.get(name, _ABSENT), new.get(name, _ABSENT), f"{key}.{name}" if key else name)
-    elif old != new or type(old) is not type(new):
+    elif (old != new or type(old) is not type(new)) and not _same_content(old, new):
         yield key or "the whole", old, new
