@@ -79,6 +79,15 @@ def test_a_smooth_gain_is_found_beside_own_layers_too() -> None:
     assert np.mean(found) > 0.65 * late(np.exp(LATE))
 
 
+def test_layers_that_gained_are_tried_together_before_any_is_lowered() -> None:
+    told = play(GeneticAlgorithm(LayerSpace(N_LAYER, range(N_LAYER)), seed=1, lag=8), 50, sparse, 8)
+    scans = [candidate.id for candidate, _ in told if candidate.origin == "layer scan"]
+    lowered = [i for i in scans if min(told[i][0].factors) < 1.0]
+    together = [candidate for candidate, _ in told if candidate.origin == "together"]
+    assert together and together[0].id < min(lowered)
+    assert together[0].factors[8] > 1.1 < together[0].factors[12]
+
+
 def test_curves_are_bred_where_nothing_known_is_one() -> None:
     space = LayerSpace(4, range(4), curve=CurveSpace(4))
     told = play(GeneticAlgorithm(space, [(space.moved((1,), 0.1), "seed")], population=1, lag=1), 30, sum, 1)

@@ -163,7 +163,10 @@ class GeneticAlgorithm:
         self._ledger.settle(candidate, score)
         self._told = sorted([*self._told, (candidate, score)], key=rank)
         if self._scan is not None and candidate.id in self._scanned:
+            raised = self._scan.raised
             self._scan.tell(*self._scanned.pop(candidate.id), score[1])
+            if self._scan.raised and not raised:
+                self._try_together(self._scan)  # what gained so far need not wait for the layers to lower
             if self._scan.done:
                 self._choose_layers(self._scan)
 
@@ -184,16 +187,22 @@ class GeneticAlgorithm:
         """Let the layers that moved most be the coordinates from now on, and try those that gained together."""
         assert isinstance(self._space, LayerSpace)
         self._among = scan.relevant(self._own_layers)
-        gains = [(i, log_factor) for i, log_factor in scan.gains() if i in self._among]
+        self._try_together(scan)
+        genomes = np.array(self._ledger.genomes)
+        self._inputs = self._see(genomes)
+        self._visible = self._can_tell(genomes)
+        self._surrogate = self._fresh_surrogate()
+
+    def _try_together(self, scan: LayerScan) -> None:
+        """Try the layers that gained together, the best two to `_TOGETHER` of them."""
+        assert isinstance(self._space, LayerSpace)
+        relevant = scan.relevant(self._own_layers)
+        gains = [(i, log_factor) for i, log_factor in scan.gains() if i in relevant]
         for n in range(2, min(len(gains), _TOGETHER) + 1):
             genome = self._space.uniform(1.0)
             for i, log_factor in gains[:n]:
                 genome[self._space.n_curve + i] = log_factor
             self._queue.append((self._space.repair(genome), "together"))
-        genomes = np.array(self._ledger.genomes)
-        self._inputs = self._see(genomes)
-        self._visible = self._can_tell(genomes)
-        self._surrogate = self._fresh_surrogate()
 
     def _notice(self, candidate: Candidate) -> None:
         """Let the surrogate see a candidate."""

@@ -147,6 +147,11 @@ class LayerScan:
         """Fitness of each group and log factor that was tried."""
         self.done = False
 
+    @property
+    def raised(self) -> bool:
+        """Whether all groups of this stage were raised, and lowering begins."""
+        return self._lowering
+
     def next(self) -> tuple[Group, float] | None:
         """Return what to try next; None if results must come first, or at the end."""
         if not self._waiting:
