@@ -622,7 +622,7 @@ def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (["--factors", "1,1,1"], 1, "--factors: 3 numbers, but .* has 6 layers"),
+        (["--factors", "1,1,1"], 1, "--factors: .*: 3 factors for a model of 6 layers"),
         (["--factors", "1,1,1,0,1,1"], 1, "refused by llama.cpp"),
         (["--factors", "1,a"], 2, "not a list of numbers"),
         (["--keys", "0"], 2, "--keys.: 0 is not in the range x>=1"),

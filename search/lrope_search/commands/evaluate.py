@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrope_gguf.commands.options import FILE, Command, Numbers, model_argument
+from lrope_gguf.errors import LropeError
 from lrope_gguf.text import say
 
 from ..scores import Factors
@@ -82,7 +83,10 @@ def _sides(info: ModelInfo, curve: str | None, factors: Factors | None, uniform:
     if curve is not None:
         sides["curve"] = curve_for(curve, info)[1]
     elif factors is not None:
-        sides["given"] = info.shaped(factors)  # "factors" is another key of the JSON
+        try:
+            sides["given"] = info.shaped(factors)  # "factors" is another key of the JSON
+        except LropeError as error:
+            raise LropeError(f"--factors: {error}") from None
     elif uniform is None and info.factors is not None:
         sides["file"] = info.factors[: info.n_layer]
     if uniform is not None:
