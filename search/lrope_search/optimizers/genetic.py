@@ -100,10 +100,9 @@ class GeneticAlgorithm:
         self._scanned: dict[int, tuple[Group, float]] = {}  # what the scan waits for, by candidate id
         self._own_layers = own_layers
         self._among: list[int] = []  # layers with a coordinate after the scan, indices into those of the space
-        curve = space
+        curve = space.curve if isinstance(space, LayerSpace) else space
         if isinstance(space, LayerSpace):
             self._scan = LayerScan(len(space.layers), _RAISED * width, _LOWERED * width)
-            curve = space.curve
         if curve is not None:
             first = [(genome, "scan") for genome in curve.bumps(math.exp(1.5 * width))]
             n_random = population - len(self._queue) - len(first)
@@ -288,20 +287,19 @@ class GeneticAlgorithm:
             return self._curve_children(space, pool, n)
         if space.curve is None:
             return self._layer_children(space, pool, n)
-        bare = self._bare(pool)
+        bare = self._bare(space, pool)
         genomes, origins = self._layer_children(space, pool, n // 2)
         curves, more = self._curve_children(space.curve, bare[:, : space.n_curve], n - n // 2)
         own = np.zeros((len(curves), len(space.layers)))
         return np.concatenate([genomes, np.concatenate([curves, own], axis=1)]), np.concatenate([origins, more])
 
-    def _bare(self, pool: Genomes) -> Genomes:
+    def _bare(self, space: LayerSpace, pool: Genomes) -> Genomes:
         """Return the best genomes that are curves without own layers: those of ``pool``, or else of all told."""
-        n_curve = self._space.size - len(self._space.layers)
-        bare = pool[~pool[:, n_curve:].any(axis=1)]
+        bare = pool[~pool[:, space.n_curve :].any(axis=1)]
         if not len(bare):
             told = np.array([self._ledger.genomes[candidate.id] for candidate, _ in self._told])
-            bare = told[~told[:, n_curve:].any(axis=1)][: self._mu]
-        return bare if len(bare) else self._space.uniform(1.0)[None]
+            bare = told[~told[:, space.n_curve :].any(axis=1)][: self._mu]
+        return bare if len(bare) else space.uniform(1.0)[None]
 
     def _curve_children(self, space: CurveSpace, pool: Genomes, n: int) -> tuple[Genomes, NDArray[np.str_]]:
         """Return ``n`` repaired genomes of curves and their origins."""
