@@ -101,12 +101,9 @@ class GeneticAlgorithm:
         self._scanned: dict[int, tuple[Group, float]] = {}  # what the scan waits for, by candidate id
         self._own_layers = own_layers
         self._among: list[int] = []  # layers with a coordinate after the scan, indices into those of the space
-        curve: CurveSpace | None
-        if isinstance(space, CurveSpace):
-            curve = space
-        else:
+        curve = space.curve if isinstance(space, LayerSpace) else space
+        if isinstance(space, LayerSpace):
             self._scan = LayerScan(len(space.layers), _RAISED * width, _LOWERED * width)
-            curve = space.curve
         if curve is not None:
             first = [(genome, "scan") for genome in curve.bumps(math.exp(1.5 * width))]
             n_random = population - len(self._queue) - len(first)
