@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import lrope_gguf
 from lrope_gguf.errors import LropeError
+from lrope_gguf.text import say
 
 
 def _folder(name: str) -> Path | None:
@@ -51,7 +52,7 @@ def run_tool(name: str | None = None) -> NoReturn:
         other = _next_on_path(name)
         if other is None:
             sys.exit(f"error: {error}")
-        print(f"lrope-gguf: note: {error}; running {other}", file=sys.stderr, flush=True)
+        say(f"lrope-gguf: note: {error}; running {other}", err=True)
         path = other
     try:
         os.execv(path, [path, *sys.argv[1:]])

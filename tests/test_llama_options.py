@@ -252,10 +252,10 @@ def test_write_warns_where_the_file_says_otherwise(tmp_path: Path, capsys: pytes
     "provenance",
     [
         None, "found by hand", [1], {"rope": None}, {"rope": [1]}, {"rope": {"scaling": "\x1b[31m", "freq_base": "x"}},
-        {"rope": {"freq_base": True, "freq_scale": 10**400, "orig_ctx": None}}, {"config": 3},
+        {"rope": {"freq_base": True, "freq_scale": 10**300, "orig_ctx": None}}, {"config": 3},
         {"config": {"llama_options": {"cache_type_k": "q8_0; rm", "cache_type_v": 8}}},
         {"config": {"llama_options": 1}},
-        {"rope": {"scaling": "none", "freq_base": True, "freq_scale": 10**400, "orig_ctx": None, "beta_slow": [1]}},
+        {"rope": {"scaling": "none", "freq_base": True, "freq_scale": [1e300], "orig_ctx": None, "beta_slow": [1]}},
     ],
 )  # fmt: skip
 def test_a_provenance_of_any_kind_is_no_reason_to_fail(

@@ -101,7 +101,9 @@ def test_scores_of_the_device_do_not_depend_on_threads_or_history(path: Path) ->
 
 @native
 def test_nan_is_the_worst_score_on_the_device_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TeacherForcedEvaluator, "_written_lead", lambda self, encoder, easy: None)  # there is none to write
+    monkeypatch.setattr(
+        TeacherForcedEvaluator, "_written_lead", lambda self, encoder, easy: None
+    )  # there is none to write
     with Model(write_readable(tmp_path / "nan.gguf", poison="blk.3.ffn_down.weight"), n_threads=1) as model:
         scores = [evaluator_of(model, scoring).evaluate(ONES, "test", 0).probes for scoring in SCORINGS]
     assert scores[0] == scores[1]
