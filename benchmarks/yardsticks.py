@@ -19,6 +19,7 @@ import argparse
 import concurrent.futures
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -61,15 +62,25 @@ def instance(kind: str, seed: int, probes: int) -> Instance:
     return SparseLandscape(seed, probes) if kind == SPARSE else Landscape(kind, seed)
 
 
-def worths(problem: Problem, optimizer: Optimizer, contexts: int, budgets: Sequence[int]) -> list[float]:
-    """Worth of the best candidate after each of ``budgets`` evaluations; one that ended keeps its best."""
+def worths(
+    problem: Problem,
+    optimizer: Optimizer,
+    contexts: int,
+    budgets: Sequence[int],
+    judge: Callable[[tuple[float, ...]], float] | None = None,
+) -> list[float]:
+    """Worth of the best candidate after each of ``budgets`` evaluations; one that ended keeps its best.
+
+    ``judge``: what a candidate is worth; None: `Problem.true_gain`.
+    """
+    judge = judge or problem.true_gain
     found = {}
     best = None
     for n, (best, _) in enumerate(play(problem, optimizer, Racing(contexts, fraction=1.0), max(budgets)), 1):
         found[n] = best
     assert best is not None
     judged = {one.id: one for one in (found.get(n, best) for n in budgets)}
-    worth = {i: problem.true_gain(one.factors) for i, one in judged.items()}
+    worth = {i: judge(one.factors) for i, one in judged.items()}
     return [worth[found.get(n, best).id] for n in budgets]
 
 
@@ -183,8 +194,17 @@ def model(args: argparse.Namespace) -> None:
     names = available(args.contenders)
     tokens = args.contexts * problem.n_tokens()
     print(f"{Path(args.model).name}: {problem.n_layer} layers; an evaluation is {args.contexts} search contexts,")
-    print(f"{tokens} tokens; gain of the best candidate over the base model on {args.true_contexts} contexts never")
-    print("searched on, in nats per answer token (mean, 95 % interval over seeds), by evaluations and their tokens\n")
+    where = (
+        f"{args.true_contexts} contexts never searched on" if args.true_contexts else "the search contexts themselves"
+    )
+    print(f"{tokens} tokens; gain of the best candidate over the base model on {where},")
+    print("in nats per answer token (mean, 95 % interval over seeds), by evaluations and their tokens\n")
+
+    def judge(factors: tuple[float, ...]) -> float:
+        if args.true_contexts:
+            return problem.true_gain(factors)
+        return statistics.mean(problem.gain(factors, i) for i in range(args.contexts))
+
     reach = args.reach or _REACH * args.width
 
     def rows() -> Rows:
@@ -193,7 +213,7 @@ def model(args: argparse.Namespace) -> None:
             for seed in range(args.first_seed, args.first_seed + args.seeds):
                 optimizer = make_contender(name, problem.n_layer, seed=seed, width=args.width, reach=reach,
                                            uniform_factors=args.uniform_factors, lack=problem.lack)  # fmt: skip
-                runs.append(worths(problem, optimizer, args.contexts, args.budgets))
+                runs.append(worths(problem, optimizer, args.contexts, args.budgets, judge))
             yield name, runs
 
     print_table(args.budgets, rows(), 4, lambda n: f"{n} ({thousands(n * tokens)})")
@@ -321,7 +341,8 @@ def main() -> None:
                                  type=lambda text: tuple(map(float, text.split(","))))  # fmt: skip
             command.add_argument("--cache", metavar="FILE", help="results, kept and used again")
             command.add_argument("--study", metavar="DIR", help="study of the same task, whose results are taken over")
-            command.add_argument("--true-contexts", metavar="N", type=int, default=16)
+            command.add_argument("--true-contexts", metavar="N", type=int, default=16,
+                                 help="to judge by (%(default)s); 0: search contexts, for a replay")  # fmt: skip
         if name == "probes":
             command.set_defaults(contenders=["ga-both"])
             command.add_argument("--token-budgets", metavar="N,...", type=numbers,

@@ -88,6 +88,35 @@ def test_layers_that_gained_are_tried_together_before_any_is_lowered() -> None:
     assert together[0].factors[8] > 1.1 < together[0].factors[12]
 
 
+def test_nothing_is_lowered_where_a_curve_gains_more_than_any_layer() -> None:
+    space = LayerSpace(N_LAYER, range(N_LAYER), curve=CurveSpace(N_LAYER))
+    told = play(GeneticAlgorithm(space, seed=1, lag=8), 70, late, 8)
+    scanned = [candidate for candidate, _ in told if candidate.origin == "layer scan"]
+    assert len(scanned) == N_LAYER and min(min(candidate.factors) for candidate in scanned) == 1.0
+
+    scan = LayerScan(40, 0.18, -0.1)  # in groups: those must be split whatever a curve gains
+    while not scan.raised:
+        item = scan.next()
+        assert item is not None
+        scan.tell(*item, 0.0)
+    scan.leave_lowering()
+    assert not scan.done and scan.next() is not None
+
+
+@pytest.mark.parametrize("curve", [None, CurveSpace(N_LAYER)])
+def test_a_uniform_factor_that_gains_is_squared_as_long_as_it_gains(curve: CurveSpace | None) -> None:
+    def uniform_asked(best: float) -> list[float]:
+        def near(factors: Sequence[float]) -> float:
+            return -float(np.abs(np.log(factors) - math.log(best)).mean())
+
+        space = LayerSpace(N_LAYER, range(N_LAYER), curve=curve)
+        told = play(GeneticAlgorithm(space, space.known_good((1.1, 1.25)), seed=1, lag=4), 30, near, 4)
+        return [round(candidate.factors[0], 2) for candidate, _ in told if candidate.origin == "uniform"]
+
+    assert uniform_asked(1.1) == [1.1, 1.25]
+    assert uniform_asked(2.6) == [1.1, 1.25, 1.56, 2.44, 4.0]  # within the bounds
+
+
 def test_curves_are_bred_where_nothing_known_is_one() -> None:
     space = LayerSpace(4, range(4), curve=CurveSpace(4))
     told = play(GeneticAlgorithm(space, [(space.moved((1,), 0.1), "seed")], population=1, lag=1), 30, sum, 1)

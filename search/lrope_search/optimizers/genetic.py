@@ -159,11 +159,15 @@ class GeneticAlgorithm:
         """
         self._ledger.settle(candidate, score)
         self._told = sorted([*self._told, (candidate, score)], key=rank)
+        if self._scan is not None and candidate.origin == "uniform" and self.best[0] is candidate:
+            self._reach_further(candidate)
         if self._scan is not None and candidate.id in self._scanned:
             raised = self._scan.raised
             self._scan.tell(*self._scanned.pop(candidate.id), score[1])
             if self._scan.raised and not raised:
                 self._try_together(self._scan)  # what gained so far need not wait for the layers to lower
+                if self.best[0].curve is not None:
+                    self._scan.leave_lowering()  # no layer carries what a curve does: births will do more
             if self._scan.done:
                 self._choose_layers(self._scan)
 
@@ -189,6 +193,14 @@ class GeneticAlgorithm:
         self._inputs = self._see(genomes)
         self._visible = self._can_tell(genomes)
         self._surrogate = self._fresh_surrogate()
+
+    def _reach_further(self, candidate: Candidate) -> None:
+        """Where the largest uniform factor is the best so far, try its square: the optimum may lie far away."""
+        uniform = [genome[0] for genome, origin in self._queue if origin == "uniform"]
+        uniform += [self._ledger.genomes[other.id][0] for other in self._ledger.pending if other.origin == "uniform"]
+        reached = float(self._ledger.genomes[candidate.id][0])
+        if reached > max([0.0, *uniform]):
+            self._queue.appendleft((self._space.repair(self._space.uniform(math.exp(2.0 * reached))), "uniform"))
 
     def _try_together(self, scan: LayerScan) -> None:
         """Try the layers that gained together, the best two to `_TOGETHER` of them."""

@@ -152,6 +152,12 @@ class LayerScan:
         """Whether all groups of this stage were raised, and lowering begins."""
         return self._lowering
 
+    def leave_lowering(self) -> None:
+        """Lower nothing, and end, if each layer was raised by itself; groups must still be split."""
+        if self._lowering and all(len(group) == 1 for group in self._groups):
+            self._waiting.clear()
+            self.done = not self._out
+
     def next(self) -> tuple[Group, float] | None:
         """Return what to try next; None if results must come first, or at the end."""
         if not self._waiting:
