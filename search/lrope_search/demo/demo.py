@@ -129,12 +129,12 @@ _EMBEDDED = _Demo(
     path=embedded,
     task=TaskConfig("kv", keys=120, probes=60, identifiers="word", answer_prefix=""),
     settings=SearchConfig(
-        max_evaluations=120,
-        search_contexts=4,
+        max_evaluations=160,
+        search_contexts=8,
         racing_fraction=0.5,
         validation_contexts=12,
         test_contexts=40,
-        uniform_factors=(0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0),
+        uniform_factors=(0.8, 0.9, 1.2, 1.4, 1.6, 2.0),
         width=0.3,
         max_kl=100.0,  # ordinary text means nothing to this model
     ),
