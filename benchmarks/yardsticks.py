@@ -193,7 +193,8 @@ def model(args: argparse.Namespace) -> None:
         print(f"{problem.know_study(Path(args.study))} results of {args.study} taken over")
     names = available(args.contenders)
     tokens = args.contexts * problem.n_tokens()
-    print(f"{Path(args.model).name}: {problem.n_layer} layers; an evaluation is {args.contexts} search contexts,")
+    search = f"{args.contexts} search context{'s' * (args.contexts > 1)}"
+    print(f"{Path(args.model).name}: {problem.n_layer} layers; an evaluation is {search},")
     where = (
         f"{args.true_contexts} contexts never searched on" if args.true_contexts else "the search contexts themselves"
     )
