@@ -30,11 +30,10 @@ from typing import Protocol
 
 import numpy as np
 from landscapes import HELD_OUT, TUNING, Landscape
-from options import add_model_options, add_task_options, model_of, task_of
+from options import add_problem_options, dispatch, model_of, task_of
 from scipy.stats import spearmanr
 
 from lrope_gguf import LropeError
-from lrope_search.config import UNIFORM_FACTORS
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.make import open_model, task_for
 from lrope_search.optimizers.protocol import Candidate, Optimizer, Score
@@ -368,12 +367,7 @@ def main() -> None:
         if name != "synthetic":
             nargs = "?" if name == "racing" else None
             command.add_argument("model", metavar="MODEL", nargs=nargs, help="GGUF file")
-            add_model_options(command)
-            add_task_options(command)
-            command.add_argument("--width", metavar="W", type=float, default=0.05, help="as of search (%(default)s)")
-            command.add_argument("--uniform-factors", metavar="F,...", default=UNIFORM_FACTORS,
-                                 type=lambda text: tuple(map(float, text.split(","))))  # fmt: skip
-            command.add_argument("--cache", metavar="FILE", help="results, kept and used again")
+            add_problem_options(command)
             command.add_argument("--true-contexts", metavar="N", type=int, default=16)
             command.add_argument("--short-keys", metavar="N,...", type=numbers, default=[11])
             command.add_argument("--curves", metavar="N", type=int, default=60)
@@ -384,11 +378,7 @@ def main() -> None:
                                  help=f"of {','.join((*TUNING, *HELD_OUT))} (%(default)s)")  # fmt: skip
             command.add_argument("--jobs", metavar="N", type=int, default=1, help="processes (%(default)s)")
             command.add_argument("--target", metavar="PERCENT", type=float, default=60.0)
-    args = parser.parse_args()
-    try:
-        functions[args.command](args)
-    except LropeError as error:
-        parser.exit(1, f"{error}\n")
+    dispatch(parser, functions)
 
 
 if __name__ == "__main__":

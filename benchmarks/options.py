@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 
-from lrope_search.config import IDENTIFIER_KINDS, POSITIONS, TASK_FIELDS, ModelConfig, TaskConfig
+from lrope_gguf.errors import LropeError
+from lrope_search.config import IDENTIFIER_KINDS, POSITIONS, TASK_FIELDS, UNIFORM_FACTORS, ModelConfig, TaskConfig
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +29,25 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-template", metavar="TEXT")
     parser.add_argument("--answer-prefix", metavar="TEXT", default="")
     parser.add_argument("--seed", metavar="N", type=int, default=0)
+
+
+def add_problem_options(parser: argparse.ArgumentParser) -> None:
+    """Declare a model with a task as something to optimize."""
+    add_model_options(parser)
+    add_task_options(parser)
+    parser.add_argument("--width", metavar="W", type=float, default=0.05, help="as of search (%(default)s)")
+    parser.add_argument("--uniform-factors", metavar="F,...", default=UNIFORM_FACTORS,
+                        type=lambda text: tuple(map(float, text.split(","))))  # fmt: skip
+    parser.add_argument("--cache", metavar="FILE", help="results, kept and used again")
+
+
+def dispatch(parser: argparse.ArgumentParser, functions: Mapping[str, Callable[[argparse.Namespace], None]]) -> None:
+    """Parse the command line, and call the function of its command."""
+    args = parser.parse_args()
+    try:
+        functions[args.command](args)
+    except LropeError as error:
+        parser.exit(1, f"{error}\n")
 
 
 def model_of(args: argparse.Namespace) -> ModelConfig:

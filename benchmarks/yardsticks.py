@@ -29,11 +29,10 @@ import numpy as np
 from algorithms import ModelProblem, Problem, numbers, play, words
 from contenders import CONTENDERS, make_contender, make_space
 from landscapes import HELD_OUT, SPARSE, TUNING, Landscape, SparseLandscape
-from options import add_model_options, add_task_options
+from options import add_problem_options, dispatch
 from scipy.optimize import minimize
 
 from lrope_gguf import LropeError
-from lrope_search.config import UNIFORM_FACTORS
 from lrope_search.optimizers.protocol import Optimizer
 from lrope_search.study.racing import Racing
 
@@ -335,12 +334,7 @@ def main() -> None:
                                  help=f"of {','.join((SPARSE, *TUNING, *HELD_OUT))} (%(default)s)")  # fmt: skip
         if name == "model":
             command.add_argument("model", metavar="MODEL", help="GGUF file")
-            add_model_options(command)
-            add_task_options(command)
-            command.add_argument("--width", metavar="W", type=float, default=0.05, help="as of search (%(default)s)")
-            command.add_argument("--uniform-factors", metavar="F,...", default=UNIFORM_FACTORS,
-                                 type=lambda text: tuple(map(float, text.split(","))))  # fmt: skip
-            command.add_argument("--cache", metavar="FILE", help="results, kept and used again")
+            add_problem_options(command)
             command.add_argument("--study", metavar="DIR", help="study of the same task, whose results are taken over")
             command.add_argument("--true-contexts", metavar="N", type=int, default=16,
                                  help="to judge by (%(default)s); 0: search contexts, for a replay")  # fmt: skip
@@ -348,11 +342,7 @@ def main() -> None:
             command.set_defaults(contenders=["ga-both"])
             command.add_argument("--token-budgets", metavar="N,...", type=numbers,
                                  default=[500_000, 1_000_000, 2_000_000, 4_000_000])  # fmt: skip
-    args = parser.parse_args()
-    try:
-        functions[args.command](args)
-    except LropeError as error:
-        parser.exit(1, f"{error}\n")
+    dispatch(parser, functions)
 
 
 if __name__ == "__main__":

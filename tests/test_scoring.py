@@ -17,7 +17,7 @@ from lrope_search import ModelConfig, SearchConfig, TaskConfig, search
 from lrope_search.evaluation import evaluator as evaluator_module
 from lrope_search.evaluation import model as model_module
 from lrope_search.evaluation.evaluator import SCORINGS, TeacherForcedEvaluator, default_scoring
-from lrope_search.evaluation.make import kept_scoring
+from lrope_search.evaluation.make import kept_computing
 from lrope_search.evaluation.memory import memory_needed
 from lrope_search.evaluation.model import Model
 from lrope_search.scores import ContextScore
@@ -145,10 +145,10 @@ def test_memory_for_scores_on_the_device(model: Model) -> None:
 
 
 def test_what_an_old_study_says() -> None:
-    assert kept_scoring(None) is None
+    assert kept_computing(None)[1] is None
     for old in ({}, [], {"computing": None}, {"computing": {"batch_size": 512}}, {"computing": {"scoring": 1}}):
-        assert kept_scoring(old) == "host"
-    assert kept_scoring({"computing": {"scoring": "device"}}) == "device"
+        assert kept_computing(old)[1] == "host"
+    assert kept_computing({"computing": {"scoring": "device"}})[1] == "device"
 
 
 @native

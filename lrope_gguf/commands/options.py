@@ -78,8 +78,16 @@ class Model(click.Path):
         return find_model(value)
 
 
+_MODEL = """
+
+    MODEL is a GGUF file (of a split model the first shard), or user/repo[:quant] of a model that llama-server -hf or hf
+    download has brought.
+    """
+
+
 def model_argument(function: Function) -> Function:
-    """Declare MODEL."""
+    """Declare MODEL, and say in the command's help what it may be."""
+    function.__doc__ = f"{function.__doc__ or ''}{_MODEL}"
     return click.argument("model", type=Model(readable=False))(function)
 
 

@@ -14,11 +14,7 @@ from lrope_gguf.metadata import WriteResult, plan_remove, remove_factors
 @model_argument
 @output_options
 def command(model: str, output: str | None, dry_run: bool, quiet: bool) -> None:
-    """Take the layer factors out of MODEL: the original again.
-
-    MODEL is a GGUF file (of a split model the first shard), or user/repo[:quant] of a model that llama-server -hf or hf
-    download has brought.
-    """
+    """Take the layer factors out of MODEL: the original again."""
     if dry_run:
         plan = plan_remove(model, output)
         removed = [f"  remove {key}" for key in plan.removed or ["nothing: it holds no layer factors"]]

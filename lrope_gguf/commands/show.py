@@ -34,11 +34,7 @@ _ROUNDING = 2.0**-23
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 @click.option("--plot", type=FILE, metavar="FILE", help="draw the factors over the layers, into a .png or .svg file")
 def command(model: str, as_json: bool, plot: str | None) -> None:
-    """Show RoPE settings and layer factors of MODEL.
-
-    MODEL is a GGUF file (of a split model the first shard), or user/repo[:quant] of a model that llama-server -hf or hf
-    download has brought.
-    """
+    """Show RoPE settings and layer factors of MODEL."""
     info = read_model(model)
     document, curve_error = stored_curve(info)
     agreement = None if document is None or info.factors is None else agrees(document, info.factors, info.n_layer)

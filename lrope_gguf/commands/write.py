@@ -51,11 +51,7 @@ def command(
     preset: str | None,
     preset_name: str | None,
 ) -> None:
-    """Store layer factors in MODEL.
-
-    MODEL is a GGUF file (of a split model the first shard), or user/repo[:quant] of a model that llama-server -hf or hf
-    download has brought.
-    """
+    """Store layer factors in MODEL."""
     exactly_one(curve=curve, factors=factors, uniform=uniform)
     if preset is not None and output is not None:
         raise click.UsageError("argument --preset: not allowed with argument --output")

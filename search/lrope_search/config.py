@@ -226,8 +226,7 @@ class TaskConfig:
         """Check what can be checked without a file."""
         if self.data is not None:
             object.__setattr__(self, "data", str(self.data))
-        if self.name not in TASK_FIELDS:
-            raise LropeError(f"--task {self.name}: unknown; choose one of {', '.join(TASK_FIELDS)}")
+        _one_of("task", self.name, tuple(TASK_FIELDS))
         for name in sorted(frozenset().union(*TASK_FIELDS.values()) - TASK_FIELDS[self.name]):
             if getattr(self, name) is not None:
                 tasks = " and ".join(f"--task {task}" for task, own in TASK_FIELDS.items() if name in own)
@@ -241,8 +240,7 @@ class TaskConfig:
         for name in ("keys", "documents", "context_tokens", "probes"):
             _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
-        if self.positions not in (None, *POSITIONS):
-            raise LropeError(f"--positions {self.positions}: unknown; choose one of {', '.join(POSITIONS)}")
+        _one_of("positions", self.positions, (None, *POSITIONS))
         if self.name != "kv" and self.data is None:
             what = "an nq-open file" if self.name == "mdqa" else "your file of questions"
             raise LropeError(f"--task {self.name}: needs {what}; give --data FILE")
@@ -291,10 +289,7 @@ class TaskMix:
         """Check and sort the parts."""
         if not self.parts:
             raise LropeError(f"--task: none given; choose from {', '.join(TASK_FIELDS)}")
-        names = [task.name for task, _ in self.parts]
-        for name in names:
-            if names.count(name) > 1:
-                raise LropeError(f"--task {name}: given twice; give each task once")
+        check_once([task.name for task, _ in self.parts])
         for task, weight in self.parts:
             number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not number or not 0.0 < weight < math.inf:
@@ -417,12 +412,8 @@ class SearchConfig:
         for name, right in ranges.items():
             if not right:
                 raise LropeError(f"{option(name)} {getattr(self, name)}: out of range; see lrope-gguf search --help")
-        if self.algorithm not in ALGORITHM_FIELDS:
-            raise LropeError(f"--algorithm {self.algorithm}: unknown; choose one of {', '.join(ALGORITHM_FIELDS)}")
-        if self.parametrization not in PARAMETRIZATIONS:
-            raise LropeError(
-                f"--parametrization {self.parametrization}: unknown; choose one of {', '.join(PARAMETRIZATIONS)}"
-            )
+        _one_of("algorithm", self.algorithm, tuple(ALGORITHM_FIELDS))
+        _one_of("parametrization", self.parametrization, PARAMETRIZATIONS)
         defaults = {field.name: field.default for field in fields(self)}
         for name in sorted(frozenset().union(*ALGORITHM_FIELDS.values()) - ALGORITHM_FIELDS[self.algorithm]):
             if getattr(self, name) != defaults[name]:
@@ -529,8 +520,18 @@ class WorkersConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         _at_least("workers", self.n_workers, 1)
-        if self.executor not in EXECUTORS:
-            raise LropeError(f"--executor {self.executor}: unknown; choose one of {', '.join(EXECUTORS)}")
+        _one_of("executor", self.executor, EXECUTORS)
+
+
+def check_once(tasks: Sequence[str]) -> None:
+    """Refuse a task that is named twice.
+
+    Raises:
+        LropeError: names it.
+    """
+    for name in tasks:
+        if tasks.count(name) > 1:
+            raise LropeError(f"--task {name}: given twice; give each task once")
 
 
 def escaped(text: str) -> str:

@@ -17,7 +17,7 @@ from lrope_gguf.text import command_line
 from .config import ModelConfig, SearchConfig, TaskMix, Tasks, WorkersConfig, option
 from .cost import check_memory, duration, memory_text, precision
 from .evaluation.binding import binding_version
-from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_guard_texts, kept_scoring
+from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_computing, kept_guard_texts
 from .machine import free_memory, physical_cores, visible_gpus
 from .optimizers.protocol import Optimizer
 from .report.page import write_report
@@ -115,9 +115,10 @@ def _launch(
     guard = {"text": None if settings.guard_text is None else file_identity(settings.guard_text)}
     free = free_memory()
     texts = kept_guard_texts(Study.kept(directory, "guard"), directory)
+    batch_size, scoring = kept_computing(Study.kept(directory, "config"))
     if model.batch_size is None:  # the default may have been another one, or another machine's
-        model = dataclasses.replace(model, batch_size=_kept_batch_size(directory))
-    spec = EvaluatorSpec(model, mix, settings.guard_text, texts, kept_scoring(Study.kept(directory, "config")))
+        model = dataclasses.replace(model, batch_size=batch_size)
+    spec = EvaluatorSpec(model, mix, settings.guard_text, texts, scoring)
     with one_interrupt(), ExitStack() as stack:
         first = _first_worker(workers, spec, stack)
         facts = first.ask(find_out)
@@ -233,14 +234,6 @@ def _context_score(job: Job, study: Study, first: Executor) -> ContextScore:
         study.record(job, score)
     assert isinstance(score, ContextScore)
     return score
-
-
-def _kept_batch_size(directory: Path) -> int | None:
-    """Return what the study in ``directory`` was begun with; None if there is none, or none that makes sense."""
-    config = Study.kept(directory, "config")
-    computing = config.get("computing") if isinstance(config, dict) else None
-    size = computing.get("batch_size") if isinstance(computing, dict) else None
-    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
 
 
 def _layers(info: ModelInfo, n_tokens: int) -> tuple[int, ...]:

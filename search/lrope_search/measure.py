@@ -115,9 +115,9 @@ def measure(
                     answers[name].append(evaluator.generate(factors, split, index))
                 progress.advance()
             progress.line(f"{split} context {index}: {progress.status()}")
-        for name, sample in zip(evaluator.task_names, evaluator.samples, strict=True):
-            base = [score for score in scores["base"] if score.task == name]
-            if base and not any(score.accuracy for score in base):
+        for turn, sample in enumerate(evaluator.samples):
+            base = scores["base"][turn :: len(evaluator.samples)]
+            if not any(score.accuracy for score in base):
                 progress.line(sample.advice(sum(len(score.probes) for score in base)))
         progress.close()
     every = [score for side in scores.values() for score in side]

@@ -53,11 +53,7 @@ def command(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Compare MODEL with layer factors and without on the same contexts, by depth.
-
-    MODEL is a GGUF file (of a split model the first shard), or user/repo[:quant] of a model that llama-server -hf or hf
-    download has brought.
-    """
+    """Compare MODEL with layer factors and without on the same contexts, by depth."""
     if curve is not None and factors is not None:
         raise click.UsageError("argument --factors: not allowed with argument --curve")
     how, what = model_config(model, values), task_config(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -22,6 +23,7 @@ from ..config import (
     ModelConfig,
     TaskConfig,
     TaskMix,
+    check_once,
     escaped,
 )
 from ..config import option as option_name
@@ -111,8 +113,6 @@ llama_options = all_of(
            help="cached values; quantized ones turn flash attention on (f16)"),
 )  # fmt: skip
 """What decides which factors are good besides the model; `model_config` takes their values."""
-_LLAMA_NAMES = ("rope_scaling", "rope_scale", "rope_freq_base", "rope_freq_scale", "yarn_orig_ctx", "yarn_ext_factor",
-                "yarn_attn_factor", "yarn_beta_slow", "yarn_beta_fast", "cache_type_k", "cache_type_v")  # fmt: skip
 
 
 class OfTask(click.ParamType):  # type: ignore[type-arg]
@@ -182,14 +182,8 @@ def model_config(path: str, values: dict[str, Any]) -> ModelConfig:
     Raises:
         LropeError: values out of range or that do not go together.
     """
-    own = {name: values.pop(name) for name in _LLAMA_NAMES if name in values}
-    return ModelConfig(
-        path,
-        n_threads=values.pop("threads"),
-        chat_template=not values.pop("no_chat_template"),
-        **{name: values.pop(name) for name in ("n_gpu_layers", "batch_size", "verbose")},
-        **own,
-    )
+    own = {field.name: values.pop(field.name) for field in fields(ModelConfig) if field.name in values}
+    return ModelConfig(path, n_threads=values.pop("threads"), chat_template=not values.pop("no_chat_template"), **own)
 
 
 def task_config(values: dict[str, Any]) -> TaskConfig | TaskMix:
@@ -199,9 +193,7 @@ def task_config(values: dict[str, Any]) -> TaskConfig | TaskMix:
         LropeError: options that do not go together, or one that is for a task that is not there.
     """
     tasks: tuple[str, ...] = values.pop("task")
-    for name in tasks:
-        if tasks.count(name) > 1:
-            raise LropeError(f"--task {name}: given twice; give each task once")
+    check_once(tasks)
     seed = values.pop("seed")
     own: dict[str, dict[str, Any]] = {name: {"seed": seed} for name in tasks}
     for field in (*sorted(frozenset().union(*TASK_FIELDS.values())), "answer_prefix"):

@@ -103,11 +103,7 @@ _workers = all_of(
 @model_options
 @llama_options
 def command(model: str, output: str, study: str | None, dry_run: bool, require_gain: bool, **values: Any) -> int:
-    """Search the layer factors with which MODEL answers best from a long context.
-
-    MODEL is a GGUF file (of a split model the first shard), or user/repo[:quant] of a model that llama-server -hf or hf
-    download has brought.
-    """
+    """Search the layer factors with which MODEL answers best from a long context."""
     path, directory = Path(output), Path(study) if study else Path(output).with_name(f"{Path(output).stem}.study")
     workers = WorkersConfig(
         values.pop("workers"), values.pop("gpus"), values.pop("executor"), values.pop("ray_address")

@@ -16,6 +16,10 @@ Logits = NDArray[np.float32]
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ, llama-cparams.h
 
 
+Part = tuple[Tokens, NDArray[Any], NDArray[Any], NDArray[np.bool_], NDArray[Any]]
+"""Of what is decoded: tokens, positions, first sequences, which logits are wanted, numbers of sequences."""
+
+
 class Rows(NamedTuple):
     """Logits of one decoded batch."""
 

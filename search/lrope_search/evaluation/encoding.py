@@ -9,14 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..tasks.task import Context, Probe
-from .batch import Tokens
+from .batch import Part, Tokens
 from .lead import Frame, Lead
 from .model import Model
 
 MAX_NEW_TOKENS = 100  # of a generated answer, as in the benchmark's scripts
-
-Part = tuple[Tokens, NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]
-"""Of what is decoded: tokens, positions, first sequences, which logits are wanted, numbers of sequences."""
 
 
 @dataclass(frozen=True)

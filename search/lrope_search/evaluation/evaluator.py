@@ -18,9 +18,9 @@ from lrope_gguf.errors import LropeError
 from ..scores import ContextScore, DivergenceScore, Factors, ProbeScore
 from ..tasks import SPLITS, AnyTask, Task, parts_of
 from ..tasks.task import Context
-from .batch import MAX_SEQUENCES
+from .batch import MAX_SEQUENCES, Part
 from .divergence import Guard
-from .encoding import Encoder, Encoding, Part
+from .encoding import Encoder, Encoding
 from .generation import Generation, write_answers
 from .lead import Frame, Lead, most_frequent_lead
 from .logits import RowWorkers, gold_scores
@@ -125,12 +125,6 @@ class TeacherForcedEvaluator:
         return min((len(context.probes), max(context.n_places, len(context.probes))) for context in contexts)
 
     @property
-    def task_names(self) -> tuple[str, ...]:
-        """The names of the tasks as scores carry them: of one alone an empty one."""
-        parts = parts_of(self._task)
-        return tuple(part.name for part in parts) if len(parts) > 1 else ("",)
-
-    @property
     def samples(self) -> tuple[Sample, ...]:
         """What the base model wrote to an easy question of each task."""
         return tuple(self._samples)
@@ -216,7 +210,7 @@ class TeacherForcedEvaluator:
         except FactorsRefusedError:
             return [self._refused(job, time.perf_counter() - start) for job in jobs]
         if self.scoring == "device":
-            for rows, of_rows, hits in self._model.score(*laid_out, gold):
+            for rows, of_rows, hits in self._model.score(laid_out, gold):
                 log_p[rows], hit[rows] = of_rows, hits
         else:
             for rows, logits in self._model.decode(*laid_out):

@@ -119,17 +119,19 @@ def kept_guard_texts(kept: Any, directory: Path) -> GuardTexts | None:
         raise LropeError(f"{directory / 'guard.json'}: is damaged; choose another study directory") from None
 
 
-def kept_scoring(config: Any) -> str | None:
-    """Return who scored a study, from its ``config.json``; None if it is yet to begin.
+def kept_computing(config: Any) -> tuple[int | None, str | None]:
+    """Return the batch size of a study and who scored it, from its ``config.json``; None where it says nothing usable.
 
-    What is scored otherwise differs by rounding, so that a study stays with what it began with. One that does not say
-    is scored by the host, as all were once.
+    What is computed otherwise differs by rounding, so that a study stays with what it began with. One that does not say
+    who scored was scored by the host, as all were once; one that is yet to begin (None), by nobody.
     """
     if config is None:
-        return None
+        return None, None
     computing = config.get("computing") if isinstance(config, dict) else None
-    scoring = computing.get("scoring") if isinstance(computing, dict) else None
-    return scoring if scoring in SCORINGS else SCORINGS[0]
+    said = computing if isinstance(computing, dict) else {}
+    size, scoring = said.get("batch_size"), said.get("scoring")
+    usable = isinstance(size, int) and not isinstance(size, bool) and size > 0
+    return size if usable else None, scoring if scoring in SCORINGS else SCORINGS[0]
 
 
 @dataclass(frozen=True)

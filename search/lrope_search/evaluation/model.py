@@ -22,7 +22,7 @@ from lrope_gguf.errors import LropeError
 
 from ..config import CACHE_TYPES
 from ..machine import physical_cores
-from .batch import Batch, Rows, Scores, Tokens
+from .batch import Batch, Part, Rows, Scores, Tokens
 from .binding import can_score, chat_formatter, llama_library, log, pointer, set_options
 
 _ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
@@ -306,16 +306,8 @@ class Model:
         """Whether the library can `score`."""
         return can_score(self._llama)
 
-    def score(
-        self,
-        tokens: Tokens,
-        positions: NDArray[Any],
-        sequences: NDArray[Any],
-        wanted: NDArray[np.bool_],
-        n_seq: NDArray[Any] | None,
-        targets: Tokens,
-    ) -> Iterator[Scores]:
-        """Append as `decode` does and yield how likely ``targets`` are, one for each ``wanted`` token.
+    def score(self, part: Part, targets: Tokens) -> Iterator[Scores]:
+        """Append as `decode` does and yield how likely ``targets`` are, one for each wanted token.
 
         The device computes that, so that no logits travel. If `can_score`.
         """
@@ -328,7 +320,7 @@ class Model:
             if self._llama.llama_set_score_targets(self._context, target, self.n_batch):
                 raise LropeError(f"{self.path}: {log.reason()}")
 
-        for rows in self._decode(tokens, positions, sequences, wanted, n_seq, prepare):
+        for rows in self._decode(part, prepare):
             n = rows.stop - rows.start
             log_p, hit = np.empty(n, np.float32), np.empty(n, np.bool_)
             where = pointer(log_p, ctypes.c_float), pointer(hit, ctypes.c_bool)
@@ -355,20 +347,14 @@ class Model:
                 self._llama.llama_set_score_targets(self._context, None, 0)
                 self._scoring = False
 
-        for rows in self._decode(tokens, positions, sequences, wanted, n_seq, prepare):
+        n_seq = np.ones(len(tokens), np.int64) if n_seq is None else n_seq
+        for rows in self._decode((tokens, positions, sequences, wanted, n_seq), prepare):
             address = self._llama.llama_get_logits(self._context)
             yield Rows(rows, np.ctypeslib.as_array(address, (rows.stop - rows.start, self.n_vocab)))
 
-    def _decode(
-        self,
-        tokens: Tokens,
-        positions: NDArray[Any],
-        sequences: NDArray[Any],
-        wanted: NDArray[np.bool_],
-        n_seq: NDArray[Any] | None,
-        prepare: Callable[[slice, NDArray[np.bool_]], None],
-    ) -> Iterator[slice]:
+    def _decode(self, part: Part, prepare: Callable[[slice, NDArray[np.bool_]], None]) -> Iterator[slice]:
         """Compute batch by batch, after ``prepare`` of its wanted rows, and yield which these are if there are any."""
+        tokens, positions, sequences, wanted, n_seq = part
         batch = self._batch
         seen = np.concatenate(([0], np.cumsum(wanted)))  # wanted rows before each token
         start = 0
@@ -380,7 +366,7 @@ class Model:
             n = stop - start
             batch.token[:n] = tokens[start:stop]
             batch.pos[:n] = positions[start:stop]
-            batch.set_sequences(sequences[start:stop], 1 if n_seq is None else n_seq[start:stop])
+            batch.set_sequences(sequences[start:stop], n_seq[start:stop])
             batch.logits[:n] = wanted[start:stop]
             batch.struct.n_tokens = n
             rows = slice(int(seen[start]), int(seen[stop]))

@@ -194,11 +194,11 @@ def summarise(
         else:
             splits.setdefault(job.split, {}).setdefault(job.factors, {})[job.index] = score
     n_layer = next((len(job.factors) for job in evaluations), 0)
-    settings = _section(config, "search")
+    settings, weights = _section(config, "search"), task_weights(config)
     searched = splits.get("search", {})
     base: Factors = (1.0,) * n_layer
     if trials is None:
-        trials = _trials_from(searched, base, _number(settings.get("middle_weight"), 0.0), task_weights(config))
+        trials = _trials_from(searched, base, _number(settings.get("middle_weight"), 0.0), weights)
     seen = max((len(scores) for scores in searched.values()), default=0)
     factors = None if best is None else best.layer_factors
     uniform = _number(_section(results, "best_uniform").get("factor"), math.nan)
@@ -211,7 +211,7 @@ def summarise(
     table_split = "test" if isinstance(results.get("verdict"), str) else "search"
     if table is None:
         options = {"seed": max(int(_number(settings.get("seed"), 0)), 0), "confidence": confidence}
-        table = _table(splits.get(table_split, {}), sides, options | {"weights": task_weights(config)})
+        table = _table(splits.get(table_split, {}), sides, options | {"weights": weights})
     return StudySummary(
         directory=directory,
         config=config,
@@ -226,7 +226,7 @@ def summarise(
         table_split=table_split,
         scan=_scan(trials, searched, base),
         guard=divergences_by_length(divergences.get(factors or (), ())),
-        front=_front(config, splits.get("validation", {}), divergences, base),
+        front=_front(settings, weights, splits.get("validation", {}), divergences, base),
         costs=_costs(evaluations),
     )
 
@@ -272,14 +272,15 @@ def _trials_from(
 
 
 def _front(
-    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    weights: Mapping[str, float],
     validated: Scores,
     divergences: Mapping[Factors, Sequence[DivergenceScore]],
     base: Factors,
 ) -> Front:
     """Gain on validation contexts against KL, of those candidates that saw both all that the base model saw."""
-    settings, of_base = _section(config, "search"), validated.get(base, {})
-    objective = Objective(tuple(of_base.values()), _number(settings.get("middle_weight"), 0.0), task_weights(config))
+    of_base = validated.get(base, {})
+    objective = Objective(tuple(of_base.values()), _number(settings.get("middle_weight"), 0.0), weights)
     points = [
         FrontPoint(factors, objective.fitness(list(scores.values())), **divergences_by_length(divergences[factors]))
         for factors, scores in validated.items()
