@@ -37,6 +37,7 @@ def library() -> Any:
         function.argtypes = [ctypes.c_void_p, floats, ctypes.c_size_t]
         function.restype = ctypes.c_bool if "model" in name else ctypes.c_int32
     for name, result in (
+        ("llama_rope_dynamic_level", ctypes.c_int32),
         ("ggml_op_desc", ctypes.c_char_p),
         ("ggml_get_name", ctypes.c_char_p),
         ("ggml_nelements", ctypes.c_int64),

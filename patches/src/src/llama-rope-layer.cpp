@@ -143,13 +143,15 @@ llama_rope_layer_factors llama_rope_layer_init(const llama_model & model, const 
         throw std::runtime_error("this model has no RoPE, so it cannot use RoPE factors");
     }
 
-    for (uint32_t il = 0; cparams.yarn_ext_factor != 0.0f && il < model.layers.size(); ++il) {
-        const float s = result[il];
+    for (const auto & params : llama_rope_dynamic_levels(cparams)) {
+        for (uint32_t il = 0; params.ext_factor != 0.0f && il < model.layers.size(); ++il) {
+            const float s = result[il];
 
-        // note: layers with a sliding window use either one, depending on the architecture
-        for (const float fs : { cparams.rope_freq_scale, model.get_rope_freq_scale(cparams, il) }) {
-            if (s != 1.0f && (std::fabs(1.0f - fs) > LLAMA_ROPE_LAYER_EXT_GAIN_MAX*std::fabs(s - fs) || 1.0f + 0.1f*logf(s/fs) <= 0.0f)) {
-                throw std::runtime_error(format("RoPE factor %g of layer %u is too close to the YaRN frequency scale of %g", s, il, fs));
+            // note: layers with a sliding window use either one, depending on the architecture
+            for (const float fs : { params.freq_scale, hparams.is_swa(il) ? hparams.rope_freq_scale_train_swa : params.freq_scale }) {
+                if (s != 1.0f && (std::fabs(1.0f - fs) > LLAMA_ROPE_LAYER_EXT_GAIN_MAX*std::fabs(s - fs) || 1.0f + 0.1f*logf(s/fs) <= 0.0f)) {
+                    throw std::runtime_error(format("RoPE factor %g of layer %u is too close to the YaRN frequency scale of %g", s, il, fs));
+                }
             }
         }
     }
