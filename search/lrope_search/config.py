@@ -58,8 +58,9 @@ PARAMETRIZATIONS = ("both", "bezier", "layers")
 """What candidates are: a Bézier curve over all layers with own factors of a few, the curve alone (the papers' way), or
 own factors alone; the first is the default."""
 
-ROPE_SCALINGS = ("none", "linear", "yarn")
-"""What ``--rope-scaling`` of llama.cpp takes."""
+ROPE_SCALINGS = ("none", "linear", "yarn", "dynamic", "dynamic-yarn")
+"""What ``--rope-scaling`` of the patched llama.cpp takes."""
+_SET_BY_DYNAMIC = ("rope_freq_base", "yarn_ext_factor", "yarn_attn_factor")
 CACHE_TYPES: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
         "f16": (1, 2), "f32": (1, 4), "bf16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20),
@@ -147,6 +148,20 @@ class ModelConfig:
         for name in ("rope_scale", "rope_freq_scale"):
             if self.rope_scaling == "none" and getattr(self, name) is not None:
                 raise LropeError(f"{option(name)}: means nothing with --rope-scaling none; leave out one of them")
+        if self.rope_scaling is not None and self.rope_scaling.startswith("dynamic"):
+            self._check_dynamic(self.rope_scaling)
+
+    def _check_dynamic(self, scaling: str) -> None:
+        """Refuse what the library would refuse (``llama_rope_dynamic_init`` of the patch)."""
+        for name in _SET_BY_DYNAMIC:
+            if getattr(self, name) != _UNSET[name] and getattr(self, name) is not None:
+                raise LropeError(f"{option(name)}: --rope-scaling {scaling} sets it by itself; leave out one of them")
+        for name, value in (("rope_scale", self.rope_scale), ("rope_freq_scale", self.rope_freq_scale)):
+            factor = value if name == "rope_scale" else 1.0 / (value or 1.0)
+            if value is not None and not 1.0 <= factor <= MAX_FACTOR:
+                raise LropeError(
+                    f"{option(name)} {value:g}: --rope-scaling {scaling} needs a factor from 1 to {MAX_FACTOR}"
+                )
 
     def _check_number(self, name: str) -> None:
         value = getattr(self, name)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from lrope_gguf.errors import LropeError
 from lrope_gguf.native import native_dir
 
-_ROPE_SCALINGS = {"none": 0, "linear": 1, "yarn": 2}  # enum llama_rope_scaling_type, llama.h
+# enum llama_rope_scaling_type of llama.h, the last two from the patch
+_ROPE_SCALINGS = {"none": 0, "linear": 1, "yarn": 2, "dynamic": 4, "dynamic-yarn": 5}
 _CACHE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30,
 }  # fmt: skip

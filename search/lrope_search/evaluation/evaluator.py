@@ -192,7 +192,8 @@ class TeacherForcedEvaluator:
             encoding = self._encode(*job)
             n_tokens += encoding.n_tokens
             n_seq += encoding.n_seq
-            if pack and (n_tokens > self._pack_tokens or n_seq > MAX_SEQUENCES):
+            full = n_tokens > self._pack_tokens or n_seq > MAX_SEQUENCES or self._model.scaling_moves
+            if pack and full:
                 yield pack
                 pack, n_tokens, n_seq = [], encoding.n_tokens, encoding.n_seq
             pack.append(job)

@@ -140,6 +140,14 @@ class Model:
     # Text
 
     @property
+    def scaling_moves(self) -> bool:
+        """Whether the longest of all sequences decides how each of them rotates: dynamic scaling."""
+        asked = self._llama_options.get("rope_scaling")
+        if asked is not None:
+            return str(asked).startswith("dynamic")
+        return bool(self._metadata(f"{self._metadata('general.architecture')}.rope.scaling.dynamic_factor"))
+
+    @property
     def is_chat(self) -> bool:
         """Whether prompts are put into a chat template."""
         return self._formatter is not None

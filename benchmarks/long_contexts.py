@@ -1,0 +1,139 @@
+"""Contexts beyond the trained length: every RoPE scaling, each with and without layer factors searched under it.
+
+For each multiple of the trained length and each scaling, a search runs on contexts of that many tokens, and its test
+tells three things on contexts that it never saw: what the model answers with this scaling alone, what the best uniform
+factor adds and what searched layer factors add. A static scaling gets the factor that just covers the length, which is
+its best case; what it costs on short text is in the last column, the divergence from the model without scaling. Usage:
+
+    python benchmarks/long_contexts.py MODEL --trained N [--multiples 1 2 4] [--task-options as of search]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from options import add_model_options, add_task_options, model_of, task_of
+
+from lrope_gguf.errors import LropeError
+from lrope_search import SearchConfig, search
+from lrope_search.config import ModelConfig, TaskConfig
+from lrope_search.evaluation.logits import RowWorkers, kl_divergences
+from lrope_search.evaluation.make import open_model
+from lrope_search.machine import physical_cores
+
+SCALINGS = ("none", "linear", "yarn", "dynamic", "dynamic-yarn")
+README = Path(__file__).parent.parent / "README.md"
+HEADER = (
+    "| length | share of trained | scaling | accuracy | gain of best uniform factor | gain of layer factors "
+    "| over uniform | KL on short text |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def scaled(model: ModelConfig, scaling: str, multiple: float, trained: int) -> ModelConfig:
+    """The model in a context with this scaling; a static one with the factor that covers the length."""
+    if scaling in ("linear", "yarn"):
+        model = replace(model, rope_scale=max(1.0, multiple))
+    if scaling == "none":
+        return replace(model, rope_scaling="none")
+    return replace(model, rope_scaling=scaling, yarn_orig_ctx=trained)
+
+
+def short_divergence(plain: ModelConfig, other: ModelConfig, text: str, n_tokens: int) -> float:
+    """Mean KL of the scaled model from the plain one on the beginning of a text, nats a token."""
+    rows = []
+    for config in (plain, other):
+        with open_model(config) as model:
+            tokens = np.array([*model.text_start(), *model.tokenize(text)], np.int32)[:n_tokens]
+            model.reserve(len(tokens))
+            own, wanted = np.zeros(len(tokens), np.int64), np.ones(len(tokens), np.bool_)
+            parts = model.decode(tokens, np.arange(len(tokens)), own, wanted)
+            rows.append(np.concatenate([logits.copy() for _, logits in parts]))
+    return float(kl_divergences(rows[0], rows[1], RowWorkers(1)).mean())
+
+
+def points(gain: list[float] | None) -> str:
+    """An interval of accuracy in points."""
+    if gain is None:
+        return "-"
+    mean, low, high = (100.0 * value for value in gain)
+    return f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def row(args: argparse.Namespace, model: ModelConfig, task: TaskConfig, scaling: str, multiple: float) -> str:
+    """Search under one scaling at one length; the table's row."""
+    config = scaled(model, scaling, multiple, args.trained)
+    settings = SearchConfig(
+        seed=args.search_seed,
+        max_evaluations=args.max_evaluations,
+        search_contexts=args.search_contexts,
+        racing_fraction=0.5,
+        validation_contexts=args.validation_contexts,
+        test_contexts=args.test_contexts,
+        uniform_factors=args.uniform_factors,
+        width=args.width,
+        max_kl=100.0,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        results = search(config, task, settings, Path(folder, "study")).summary.results
+    test, uniform, over = results["test"], results.get("best_uniform"), results.get("over_uniform")
+    plain = replace(model, rope_scaling="none")
+    kl = short_divergence(plain, config, args.text.read_text(), min(args.short, args.trained))
+    uniform_cell = "-" if uniform is None else f"{uniform['factor']:g}: {points(uniform['test']['accuracy_gain'])}"
+    cells = (
+        f"{multiple:g}x, {round(multiple * args.trained)} tokens",
+        f"{100 * multiple:.0f} %",
+        scaling,
+        f"{100 * test['base_accuracy']:.1f} %",
+        uniform_cell,
+        f"**{points(test['accuracy_gain'])}**",
+        points(None if over is None else over["accuracy_gain"]),
+        f"{kl:.4f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the table, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--trained", metavar="N", type=int, required=True, help="tokens that it was trained on")
+    parser.add_argument("--multiples", metavar="M", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0, 8.0])
+    parser.add_argument("--scalings", metavar="S", nargs="+", choices=SCALINGS, default=list(SCALINGS))
+    parser.add_argument("--short", metavar="N", type=int, default=512, help="tokens of short text (%(default)s)")
+    parser.add_argument("--text", metavar="FILE", type=Path, default=README, help="short text (README.md)")
+    parser.add_argument("--search-seed", metavar="N", type=int, default=0)
+    counts = {"max-evaluations": 120, "search-contexts": 6, "validation-contexts": 8, "test-contexts": 30}
+    for name, value in counts.items():
+        parser.add_argument(f"--{name}", metavar="N", type=int, default=value)
+    parser.add_argument("--width", metavar="W", type=float, default=0.3, help="as of search (%(default)s)")
+    parser.add_argument("--uniform-factors", metavar="F,...", default=(0.8, 0.9, 1.1, 1.25, 1.6),
+                        type=lambda text: tuple(map(float, text.split(","))))  # fmt: skip
+    add_model_options(parser)
+    add_task_options(parser)
+    args = parser.parse_args()
+    model, task = model_of(args), task_of(args)
+    model = replace(model, n_threads=model.n_threads or physical_cores())
+    print(HEADER)
+    for multiple in args.multiples:
+        for scaling in args.scalings:
+            if multiple <= 1.0 and scaling != "none":
+                continue  # none of them scales there
+            begin = time.perf_counter()
+            try:
+                found = row(
+                    args, model, replace(task, context_tokens=round(multiple * args.trained)), scaling, multiple
+                )
+            except LropeError as error:
+                found = f"| {multiple:g}x | | {scaling} | {error} | | | | |"
+            print(found, flush=True)
+            print(f"{time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
