@@ -187,5 +187,9 @@ bool common_rope_layer_init(common_params & params, llama_context * ctx) {
         LOG_INF("%s: RoPE factors are 1 in all %zu layers\n", __func__, factors.size()); // a stock library would not say so
     }
 
+    if (llama_rope_dynamic_level(ctx) >= 0) {
+        LOG_INF("%s: RoPE scaling is dynamic, there is none up to the trained length\n", __func__);
+    }
+
     return true;
 }

@@ -1,0 +1,110 @@
+"""`llama-server --rope-scaling dynamic`, chatted past the trained length over HTTP, and slots kept on the disk."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.rope_models import FACTORS, LLAMA
+from support.tiny_models import readable, write_readable
+
+from lrope_gguf.errors import LropeError
+from lrope_gguf.native import tool_path
+from lrope_search.demo.server import LlamaServer
+from lrope_search.tasks import KeyValueTask
+
+pytestmark = pytest.mark.native
+
+MODEL = Path(__file__).parent.parent / "models" / "lrope-kv.gguf"
+TRAINED = 100  # tokens: models/README.md
+SCALED = {kind: ["--rope-scaling", kind, "--yarn-orig-ctx", str(TRAINED)] for kind in ("dynamic", "dynamic-yarn")}
+N_KEYS, N_CONTEXTS = 196, 3  # four times the trained length
+GROWING = (0.2, 0.45, 0.7, 1.0)
+
+
+def right_answers(options: Sequence[str], *, grow: bool) -> list[bool]:
+    """Whether each question is answered, by a server that sees the context at once or as it grows, as in a chat."""
+    task = KeyValueTask(N_KEYS, probes=20, identifiers="word")
+    results = []
+    with LlamaServer(MODEL, 1024, n_threads=1, options=options) as server:
+        for index in range(N_CONTEXTS):
+            context = task.context("test", index)
+            for share in GROWING if grow else ():
+                server.complete(context.prefix[: int(share * len(context.prefix))], 2)
+            for probe in context.probes:
+                results.append(probe.answered_by(server.complete(context.prefix + probe.question, 4)))
+    return results
+
+
+def test_a_chat_past_the_trained_length_is_answered_where_stock_does_not() -> None:
+    stock = right_answers([], grow=True)
+    for kind, options in SCALED.items():
+        grown = right_answers(options, grow=True)
+        assert sum(grown) > sum(stock) + 6, kind
+        # keys that turned several times give what a context that came at once gives
+        at_once = right_answers(options, grow=False)
+        assert sum(a != b for a, b in zip(grown, at_once, strict=True)) <= 1, kind
+
+
+def test_the_environment_says_it_too_and_the_server_allows_longer_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_ARG_ROPE_SCALING_TYPE", "dynamic-yarn")
+    with LlamaServer(MODEL, 1024, n_threads=1, options=["--yarn-orig-ctx", str(TRAINED)]) as server:
+        assert server.properties()["default_generation_settings"]["n_ctx"] == 1024
+        assert "RoPE scaling is dynamic, there is none up to the trained length" in server.log
+
+
+def refusal(target: Path, *options: str) -> str:
+    """What a server prints that does not start."""
+    command = [str(tool_path("llama-server")), "--model", str(target), *options, "--host", "127.0.0.1", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
+def test_a_draft_model_must_be_scaled_alike(tmp_path: Path) -> None:
+    plain = write_readable(tmp_path / "plain.gguf")
+    scaled = write_readable(
+        tmp_path / "scaled.gguf", replace(readable(LLAMA), metadata=(("rope.scaling.dynamic_factor", 1.0),))
+    )
+    drafting = ["--spec-type", "draft-simple", "--model-draft"]
+    with LlamaServer(plain, 512, n_threads=1, options=["--rope-scaling", "dynamic", *drafting, str(plain)]) as server:
+        server.complete("a", 2)
+    for target, draft in ((scaled, plain), (plain, scaled)):
+        words = "the draft model has another RoPE scaling than the model, see --rope-scaling"
+        assert words in refusal(target, *drafting, str(draft))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rope-scale", "0.5"], "the factor is 0.5 (must be from 1 to 1024, see --rope-scale)"),
+        (["--rope-freq-base", "5000"], "it sets the frequency base itself (remove --rope-freq-base)"),
+        (["--yarn-ext-factor", "1"], "remove --yarn-ext-factor and --yarn-attn-factor"),
+    ],
+)
+def test_what_cannot_be_scaled_ends_the_server_in_words(options: list[str], words: str) -> None:
+    assert words in refusal(MODEL, "--rope-scaling", "dynamic", *options)
+
+
+def test_a_slot_that_was_saved_under_other_factors_is_not_restored(tmp_path: Path) -> None:
+    model = write_readable(tmp_path / "tiny.gguf")
+    slots = ["--slot-save-path", str(tmp_path)]
+    listed = ",".join(map(str, FACTORS))
+
+    def restored(*options: str) -> tuple[bool, str]:
+        with LlamaServer(model, 512, n_threads=1, options=[*slots, *options]) as server:
+            try:
+                server._ask("/slots/0?action=restore", {"filename": "slot"})
+            except LropeError:
+                return False, server.log
+            return True, server.log
+
+    with LlamaServer(model, 512, n_threads=1, options=[*slots, "--rope-layer-factors", listed]) as server:
+        server.complete(list(range(40, 80)), 1)
+        server._ask("/slots/0?action=save", {"filename": "slot"})
+    assert restored("--rope-layer-factors", listed)[0]
+    ok, log = restored()
+    assert not ok and "the keys of the state were rotated with a RoPE factor of 1.3 in layer 1" in log
