@@ -3,9 +3,11 @@
 For each multiple of the trained length and each scaling, a search runs on contexts of that many tokens, and its test
 tells three things on contexts that it never saw: what the model answers with this scaling alone, what the best uniform
 factor adds and what searched layer factors add. A static scaling gets the factor that just covers the length, which is
-its best case; what it costs on short text is in the last column, the divergence from the model without scaling. Usage:
+its best case; what it costs on short text is in the last column, the divergence from the model without scaling. With
+`--short-only`, that column alone, for factors instead of lengths: it needs no search and is quick on any model. Usage:
 
     python benchmarks/long_contexts.py MODEL --trained N [--multiples 1 2 4] [--task-options as of search]
+    python benchmarks/long_contexts.py MODEL --trained N --short-only [--multiples 2 4]
 """
 
 from __future__ import annotations
@@ -98,6 +100,19 @@ def row(args: argparse.Namespace, model: ModelConfig, task: TaskConfig, scaling:
     return f"| {' | '.join(cells)} |"
 
 
+def short_only(args: argparse.Namespace, model: ModelConfig) -> None:
+    """Print what scalings cost on short text."""
+    plain, text = replace(model, rope_scaling="none"), args.text.read_text()
+    print(f"| model | scaling | {' | '.join(f'factor {m:g}' for m in args.multiples)} |")
+    print(f"|---|---|{'---|' * len(args.multiples)}")
+    for scaling in args.scalings[1:]:
+        cells = []
+        for multiple in args.multiples:
+            config = scaled(model, scaling, multiple, args.trained)
+            cells.append(f"{short_divergence(plain, config, text, args.short):.4f}")
+        print(f"| {Path(args.model).stem} | {scaling} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     """Print the table, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,6 +121,7 @@ def main() -> None:
     parser.add_argument("--multiples", metavar="M", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0, 8.0])
     parser.add_argument("--scalings", metavar="S", nargs="+", choices=SCALINGS, default=list(SCALINGS))
     parser.add_argument("--short", metavar="N", type=int, default=512, help="tokens of short text (%(default)s)")
+    parser.add_argument("--short-only", action="store_true", help="no searches")
     parser.add_argument("--text", metavar="FILE", type=Path, default=README, help="short text (README.md)")
     parser.add_argument("--search-seed", metavar="N", type=int, default=0)
     counts = {"max-evaluations": 120, "search-contexts": 6, "validation-contexts": 8, "test-contexts": 30}
@@ -119,6 +135,9 @@ def main() -> None:
     args = parser.parse_args()
     model, task = model_of(args), task_of(args)
     model = replace(model, n_threads=model.n_threads or physical_cores())
+    if args.short_only:
+        short_only(args, model)
+        return
     print(HEADER)
     for multiple in args.multiples:
         for scaling in args.scalings:

@@ -22,7 +22,7 @@ PARTS = {
     "dynamic": ("rope-dynamic.patch", "src/llama-rope-dynamic"),
     "states": ("rope-state.patch", "src/llama-rope-state"),
 }
-MAX_ADDED = {"factors": 460, "scores": 200, "dynamic": 700, "states": 160}
+MAX_ADDED = {"factors": 470, "scores": 200, "dynamic": 700, "states": 160}
 MAX_HUNK, MAX_LINE = 8, 160
 # a template, lambdas, an inverse rotation, an indexer and a cache, besides the usual
 QUICK = ("llama.cpp", "dflash.cpp", "hy-v4.cpp", "deepseek4.cpp", "llama-kv-cache.cpp", "llama-model-loader.cpp")
