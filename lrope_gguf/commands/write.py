@@ -50,7 +50,7 @@ _TYPE = re.compile(r"[a-z0-9_]{1,16}")
 @click.option("--mapped-ok", is_flag=True, help="change MODEL in place even while a running program maps it")
 @click.option(
     "--preset", type=FILE, metavar="INI",
-    help="leave MODEL as it is, and write an entry for it and the factors into this file, for llama-server "
+    help="leave MODEL as it is, and write an entry for it with factors and scaling into this file, for llama-server "
          "--models-preset",
 )  # fmt: skip
 @click.option("--preset-name", metavar="NAME", help="that entry's name (MODEL's, with -lrope)")
