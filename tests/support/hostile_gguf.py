@@ -281,6 +281,19 @@ def check(path: Path, data: bytes, *, deep: bool) -> Outcome:
     remove_factors(other)
     if other.read_bytes() != restored:
         return Outcome("finding", finding="other bytes after write and remove")
+    for scaling in (Scaling("dynamic", 2.0), Scaling("yarn", 2.0)):
+        try:
+            write_factors(other, scaling=scaling, output=other)
+        except LropeError as error:
+            refusal = _refusal("refused", other, data, error)
+            if refusal.finding and not str(error).startswith("--rope-scale 2: gives "):  # which blames the option
+                return refusal
+            continue
+        if read_model(other).fingerprint() != info.fingerprint():
+            return Outcome("finding", finding="another fingerprint after a scaling")
+        remove_factors(other)
+        if other.read_bytes() != restored:
+            return Outcome("finding", finding="other bytes after a scaling and its removal")
     if path.read_bytes() != data:
         return Outcome("finding", finding="the input has changed")
     return Outcome("read, written, restored byte for byte")
