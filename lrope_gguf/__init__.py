@@ -1,9 +1,10 @@
 """Per-layer RoPE position interpolation for GGUF models: curves, metadata and the command line.
 
 `read_factors(path)` gives a model's stored factors `s_l`, one float a layer (layer `l` rotates as at position
-`p / s_l`; 1 changes nothing), or None; `write_factors(path, factors)` stores them, `plan_write` says what that would
-do, and `remove_factors(path)` is its inverse, byte for byte. `read_model(path)` gives all that concerns RoPE in a
-model's header. Whatever goes wrong with a file or a value raises `LropeError`, and nothing is changed then.
+`p / s_l`; 1 changes nothing), or None; `write_factors(path, factors)` stores them, with `scaling=Scaling("yarn", 4)` a
+RoPE scaling besides; `plan_write` says what that would do, and `remove_factors(path)` is its inverse, byte for byte.
+`read_model(path)` gives all that concerns RoPE in a model's header. Whatever goes wrong with a file or a value raises
+`LropeError`, and nothing is changed then.
 
 Names are loaded on first use, so that ``import lrope_gguf`` costs nothing.
 """
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lrope_gguf.errors import LropeError
     from lrope_gguf.metadata import WritePlan, WriteResult, plan_remove, plan_write, remove_factors, write_factors
     from lrope_gguf.model_info import ModelInfo, read_factors, read_model
+    from lrope_gguf.scaling_keys import Scaling
 
     __version__: str
 
@@ -25,6 +27,7 @@ __all__ = [
     "CurveFile",
     "LropeError",
     "ModelInfo",
+    "Scaling",
     "WritePlan",
     "WriteResult",
     "__version__",
@@ -36,7 +39,7 @@ __all__ = [
     "write_factors",
 ]
 
-_MODULES = ("errors", "curve", "model_info", "metadata")  # each imports those before it only
+_MODULES = ("errors", "scaling_keys", "curve", "model_info", "metadata")  # each imports those before it only
 
 
 def __getattr__(name: str) -> Any:

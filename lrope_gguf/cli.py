@@ -24,9 +24,9 @@ _COMPLETE = "_LROPE_GGUF_COMPLETE"  # click's own name: the variable by which a 
 COMMANDS = {
     "search": ("lrope_search.commands.search", "search layer factors for a model and a task"),
     "eval": ("lrope_search.commands.evaluate", "compare base model and layer factors on a task"),
-    "write": ("lrope_gguf.commands.write", "store layer factors in a model"),
+    "write": ("lrope_gguf.commands.write", "store layer factors and a RoPE scaling in a model"),
     "show": ("lrope_gguf.commands.show", "show a model's RoPE settings and layer factors"),
-    "remove": ("lrope_gguf.commands.remove", "take the layer factors out of a model"),
+    "remove": ("lrope_gguf.commands.remove", "take what write has stored out of a model"),
     "report": ("lrope_search.commands.report", "make the report of a search"),
     "demo": ("lrope_search.commands.demo", "search, write and serve on a small real model"),
 }

@@ -41,6 +41,7 @@ _MAX_DEPTH = 8
 _MAX_WORK = 1 << 24
 _HEAVY = 32
 _MAX_ALIGNMENT = 1 << 20
+_LONG = b"rope_factors_long"
 _HEAD = re.compile(rb"blk\.([0-9]{1,4})\.nextn\.eh_proj\.weight")
 
 # Items and bytes of a block by ggml type (ggml_type in ggml.h, block structs in ggml-common.h); other types are new.
@@ -79,6 +80,7 @@ class GGUFFile:
         info_end: offset after the last tensor's description.
         data_start: offset of the tensor data; without tensors the same as `info_end`.
         head_layers: layers with the projection that makes them a multi-token-prediction head.
+        has_long_factors: whether there is a tensor of LongRoPE's factors.
 
     Raises:
         LropeError: where the file is missing, not GGUF, damaged or truncated; with the byte where it shows.
@@ -109,6 +111,10 @@ class GGUFFile:
         self.file.close()
 
     # Values
+
+    def has(self, key: str) -> bool:
+        """Whether there is such a key, of whatever type."""
+        return key in self.entries
 
     def scalar(self, key: str) -> int | float | bool | None:
         """The number of `key`; None where it is absent or no number."""
@@ -289,6 +295,7 @@ class GGUFFile:
     def _scan_tensors(self) -> None:
         end, last, last_start = 0, b"", 0
         self.head_layers: set[int] = set()
+        self.has_long_factors = False
         for _ in range(self.n_tensors):
             start = self._position
             length = self._u64("the length of a tensor's name")
@@ -297,6 +304,7 @@ class GGUFFile:
             name = self._take(length, "a tensor's name")
             if b".nextn." in name and (match := _HEAD.fullmatch(name)):
                 self.head_layers.add(int(match[1]))
+            self.has_long_factors |= _LONG in name
             n_dims = self._u32("a tensor's number of dimensions")
             if n_dims > _MAX_DIMS:
                 raise self._error(self._position - 4, f"a tensor of {n_dims} dimensions")

@@ -1,17 +1,23 @@
 """Where our keys stand in a GGUF file, and how they are padded.
 
-They are inserted together after the last key, in a block of whole pages: the string is padded with spaces until the
-block's length is a multiple of the file's alignment and of 4096. So whatever follows moves as it is and stays aligned;
-taking the block out gives the old file again; file systems can share the tensor data between old and new file; and
-later curves fit into the padding and are written in place.
+They are inserted together after the last key, in a block of whole pages: a string is padded with spaces until the
+file's keys, with those gone that ours replace, are longer by a multiple of the file's alignment and of 4096 bytes. So
+whatever follows moves as it is and stays aligned; taking the block out and putting the others back gives the old file
+again; file systems can share the tensor data between old and new file; and later curves fit into the padding and are
+written in place.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from lrope_gguf.gguf_scan import ARRAY, FLOAT32, STRING, Entry, GGUFFile
+from lrope_gguf.gguf_scan import STRING, Entry, GGUFFile
+from lrope_gguf.gguf_values import Changed, Value
+from lrope_gguf.originals import ORIGINAL_KEY, originals_of
+from lrope_gguf.scaling_keys import DYNAMIC
 
 CURVE_KEY = "lrope.curve"
 PAGE = 4096
@@ -27,77 +33,157 @@ def factors_key(architecture: str) -> str:
     return f"{architecture}.rope.scaling.layer_factors"
 
 
-def own(gguf: GGUFFile) -> list[Entry]:
-    """Our keys' entries, in the file's order."""
-    keys = (factors_key(str(gguf.text("general.architecture"))), CURVE_KEY)
-    return sorted(gguf.entries[key] for key in keys if key in gguf.entries)
+class Base:
+    """A file as it was before we wrote to it: without our keys, and with the entries back that they replace.
 
+    Attributes:
+        gguf: the file.
+        architecture: what its keys begin with.
+        ours: our keys' entries, in the file's order.
+        originals: what is stored of the entries that they replace.
+        keys: the keys of the file before, in its order: each as an entry of `gguf`, or as bytes where it must return.
+        values: what these keys say.
 
-def prefix(gguf: GGUFFile, added: int) -> bytes:
-    """The first 24 bytes, with the number of keys less our old ones and plus `added`."""
-    n_keys = len(gguf.entries) - len(own(gguf)) + added
-    return gguf.read(0, 16) + struct.pack(gguf.order + "Q", n_keys)
-
-
-def kept(gguf: GGUFFile, end: int) -> list[tuple[int, int]]:
-    """The stretches between the prefix and `end` that are not ours."""
-    edges = [24, *(edge for entry in own(gguf) for edge in (entry.start, entry.end)), end]
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _string(order: str, data: bytes) -> bytes:
-    return struct.pack(order + "Q", len(data)) + data
-
-
-def entries_for(
-    order: str, key: str, factors: Sequence[float], text: bytes, room: int, factors_first: bool = True
-) -> bytes:
-    """Both keys as they stand in a file, the string padded with spaces to `room` bytes."""
-    array = struct.pack(f"{order}IIQ{len(factors)}f", ARRAY, FLOAT32, len(factors), *factors)
-    parts = [
-        _string(order, key.encode(errors="surrogateescape")) + array,
-        _string(order, CURVE_KEY.encode()) + struct.pack(order + "I", STRING) + _string(order, text.ljust(room)),
-    ]
-    return b"".join(parts if factors_first else reversed(parts))
-
-
-def new_entries(gguf: GGUFFile, key: str, factors: Sequence[float], text: bytes, block: int) -> bytes:
-    """Both keys for a new file: whole pages, or blocks where those are larger, with room for a longer document.
-
-    The array comes first, or last where it would otherwise lie across a page's edge: inside one page, a change in
-    place reaches it whole or not at all.
+    Raises:
+        LropeError: what is stored of the file before is damaged.
     """
-    others = len(entries_for(gguf.order, key, factors, b"", 0))
-    unit = max(PAGE, gguf.alignment, block)
-    needed = others + len(text) + max(_SLACK, len(text))
-    room = -(-needed // unit) * unit - others
-    place = gguf.kv_end - sum(entry.end - entry.start for entry in own(gguf))
-    start = (place + 24 + len(key.encode(errors="surrogateescape"))) % PAGE
-    crosses_first, crosses_last = start + 4 * len(factors) > PAGE, 0 < place % PAGE < 4 * len(factors)
-    return entries_for(gguf.order, key, factors, text, room, not crosses_first or crosses_last)
+
+    def __init__(self, gguf: GGUFFile) -> None:
+        self.gguf = gguf
+        self.architecture = str(gguf.text("general.architecture"))
+        self.originals = originals_of(gguf)
+        names = {factors_key(self.architecture), CURVE_KEY, ORIGINAL_KEY, self.key(DYNAMIC)}
+        names.update(map(self.key, self.originals.written))
+        self.ours = {key: entry for key, entry in gguf.entries.items() if key in names}
+        self.keys: list[tuple[str, Entry | bytes]] = [
+            (key, entry) for key, entry in gguf.entries.items() if key not in names
+        ]
+        values: dict[str, Value | None] = dict.fromkeys(names)
+        for at, name, value in self.originals.replaced:
+            self.keys.insert(at, (self.key(name), value.entry(gguf.order, self.key(name))))
+            values[self.key(name)] = value
+        self.values = Changed(gguf, values)
+
+    def key(self, name: str) -> str:
+        """The key of a name that the architecture stands before."""
+        return f"{self.architecture}.{name}"
+
+    @property
+    def scaling(self) -> list[str]:
+        """Our keys that say how RoPE is scaled, in the file's order."""
+        others = (factors_key(self.architecture), CURVE_KEY, ORIGINAL_KEY)
+        return [key for key in self.ours if key not in others]
+
+    def pieces(self, added: int = 0, without: Collection[str] = ()) -> Pieces:
+        """The header up to its last key, for `added` keys more, less the keys `without`."""
+        n_keys = len(self.keys) - len(without) + added
+        pieces: Pieces = [self.gguf.read(0, 16) + struct.pack(self.gguf.order + "Q", n_keys)]
+        for key, entry in self.keys:
+            last = pieces[-1]
+            if key in without:
+                continue
+            if isinstance(entry, bytes):
+                pieces.append(entry)
+            elif isinstance(last, tuple) and last[1] == entry.start:
+                pieces[-1] = (last[0], entry.end)
+            else:
+                pieces.append((entry.start, entry.end))
+        return pieces
 
 
-def slot_of(gguf: GGUFFile, key: str, n: int) -> tuple[int, int, int, bool] | None:
-    """Where both keys lie side by side, ready to be overwritten: start, end, the string's length, array first."""
-    array, curve = gguf.entries.get(key), gguf.entries.get(CURVE_KEY)
-    if array is None or curve is None or (array.kind, array.item, array.length) != (ARRAY, FLOAT32, n):
+class Part(NamedTuple):
+    """One of our entries: its key, and all its bytes."""
+
+    key: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is ours in a file.
+
+    Attributes:
+        order: the byte order.
+        values: entries whose values are read by llama.cpp: a change in place should reach them all or none.
+        others: other entries.
+        padded: key of the string that is padded, and its text; None: there is none.
+    """
+
+    order: str
+    values: tuple[Part, ...] = ()
+    others: tuple[Part, ...] = ()
+    padded: tuple[str, bytes] | None = None
+
+    def parts(self, room: int, values_first: bool) -> list[Part]:
+        """The entries in their order, the string padded to `room` bytes."""
+        padded = []
+        if self.padded is not None:
+            key, text = self.padded
+            padded = [Part(key, Value(STRING, text.ljust(room)).entry(self.order, key))]
+        return [*self.values, *self.others, *padded] if values_first else [*padded, *self.others, *self.values]
+
+    @property
+    def fixed(self) -> int:
+        """Bytes of all entries, those of the padded string left out."""
+        padded = b"" if self.padded is None else Value(STRING, b"").entry(self.order, self.padded[0])
+        return sum(len(part.data) for part in (*self.values, *self.others)) + len(padded)
+
+    def __len__(self) -> int:
+        return len(self.values) + len(self.others) + (self.padded is not None)
+
+
+def new_parts(base: Base, block: Block, without: Collection[str], unit: int) -> list[Part]:
+    """Our entries for a new file: whole pages, or units where those are larger, with room for a longer document.
+
+    The values come first, or last where they would otherwise lie across a page's edge: inside one page, a change in
+    place reaches them whole or not at all.
+    """
+    if block.padded is None:
+        return block.parts(0, True)
+    before, place = length(base.pieces()), length(base.pieces(0, without))
+    key, text = block.padded
+    unit = max(PAGE, base.gguf.alignment, unit)
+    needed = block.fixed + len(text) + (max(_SLACK, len(text)) if key == CURVE_KEY else 0)
+    room = -(-(needed - (before - place)) // unit) * unit + (before - place) - block.fixed
+    span = sum(len(part.data) for part in block.values)
+    head = 24 + len(block.values[0].key.encode(errors="surrogateescape")) if block.values else 0
+    crosses_first = (place + head) % PAGE + span - head > PAGE
+    crosses_last = 0 < (place + block.fixed + room) % PAGE < span - head
+    return block.parts(room, not crosses_first or crosses_last)
+
+
+def parts_in_place(base: Base, block: Block) -> tuple[int, list[Part]] | None:
+    """The block as it fits over the one that is there, entry over entry of the same size: its start and its entries."""
+    if not base.ours:
         return None
-    if curve.end - curve.value > _MAX_ROOM:
+    start, end = min(base.ours.values()).start, max(base.ours.values()).end
+    room = end - start - block.fixed
+    if len(block) != len(base.ours) or not (0 if block.padded is None else len(block.padded[1])) <= room <= _MAX_ROOM:
         return None
-    if curve.kind != STRING or (array.end != curve.start and curve.end != array.start):
-        return None
-    return min(array.start, curve.start), max(array.end, curve.end), curve.end - curve.value, array.start < curve.start
+    for values_first in (True, False):
+        parts, at = block.parts(room, values_first), start
+        for part in parts:
+            entry = base.ours.get(part.key)
+            if entry is None or (entry.start, entry.end) != (at, at + len(part.data)):
+                break
+            if base.gguf.read(entry.start, entry.value) != part.data[: entry.value - entry.start]:
+                break  # another type
+            at = entry.end
+        else:
+            return start, parts
+    return None
 
 
-def pieces_of(gguf: GGUFFile, new: bytes, added: int) -> Pieces:
-    """A file with `new` (`added` keys) after the last key instead of our old ones: bytes, and stretches of the old."""
-    shift = len(new) - sum(entry.end - entry.start for entry in own(gguf))
+def pieces_of(base: Base, parts: Collection[Part] = (), without: Collection[str] = ()) -> Pieces:
+    """A file with these entries after the last key instead of what is ours: bytes, and stretches of the old."""
+    gguf = base.gguf
+    before = [*base.pieces(len(parts), without), b"".join(part.data for part in parts)]
+    shift = length(before) - gguf.kv_end
     if shift % gguf.alignment == 0 or not gguf.n_tensors:
-        rest: Pieces = [(gguf.kv_end, gguf.size)]
-    else:  # keys that another program wrote: only its padding differs
-        padding = bytes(-(gguf.info_end + shift) % gguf.alignment)
-        rest = [(gguf.kv_end, gguf.info_end), padding, (gguf.data_start, gguf.size)]
-    return [prefix(gguf, added), *kept(gguf, gguf.kv_end), new, *rest]
+        return [*before, (gguf.kv_end, gguf.size)]
+    # keys that another program wrote: only its padding differs
+    padding = bytes(-(gguf.info_end + shift) % gguf.alignment)
+    return [*before, (gguf.kv_end, gguf.info_end), padding, (gguf.data_start, gguf.size)]
 
 
 def length(pieces: Pieces) -> int:

@@ -1,17 +1,18 @@
-"""Layer factors in a GGUF file's metadata: written and removed, every other byte kept.
+"""Layer factors and RoPE scaling in a GGUF file's metadata: written and removed, every other byte kept.
 
-Two keys are ours: `{architecture}.rope.scaling.layer_factors`, an array of `{architecture}.block_count` float32 that
-the patched llama.cpp reads, and `lrope.curve`, the curve file's JSON. `layout` says where they stand, `model_info` what
-a header holds.
+`{architecture}.rope.scaling.layer_factors` is an array of `{architecture}.block_count` float32 that the patched
+llama.cpp reads, and `lrope.curve` the curve file's JSON. `scaling_keys` says which keys a scaling takes, `originals`
+where the entries are kept that stood there before, `layout` where all of these stand, `model_info` what a header holds.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import Literal
@@ -30,15 +31,32 @@ from lrope_gguf.files import (
     write_all,
     write_error,
 )
-from lrope_gguf.gguf_scan import GGUFFile
-from lrope_gguf.layout import entries_for, factors_key, keeps_blocks, length, new_entries, own, pieces_of, slot_of
+from lrope_gguf.gguf_scan import ARRAY, FLOAT32, STRING, GGUFFile
+from lrope_gguf.gguf_values import Value, string
+from lrope_gguf.layout import (
+    CURVE_KEY,
+    Base,
+    Block,
+    Part,
+    Pieces,
+    factors_key,
+    keeps_blocks,
+    length,
+    new_parts,
+    parts_in_place,
+    pieces_of,
+)
 from lrope_gguf.model_info import SHARD, ModelInfo, info_of, shortest
 from lrope_gguf.model_info import read_factors as read_factors
 from lrope_gguf.model_info import read_model as read_model
-from lrope_gguf.rope_scaling import single
+from lrope_gguf.originals import ORIGINAL_KEY
+from lrope_gguf.rescale import KeyChange, Rescaled, raw_part, rescaled, restored
+from lrope_gguf.rope_scaling import RopeScaling, single
+from lrope_gguf.scaling_keys import Recipe, Scaling
 from lrope_gguf.stores import check_changeable
 
 _LINKS = "{path} had {links} names (hard links); only this one has the new content, the others keep the old"
+_MAX_CURVE_BYTES = 1 << 22
 Progress = Callable[[int, int], None]
 
 
@@ -50,7 +68,7 @@ class WriteResult:
         path: the file that now holds the result.
         how: `"in place"`, `"rewritten"` (a whole new file) or `"unchanged"` (it was so already).
         bytes_written: bytes changed in place, or the new file's size.
-        factors: the factors now stored, one a layer; empty after a removal.
+        factors: the factors now stored, one a layer; empty where there are none.
         bytes_shared: of a new file, the bytes that it shares with the old one on the disk instead of a copy.
         notes: what the user should know besides, such as other names that keep the old content.
     """
@@ -71,11 +89,12 @@ class WritePlan:
         path: the file that would hold the result.
         how: as in `WriteResult`.
         bytes_written: as in `WriteResult`.
-        factors: the factors that would be stored, one a layer.
+        factors: the factors that would be stored, one a layer; empty where there are none.
         shares: whether a new file would share the tensor data with the old one on the disk; None where only
             writing tells.
         notes: as in `WriteResult`.
-        removed: the keys that a removal would take out.
+        removed: the keys that a removal would take out, those left out that return to what they were before.
+        changes: what would become of the keys of the scaling, where that is asked for.
     """
 
     path: Path
@@ -85,41 +104,44 @@ class WritePlan:
     shares: bool | None
     notes: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+    changes: tuple[KeyChange, ...] = ()
 
 
 def write_factors(
     path: str | os.PathLike[str],
-    factors: Iterable[float],
+    factors: Iterable[float] | None = None,
     *,
     curve_json: str | None = None,
+    scaling: Scaling | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     mapped_ok: bool = False,
 ) -> WriteResult:
-    """Store layer factors in a model, or with `output` in a copy of it.
+    """Store layer factors, a RoPE scaling or both in a model, or with `output` in a copy of it.
 
-    In place where the file has both keys, room for `curve_json` and only one name; else through a new file that is
+    In place where the file has the same keys, room for `curve_json` and only one name; else through a new file that is
     moved over the old one when it is whole and on the disk. A symbolic link stays and its target is rewritten; of
     several hard links only the given name gets the new file. The model is locked meanwhile.
 
     Args:
         path: the model; of a split one the first shard.
         factors: one positive float a layer: `n_layer` of them, or `block_count` with 1 for the layers of a
-            multi-token-prediction head.
+            multi-token-prediction head. None leaves those of the file as they are.
         curve_json: the document to store beside them; by default one that lists the factors.
+        scaling: the scaling, in place of one that was written before. None leaves that of the file as it is.
         output: where to write instead; an existing file is replaced.
         progress: called while a new file is written, with the bytes that are done and those in all.
         mapped_ok: change the file in place even while a running process maps it.
 
     Raises:
-        LropeError: where the model has no RoPE or no layers, a factor is unusable, a file cannot be read or written,
-            another writer is at work, or the file would be changed under a process that maps it. Nothing is changed
-            then.
+        LropeError: where the model has no RoPE or no layers, a factor is unusable or the scaling impossible, a file
+            cannot be read or written, another writer is at work, or the file would be changed under a process that maps
+            it. Nothing is changed then.
     """
     with _opened(path, output) as gguf:
-        plan, change = _plan_write(gguf, factors, curve_json, output, mapped_ok)
+        plan, change = _plan_write(gguf, factors, curve_json, scaling, output, mapped_ok)
         if plan.how == "rewritten":
-            return _rewrite(gguf, plan, change.new, 2, progress)
+            return _rewrite(gguf, plan, change.pieces, progress)
         if plan.how == "in place":
             _patch(gguf, change)
         return WriteResult(plan.path, plan.how, plan.bytes_written, plan.factors)
@@ -127,9 +149,10 @@ def write_factors(
 
 def plan_write(
     path: str | os.PathLike[str],
-    factors: Iterable[float],
+    factors: Iterable[float] | None = None,
     *,
     curve_json: str | None = None,
+    scaling: Scaling | None = None,
     output: str | os.PathLike[str] | None = None,
     mapped_ok: bool = False,
 ) -> WritePlan:
@@ -139,16 +162,39 @@ def plan_write(
         LropeError: as `write_factors`.
     """
     with _opened(path, output) as gguf:
-        return _plan_write(gguf, factors, curve_json, output, mapped_ok)[0]
+        return _plan_write(gguf, factors, curve_json, scaling, output, mapped_ok)[0]
 
 
-def storable_factors(info: ModelInfo, factors: Iterable[float]) -> tuple[float, ...]:
+def plan_scaling(path: str | os.PathLike[str], scaling: Scaling) -> tuple[RopeScaling, Recipe | None]:
+    """How a model would rotate with a scaling written to it, and what that comes to; None for that of `none`.
+
+    Raises:
+        LropeError: where the model cannot have it or cannot be read.
+    """
+    with GGUFFile(path) as gguf:
+        _check_rotates(info_of(gguf))
+        planned = rescaled(Base(gguf), scaling)
+        return planned.rope, planned.recipe
+
+
+def storable_factors(info: ModelInfo, factors: Iterable[float], rope: RopeScaling | None = None) -> tuple[float, ...]:
     """Factors as `write_factors` would store them, one a block: float32, 1 in a multi-token-prediction head.
+
+    Args:
+        info: the model.
+        factors: as in `write_factors`.
+        rope: how it will rotate; by default as its file says.
 
     Raises:
         LropeError: where the model cannot have them.
     """
-    return _storable(info, factors)[1]
+    _check_rotates(info)
+    if info.block_count is None:
+        raise LropeError(f"{info.path}: has no {info.architecture}.block_count (no layers); give a whole model")
+    values = [positive(value, f"{info.path}: the factor of layer {layer}") for layer, value in enumerate(factors)]
+    shaped = info.shaped(values)
+    _check_factors(info, shaped, info.rope if rope is None else rope)
+    return (*map(single, shaped), *[1.0] * info.nextn_predict_layers)
 
 
 def remove_factors(
@@ -157,18 +203,20 @@ def remove_factors(
     *,
     progress: Progress | None = None,
 ) -> WriteResult:
-    """Remove both keys from a model, or from a copy of it: the inverse of `write_factors`, byte for byte.
+    """Remove factors and scaling from a model, or from a copy of it: the inverse of `write_factors`, byte for byte.
 
     Always through a new file, which leaves a process that maps the old one alone.
 
     Raises:
-        LropeError: where a file cannot be read or written, or another writer is at work. Nothing is changed then.
+        LropeError: where a file cannot be read or written, what stood in it before is not known, or another writer is
+            at work. Nothing is changed then.
     """
     with _opened(path, output) as gguf:
-        target = _target(info_of(gguf), output)
-        if target is None and not own(gguf):
+        target, base = _target(info_of(gguf), output), Base(gguf)
+        if target is None and not base.ours:
             return WriteResult(Path(path), "unchanged", 0, ())
-        return _rewrite(gguf, _plan_rewrite(gguf, target, b"", ()), b"", 0, progress)
+        pieces = pieces_of(base)
+        return _rewrite(gguf, _plan_rewrite(gguf, target, pieces, ()), pieces, progress)
 
 
 def plan_remove(path: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> WritePlan:
@@ -178,12 +226,12 @@ def plan_remove(path: str | os.PathLike[str], output: str | os.PathLike[str] | N
         LropeError: as `remove_factors`.
     """
     with _opened(path, output) as gguf:
-        target = _target(info_of(gguf), output)
-        ours = own(gguf)
-        if target is None and not ours:
+        target, base = _target(info_of(gguf), output), Base(gguf)
+        if target is None and not base.ours:
             return WritePlan(Path(path), "unchanged", 0, (), None)
-        keys = tuple(key for key, entry in gguf.entries.items() if entry in ours)
-        return replace(_plan_rewrite(gguf, target, b"", ()), removed=keys)
+        back = {base.key(name) for _, name, _ in base.originals.replaced}
+        keys = tuple(key for key in base.ours if key not in back)
+        return replace(_plan_rewrite(gguf, target, pieces_of(base), ()), removed=keys, changes=restored(base))
 
 
 @contextmanager
@@ -210,38 +258,47 @@ def _as_lrope_error(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Change:
-    """New bytes for our keys; to overwrite in place, those that differ from `start` on, and the `old` ones there."""
+    """A new file, or new bytes in place of the `old` ones from `start` on."""
 
-    new: bytes
+    pieces: Pieces = field(default_factory=list)
     start: int = 0
+    new: bytes = b""
     old: bytes = b""
 
 
 def _plan_write(
     gguf: GGUFFile,
-    factors: Iterable[float],
+    factors: Iterable[float] | None,
     curve_json: str | None,
+    scaling: Scaling | None,
     output: str | os.PathLike[str] | None,
     mapped_ok: bool,
 ) -> tuple[WritePlan, _Change]:
-    path = gguf.path
-    info = info_of(gguf)
-    architecture, stored = _storable(info, factors)
-    if curve_json is None:
-        document = CurveFile(layer_factors=tuple(map(shortest, stored)), architecture=architecture)
+    path, info = gguf.path, info_of(gguf)
+    if factors is None and scaling is None:
+        raise LropeError(f"{path}: nothing to write; give factors or a scaling")
+    _check_rotates(info)
+    base = Base(gguf)
+    scaled = rescaled(base, scaling)
+    if factors is None:
+        stored = info.factors or ()
+        _check_factors(info, stored, scaled.rope)
+        parts, text = _as_they_are(base)
     else:
-        document = CurveFile.loads(curve_json, "curve_json")
-    text = document.dumps(compact=True).encode()
-    if len(text) > MAX_BYTES:
-        raise LropeError(f"{path}: the curve's document is above 1 MiB; shorten its provenance")
+        stored = storable_factors(info, factors, scaled.rope)
+        parts, text = _factor_parts(base, info, stored, curve_json)
+    block = _block(base, parts, text, scaled)
+    without = {base.key(kept.name) for kept in (scaled.originals or base.originals).replaced}
     target = _target(info, output)
-    key = factors_key(architecture)
-    slot = slot_of(gguf, key, len(stored)) if target is None else None
-    if slot is not None and len(text) <= slot[2]:
-        start, end, room, factors_first = slot
-        old, new = gguf.read(start, end), entries_for(gguf.order, key, stored, text, room, factors_first)
+    if target is None and not base.ours and not len(block):
+        return WritePlan(path, "unchanged", 0, stored, None, changes=scaled.changes), _Change()
+    same_base = scaled.originals is None or scaled.originals == base.originals
+    fitting = parts_in_place(base, block) if target is None and same_base else None
+    if fitting is not None:
+        start, new = fitting[0], b"".join(part.data for part in fitting[1])
+        old = gguf.read(start, start + len(new))
         if old == new:
-            return WritePlan(path, "unchanged", 0, stored, None), _Change(b"")
+            return WritePlan(path, "unchanged", 0, stored, None, changes=scaled.changes), _Change()
         if os.fstat(gguf.file.fileno()).st_nlink == 1:
             first = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
             last = next(i for i in range(len(new), 0, -1) if old[i - 1] != new[i - 1])
@@ -249,16 +306,62 @@ def _plan_write(
             if not mapped_ok:
                 _check_unmapped(gguf)
             return (
-                WritePlan(path, "in place", last - first, stored, None),
-                _Change(new[first:last], start + first, old[first:last]),
+                WritePlan(path, "in place", last - first, stored, None, changes=scaled.changes),
+                _Change([], start + first, new[first:last], old[first:last]),
             )
-    new = new_entries(gguf, key, stored, text, block_size(path if target is None else target))
-    return _plan_rewrite(gguf, target, new, stored), _Change(new)
+    pieces = pieces_of(base, new_parts(base, block, without, block_size(path if target is None else target)), without)
+    return replace(_plan_rewrite(gguf, target, pieces, stored), changes=scaled.changes), _Change(pieces)
 
 
-def _plan_rewrite(gguf: GGUFFile, target: Path | None, new: bytes, factors: tuple[float, ...]) -> WritePlan:
+def _factor_parts(
+    base: Base, info: ModelInfo, stored: tuple[float, ...], curve_json: str | None
+) -> tuple[tuple[Part, ...], bytes | None]:
+    """The array's entry, and the curve's document."""
+    if curve_json is None:
+        document = CurveFile(layer_factors=tuple(map(shortest, stored)), architecture=info.architecture)
+    else:
+        document = CurveFile.loads(curve_json, "curve_json")
+    text = document.dumps(compact=True).encode()
+    if len(text) > MAX_BYTES:
+        raise LropeError(f"{info.path}: the curve's document is above 1 MiB; shorten its provenance")
+    key, order = factors_key(base.architecture), base.gguf.order
+    array = struct.pack(f"{order}IIQ{len(stored)}f", ARRAY, FLOAT32, len(stored), *stored)
+    return (Part(key, string(order, key.encode(errors="surrogateescape")) + array),), text
+
+
+def _as_they_are(base: Base) -> tuple[tuple[Part, ...], bytes | None]:
+    """The entry of the factors that the file has, and the curve's document; empty and None where there is none."""
+    key, gguf = factors_key(base.architecture), base.gguf
+    parts = (raw_part(base, key),) if key in base.ours else ()
+    curve = base.ours.get(CURVE_KEY)
+    if curve is None:
+        return parts, None
+    if curve.kind != STRING or curve.end - curve.value > _MAX_CURVE_BYTES:
+        raise LropeError(f"{gguf.path}: {CURVE_KEY} is no document of a curve; write the factors again or remove them")
+    return parts, gguf.read(curve.value, curve.end).rstrip(b" ")
+
+
+def _block(base: Base, parts: tuple[Part, ...], text: bytes | None, scaled: Rescaled) -> Block:
+    """All that is to be ours in the file."""
+    order, original = base.gguf.order, None
+    if scaled.originals is None:
+        if ORIGINAL_KEY in base.ours:
+            entry = base.ours[ORIGINAL_KEY]
+            original = base.gguf.read(entry.value, entry.end).rstrip(b" ")
+    elif scaled.originals.written:
+        original = scaled.originals.dumps(order).encode()
+    values = (*parts, *scaled.parts)
+    if original is None:
+        return Block(order, values, (), None if text is None else (CURVE_KEY, text))
+    if text is None:
+        return Block(order, values, (), (ORIGINAL_KEY, original))
+    return Block(
+        order, values, (Part(ORIGINAL_KEY, Value(STRING, original).entry(order, ORIGINAL_KEY)),), (CURVE_KEY, text)
+    )
+
+
+def _plan_rewrite(gguf: GGUFFile, target: Path | None, pieces: Pieces, factors: tuple[float, ...]) -> WritePlan:
     path = gguf.path if target is None else target
-    pieces = pieces_of(gguf, new, 0)
     size = length(pieces)
     place = Path(os.path.realpath(path))
     _check_permission(path)
@@ -297,26 +400,23 @@ def _check_unmapped(gguf: GGUFFile) -> None:
         )
 
 
-def _storable(info: ModelInfo, factors: Iterable[float]) -> tuple[str, tuple[float, ...]]:
-    """The architecture and the float32 values to store, checked against the model."""
-    path = info.path
+def _check_rotates(info: ModelInfo) -> None:
+    """Refuse what has no RoPE of its own."""
     if info.architecture is None:
-        raise LropeError(f"{path}: names no architecture; give a model")
+        raise LropeError(f"{info.path}: names no architecture; give a model")
     if not info.has_rope:
         raise LropeError(
-            f"{path}: models of architecture {info.architecture!r} like this use no RoPE; give one that does"
+            f"{info.path}: models of architecture {info.architecture!r} like this use no RoPE; give one that does"
         )
     if info.kind == "adapter":
-        raise LropeError(f"{path}: is a LoRA adapter; write the factors into its base model")
-    if info.block_count is None:
-        raise LropeError(f"{path}: has no {info.architecture}.block_count (no layers); give a whole model")
-    values = [positive(value, f"{path}: the factor of layer {layer}") for layer, value in enumerate(factors)]
-    stored = []
-    for layer, value in enumerate(info.shaped(values)):
-        if refusal := info.rope.refusal(value):
-            raise LropeError(f"{path}: the factor of layer {layer} is {value:g}, but {refusal}")
-        stored.append(single(value))
-    return info.architecture, (*stored, *[1.0] * info.nextn_predict_layers)
+        raise LropeError(f"{info.path}: is a LoRA adapter; write to its base model")
+
+
+def _check_factors(info: ModelInfo, factors: Sequence[float], rope: RopeScaling) -> None:
+    """Refuse factors that the patched library refuses where the model rotates like this."""
+    for layer, value in enumerate(factors):
+        if refusal := rope.refusal(value):
+            raise LropeError(f"{info.path}: the factor of layer {layer} is {value:g}, but {refusal}")
 
 
 def _target(info: ModelInfo, output: str | os.PathLike[str] | None) -> Path | None:
@@ -369,9 +469,9 @@ def _overwrite(file: FileIO, at: int, data: bytes) -> None:
     os.fsync(file.fileno())
 
 
-def _rewrite(gguf: GGUFFile, plan: WritePlan, new: bytes, added: int, progress: Progress | None) -> WriteResult:
+def _rewrite(gguf: GGUFFile, plan: WritePlan, pieces: Pieces, progress: Progress | None) -> WriteResult:
     """Write the new file that `plan` describes."""
-    pieces, shared, done = pieces_of(gguf, new, added), 0, 0
+    shared, done = 0, 0
     notes = list(plan.notes)
 
     def advance(count: int) -> None:

@@ -1,4 +1,4 @@
-"""What a GGUF model's header says of its layers, its RoPE and our two keys."""
+"""What a GGUF model's header says of its layers, its RoPE and our keys."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lrope_gguf.errors import LropeError
 from lrope_gguf.gguf_scan import ARRAY, FLOAT32, GGUFFile
-from lrope_gguf.layout import CURVE_KEY, PAGE, factors_key, kept, prefix
+from lrope_gguf.layout import CURVE_KEY, PAGE, Base, factors_key
+from lrope_gguf.originals import ORIGINAL_KEY
 from lrope_gguf.reach import has_rope, rope_reach
 from lrope_gguf.rope_scaling import RopeScaling
 
@@ -49,7 +50,10 @@ class ModelInfo:
         has_rope: whether it uses RoPE, as far as its metadata tells; an unknown architecture is taken to.
         rope_reach: of the layers that a curve shapes, how many tokens their rotation reaches (`lrope_gguf.reach`).
         rope: how llama.cpp rotates without further options.
-        rope_freq_base, rope_dimension_count, rope_scaling_type, rope_scaling_factor: of the base model's RoPE.
+        rope_freq_base, rope_dimension_count, rope_scaling_type, rope_scaling_factor, rope_dynamic_factor,
+            rope_original_context_length: what the RoPE keys say.
+        rope_before, context_length_before: the same before `write_factors` wrote a scaling; None where it did not.
+        scaling_error: why what stood there before is not known, as a sentence's end.
         factors: `s_l` of all `block_count` layers, float32 values; None where absent or not usable.
         factors_error: why a stored array is not usable, as a sentence's end.
         curve_json: the curve's document as stored, without its padding.
@@ -73,6 +77,11 @@ class ModelInfo:
     rope_dimension_count: int | None
     rope_scaling_type: str | None
     rope_scaling_factor: float | None
+    rope_dynamic_factor: float | None
+    rope_original_context_length: int | None
+    rope_before: RopeScaling | None
+    context_length_before: int | None
+    scaling_error: str | None
     factors: tuple[float, ...] | None
     factors_error: str | None
     curve_json: str | None
@@ -110,16 +119,22 @@ class ModelInfo:
     def fingerprint(self) -> str:
         """Identity of the base model: SHA-256 in hex, the same before and after `write_factors`.
 
-        Covers the header without our two keys, and of the tensor data 64 blocks of 4 KiB, evenly spaced, the first
-        and the last included.
+        Covers the header as it was before, and of the tensor data 64 blocks of 4 KiB, evenly spaced, the first and
+        the last included.
+
+        Raises:
+            LropeError: the file cannot be read, or what it held before is not known.
         """
         import hashlib  # loads OpenSSL
 
         with GGUFFile(self.path) as gguf:
-            digest = hashlib.sha256(prefix(gguf, 0))
-            for start, end in kept(gguf, gguf.info_end):
-                for at in range(start, end, _BUFFER):
-                    digest.update(gguf.read(at, min(end, at + _BUFFER)))
+            digest = hashlib.sha256()
+            for piece in (*Base(gguf).pieces(), (gguf.kv_end, gguf.info_end)):
+                if isinstance(piece, bytes):
+                    digest.update(piece)
+                    continue
+                for at in range(*piece, _BUFFER):
+                    digest.update(gguf.read(at, min(piece[1], at + _BUFFER)))
             last = max(gguf.data_start, gguf.size - PAGE)
             for i in range(_SAMPLES):
                 at = gguf.data_start + (last - gguf.data_start) * i // (_SAMPLES - 1)
@@ -174,6 +189,7 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
     factor = real("rope.scaling.factor")
     factors, factors_error = _stored_factors(gguf, factors_key(str(architecture)), block_count)
     curve = gguf.text(CURVE_KEY, _MAX_CURVE_BYTES)
+    rope_before, context_length_before, scaling_error = _before(gguf)
     return ModelInfo(
         path=gguf.path,
         file_size=gguf.size,
@@ -192,11 +208,27 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         rope_dimension_count=gguf.integer(of("rope.dimension_count")),
         rope_scaling_type=gguf.text(of("rope.scaling.type")),
         rope_scaling_factor=real("rope.scale_linear") if factor is None else factor,
+        rope_dynamic_factor=real("rope.scaling.dynamic_factor"),
+        rope_original_context_length=gguf.integer(of("rope.scaling.original_context_length")),
+        rope_before=rope_before,
+        context_length_before=context_length_before,
+        scaling_error=scaling_error,
         factors=factors,
         factors_error=factors_error,
         curve_json=None if curve is None else curve.rstrip(" "),
         shards=shards,
     )
+
+
+def _before(gguf: GGUFFile) -> tuple[RopeScaling | None, int | None, str | None]:
+    """How the model rotated and its context length before we wrote a scaling, and why that is not known."""
+    if ORIGINAL_KEY not in gguf.entries:
+        return None, None, None
+    try:
+        base = Base(gguf)
+    except LropeError as error:
+        return None, None, str(error).removeprefix(f"{gguf.path}: ")
+    return RopeScaling.of(base.values, base.architecture), base.values.integer(base.key("context_length")), None
 
 
 def _shards(gguf: GGUFFile) -> int:
@@ -220,15 +252,32 @@ def _has_head(gguf: GGUFFile, layer: int, shards: int) -> bool:
     """
     if layer in gguf.head_layers:
         return True
-    match = SHARD.fullmatch(gguf.path.name)
-    for number in range(2, shards + 1):
-        other = match and gguf.path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf")
+    for other in _other_shards(gguf, shards):
         if not other or not other.exists():
             return True
         with GGUFFile(other) as shard:
             if layer in shard.head_layers:
                 return True
     return False
+
+
+def has_long_factors(gguf: GGUFFile) -> bool:
+    """Whether the model holds factors of LongRoPE, in this shard or another that is there; raises as `read_model`."""
+    if gguf.has_long_factors:
+        return True
+    for other in _other_shards(gguf, _shards(gguf)):
+        if other and other.exists():
+            with GGUFFile(other) as shard:
+                if shard.has_long_factors:
+                    return True
+    return False
+
+
+def _other_shards(gguf: GGUFFile, shards: int) -> Iterator[Path | None]:
+    """The names of all shards but the first; None where that one's name tells none."""
+    match = SHARD.fullmatch(gguf.path.name)
+    for number in range(2, shards + 1):
+        yield gguf.path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") if match else None
 
 
 def _stored_factors(gguf: GGUFFile, key: str, n: int | None) -> tuple[tuple[float, ...] | None, str | None]:

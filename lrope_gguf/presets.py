@@ -8,16 +8,33 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import atomic_write_bytes, check_replaceable, locked
 
 _MODEL = ("m", "model", "mu", "model-url", "dr", "docker-repo", "hf", "hfr", "hf-repo", "hff", "hf-file")
-_MODEL_VARIABLES = ("MODEL", "MODEL_URL", "DOCKER_REPO", "HF_REPO", "HF_FILE", "ROPE_LAYER_FACTORS")
-OWN = frozenset((*_MODEL, "rope-layer-factors", *(f"LLAMA_ARG_{name}" for name in _MODEL_VARIABLES)))
-"""Options that say which model and which factors, by all their names: a new entry replaces them."""
+_MODEL_VARIABLES = ("MODEL", "MODEL_URL", "DOCKER_REPO", "HF_REPO", "HF_FILE")
+MODEL = frozenset((*_MODEL, *(f"LLAMA_ARG_{name}" for name in _MODEL_VARIABLES)))
+"""Options that say which model, by all their names."""
+
+FACTORS = frozenset(("rope-layer-factors", "LLAMA_ARG_ROPE_LAYER_FACTORS"))
+"""Options that say which layer factors."""
+
+SCALING = frozenset(
+    (
+        *("rope-scaling", "rope-scale", "rope-freq-scale", "yarn-orig-ctx"),
+        *(f"LLAMA_ARG_{name}" for name in ("ROPE_SCALING_TYPE", "ROPE_SCALE", "ROPE_FREQ_SCALE", "YARN_ORIG_CTX")),
+    )
+)
+"""Options that say how RoPE is scaled."""
+
+CONTEXT = frozenset(("c", "ctx-size", "LLAMA_ARG_CTX_SIZE"))
+"""Options that say how long a context is."""
+
+OWN = MODEL | FACTORS
+"""Options that an entry with factors replaces."""
 
 SERVING = re.compile(r"rope-(?!layer)|yarn-|cache-type-|ct[kv]$|LLAMA_ARG_(ROPE_(?!LAYER)|YARN_|CACHE_TYPE_)")
 """Options under which factors are good or not."""
@@ -28,13 +45,16 @@ _OPTION = re.compile(r"([a-zA-Z_][a-zA-Z0-9_.-]*)[ \t]*=[ \t]*(.*)")
 _NOTHING = re.compile(r"[ \t]*(?:[;#].*)?")
 
 
-def write_preset(path: str | os.PathLike[str], name: str, options: Mapping[str, str]) -> dict[str, str]:
+def write_preset(
+    path: str | os.PathLike[str], name: str, options: Mapping[str, str], replaced: Collection[str] = OWN
+) -> dict[str, str]:
     """Write an entry, or update it where there is one of this name: whole or not at all.
 
     Args:
         path: The file; made if it is missing.
         name: The entry's name, by which requests ask for the model.
-        options: Its options. Of an entry that is there, these and all of `OWN` are replaced.
+        options: Its options.
+        replaced: Options that an entry which is there loses, besides those given.
 
     Returns:
         The options of `SERVING` that the entry had and keeps.
@@ -44,21 +64,25 @@ def write_preset(path: str | os.PathLike[str], name: str, options: Mapping[str, 
             cannot be read or written.
     """
     with locked(path):
-        data, kept = _changed(path, name, options)
+        data, kept = _changed(path, name, options, replaced)
         atomic_write_bytes(path, data)
     return kept
 
 
-def plan_preset(path: str | os.PathLike[str], name: str, options: Mapping[str, str]) -> dict[str, str]:
+def plan_preset(
+    path: str | os.PathLike[str], name: str, options: Mapping[str, str], replaced: Collection[str] = OWN
+) -> dict[str, str]:
     """Check all that `write_preset` checks, and return what it returns, without writing anything.
 
     Raises:
         LropeError: as `write_preset`.
     """
-    return _changed(path, name, options)[1]
+    return _changed(path, name, options, replaced)[1]
 
 
-def _changed(path: str | os.PathLike[str], name: str, options: Mapping[str, str]) -> tuple[bytes, dict[str, str]]:
+def _changed(
+    path: str | os.PathLike[str], name: str, options: Mapping[str, str], replaced: Collection[str]
+) -> tuple[bytes, dict[str, str]]:
     """The file's new content, and what its entry keeps of `SERVING`."""
     if (
         not name.isprintable()
@@ -93,7 +117,7 @@ def _changed(path: str | os.PathLike[str], name: str, options: Mapping[str, str]
     kept: dict[str, str] = {}
     for line in lines[start + 1 : end]:
         option = _OPTION.fullmatch(line.rstrip("\r\n"))
-        if option is not None and (option[1] in OWN or option[1] in options):
+        if option is not None and (option[1] in replaced or option[1] in options):
             continue
         body.append(line)
         if option is not None and SERVING.match(option[1]):

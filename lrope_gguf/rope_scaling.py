@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lrope_gguf.gguf_scan import GGUFFile
+from lrope_gguf.gguf_values import Values
 
 MAX_FACTOR = 1024
 """The largest layer factor, and 1 over the smallest: LLAMA_ROPE_LAYER_FACTOR_MAX of the patch."""
 _EXT_GAIN_MAX = 32.0  # LLAMA_ROPE_LAYER_EXT_GAIN_MAX of the patch
-_SCALINGS = ("none", "linear", "yarn", "longrope")
+_DYNAMIC = {"dynamic": "none", "dynamic-yarn": "yarn"}  # and the type that stands in a file beside the factor
+_SCALINGS = ("none", "linear", "yarn", "longrope", *_DYNAMIC)
 # Facts of llama.cpp 0c1e570: who reads which key of YaRN (src/models/*.cpp), and the defaults (src/llama-hparams.h).
 _YARN_KEYS = {
     "grok": ("ext_factor", "attn_factor", "beta_fast", "beta_slow"),
@@ -27,9 +28,10 @@ _GROK_BETA_FAST = 8.0
 _HUGE = 1e300  # no larger integer need fit into a float
 _CLOSE = 1e-6  # float32 numbers, some of them written with fewer digits
 
-_OPTIONS = {"scaling": "rope_scaling", "freq_base": "rope_freq_base", "freq_scale": "rope_freq_scale"} | {
-    name: f"yarn_{name}" for name in ("orig_ctx", "ext_factor", "attn_factor", "beta_slow", "beta_fast")
-}
+_OPTIONS = {
+    **{"scaling": "rope_scaling", "freq_base": "rope_freq_base", "freq_scale": "rope_freq_scale"},
+    "factor": "rope_scale",
+} | {name: f"yarn_{name}" for name in ("orig_ctx", "ext_factor", "attn_factor", "beta_slow", "beta_fast")}
 """What `RopeScaling.json` says, and the option of llama.cpp for it."""
 
 
@@ -46,11 +48,13 @@ class RopeScaling:
     """The scaling under which a model's layers rotate.
 
     Attributes:
-        scaling: ``none``, ``linear``, ``yarn`` or ``longrope``.
-        freq_base, freq_scale: RoPE's base, and the factor of all frequencies, a float32 value.
-        orig_ctx: tokens of context that the model was trained on, for YaRN and LongRoPE.
+        scaling: ``none``, ``linear``, ``yarn``, ``longrope``, ``dynamic`` (NTK) or ``dynamic-yarn``.
+        freq_base, freq_scale: RoPE's base, and the factor of all frequencies, a float32 value; the dynamic ones have
+            none of the latter.
+        orig_ctx: tokens of context that the model was trained on, for YaRN, LongRoPE and the dynamic ones.
         ext_factor: share of YaRN's extrapolation; below 0: 1 with YaRN, 0 without.
         attn_factor, beta_fast, beta_slow: of YaRN.
+        factor: of ``dynamic`` that of the NTK formula, of ``dynamic-yarn`` the largest one that it goes up to.
     """
 
     scaling: str = "linear"
@@ -61,9 +65,10 @@ class RopeScaling:
     attn_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    factor: float = 1.0
 
     @classmethod
-    def of(cls, gguf: GGUFFile, architecture: str) -> RopeScaling:
+    def of(cls, gguf: Values, architecture: str) -> RopeScaling:
         """What a header says, with llama.cpp's defaults for what it leaves out (``llama_model::load_hparams``)."""
 
         def real(key: str, default: float) -> float:
@@ -76,11 +81,16 @@ class RopeScaling:
             yarn[name] = real(f"rope.scaling.yarn_{name}", yarn[name])
         trained = gguf.integer(f"{architecture}.context_length") or 0
         original = gguf.integer(f"{architecture}.rope.scaling.original_context_length")
+        scaling = gguf.text(f"{architecture}.rope.scaling.type") or "linear"
+        dynamic = gguf.scalar(f"{architecture}.rope.scaling.dynamic_factor")
+        if dynamic is not None:
+            scaling = "dynamic-yarn" if scaling == "yarn" else "dynamic"
         return cls(
-            scaling=gguf.text(f"{architecture}.rope.scaling.type") or "linear",
+            scaling=scaling,
             freq_base=real("rope.freq_base", 10000.0),
             freq_scale=1.0 if factor == 0.0 else single(1.0 / factor),
             orig_ctx=trained if original is None else original,
+            factor=1.0 if dynamic is None else float(dynamic),
             **yarn,
         )
 
@@ -89,17 +99,29 @@ class RopeScaling:
         given = {name: options[option] for name, option in _OPTIONS.items() if option in options}
         if "freq_scale" in given:
             given["freq_scale"] = single(given["freq_scale"])
+            given.setdefault("factor", single(1.0 / given["freq_scale"]) if given["freq_scale"] else math.inf)
+        elif given.get("scaling") in _DYNAMIC and self.scaling not in _DYNAMIC:
+            static = given["scaling"] == "dynamic" or not self.freq_scale
+            given.setdefault("factor", 1.0 if static else single(1.0 / self.freq_scale))
         return replace(self, **given)
 
     @property
     def _ext_factor(self) -> float:
         if self.ext_factor >= 0.0:
             return self.ext_factor
-        return 1.0 if self.scaling == "yarn" else 0.0
+        return 1.0 if self.scaling in ("yarn", "dynamic-yarn") else 0.0
 
     @property
     def _freq_scale(self) -> float:
-        return 1.0 if self.scaling == "none" else self.freq_scale
+        return 1.0 if self.scaling in ("none", *_DYNAMIC) else self.freq_scale
+
+    @property
+    def _freq_scales(self) -> list[float]:
+        """All factors of the frequencies that contexts come to, as far as they can matter to a layer factor."""
+        if self.scaling != "dynamic-yarn":
+            return [self._freq_scale]
+        steps = [2.0 ** (k / 2) for k in range(1, 2 * int(math.log2(MAX_FACTOR)))]
+        return [single(1.0 / step) for step in (*(s for s in steps if s < self.factor), self.factor or math.inf)]
 
     def json(self) -> dict[str, Any]:
         """What has an effect of all this, as a JSON object: two equal ones rotate alike."""
@@ -113,25 +135,45 @@ class RopeScaling:
             said |= {name: getattr(self, name) for name in ("orig_ctx", "beta_fast", "beta_slow")}
         else:
             said["attn_factor"] = self.attn_factor
-        if self._ext_factor or self.scaling == "yarn":
+        if self._ext_factor or self.scaling in ("yarn", "dynamic-yarn"):
             said["ext_factor"] = self._ext_factor
-        if self.scaling == "longrope":
+        if self.scaling in ("longrope", *_DYNAMIC):
             said["orig_ctx"] = self.orig_ctx
+        if self.scaling in _DYNAMIC:
+            said["factor"] = self.factor
         return said
+
+    def words(self) -> str:
+        """What it is, for people."""
+        scaling = str(self.json()["scaling"])
+        if scaling in _DYNAMIC:
+            beyond = f"up to {self.factor:.6g} times {self.orig_ctx} tokens"
+            if scaling == "dynamic":
+                beyond = f"beyond {self.orig_ctx} tokens" + (
+                    "" if self.factor == 1.0 else f", factor {self.factor:.6g}"
+                )
+            return f"dynamic {'NTK' if scaling == 'dynamic' else 'YaRN'} {beyond}; none up to {self.orig_ctx}"
+        if scaling not in ("linear", "yarn") or not self._freq_scale:
+            return scaling
+        name = "YaRN" if scaling == "yarn" else scaling
+        return f"{name} up to {1.0 / self._freq_scale:.6g} times {self.orig_ctx} tokens, at any length"
 
     def refusal(self, factor: float) -> str | None:
         """Why the patched library refuses a layer factor under this scaling, as a sentence's end; None: it does not.
 
         In float32 as there (``llama_rope_layer_check`` and ``llama_rope_layer_init``), so that both agree on any value.
         """
-        s, fs = single(factor), self._freq_scale
+        s = single(factor)
         if not 1.0 / MAX_FACTOR <= s <= MAX_FACTOR:
             return f"llama.cpp takes 1/{MAX_FACTOR} to {MAX_FACTOR}; give one near 1"
         if s == 1.0 or not self._ext_factor:
             return None
-        steep = abs(single(1.0 - fs)) > single(_EXT_GAIN_MAX * abs(single(s - fs)))
-        if steep or single(1.0 + single(single(0.1) * _log(single(s / fs if fs else math.inf)))) <= 0.0:
-            return f"llama.cpp takes none so close to the model's YaRN frequency scale of {fs:g}; give one further off"
+        for fs in self._freq_scales:
+            steep = abs(single(1.0 - fs)) > single(_EXT_GAIN_MAX * abs(single(s - fs)))
+            if steep or single(1.0 + single(single(0.1) * _log(single(s / fs if fs else math.inf)))) <= 0.0:
+                return (
+                    f"llama.cpp takes none so close to the model's YaRN frequency scale of {fs:g}; give one further off"
+                )
         return None
 
 

@@ -104,15 +104,15 @@ def output_options(function: Function) -> Function:
     return function
 
 
-def exactly_one(**values: object) -> None:
+def exactly_one(*, required: bool = True, **values: object) -> None:
     """Take one of some options, given by their parameters' names; None stands for one that is not given.
 
     Raises:
-        click.UsageError: none or several are given.
+        click.UsageError: several are given, or none though one is required.
     """
     options = {name: f"--{name.replace('_', '-')}" for name in values}
     given = [options[name] for name, value in values.items() if value is not None]
-    if not given:
+    if required and not given:
         raise click.UsageError(f"one of the arguments {' '.join(options.values())} is required")
     if len(given) > 1:
         raise click.UsageError(f"argument {given[1]}: not allowed with argument {given[0]}")

@@ -97,7 +97,7 @@ def _lines(
         ("name", info.name),
         ("architecture", info.architecture or "not named"),
         ("layers", _layers(info)),
-        ("context length", None if info.context_length is None else f"{info.context_length} tokens"),
+        ("context length", _context(info)),
         ("RoPE base", None if info.rope_freq_base is None else f"{info.rope_freq_base:.10g}"),
         ("RoPE scaling", _scaling(info)),
         ("layer factors", _factors_line(info, width)),
@@ -161,8 +161,22 @@ def _scaling(info: ModelInfo) -> str | None:
         return None
     if not info.has_rope:
         return "the model uses no RoPE"
+    if info.scaling_error is not None:
+        return f"{info.rope.words()} (written by lrope-gguf; what was there before is not known: {info.scaling_error})"
+    if info.rope_before is not None:
+        return f"{info.rope.words()} (written by lrope-gguf; was: {info.rope_before.words()})"
+    if info.rope_dynamic_factor is not None:
+        return info.rope.words()
     factor = "" if info.rope_scaling_factor is None else f", factor {info.rope_scaling_factor:g}"
     return f"{info.rope_scaling_type or 'none'}{factor}"
+
+
+def _context(info: ModelInfo) -> str | None:
+    if info.context_length is None:
+        return None
+    before = info.context_length_before
+    was = f" (written by lrope-gguf; was: {before})" if before not in (None, info.context_length) else ""
+    return f"{info.context_length} tokens{was}"
 
 
 def _factors_line(info: ModelInfo, width: int | None) -> str | None:
@@ -241,17 +255,22 @@ def _plot(path: str, info: ModelInfo, document: CurveFile | None, agreement: boo
     )
 
 
+def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields for JSON, which has no infinities and no NaN."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in fields.items()}
+
+
 def _json(
     info: ModelInfo, document: CurveFile | None, curve_error: str | None, agreement: bool | None
 ) -> dict[str, Any]:
     fields = asdict(info)
     del fields["curve_json"], fields["has_rope"], fields["rope"]
-    # JSON has no infinities
-    fields = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in fields.items()}
-    return fields | {
+    return _numbers(fields) | {
         "path": str(info.path),
         "n_layer": info.n_layer,
         "has_rope": info.has_rope,
+        "rope": _numbers(info.rope.json()),
+        "rope_before": None if info.rope_before is None else _numbers(info.rope_before.json()),
         "factors_key": None if info.architecture is None else factors_key(info.architecture),
         "factors": None if info.factors is None else [shortest(s) for s in info.factors],
         "curve": None if document is None else document.document(),

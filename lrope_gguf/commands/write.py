@@ -1,4 +1,4 @@
-"""`lrope-gguf write`: store layer factors in a model's metadata."""
+"""`lrope-gguf write`: store layer factors and a RoPE scaling in a model's metadata."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from lrope_gguf.curve import CurveFile, source_name
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.layout import CURVE_KEY, factors_key
-from lrope_gguf.metadata import WritePlan, WriteResult, plan_write, storable_factors, write_factors
+from lrope_gguf.metadata import WritePlan, WriteResult, plan_scaling, plan_write, storable_factors, write_factors
 from lrope_gguf.model_info import ModelInfo, read_model, shortest
-from lrope_gguf.presets import plan_preset, write_preset
-from lrope_gguf.rope_scaling import differences
+from lrope_gguf.presets import CONTEXT, FACTORS, MODEL, SCALING, plan_preset, write_preset
+from lrope_gguf.rescale import KeyChange
+from lrope_gguf.rope_scaling import RopeScaling, differences
+from lrope_gguf.scaling_keys import KINDS, Recipe, Scaling
 from lrope_gguf.stores import model_name, reference
 from lrope_gguf.text import command_line, printable, say
 
@@ -31,11 +33,24 @@ _TYPE = re.compile(r"[a-z0-9_]{1,16}")
 @click.option("--curve", type=FILE, metavar="FILE", help="curve file, such as a search's best.json")
 @click.option("--factors", type=Numbers(), metavar="F0,F1,...", help="one factor a layer")
 @click.option("--uniform", type=float, metavar="S", help="the same factor for all layers")
+@click.option(
+    "--rope-scaling", type=click.Choice(KINDS),
+    help="make MODEL scale RoPE so without an option of the server; none takes that away again",
+)  # fmt: skip
+@click.option(
+    "--rope-scale", type=float, metavar="F",
+    help="how many times longer contexts become, 1 to 1024; the most that dynamic-yarn goes up to; of dynamic, the "
+         "factor in the NTK formula (1)",
+)  # fmt: skip
+@click.option(
+    "--context-length", type=int, metavar="N",
+    help="tokens of the scaled context (F times the model's own; for dynamic, the model's own)",
+)  # fmt: skip
 @output_options
 @click.option("--mapped-ok", is_flag=True, help="change MODEL in place even while a running program maps it")
 @click.option(
     "--preset", type=FILE, metavar="INI",
-    help="leave MODEL as it is, and write an entry for it and the factors into this file, for llama-server "
+    help="leave MODEL as it is, and write an entry for it with factors and scaling into this file, for llama-server "
          "--models-preset",
 )  # fmt: skip
 @click.option("--preset-name", metavar="NAME", help="that entry's name (MODEL's, with -lrope)")
@@ -44,6 +59,9 @@ def command(
     curve: str | None,
     factors: tuple[float, ...] | None,
     uniform: float | None,
+    rope_scaling: str | None,
+    rope_scale: float | None,
+    context_length: int | None,
     output: str | None,
     dry_run: bool,
     quiet: bool,
@@ -51,13 +69,20 @@ def command(
     preset: str | None,
     preset_name: str | None,
 ) -> None:
-    """Store layer factors in MODEL."""
-    exactly_one(curve=curve, factors=factors, uniform=uniform)
+    """Store layer factors, a RoPE scaling or both in MODEL."""
+    exactly_one(required=rope_scaling is None, curve=curve, factors=factors, uniform=uniform)
+    for option, value in (("--rope-scale", rope_scale), ("--context-length", context_length)):
+        if value is not None and rope_scaling is None:
+            raise click.UsageError(f"argument {option}: needs --rope-scaling")
+    scaling = None if rope_scaling is None else Scaling(rope_scaling, rope_scale, context_length)
     if preset is not None and output is not None:
         raise click.UsageError("argument --preset: not allowed with argument --output")
     if preset_name is not None and preset is None:
         raise click.UsageError("argument --preset-name: needs --preset INI")
     info = read_model(model)
+    rope, recipe = (info.rope, None) if scaling is None else plan_scaling(model, scaling)
+    if preset is not None and scaling is not None and recipe is None:
+        rope = replace(rope, scaling="none")  # as an option it goes before what the file says
     curve_json = None
     served = _Served()
     if curve is not None:
@@ -65,40 +90,85 @@ def command(
             check_output("--output", output, {"--curve": curve})
         document, factors = curve_for(curve, info)
         curve_json = document.dumps(compact=True)
-        served = _served(document, info)
+        served = _served(document, info, rope, scaling is not None)
     elif uniform is not None:
         factors = (uniform,) * (info.n_layer or 1)
     if preset is not None:
         check_output("--preset", preset, {"MODEL": model, "--curve": curve})
-        entry = _preset_options(model, info, factors or (), served)
-        report(*_preset(preset, preset_name or _preset_name(model, info), entry, served, dry_run, quiet))
+        asked = _Asked(model, info, factors, scaling, recipe, rope)
+        report(*_preset(preset, preset_name or _preset_name(model, info), asked, served, dry_run, quiet))
         return
+    notes = [*served.notes, *_own_scaling(info, scaling, rope)]
     if dry_run:
-        plan = plan_write(model, factors or (), curve_json=curve_json, output=output, mapped_ok=mapped_ok)
-        report((*served.notes, *plan.notes), [] if quiet else _plan_lines(plan, info))
+        plan = plan_write(model, factors, curve_json=curve_json, scaling=scaling, output=output, mapped_ok=mapped_ok)
+        report((*notes, *plan.notes), [] if quiet else _plan_lines(plan, info, factors is None))
         return
     with CopyProgress(quiet=quiet) as progress:
         result = write_factors(
-            model, factors or (), curve_json=curve_json, output=output, progress=progress, mapped_ok=mapped_ok
+            model,
+            factors,
+            curve_json=curve_json,
+            scaling=scaling,
+            output=output,
+            progress=progress,
+            mapped_ok=mapped_ok,
         )
     done = {
         "in place": f"written in place ({result.bytes_written} bytes)",
         "rewritten": f"written ({result.bytes_written} bytes, {whole_file(result)})",
-        "unchanged": "unchanged, it held them already",
+        "unchanged": f"unchanged, it held {'them' if scaling is None else 'that'} already",
     }[result.how]
-    server = command_line(["llama-server", "-m", str(result.path), *served.options])
-    lines = [f"{result.path}: {done}; {_factors(result.factors)}; next: {server}"]
-    report((*served.notes, *result.notes), [] if quiet else lines)
+    said = [f"{result.path}: {done}"]
+    if result.factors:
+        said.append(_factors(result.factors))
+    if scaling is not None:
+        said.append(f"RoPE scaling {rope.words().replace('; ', ', ')}")
+    said.append(f"next: {command_line(['llama-server', '-m', str(result.path), *served.options])}")
+    report((*notes, *result.notes), [] if quiet else ["; ".join(said)])
 
 
-def _preset_options(model: str, info: ModelInfo, factors: Iterable[float], served: _Served) -> dict[str, str]:
-    """The entry of a model that keeps its file: which model, which factors, and what else the server must be told."""
-    stored = storable_factors(info, factors)
-    name = reference(model)
-    which = {"model": str(Path(model).absolute())} if name is None else {"hf": name}
-    listed = ",".join(f"{shortest(factor):.9g}" for factor in stored)
-    options = zip(served.options[::2], served.options[1::2], strict=True)
-    return which | {"rope-layer-factors": listed} | {option.removeprefix("--"): value for option, value in options}
+def _own_scaling(info: ModelInfo, scaling: Scaling | None, rope: RopeScaling) -> list[str]:
+    """What to know where `none` finds a scaling that is the model's own."""
+    if scaling is None or scaling.kind != "none" or (own := rope.words()) == "none":
+        return []
+    return [
+        f"{info.path}: keeps its own RoPE scaling ({own}); --rope-scaling none takes away only what write has added"
+    ]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What an entry is to say: of which model, which factors, and which scaling, with what it comes to."""
+
+    model: str
+    info: ModelInfo
+    factors: Iterable[float] | None
+    scaling: Scaling | None
+    recipe: Recipe | None
+    rope: RopeScaling
+
+    def options(self, served: _Served) -> dict[str, str]:
+        """The entry of a model that keeps its file."""
+        name = reference(self.model)
+        said = {"model": str(Path(self.model).absolute())} if name is None else {"hf": name}
+        factors = self.info.factors if self.factors is None else self.factors
+        if factors is not None:
+            stored = storable_factors(self.info, factors, self.rope)
+            if self.factors is not None:
+                said["rope-layer-factors"] = ",".join(f"{shortest(factor):.9g}" for factor in stored)
+        if self.scaling is not None:
+            said |= {"rope-scaling": "none"} if self.recipe is None else self.recipe.options()
+        options = zip(served.options[::2], served.options[1::2], strict=True)
+        return said | {option.removeprefix("--"): value for option, value in options}
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """Options of an entry that is there which these stand for."""
+        names = MODEL if self.factors is None else MODEL | FACTORS
+        if self.scaling is None:
+            return names
+        ends = self.recipe is None or self.recipe.context_length is not None
+        return names | SCALING | (CONTEXT if ends else frozenset())
 
 
 def _preset_name(model: str, info: ModelInfo) -> str:
@@ -110,11 +180,12 @@ def _preset_name(model: str, info: ModelInfo) -> str:
 
 
 def _preset(
-    path: str, name: str, options: dict[str, str], served: _Served, dry_run: bool, quiet: bool
+    path: str, name: str, asked: _Asked, served: _Served, dry_run: bool, quiet: bool
 ) -> tuple[list[str], list[str]]:
     """Write the entry, unless told not to; notes, and what to say."""
-    kept = (plan_preset if dry_run else write_preset)(path, name, options)
-    notes = [note for note in served.notes if "longrope" in note]  # which no option turns on; the entry has the rest
+    options = asked.options(served)
+    kept = (plan_preset if dry_run else write_preset)(path, name, options, asked.replaced)
+    notes = list(served.notes) if served.beyond else []  # the entry has the rest
     if kept:
         listed = ", ".join(f"{option} = {value}" for option, value in kept.items())
         notes.append(f"{path}: [{name}] keeps {listed}; the factors are good for what they were searched with")
@@ -132,27 +203,35 @@ def _preset(
 
 @dataclass(frozen=True)
 class _Served:
-    """What a server must be told for the factors to be those that were found: options, and notes that say why."""
+    """What a server must be told for the factors to be those that were found: options, and notes that say why.
+
+    `beyond`: whether a note says more than the options do.
+    """
 
     options: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    beyond: bool = False
 
 
-def _served(document: CurveFile, info: ModelInfo) -> _Served:
-    """Hold what a curve was found under, as far as its provenance tells, against the file that it goes into."""
+def _served(document: CurveFile, info: ModelInfo, rope: RopeScaling, asked: bool) -> _Served:
+    """Hold what a curve was found under, as far as its provenance tells, against how the file will rotate.
+
+    A scaling that was asked for is not taken back by options.
+    """
     provenance = document.provenance if isinstance(document.provenance, dict) else {}
     said: list[str] = []
     options: list[str] = []
 
-    def add(name: str, value: Any, where: str) -> None:
+    def add(name: str, value: Any, where: str, optional: bool = True) -> None:
         option = f"--{name.replace('_', '-')}"
         text = value if isinstance(value, str) else f"{value:.9g}"
         said.append(f"{option} {text} ({where})")
-        if value != "longrope":  # which no option turns on
+        if optional and value != "longrope":  # which no option turns on
             options.extend((option, text))
 
-    for name, (wanted, own) in differences(provenance.get("rope"), info.rope).items():
-        add(name, wanted, f"the file says {own if isinstance(own, str) else f'{own:.9g}'}")
+    for name, (wanted, own) in differences(provenance.get("rope"), rope).items():
+        where = f"the file says {own if isinstance(own, str) else f'{own:.9g}'}"
+        add(name, wanted, where, not asked or name == "rope_freq_base")
     config = provenance.get("config")
     given = config.get("llama_options") if isinstance(config, dict) else None
     for name in ("cache_type_k", "cache_type_v"):
@@ -161,8 +240,10 @@ def _served(document: CurveFile, info: ModelInfo) -> _Served:
             add(name, kind, "no file says that")
     if not said:
         return _Served()
-    note = f"{info.path}: the curve was found with {', '.join(said)}; give llama-server the same, or search again"
-    return _Served(tuple(options), (note,))
+    beyond = len(options) < 2 * len(said)
+    advice = "write the same scaling" if beyond and asked else "give llama-server the same"
+    note = f"{info.path}: the curve was found with {', '.join(said)}; {advice}, or search again"
+    return _Served(tuple(options), (note,), beyond)
 
 
 def whole_file(result: WriteResult) -> str:
@@ -194,7 +275,10 @@ def plan_line(plan: WritePlan) -> str:
     return f"{plan.path}: would be a new file of {plan.bytes_written} bytes, {data}"
 
 
-def _plan_lines(plan: WritePlan, info: ModelInfo) -> list[str]:
+def _plan_lines(plan: WritePlan, info: ModelInfo, keeps_factors: bool) -> list[str]:
+    changes = [f"  {change_line(change)}" for change in plan.changes]
+    if keeps_factors and not plan.factors:
+        return [plan_line(plan), *(changes or ["  nothing: it holds no scaling that write has added"])]
     lines = [plan_line(plan)]
     key = factors_key(info.architecture or "")
     had_array = info.factors is not None or info.factors_error is not None
@@ -202,9 +286,15 @@ def _plan_lines(plan: WritePlan, info: ModelInfo) -> list[str]:
         (key, had_array, _factors(plan.factors)),
         (CURVE_KEY, info.curve_json is not None, "where the factors come from"),
     ):
-        kept = plan.how == "unchanged" or (name == key and info.factors == plan.factors)
+        kept = keeps_factors or plan.how == "unchanged" or (name == key and info.factors == plan.factors)
         lines.append(f"  {'keep' if kept else 'replace' if had else 'add'} {name}: {what}")
-    return lines
+    return lines + changes
+
+
+def change_line(change: KeyChange) -> str:
+    """What becomes of a key, in words."""
+    value = f": {change.value}" if change.value else ""
+    return f"{change.action} {change.key}{value}" + (f" (was {change.was})" if change.was is not None else "")
 
 
 def _factors(factors: tuple[float, ...]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from lrope_gguf import LropeError, cli
+from lrope_gguf import LropeError, Scaling, cli
 from lrope_gguf.gguf_scan import ARRAY, STRING, GGUFFile
 from lrope_gguf.metadata import read_factors, read_model, remove_factors, write_factors
 
@@ -97,6 +97,9 @@ def make_seeds(folder: Path) -> list[Path]:
     write_model(path("vocabulary"), tensors=0)
     write_factors(write_model(path("factors")), (1.0, 1.25, 0.75, 1.1))
     write_factors(write_model(path("factors-big-endian"), big_endian=True, alignment=64), (1.0, 1.5, 2.0, 0.5))
+    for name, kind, big_endian in (("scaling", "yarn", False), ("scaling-big-endian", "dynamic-yarn", True)):
+        scaled = write_model(path(name), big_endian=big_endian)
+        write_factors(scaled, (1.0, 1.5, 2.0, 0.75) if big_endian else None, scaling=Scaling(kind, 4.0))
     nested = struct.pack("<IIQ", ARRAY, ARRAY, 2)
     for inner in (struct.pack("<IQ", STRING, 2) + string(b"a") + string(b"bc"), struct.pack("<IQ3H", 2, 3, 1, 2, 3)):
         nested += struct.pack("<IQ", ARRAY, 1) + inner
@@ -261,8 +264,12 @@ def check(path: Path, data: bytes, *, deep: bool) -> Outcome:
     if read_model(plain).factors is not None:
         return Outcome("finding", finding="factors after remove")
     restored = plain.read_bytes()
-    if not {"lrope.curve", f"{info.architecture}.rope.scaling.layer_factors"} & _keys(path) and restored != data:
+    ours = {"lrope.curve", "lrope.original"}
+    ours |= {f"{info.architecture}.rope.scaling.{name}" for name in ("layer_factors", "dynamic_factor")}
+    if not ours & _keys(path) and restored != data:
         return Outcome("finding", finding="remove changes a file without factors")
+    if read_model(plain).fingerprint() != info.fingerprint():
+        return Outcome("finding", finding="another fingerprint after remove")
     try:
         wanted = write_factors(path, [1.0 + layer / 8192 for layer in range(info.n_layer or 1)], output=other).factors
     except LropeError as error:
@@ -274,6 +281,19 @@ def check(path: Path, data: bytes, *, deep: bool) -> Outcome:
     remove_factors(other)
     if other.read_bytes() != restored:
         return Outcome("finding", finding="other bytes after write and remove")
+    for scaling in (Scaling("dynamic", 2.0), Scaling("yarn", 2.0)):
+        try:
+            write_factors(other, scaling=scaling, output=other)
+        except LropeError as error:
+            refusal = _refusal("refused", other, data, error)
+            if refusal.finding and not str(error).startswith("--rope-scale 2: gives "):  # which blames the option
+                return refusal
+            continue
+        if read_model(other).fingerprint() != info.fingerprint():
+            return Outcome("finding", finding="another fingerprint after a scaling")
+        remove_factors(other)
+        if other.read_bytes() != restored:
+            return Outcome("finding", finding="other bytes after a scaling and its removal")
     if path.read_bytes() != data:
         return Outcome("finding", finding="the input has changed")
     return Outcome("read, written, restored byte for byte")

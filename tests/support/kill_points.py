@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from lrope_gguf import CurveFile, LropeError, metadata, remove_factors, write_factors
+from lrope_gguf import CurveFile, LropeError, Scaling, metadata, remove_factors, write_factors
 from support.gguf_fixtures import write_model
 
 TRACEME, CONT, POKEUSER, SYSCALL, SETOPTIONS, SYSCALL_INFO = 0, 7, 6, 24, 0x4200, 0x420E
@@ -90,6 +90,10 @@ def _model_with_factors(folder: Path) -> None:
     write_factors(_model(folder), FACTORS)
 
 
+def _model_with_scaling(folder: Path) -> None:
+    write_factors(_model(folder), FACTORS, scaling=Scaling("yarn", 4))
+
+
 def _model_and_another(folder: Path) -> None:
     _model(folder)
     (folder / "out.gguf").write_bytes(b"another file")
@@ -119,6 +123,19 @@ CASES = (
         _model_and_another,
         lambda folder: write_factors(folder / "m.gguf", FACTORS, output=folder / "out.gguf"),
     ),
+    Case("scaling", _model, lambda folder: write_factors(folder / "m.gguf", scaling=Scaling("dynamic-yarn", 8))),
+    Case(
+        "another factor of the scaling, in place",
+        _model_with_scaling,
+        lambda folder: write_factors(folder / "m.gguf", FACTORS[::-1], scaling=Scaling("yarn", 8), mapped_ok=True),
+    ),
+    Case(
+        "another scaling",
+        _model_with_scaling,
+        lambda folder: write_factors(folder / "m.gguf", scaling=Scaling("dynamic", None, 2048)),
+    ),
+    Case("no scaling", _model_with_scaling, lambda folder: write_factors(folder / "m.gguf", scaling=Scaling("none"))),
+    Case("removal of a scaling", _model_with_scaling, lambda folder: remove_factors(folder / "m.gguf")),
     Case("new copy", _model, lambda folder: write_factors(folder / "m.gguf", FACTORS, output=folder / "out.gguf")),
 )
 

@@ -1,0 +1,155 @@
+"""From the scaling that a file says to another one: which of its keys change, how it rotates then, and back again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lrope_gguf.errors import LropeError
+from lrope_gguf.gguf_values import Value, value_of
+from lrope_gguf.layout import Base, Part
+from lrope_gguf.model_info import has_long_factors, shortest
+from lrope_gguf.originals import ORIGINAL_KEY, Kept, Originals
+from lrope_gguf.rope_scaling import RopeScaling
+from lrope_gguf.scaling_keys import NAMES, Recipe, Scaling, long_factors_error, recipe
+
+_MAX_ENTRY = 1 << 16
+
+
+@dataclass(frozen=True)
+class KeyChange:
+    """What becomes of a key.
+
+    Attributes:
+        key: the key.
+        action: `"restore"`: the entry that stood there before returns.
+        value: what it then holds, as text; empty where it goes.
+        was: what it holds now, as text, where that is replaced.
+    """
+
+    key: str
+    action: Literal["add", "replace", "keep", "remove", "restore"]
+    value: str
+    was: str | None = None
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """A file's scaling after a change.
+
+    Attributes:
+        parts: our entries that say it.
+        originals: what stood in their place; None: `parts` are as they were, and so is `lrope.original`.
+        recipe: what the scaling comes to; None where nothing new is asked for.
+        rope: how the model rotates then.
+        changes: what becomes of each key that is concerned.
+    """
+
+    parts: tuple[Part, ...]
+    originals: Originals | None
+    recipe: Recipe | None
+    rope: RopeScaling
+    changes: tuple[KeyChange, ...] = ()
+
+
+def rescaled(base: Base, scaling: Scaling | None) -> Rescaled:
+    """What becomes of a file's scaling; None: it stays as it is.
+
+    Raises:
+        LropeError: the model cannot have this scaling.
+    """
+    gguf, order = base.gguf, base.gguf.order
+    if scaling is None:
+        parts = tuple(raw_part(base, key) for key in base.scaling)
+        return Rescaled(parts, None, None, RopeScaling.of(gguf, base.architecture))
+    if scaling.kind == "none":
+        rope = RopeScaling.of(base.values, base.architecture)
+        return Rescaled((), Originals(), None, rope, _changes(base, {}, Originals()))
+    made = recipe(scaling, base.values, base.architecture, gguf.path)
+    if has_long_factors(gguf):
+        raise long_factors_error(gguf.path)
+    wanted = made.values(order)
+    new = {name: value for name, value in wanted.items() if _before(base, name) != value}
+    replaced = tuple(
+        sorted(Kept(at, name, _replaceable(base, name)) for name in new for at in _places(base, base.key(name)))
+    )
+    parts = tuple(Part(base.key(name), value.entry(order, base.key(name))) for name, value in new.items())
+    originals = Originals(tuple(new), replaced)
+    values = base.values.with_values({base.key(name): value for name, value in new.items()})
+    rope = RopeScaling.of(values, base.architecture)
+    return Rescaled(parts, originals, made, rope, _changes(base, wanted, originals))
+
+
+def raw_part(base: Base, key: str) -> Part:
+    """One of our entries as it stands in the file."""
+    entry = base.ours[key]
+    if entry.end - entry.start > _MAX_ENTRY:
+        raise LropeError(f"{base.gguf.path}: {key} has {entry.end - entry.start} bytes; take it out with remove")
+    return Part(key, base.gguf.read(entry.start, entry.end))
+
+
+def restored(base: Base) -> tuple[KeyChange, ...]:
+    """The entries that a removal puts back."""
+    return tuple(change for change in _changes(base, {}, Originals()) if change.action == "restore")
+
+
+def _places(base: Base, wanted: str) -> list[int]:
+    return [at for at, (key, _) in enumerate(base.keys) if key == wanted]
+
+
+def _before(base: Base, name: str) -> Value | None:
+    """What a key held before we wrote to the file; None where there was none, or no single value."""
+    key = base.key(name)
+    for kept in base.originals.replaced:
+        if kept.name == name:
+            return kept.value
+    return None if key in base.ours or key not in base.gguf.entries else value_of(base.gguf, key)
+
+
+def _replaceable(base: Base, name: str) -> Value:
+    value = _before(base, name)
+    if value is None:
+        raise LropeError(
+            f"{base.gguf.path}: {base.key(name)} is no number or short string, which no llama.cpp reads; mend the file "
+            "first"
+        )
+    return value
+
+
+def _changes(base: Base, wanted: Mapping[str, Value], originals: Originals) -> tuple[KeyChange, ...]:
+    """What becomes of the file's keys where these values are all that ours say of the scaling."""
+    order, gguf = base.gguf.order, base.gguf
+    changes = []
+    for name in NAMES:
+        key, before = base.key(name), _before(base, name)
+        has = key in gguf.entries
+        now = value_of(gguf, key) if has else None
+        then = wanted.get(name, before)
+        shown = "" if then is None else _text(then, order)
+        was = _text(now, order) if now is not None else "an array" if has else None
+        if name in wanted:
+            action: Literal["add", "replace", "keep"] = "keep" if now == then else "replace" if has else "add"
+            changes.append(KeyChange(key, action, shown, was if action == "replace" else None))
+        elif key in base.ours and then is None:
+            changes.append(KeyChange(key, "remove", ""))
+        elif then is not None and now != then and (key in base.ours or not has):
+            changes.append(KeyChange(key, "restore", shown, was))
+    return (*changes, *_original_change(base, originals))
+
+
+def _original_change(base: Base, originals: Originals) -> tuple[KeyChange, ...]:
+    has = ORIGINAL_KEY in base.ours
+    if not originals.written:
+        return (KeyChange(ORIGINAL_KEY, "remove", ""),) if has else ()
+    action: Literal["add", "replace", "keep"] = (
+        "add" if not has else "keep" if originals == base.originals else "replace"
+    )
+    return (KeyChange(ORIGINAL_KEY, action, "what these keys held before, for remove"),)
+
+
+def _text(value: Value, order: str) -> str:
+    number = value.python(order)
+    if isinstance(number, str):
+        return number[:80]
+    return f"{shortest(number):.9g}" if isinstance(number, float) else str(number)

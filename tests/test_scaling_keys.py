@@ -1,0 +1,683 @@
+"""RoPE scaling in GGUF metadata: written, as the `gguf` package reads it, and the original back byte for byte."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFEndian, GGUFReader, GGUFWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.gguf_fixtures import LAYERS, header, names, number_pair, read_keys, string, text_pair, u32, write_model
+
+from lrope_gguf import LropeError, Scaling, plan_remove, plan_write, read_factors, read_model, remove_factors
+from lrope_gguf import write_factors as write
+from lrope_gguf.cli import main
+from lrope_gguf.gguf_scan import GGUFFile
+from lrope_gguf.gguf_values import Value
+from lrope_gguf.originals import Kept, Originals, originals_of
+from lrope_gguf.rope_scaling import RopeScaling, differences
+
+TYPE, FACTOR, ORIGINAL, DYNAMIC = (
+    f"llama.rope.scaling.{name}" for name in ("type", "factor", "original_context_length", "dynamic_factor")
+)
+CONTEXT, FACTORS_KEY, KEPT = "llama.context_length", "llama.rope.scaling.layer_factors", "lrope.original"
+FACTORS = (1.0, 1.25, 0.75, 1.5)
+TRAINED = 512
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "m.gguf")
+
+
+def with_keys(path: Path, **options: Any) -> Path:
+    """A model with more keys: by name, a string, an int (uint32) or a float (float32)."""
+
+    def add(writer: GGUFWriter) -> None:
+        for key, value in options.items():
+            kind = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+            kind(f"llama.{key.replace('__', '.')}", value)
+
+    return write_model(path, add=add)
+
+
+def scaling_of(path: Path) -> dict[str, object]:
+    """All that the file says of its scaling, as the `gguf` package reads it."""
+    return {key: value for key, value in read_keys(path).items() if key in (TYPE, FACTOR, ORIGINAL, CONTEXT, DYNAMIC)}
+
+
+def refused(path: Path, message: str, scaling: Scaling, factors: tuple[float, ...] | None = None) -> None:
+    """Refuse in one line, dry or not, and leave the file as it is."""
+    before = path.read_bytes()
+    for call in (plan_write, write):
+        with pytest.raises(LropeError) as caught:
+            call(path, factors, scaling=scaling)
+        assert message in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
+    assert path.read_bytes() == before and names(path.parent) == [path.name]
+
+
+# What is written
+
+WRITTEN = [
+    (Scaling("linear", 4), {TYPE: "linear", FACTOR: 4.0, ORIGINAL: 512, CONTEXT: 2048}),
+    (Scaling("yarn", 1.5), {TYPE: "yarn", FACTOR: 1.5, ORIGINAL: 512, CONTEXT: 768}),
+    (Scaling("yarn", 4, 1000), {TYPE: "yarn", FACTOR: 4.0, ORIGINAL: 512, CONTEXT: 1000}),
+    (Scaling("yarn", None, 1024), {TYPE: "yarn", FACTOR: 2.0, ORIGINAL: 512, CONTEXT: 1024}),
+    (Scaling("yarn", 1), {TYPE: "yarn", FACTOR: 1.0, ORIGINAL: 512, CONTEXT: 512}),
+    (Scaling("linear", 1024), {TYPE: "linear", FACTOR: 1024.0, ORIGINAL: 512, CONTEXT: 1 << 19}),
+    (Scaling("dynamic"), {TYPE: "none", ORIGINAL: 512, CONTEXT: 512, DYNAMIC: 1.0}),
+    (Scaling("dynamic", 2.0), {TYPE: "none", ORIGINAL: 512, CONTEXT: 512, DYNAMIC: 2.0}),
+    (Scaling("dynamic", None, 99999), {TYPE: "none", ORIGINAL: 512, CONTEXT: 99999, DYNAMIC: 1.0}),
+    (Scaling("dynamic-yarn", 8), {TYPE: "yarn", FACTOR: 8.0, ORIGINAL: 512, CONTEXT: 4096, DYNAMIC: 8.0}),
+    (Scaling("dynamic-yarn", None, 768), {TYPE: "yarn", FACTOR: 1.5, ORIGINAL: 512, CONTEXT: 768, DYNAMIC: 1.5}),
+]
+
+
+@pytest.mark.parametrize(("scaling", "expected"), WRITTEN, ids=str)
+@pytest.mark.parametrize("factors", [None, FACTORS])
+def test_keys(model: Path, scaling: Scaling, expected: dict[str, object], factors: tuple[float, ...] | None) -> None:
+    original, before = model.read_bytes(), read_keys(model)
+    fingerprint = read_model(model).fingerprint()
+    write(model, factors, scaling=scaling)
+    assert scaling_of(model) == expected
+    fields = GGUFReader(model).fields
+    kinds = {key: fields[key].types[0].name for key in expected}
+    assert kinds == {key: {str: "STRING", float: "FLOAT32", int: "UINT32"}[type(expected[key])] for key in expected}
+    others = {key: value for key, value in before.items() if key != "GGUF.kv_count"}
+    after = read_keys(model)
+    assert {key: value for key, value in after.items() if key in others} == others | {CONTEXT: expected[CONTEXT]}
+    assert after["GGUF.kv_count"] == len(after) - 3 == len(set(fields)) - 3
+    info = read_model(model)
+    assert info.fingerprint() == fingerprint and read_factors(model) == factors
+    assert info.rope_before == RopeScaling(orig_ctx=512) and info.context_length_before == 512
+    remove_factors(model)
+    assert model.read_bytes() == original
+
+
+def test_the_file_says_how_long_it_was_trained(tmp_path: Path) -> None:
+    """The key of YaRN goes before the context length, and stays where it stands."""
+    path = with_keys(tmp_path / "m.gguf", rope__scaling__original_context_length=128, rope__scaling__type="yarn",
+                     rope__scaling__factor=4.0)  # fmt: skip
+    original = path.read_bytes()
+    write(path, scaling=Scaling("yarn", 8))
+    assert scaling_of(path) == {TYPE: "yarn", FACTOR: 8.0, ORIGINAL: 128, CONTEXT: 1024}
+    with GGUFFile(path) as gguf:
+        assert originals_of(gguf).written == ("rope.scaling.factor", "context_length")
+    write(path, scaling=Scaling("dynamic"))
+    assert scaling_of(path) == {TYPE: "none", FACTOR: 4.0, ORIGINAL: 128, CONTEXT: 512, DYNAMIC: 1.0}
+    refused(path, "--context-length 127: ", Scaling("yarn", 4, 127))
+    write(path, scaling=Scaling("none"))
+    assert path.read_bytes() == original
+    assert write(path, scaling=Scaling("yarn", 4)).how == "unchanged"  # all of it is there already
+    assert path.read_bytes() == original
+
+
+def test_factors_and_scaling_come_and_go_alone(model: Path) -> None:
+    original = model.read_bytes()
+    write(model, FACTORS)
+    with_factors = model.read_bytes()
+    result = write(model, scaling=Scaling("linear", 2))
+    assert result.factors == FACTORS == read_factors(model)
+    assert write(model, FACTORS[::-1]).how == "in place"
+    assert scaling_of(model)[FACTOR] == 2.0 and read_factors(model) == FACTORS[::-1]
+    write(model, FACTORS, scaling=Scaling("none"))
+    assert model.read_bytes() == with_factors
+    assert write(model, scaling=Scaling("none")).how == "unchanged"
+    write(model, scaling=Scaling("dynamic", 3))
+    remove_factors(model)
+    assert model.read_bytes() == original
+    assert write(model, scaling=Scaling("none")).how == "unchanged"
+    write(model, scaling=Scaling("dynamic", 3))
+    write(model, FACTORS)
+    assert scaling_of(model)[DYNAMIC] == 3.0 and read_factors(model) == FACTORS
+    remove_factors(model)
+    assert model.read_bytes() == original
+    with pytest.raises(LropeError, match="nothing to write; give factors or a scaling"):
+        write(model)
+
+
+def test_in_place(model: Path) -> None:
+    """Another factor of the same scaling, also with other factors, changes values alone."""
+    write(model, FACTORS, scaling=Scaling("dynamic-yarn", 4))
+    before, inode = model.read_bytes(), model.stat().st_ino
+    with GGUFFile(model) as gguf:
+        ours = [gguf.entries[key] for key in (FACTORS_KEY, TYPE, FACTOR, ORIGINAL, CONTEXT, DYNAMIC)]
+        assert all(a.end == b.start for a, b in pairwise(ours))
+        assert ours[0].value // 4096 == (ours[-1].end - 1) // 4096
+    result = write(model, scaling=Scaling("dynamic-yarn", 2))
+    after = model.read_bytes()
+    changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    assert result.how == "in place" and result.bytes_written == changed[-1] - changed[0] + 1
+    assert all(any(entry.value <= i < entry.end for entry in ours) for i in changed)
+    assert (scaling_of(model)[DYNAMIC], scaling_of(model)[CONTEXT]) == (2.0, 1024)
+    assert write(model, scaling=Scaling("dynamic-yarn", 2)).how == "unchanged"
+    assert write(model, FACTORS[::-1], scaling=Scaling("dynamic-yarn", 3)).how == "in place"
+    assert model.stat().st_ino == inode
+    assert write(model, scaling=Scaling("yarn", 3)).how == "rewritten"  # another key less
+    model.with_name("other.gguf").hardlink_to(model)
+    assert write(model, scaling=Scaling("yarn", 2)).how == "rewritten"
+    assert scaling_of(model.with_name("other.gguf"))[FACTOR] == 3.0
+
+
+def test_output(model: Path, tmp_path: Path) -> None:
+    original, copy = model.read_bytes(), tmp_path / "copy.gguf"
+    write(model, scaling=Scaling("yarn", 2), output=copy)
+    assert model.read_bytes() == original and scaling_of(copy)[FACTOR] == 2.0
+    write(copy, scaling=Scaling("none"), output=tmp_path / "back.gguf")
+    assert (tmp_path / "back.gguf").read_bytes() == original
+    write(model, scaling=Scaling("none"), output=copy)
+    assert copy.read_bytes() == original
+
+
+@pytest.mark.parametrize("length", range(0, 4096, 512))
+def test_values_lie_inside_a_page(tmp_path: Path, length: int) -> None:
+    path = write_model(tmp_path / "m.gguf", block_count=200, add=lambda writer: writer.add_string("x", "x" * length))
+    original = path.read_bytes()
+    write(path, (1.5,) * 200, scaling=Scaling("yarn", 4))
+    with GGUFFile(path) as gguf:
+        values = [gguf.entries[key] for key in (FACTORS_KEY, TYPE, FACTOR, ORIGINAL, CONTEXT)]
+        assert values[0].value // 4096 == (values[-1].end - 1) // 4096
+    assert write(path, (1.25,) * 200, scaling=Scaling("yarn", 8)).how == "in place"
+    remove_factors(path)
+    assert path.read_bytes() == original
+
+
+# Any file
+
+OLD_TYPES = st.sampled_from(["none", "linear", "yarn", "x" * 40, ""])
+SCALINGS = st.one_of(
+    st.just(Scaling("none")),
+    st.builds(
+        Scaling,
+        st.sampled_from(["linear", "yarn", "dynamic-yarn"]),
+        st.sampled_from([1, 1.25, 2, 2.5, 4, 1024]),
+        st.none() | st.just(TRAINED),
+    ),
+    st.builds(Scaling, st.sampled_from(["linear", "yarn", "dynamic-yarn"]), st.none(), st.integers(TRAINED, 5000)),
+    st.builds(Scaling, st.just("dynamic"), st.none() | st.floats(1, 1024), st.none() | st.integers(TRAINED, 1 << 30)),
+)
+STEPS = st.lists(
+    st.tuples(st.none() | st.permutations([1.0, 3.0, 1.0, 1.0]), st.none() | SCALINGS).filter(any),
+    min_size=1,
+    max_size=4,
+)
+
+
+def any_model(
+    path: Path, keys: list[tuple[str, object]], big_endian: bool, alignment: int | None, tensors: int
+) -> Path:
+    """A model with these keys in this order."""
+    writer = GGUFWriter(path, "llama", endianess=GGUFEndian.BIG if big_endian else GGUFEndian.LITTLE)
+    for key, value in keys:
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)  # type: ignore[operator]
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
+    for i in range(tensors):
+        writer.add_tensor(f"blk.{i}.weight", np.full((i + 1, 37), i, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    old=st.fixed_dictionaries(
+        {CONTEXT: st.just(TRAINED), "llama.block_count": st.just(LAYERS), "x.filler": st.text("xy", max_size=5000)},
+        optional={
+            TYPE: OLD_TYPES,
+            FACTOR: st.floats(0.5, 8, width=32),
+            ORIGINAL: st.integers(64, TRAINED),
+            "llama.rope.freq_base": st.floats(1, 1e6, width=32),
+            "general.name": st.text(max_size=9),
+        },
+    ),
+    order=st.randoms(use_true_random=False),
+    big_endian=st.booleans(),
+    alignment=st.none() | st.sampled_from([8, 64, 4096, 16384]),
+    tensors=st.integers(0, 3),
+    steps=STEPS,
+)
+def test_round_trip_of_any_file(
+    tmp_path_factory: pytest.TempPathFactory,
+    old: dict[str, object],
+    order: Any,
+    big_endian: bool,
+    alignment: int | None,
+    tensors: int,
+    steps: list[tuple[list[float] | None, Scaling | None]],
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "scaled.gguf"
+    keys = list(old.items())
+    order.shuffle(keys)
+    any_model(path, keys, big_endian, alignment, tensors)
+    original, before, fingerprint = path.read_bytes(), read_keys(path), read_model(path).fingerprint()
+    trained = int(str(old.get(ORIGINAL, TRAINED)))
+    factors, said = None, scaling_of(path)
+    for new, scaling in steps:
+        if scaling is not None and scaling.factor and scaling.context_length:
+            scaling = Scaling(scaling.kind, scaling.factor, round(scaling.factor * trained))
+        plan = plan_write(path, new, scaling=scaling)
+        result = write(path, new, scaling=scaling)
+        assert (plan.how, plan.bytes_written) == (result.how, result.bytes_written)
+        factors = new or factors
+        if scaling is not None:
+            said = {key: value for key, value in before.items() if key in (TYPE, FACTOR, ORIGINAL, CONTEXT)}
+            said |= expected(scaling, trained)
+        assert scaling_of(path) == said
+        assert (read_factors(path) or ()) == tuple(factors or ())
+        after = read_keys(path)  # the package refuses a key that stands there twice
+        assert {key: after[key] for key in before if key not in (*said, "GGUF.kv_count")} == {
+            key: value for key, value in before.items() if key not in (*said, "GGUF.kv_count")
+        }
+        info = read_model(path)
+        assert info.fingerprint() == fingerprint and info.scaling_error is None
+        with GGUFFile(path) as gguf:
+            assert not tensors or gguf.data_start % gguf.alignment == 0
+    assert remove_factors(path).how in ("rewritten", "unchanged")
+    assert path.read_bytes() == original
+
+
+def expected(scaling: Scaling, trained: int) -> dict[str, object]:
+    """The keys by the definition of each scaling."""
+    if scaling.kind == "none":
+        return {}
+    length = scaling.context_length
+    factor = scaling.factor or (1.0 if scaling.kind == "dynamic" else (length or 0) / trained)
+    said: dict[str, object] = {TYPE: {"linear": "linear", "dynamic": "none"}.get(scaling.kind, "yarn")}
+    said[ORIGINAL] = trained
+    if scaling.kind != "dynamic":
+        said[FACTOR] = float(np.float32(factor))
+        if length is None and factor > 1:
+            length = round(factor * trained)
+    if length is not None:
+        said[CONTEXT] = length
+    return said | ({DYNAMIC: float(np.float32(factor))} if scaling.kind.startswith("dynamic") else {})
+
+
+# Other tools in between
+
+
+def copied_by_the_package(path: Path, change: Callable[[str, Any], Any], extra: str | None = None) -> None:
+    """As `gguf_new_metadata.py` copies a model: each key by its name and value."""
+    reader = GGUFReader(path)
+    other = path.with_name("copied.gguf")
+    writer = GGUFWriter(other, "llama")
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = change(name, field.contents())
+        if value is not None:
+            writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    if extra is not None:
+        writer.add_string(extra, "new")
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    other.replace(path)
+
+
+def test_a_copy_by_another_tool_is_restored(tmp_path: Path) -> None:
+    def old(path: Path) -> Path:
+        return with_keys(path, rope__scaling__type="linear", rope__scaling__factor=2.0, a="b")
+
+    path, plain = old(tmp_path / "m.gguf"), old(tmp_path / "plain.gguf")
+    write(path, FACTORS, scaling=Scaling("dynamic-yarn", 4))
+    copied_by_the_package(path, lambda name, value: "longer than before" if name == "llama.a" else value)
+    copied_by_the_package(plain, lambda name, value: "longer than before" if name == "llama.a" else value)
+    assert scaling_of(path)[DYNAMIC] == 4.0 and read_factors(path) == FACTORS
+    assert read_model(path).fingerprint() == read_model(plain).fingerprint()
+    remove_factors(path)
+    assert path.read_bytes() == plain.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name, value: "linear" if name == TYPE else value,
+        lambda name, value: 99 if name == CONTEXT else value,
+        lambda name, value: None if name in (TYPE, CONTEXT, DYNAMIC, FACTORS_KEY, "lrope.curve") else value,
+        lambda name, value: 7.0 if name in (FACTOR, DYNAMIC) else value,
+    ],
+)
+def test_a_change_by_another_tool_is_undone(tmp_path: Path, change: Callable[[str, Any], Any]) -> None:
+    path = with_keys(tmp_path / "m.gguf", rope__scaling__type="none", rope__scaling__factor=2.0)
+    before = read_keys(path)
+    original = path.read_bytes()
+    write(path, FACTORS, scaling=Scaling("dynamic-yarn", 4))
+    copied_by_the_package(path, change)
+    write(path, FACTORS)  # leaves what it finds
+    remove_factors(path)
+    assert read_keys(path) == before and path.read_bytes() == original
+
+
+def test_a_file_that_was_converted_to_the_other_byte_order(tmp_path: Path) -> None:
+    """`gguf_convert_endian.py` turns numbers and lengths, not the text of a string."""
+    paths = [
+        any_model(tmp_path / name, [(FACTOR, 2.0), ("llama.block_count", LAYERS), (CONTEXT, TRAINED)], big, None, 1)
+        for name, big in (("little.gguf", False), ("big.gguf", True))
+    ]
+    texts = []
+    for path in paths:
+        write(path, scaling=Scaling("yarn", 4))
+        texts.append(GGUFReader(path).fields[KEPT].contents().rstrip())
+    assert texts[0] == texts[1]
+
+
+def test_a_stray_dynamic_factor_is_ours(tmp_path: Path) -> None:
+    path = with_keys(tmp_path / "m.gguf", rope__scaling__dynamic_factor=4.0, rope__scaling__type="yarn")
+    plain = with_keys(tmp_path / "plain.gguf", rope__scaling__type="yarn")
+    assert read_model(path).rope.scaling == "dynamic-yarn"
+    assert read_model(path).fingerprint() == read_model(plain).fingerprint()
+    write(path, FACTORS)
+    assert scaling_of(path)[DYNAMIC] == 4.0
+    write(path, scaling=Scaling("dynamic", 2))
+    assert scaling_of(path)[DYNAMIC] == 2.0
+    remove_factors(path)
+    assert path.read_bytes() == plain.read_bytes()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ntk", 2), "--rope-scaling ntk: is none of none, linear"),
+        (("yarn", math.nan), "--rope-scale nan: is no number from 1 to 1024"),
+        (("yarn", math.inf), "--rope-scale inf: is no number"),
+        (("yarn", -math.inf), "--rope-scale -inf: is no number"),
+        (("yarn", 0.999), "--rope-scale 0.999: is no number from 1"),
+        (("yarn", 1025), "--rope-scale 1025: is no number"),
+        (("yarn", True), "--rope-scale True: is no number"),
+        (("yarn", "2"), "--rope-scale 2: is no number"),
+        (("dynamic", 0), "--rope-scale 0: is no number"),
+        (("yarn", None, 0), "--context-length 0: is no number of tokens"),
+        (("yarn", None, 1 << 31), "--context-length 2147483648: is no number of tokens"),
+        (("yarn", None, 2.5), "--context-length 2.5: is no number of tokens"),
+        (("none", 2), "--rope-scale 2: means nothing with --rope-scaling none"),
+        (("none", None, 2), "--context-length 2: means nothing with --rope-scaling none"),
+        (("linear",), "--rope-scaling linear: needs --rope-scale or --context-length"),
+        (("yarn",), "--rope-scaling yarn: needs --rope-scale or --context-length"),
+        (("dynamic-yarn",), "--rope-scaling dynamic-yarn: needs --rope-scale or --context-length"),
+    ],
+)
+def test_values_out_of_range(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(LropeError) as caught:
+        Scaling(*arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "dynamic-yarn"])
+def test_lengths_that_the_factor_does_not_cover(model: Path, kind: str) -> None:
+    refused(model, "--context-length 1025: the factor covers only 1024 tokens (2 times 512)", Scaling(kind, 2, 1025))
+    refused(model, "--context-length 511: ", Scaling(kind, 2, 511))
+    refused(model, "is more than 1024 times the 512 tokens", Scaling(kind, None, 512 * 1024 + 1))
+
+
+def test_lengths_of_dynamic_scaling(model: Path) -> None:
+    refused(model, f"--context-length 511: {model} was trained on 512 tokens", Scaling("dynamic", None, 511))
+    assert write(model, scaling=Scaling("dynamic", 1, (1 << 31) - 1)).how == "rewritten"
+
+
+def test_a_product_beyond_llama_cpp(tmp_path: Path) -> None:
+    path = with_keys(tmp_path / "m.gguf", rope__scaling__original_context_length=1 << 24)
+    refused(path, "--rope-scale 128: gives 2147483648 tokens", Scaling("yarn", 128))
+
+
+def hand_made(path: Path, pairs: bytes, n_keys: int) -> Path:
+    path.write_bytes(header(text_pair("general.architecture", "llama") + pairs, n_keys + 1))
+    return path
+
+
+def test_models_that_cannot_have_it(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    path = tmp_path / "one" / "m.gguf"
+    scaling = Scaling("yarn", 2)
+    refused(hand_made(path, b"", 0), "has no llama.context_length", scaling)
+    refused(hand_made(path, text_pair(CONTEXT, "512"), 1), "has no llama.context_length", scaling)
+    refused(hand_made(path, number_pair(CONTEXT, 0), 1), "has no llama.context_length", scaling)
+    refused(hand_made(path, number_pair(CONTEXT, 1 << 31), 1), "llama.context_length is 2147483648, no number", scaling)
+    array = string(TYPE.encode()) + u32(9) + u32(4) + struct.pack("<QI", 1, 1)
+    refused(hand_made(path, number_pair(CONTEXT, 9) + array, 2), f"{TYPE} is no number or short string", scaling)
+    long = text_pair(TYPE, "x" * 5000)
+    refused(hand_made(path, number_pair(CONTEXT, 9) + long, 2), f"{TYPE} is no number or short string", scaling)
+    refused(write_model(path, architecture="gpt2"), "use no RoPE", scaling)
+    refused(write_model(path, add=lambda writer: writer.add_type("adapter")), "is a LoRA adapter", scaling)
+    path.write_bytes(header(b"", 0))
+    refused(path, "names no architecture", scaling)
+    for kind in ("linear", "yarn", "dynamic", "dynamic-yarn"):
+        refused(with_keys(path, rope__scaling__type="longrope"), "scales by LongRoPE", Scaling(kind, 2))
+        tensor = np.ones(4, np.float32)
+        write_model(path, add=lambda writer: writer.add_tensor("rope_factors_long.weight", tensor))  # noqa: B023
+        refused(path, "scales by LongRoPE", Scaling(kind, 2))
+
+
+def test_long_factors_in_another_shard(tmp_path: Path) -> None:
+    def shard(number: int, tensor: str) -> Path:
+        def add(writer: GGUFWriter) -> None:
+            writer.add_uint16("split.no", number)
+            writer.add_uint16("split.count", 2)
+            writer.add_tensor(tensor, np.ones(4, np.float32))
+
+        return write_model(tmp_path / f"m-0000{number + 1}-of-00002.gguf", add=add)
+
+    first = shard(0, "x")
+    assert plan_write(first, scaling=Scaling("yarn", 2)).how == "rewritten"
+    shard(1, "y")
+    assert plan_write(first, scaling=Scaling("yarn", 2)).how == "rewritten"
+    shard(1, "rope_factors_long.weight")
+    with pytest.raises(LropeError, match="LongRoPE"):
+        plan_write(first, scaling=Scaling("yarn", 2))
+
+
+def test_what_only_static_scaling_fits(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    path = tmp_path / "one" / "m.gguf"
+    write_model(path, add=lambda writer: writer.add_array("llama.rope.dimension_sections", [1, 2, 3, 4]))
+    for kind in ("dynamic", "dynamic-yarn"):
+        refused(path, "rotates by M-RoPE", Scaling(kind, 2))
+    assert plan_write(path, scaling=Scaling("yarn", 2)).how == "rewritten"
+    with_keys(path, rope__scaling__yarn_log_multiplier=0.1)
+    refused(path, "has a magnitude of its own for YaRN", Scaling("dynamic-yarn", 2))
+    for kind in ("linear", "yarn", "dynamic"):
+        assert plan_write(path, scaling=Scaling(kind, 2)).how == "rewritten"
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_factors_that_the_new_scaling_refuses(tmp_path: Path, alone: bool) -> None:
+    (tmp_path / "one").mkdir()
+    path = write_model(tmp_path / "one" / "m.gguf")
+
+    def check(kind: str, factor: float, value: float, message: str | None) -> None:
+        factors = (1.0, value, 1.0, 1.0)
+        write_model(path)
+        if alone:
+            write(path, factors)
+        scaling, given = Scaling(kind, factor), None if alone else factors
+        if message is None:
+            assert write(path, given, scaling=scaling).how == "rewritten"
+            assert read_factors(path) == tuple(np.float32(factors).tolist())
+        else:
+            why = f"the factor of layer 1 is {value:g}, but llama.cpp takes none so close to {message}"
+            refused(path, why, scaling, given)
+
+    scale = "the model's YaRN frequency scale of"
+    check("yarn", 2, 0.5, f"{scale} 0.5")
+    check("yarn", 4, 0.5, None)
+    check("linear", 2, 0.5, None)
+    check("dynamic", 2, 0.5, None)
+    for k, step in ((1, 2**-0.5), (2, 0.5), (3, 2**-1.5)):
+        value = float(np.float32(step))
+        check("dynamic-yarn", 4, value, f"{scale} {step:g}")
+        check("dynamic-yarn", 2 ** (k / 2) * 0.9, value, None)
+    check("dynamic-yarn", 3, 1 / 3, f"{scale} 0.333333")
+    check("dynamic-yarn", 4, 1 / 3, None)
+    check("dynamic-yarn", 1024, 2**-9.5, f"{scale} 0.03125")
+
+
+def test_taking_a_scaling_away_checks_the_factors_too(tmp_path: Path) -> None:
+    path = with_keys(tmp_path / "m.gguf", rope__scaling__type="yarn", rope__scaling__factor=2.0)
+    write(path, (0.5, 1, 1, 1), scaling=Scaling("linear", 2))
+    refused(path, "YaRN frequency scale of 0.5", Scaling("none"))
+    refused(path, "YaRN frequency scale of 0.5", Scaling("none"), (0.5, 1.0, 1.0, 1.0))
+    with pytest.raises(LropeError, match=r"frequency scale of 0\.25"):
+        write(path, (0.25, 1, 1, 1), scaling=Scaling("yarn", 4))
+
+
+# What is stored of the original
+
+
+def test_originals_are_what_they_were(tmp_path: Path) -> None:
+    kept = (
+        Kept(3, "rope.scaling.type", Value(8, "é\0".encode())),
+        Kept(5, "context_length", Value(4, b"\0\2\0\0")),
+        Kept(9, "rope.scaling.factor", Value(12, b"12345678")),
+    )
+    originals = Originals(("rope.scaling.type", "rope.scaling.factor", "context_length"), kept)
+    for order in "<>":
+        text = originals.dumps(order)
+        assert text.isascii() and json.loads(text)["version"] == 1
+        pairs = text_pair("general.architecture", "llama", order) + text_pair(KEPT, text + " " * 99, order)
+        (tmp_path / "m.gguf").write_bytes(header(pairs, 2, order=order))
+        with GGUFFile(tmp_path / "m.gguf") as gguf:
+            assert originals_of(gguf) == originals
+
+
+def document(**changes: Any) -> str:
+    item = {"at": 1, "name": "context_length", "type": 4, "value": "00020000"}
+    item |= {key: value for key, value in changes.items() if key in item}
+    whole: dict[str, Any] = {
+        "format": "lrope-original", "version": 1, "written": ["context_length", "rope.scaling.type"],
+        "replaced": [item],
+    }  # fmt: skip
+    return json.dumps(whole | {key: value for key, value in changes.items() if key not in item})
+
+
+HOSTILE: list[str | bytes] = [
+    "", "null", "[1]", "{}", "x", "[" * 30000, '{"a":' * 6000, "1" * 5000, "\xe9", b"\xff\xfe", " " * 40000,
+    "9" * 40000,
+    document(format="x"), document(version=2), document(version=True), document(version=None), document(written=None),
+    document(written=["context_length", "context_length"]), document(written=["general.alignment"]),
+    document(written=[1]), document(written=[["context_length"]]), document(written=[]), document(replaced=None),
+    document(replaced=[1]), document(replaced=[{}]), document(replaced={"a": 1}), document(at=-1), document(at=1 << 16),
+    document(at=True), document(at=1.0), document(at="1"), document(at=10**400), document(name="rope.scaling.factor"),
+    document(name="general.alignment"), document(name=1), document(name="\x1b[31m\n" * 50), document(type=9),
+    document(type=13), document(type=-1), document(type="4"), document(type=True), document(value="0002"),
+    document(value="0002000g"), document(value="00 20000"), document(value=512), document(value="00020000" * 2),
+    document(type=8, value="00" * 4097), document(value=["00020000"]),
+    document(written=["rope.scaling.dynamic_factor"], name="rope.scaling.dynamic_factor"),
+    document(replaced=[{"at": 1, "name": "context_length", "type": 4, "value": "00020000"}] * 2),
+    document(replaced=[{"at": 3, "name": "context_length", "type": 4, "value": "00020000"},
+                       {"at": 1, "name": "rope.scaling.type", "type": 8, "value": ""}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(HOSTILE)))
+def test_hostile_originals(tmp_path: Path, case: int, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = HOSTILE[case]
+    data = stored.encode("utf-8") if isinstance(stored, str) else stored
+    pairs = number_pair("llama.block_count", LAYERS) + number_pair(CONTEXT, 99) + string(KEPT.encode()) + u32(8)
+    path = hand_made(tmp_path / "m.gguf", pairs + string(data), 3)
+    before = path.read_bytes()
+    calls: list[Callable[[], object]] = [
+        lambda: remove_factors(path), lambda: plan_remove(path), lambda: write(path, FACTORS),
+        lambda: plan_write(path, scaling=Scaling("yarn", 2)), lambda: read_model(path).fingerprint(),
+        lambda: write(path, scaling=Scaling("none")),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(LropeError) as caught:
+            call()
+        text = str(caught.value)
+        assert text.startswith(f"{path}: {KEPT} at byte ") and "is damaged (" in text and len(text) < 600
+        assert "\n" not in text
+    assert main(["show", str(path)]) == 0
+    assert "what was there before is not known: lrope.original at byte" in capsys.readouterr().out
+    assert main(["remove", str(path)]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert path.read_bytes() == before
+
+
+def test_originals_of_another_type(tmp_path: Path) -> None:
+    path = hand_made(tmp_path / "m.gguf", number_pair(KEPT, 4), 1)
+    with pytest.raises(LropeError, match=r"is damaged \(no string of this size\)"):
+        remove_factors(path)
+
+
+def test_a_place_behind_the_end_is_the_end(tmp_path: Path) -> None:
+    pairs = number_pair(CONTEXT, 99) + text_pair(KEPT, document(at=60000))
+    path = hand_made(tmp_path / "m.gguf", pairs, 2)
+    remove_factors(path)
+    assert path.read_bytes() == header(text_pair("general.architecture", "llama") + number_pair(CONTEXT, 512), 2)
+
+
+# How it rotates then
+
+
+def test_rope_scaling_of_a_file(model: Path) -> None:
+    def rope(kind: str, *arguments: Any) -> RopeScaling:
+        write(model, scaling=Scaling(kind, *arguments))
+        return read_model(model).rope
+
+    assert rope("linear", 4).json() == {"scaling": "linear", "freq_base": 1e4, "freq_scale": 0.25, "attn_factor": 1.0}
+    yarn = rope("yarn", 4)
+    assert (yarn.orig_ctx, yarn.freq_scale, yarn.scaling) == (512, 0.25, "yarn")
+    dynamic = rope("dynamic", 2, 4096)
+    assert dynamic.json() == {
+        "scaling": "dynamic", "freq_base": 1e4, "freq_scale": 1.0, "attn_factor": 1.0, "orig_ctx": 512, "factor": 2.0,
+    }  # fmt: skip
+    both = rope("dynamic-yarn", 4)
+    assert both.json() == {
+        "scaling": "dynamic-yarn", "freq_base": 1e4, "freq_scale": 1.0, "orig_ctx": 512, "beta_fast": 32.0,
+        "beta_slow": 1.0, "ext_factor": 1.0, "factor": 4.0,
+    }  # fmt: skip
+    ropes = [RopeScaling(orig_ctx=512), yarn, dynamic, both]
+    assert all(differences(a.json(), b) for a in ropes for b in ropes if a is not b)
+    assert not any(differences(a.json(), a) for a in ropes)
+    assert differences(both.json(), yarn) == {"rope_scaling": ("dynamic-yarn", "yarn"), "rope_scale": (4.0, 1.0)}
+    assert differences(yarn.json(), both) == {"rope_scaling": ("yarn", "dynamic-yarn")}
+    assert differences(rope("dynamic-yarn", 8).json(), both) == {"rope_scale": (8.0, 4.0)}
+
+
+def test_rope_scaling_under_options() -> None:
+    plain = RopeScaling(orig_ctx=512)
+    assert plain.under({"rope_scaling": "dynamic"}).json()["factor"] == 1.0
+    assert plain.under({"rope_scaling": "dynamic-yarn", "rope_freq_scale": 0.25}).json()["factor"] == 4.0
+    yarn = RopeScaling(scaling="yarn", freq_scale=0.125, orig_ctx=512)
+    assert yarn.under({"rope_scaling": "dynamic-yarn"}).json()["factor"] == 8.0
+    assert RopeScaling(scaling="dynamic", factor=3.0).under({"rope_freq_base": 5.0}).json()["factor"] == 3.0
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 0.5, math.nan, math.inf, 1e30])
+def test_dynamic_factors_of_any_value(tmp_path: Path, value: float, capsys: pytest.CaptureFixture[str]) -> None:
+    path = with_keys(tmp_path / "m.gguf", rope__scaling__type="yarn", rope__scaling__dynamic_factor=value)
+    info = read_model(path)
+    assert info.rope.scaling == "dynamic-yarn" and info.rope.refusal(1.5) is None
+    for options in ([], ["--json"]):
+        assert main(["show", str(path), *options]) == 0
+    assert "dynamic YaRN" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "dynamic", "dynamic-yarn"])
+def test_no_tensors_and_no_layers(tmp_path: Path, kind: str) -> None:
+    path = write_model(tmp_path / "m.gguf", tensors=0, block_count=None)
+    original = path.read_bytes()
+    write(path, scaling=Scaling(kind, 2))
+    assert scaling_of(path)[ORIGINAL] == 512
+    remove_factors(path)
+    assert path.read_bytes() == original
