@@ -34,7 +34,9 @@ class Scaling:
         kind: one of `KINDS`; `none` takes away what was written before.
         factor: 1 to 1024; by default `context_length` over the model's own, and 1 for `dynamic`, where it is that of
             the NTK formula. For `dynamic-yarn` the largest factor that it goes up to.
-        context_length: tokens, at least the model's own; by default `factor` times as many, and for `dynamic` as many.
+        context_length: tokens, at least `original`; by default `factor` times as many, and for `dynamic` what the
+            model has.
+        original: tokens that the model was trained on; by default what its file says.
 
     Raises:
         LropeError: a value out of range, or neither factor nor context length where one of them is needed.
@@ -43,6 +45,7 @@ class Scaling:
     kind: str
     factor: float | None = None
     context_length: int | None = None
+    original: int | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -51,9 +54,11 @@ class Scaling:
         if self.factor is not None and not (_is_number(self.factor) and 1 <= self.factor <= MAX_SCALE):
             raise LropeError(f"--rope-scale {self.factor}: is no number from 1 to {MAX_SCALE}; give one")
         length = self.context_length
-        if length is not None and not (isinstance(length, int) and _is_number(length) and 0 < length < _MAX_CONTEXT):
-            raise LropeError(f"--context-length {length}: is no number of tokens from 1 to 2147483647; give one")
-        for option, value in (("--rope-scale", self.factor), ("--context-length", length)):
+        lengths = {"--context-length": length, "--yarn-orig-ctx": self.original}
+        for option, n in lengths.items():
+            if n is not None and not (isinstance(n, int) and _is_number(n) and 0 < n < _MAX_CONTEXT):
+                raise LropeError(f"{option} {n}: is no number of tokens from 1 to 2147483647; give one")
+        for option, value in (("--rope-scale", self.factor), *lengths.items()):
             if self.kind == "none" and value is not None:
                 raise LropeError(f"{option} {value}: means nothing with --rope-scaling none; leave out one of them")
         if self.kind not in ("none", "dynamic") and self.factor is None and length is None:
@@ -72,12 +77,14 @@ class Recipe:
         kind, factor: as in `Scaling`.
         original: tokens of context that the model was trained on.
         context_length: tokens of the scaled context; None where it stays as it is.
+        says_original: whether `original` is another number than that of the file.
     """
 
     kind: str
     factor: float
     original: int
     context_length: int | None
+    says_original: bool = False
 
     def values(self, order: str) -> dict[str, Value]:
         """Names of `NAMES`, in that order, and the values to write."""
@@ -94,6 +101,8 @@ class Recipe:
     def options(self) -> dict[str, str]:
         """The same as options of `llama-server`, without the dashes."""
         said = {"rope-scaling": self.kind, "rope-scale": f"{self.factor:.9g}"}
+        if self.says_original:
+            said["yarn-orig-ctx"] = str(self.original)
         return said if self.context_length is None else said | {"ctx-size": str(self.context_length)}
 
 
@@ -107,12 +116,12 @@ def recipe(scaling: Scaling, values: Values, architecture: str, path: Path) -> R
     trained = _length(values, f"{architecture}.{CONTEXT}", path)
     if trained is None:
         raise LropeError(f"{path}: has no {architecture}.{CONTEXT}, which a scaling starts from; give a whole model")
-    original = _length(values, f"{architecture}.{ORIGINAL}", path) or trained
+    original = scaling.original or _length(values, f"{architecture}.{ORIGINAL}", path) or trained
     _check_kind(kind, values, architecture, path)
     if length is not None and length < original:
         raise LropeError(f"--context-length {length}: {path} was trained on {original} tokens; give at least as many")
     if kind == "dynamic":
-        return Recipe(kind, factor or 1.0, original, length)
+        return Recipe(kind, factor or 1.0, original, length, scaling.original is not None)
     if factor is None:
         factor = (length or original) / original
         if factor > MAX_SCALE:
@@ -130,7 +139,7 @@ def recipe(scaling: Scaling, values: Values, architecture: str, path: Path) -> R
         if reach >= _MAX_CONTEXT:
             raise LropeError(f"--rope-scale {factor:g}: gives {reach} tokens, above 2147483647; give a smaller one")
         length = reach
-    return Recipe(kind, factor, original, length)
+    return Recipe(kind, factor, original, length, scaling.original is not None)
 
 
 def _length(values: Values, key: str, path: Path) -> int | None:

@@ -43,6 +43,13 @@ ON_COMMAND = ["--rope-scaling", "yarn", "--rope-scale", "4", "--yarn-orig-ctx", 
         ({"yarn_beta_slow": float("nan")}, "--yarn-beta-slow nan: out of range"),
         ({"rope_scale": 2.0, "rope_freq_scale": 0.5}, "--rope-scale, --rope-freq-scale: both say"),
         ({"rope_scaling": "none", "rope_scale": 2.0}, "--rope-scale: means nothing with --rope-scaling none"),
+        (
+            {"rope_scaling": "dynamic", "rope_scale": 0.5},
+            "--rope-scale 0.5: --rope-scaling dynamic needs a factor from 1",
+        ),
+        ({"rope_scaling": "dynamic", "rope_freq_scale": 2.0}, "--rope-freq-scale 2: --rope-scaling dynamic needs"),
+        ({"rope_scaling": "dynamic-yarn", "rope_freq_base": 1e6}, "--rope-freq-base: --rope-scaling dynamic-yarn sets"),
+        ({"rope_scaling": "dynamic-yarn", "yarn_ext_factor": 1.0}, "--yarn-ext-factor: --rope-scaling dynamic-yarn"),
     ],
 )
 def test_wrong_values_are_named(settings: dict[str, Any], message: str) -> None:

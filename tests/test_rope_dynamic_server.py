@@ -12,7 +12,9 @@ from support.rope_models import FACTORS, LLAMA
 from support.tiny_models import readable, write_readable
 
 from lrope_gguf.errors import LropeError
+from lrope_gguf.metadata import remove_factors, write_factors
 from lrope_gguf.native import tool_path
+from lrope_gguf.scaling_keys import Scaling
 from lrope_search.demo.server import LlamaServer
 from lrope_search.tasks import KeyValueTask
 
@@ -47,6 +49,19 @@ def test_a_chat_past_the_trained_length_is_answered_where_stock_does_not() -> No
         # keys that turned several times give what a context that came at once gives
         at_once = right_answers(options, grow=False)
         assert sum(a != b for a, b in zip(grown, at_once, strict=True)) <= 1, kind
+
+
+def test_a_written_file_needs_no_option(tmp_path: Path) -> None:
+    """Without one, the server's context is the length in the file, and stock's scaling there would be static YaRN."""
+    path = tmp_path / "written.gguf"
+    write_factors(MODEL, output=path, scaling=Scaling("dynamic-yarn", context_length=1000, original=TRAINED))
+    context = KeyValueTask(N_KEYS, probes=20, identifiers="word").context("test", 0)
+    with LlamaServer(path, 0, n_threads=1) as server:
+        assert server.properties()["default_generation_settings"]["n_ctx"] == 1000
+        answers = [probe.answered_by(server.complete(context.prefix + probe.question, 4)) for probe in context.probes]
+    assert sum(answers) >= 17
+    remove_factors(path)
+    assert path.read_bytes() == MODEL.read_bytes()
 
 
 def test_the_environment_says_it_too_and_the_server_allows_longer_slots(monkeypatch: pytest.MonkeyPatch) -> None:

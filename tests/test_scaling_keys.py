@@ -423,6 +423,19 @@ def test_values_out_of_range(arguments: tuple[Any, ...], message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_length_of_training_that_the_file_does_not_say(model: Path) -> None:
+    original = model.read_bytes()
+    write(model, scaling=Scaling("dynamic-yarn", context_length=1000, original=100))
+    assert scaling_of(model) == {TYPE: "yarn", FACTOR: 10.0, ORIGINAL: 100, CONTEXT: 1000, DYNAMIC: 10.0}
+    refused(model, "--context-length 99: ", Scaling("dynamic", None, 99, 100))
+    with pytest.raises(LropeError, match="^--yarn-orig-ctx 0: is no number of tokens"):
+        Scaling("dynamic", original=0)
+    with pytest.raises(LropeError, match="^--yarn-orig-ctx 5: means nothing with --rope-scaling none"):
+        Scaling("none", original=5)
+    remove_factors(model)
+    assert model.read_bytes() == original
+
+
 @pytest.mark.parametrize("kind", ["linear", "yarn", "dynamic-yarn"])
 def test_lengths_that_the_factor_does_not_cover(model: Path, kind: str) -> None:
     refused(model, "--context-length 1025: the factor covers only 1024 tokens (2 times 512)", Scaling(kind, 2, 1025))

@@ -46,6 +46,7 @@ _TYPE = re.compile(r"[a-z0-9_]{1,16}")
     "--context-length", type=int, metavar="N",
     help="tokens of the scaled context (F times the model's own; for dynamic, the model's own)",
 )  # fmt: skip
+@click.option("--yarn-orig-ctx", type=int, metavar="N", help="tokens that MODEL was trained on (its file's)")
 @output_options
 @click.option("--mapped-ok", is_flag=True, help="change MODEL in place even while a running program maps it")
 @click.option(
@@ -62,6 +63,7 @@ def command(
     rope_scaling: str | None,
     rope_scale: float | None,
     context_length: int | None,
+    yarn_orig_ctx: int | None,
     output: str | None,
     dry_run: bool,
     quiet: bool,
@@ -71,10 +73,11 @@ def command(
 ) -> None:
     """Store layer factors, a RoPE scaling or both in MODEL."""
     exactly_one(required=rope_scaling is None, curve=curve, factors=factors, uniform=uniform)
-    for option, value in (("--rope-scale", rope_scale), ("--context-length", context_length)):
+    given = {"--rope-scale": rope_scale, "--context-length": context_length, "--yarn-orig-ctx": yarn_orig_ctx}
+    for option, value in given.items():
         if value is not None and rope_scaling is None:
             raise click.UsageError(f"argument {option}: needs --rope-scaling")
-    scaling = None if rope_scaling is None else Scaling(rope_scaling, rope_scale, context_length)
+    scaling = None if rope_scaling is None else Scaling(rope_scaling, rope_scale, context_length, yarn_orig_ctx)
     if preset is not None and output is not None:
         raise click.UsageError("argument --preset: not allowed with argument --output")
     if preset_name is not None and preset is None:

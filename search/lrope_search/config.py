@@ -156,11 +156,12 @@ class ModelConfig:
         for name in _SET_BY_DYNAMIC:
             if getattr(self, name) != _UNSET[name] and getattr(self, name) is not None:
                 raise LropeError(f"{option(name)}: --rope-scaling {scaling} sets it by itself; leave out one of them")
-        for name, value in (("rope_scale", self.rope_scale), ("rope_freq_scale", self.rope_freq_scale)):
-            factor = value if name == "rope_scale" else 1.0 / (value or 1.0)
-            if value is not None and not 1.0 <= factor <= MAX_FACTOR:
+        factors = {"rope_scale": self.rope_scale or 1.0, "rope_freq_scale": 1.0 / (self.rope_freq_scale or 1.0)}
+        for name, factor in factors.items():
+            if not 1.0 <= factor <= MAX_FACTOR:
+                given = getattr(self, name)
                 raise LropeError(
-                    f"{option(name)} {value:g}: --rope-scaling {scaling} needs a factor from 1 to {MAX_FACTOR}"
+                    f"{option(name)} {given:g}: --rope-scaling {scaling} needs a factor from 1 to {MAX_FACTOR}"
                 )
 
     def _check_number(self, name: str) -> None:
