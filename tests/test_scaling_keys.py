@@ -428,9 +428,9 @@ def test_a_length_of_training_that_the_file_does_not_say(model: Path) -> None:
     write(model, scaling=Scaling("dynamic-yarn", context_length=1000, original=100))
     assert scaling_of(model) == {TYPE: "yarn", FACTOR: 10.0, ORIGINAL: 100, CONTEXT: 1000, DYNAMIC: 10.0}
     refused(model, "--context-length 99: ", Scaling("dynamic", None, 99, 100))
-    with pytest.raises(LropeError, match="^--yarn-orig-ctx 0: is no number of tokens"):
+    with pytest.raises(LropeError, match=r"^--yarn-orig-ctx 0: is no number of tokens"):
         Scaling("dynamic", original=0)
-    with pytest.raises(LropeError, match="^--yarn-orig-ctx 5: means nothing with --rope-scaling none"):
+    with pytest.raises(LropeError, match=r"^--yarn-orig-ctx 5: means nothing with --rope-scaling none"):
         Scaling("none", original=5)
     remove_factors(model)
     assert model.read_bytes() == original
