@@ -23,7 +23,7 @@ from support import native_build
 from support.commands import CommandError, progress, run, script, table
 from support.native_build import PROJECT
 
-RELEASES = ("0.3.22", "0.3.28", "0.3.32", "0.3.34", "0.3.36", "xllamacpp")
+RELEASES = ("0.3.36", "xllamacpp")
 STRUCTS = ("llama_model_params", "llama_context_params", "llama_batch")
 PYTEST = ("-q", "-p", "no:cacheprovider", "-m", "native")
 
@@ -109,22 +109,21 @@ def commit_of(release: str, source: Path) -> str:
 
 def apply(source: Path) -> str:
     """Apply the series to ``source`` as the build does; tells how, or which hunks fail."""
-    exact = _git_apply(source, sorted(native_build.PATCHES.glob("*.patch")), "--check")
+    with tempfile.NamedTemporaryFile("w", suffix=".patch") as series:
+        # one file: git checks the patches of a file one after the other only inside one input
+        series.write("\n".join(path.read_text() for path in sorted(native_build.PATCHES.glob("*.patch"))))
+        series.flush()
+        exact = _git_apply(source, Path(series.name), "--check")
     try:
         native_build.apply_series(source)
     except CommandError as error:
         failed = re.findall(r"patch\s+failed:\s+(\S+)", str(error))
         return f"no: {', '.join(failed) or error}"
-    fallbacks = [
-        path.stem
-        for path in sorted((native_build.PATCHES / "fallback").glob("*.patch"))
-        if _git_apply(source, [path], "--reverse", "--check", "--ignore-whitespace")
-    ]
-    return " + ".join(["exactly" if exact else "indented otherwise", *(f"fallback {name}" for name in fallbacks)])
+    return "exactly" if exact else "indented otherwise"
 
 
-def _git_apply(source: Path, patches: Sequence[Path], *options: str) -> bool:
-    command: list[str | Path] = ["git", "apply", *options, *(patch.resolve() for patch in patches)]
+def _git_apply(source: Path, patch: Path, *options: str) -> bool:
+    command: list[str | Path] = ["git", "apply", *options, patch]
     # the source may lie inside another repository: this one
     environment = {"GIT_CEILING_DIRECTORIES": str(source.resolve().parent)}
     return run(command, cwd=source, check=False, env=environment).returncode == 0

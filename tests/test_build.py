@@ -29,10 +29,8 @@ def checkout(tmp_path: Path) -> Path:
     """A folder with one file, and a series that changes and extends it, laid out like this project."""
     project, source = tmp_path / "project", tmp_path / "project" / "build" / "source"
     patches = project / "patches"
-    (patches / "fallback").mkdir(parents=True)
     (patches / "src" / "src").mkdir(parents=True)
     (source / "src").mkdir(parents=True)
-    (source / "src" / "llama-cparams.h").write_text("struct {\n    int ctx_other;\n};\n")
     # the source lies inside another repository, as build/ does in ours
     subprocess.run(["git", "init", "-q", project], check=True)
     (source / "a.txt").write_text("one\ntwo\nthree\n")
@@ -42,10 +40,6 @@ def checkout(tmp_path: Path) -> Path:
     )
     (patches / "src" / "b.txt").write_text("new\nmore\n")
     (patches / "src" / "src" / "c.txt").write_text("[new]; \\;\n")
-    (patches / "fallback" / "ctx-other.patch").write_text(
-        "diff --git a/src/llama-cparams.h b/src/llama-cparams.h\n"
-        "--- a/src/llama-cparams.h\n+++ b/src/llama-cparams.h\n@@ -1,2 +1,3 @@\n struct {\n+    int ctx_other;\n };\n"
-    )
     (project / "cmake").mkdir()
     (project / "cmake" / "llama-cpp.cmake").write_text((ROOT / "cmake" / "llama-cpp.cmake").read_text())
     (project / "run.cmake").write_text(f'include(cmake/llama-cpp.cmake)\nlrope_apply_patches("{source}")\n')
@@ -81,7 +75,7 @@ def test_patches_are_applied_once(checkout: Path) -> None:
     assert (checkout / "a.txt").read_text() == "one\n2\nthree\n"
     assert (checkout / "b.txt").read_text() == "new\nmore\n"
     assert (checkout / "src" / "c.txt").read_text() == "[new]; \\;\n"
-    assert {path.name for path in checkout.rglob("*")} == {"a.txt", "b.txt", "c.txt", "src", "llama-cparams.h"}
+    assert {path.name for path in checkout.rglob("*")} == {"a.txt", "b.txt", "c.txt", "src"}
     before = contents(checkout)
     again = apply(checkout)
     assert again.returncode == 0 and "already patched" in again.stdout
@@ -95,33 +89,6 @@ def test_the_source_may_be_a_repository(checkout: Path) -> None:
         assert said in apply(checkout).stdout
         assert (checkout / "a.txt").read_text() == "one\n2\nthree\n"
         assert (checkout / "b.txt").read_text() == "new\nmore\n"
-
-
-def test_an_older_source_gets_the_fallback_too(checkout: Path) -> None:
-    header = checkout / "src" / "llama-cparams.h"
-    recent = header.read_text()
-    assert apply(checkout).returncode == 0
-    assert header.read_text() == recent
-    (checkout / "a.txt").write_text("one\ntwo\nthree\n")
-    (checkout / "b.txt").unlink()
-    header.write_text("struct {\n};\n")
-    for said in ("is patched", "already patched"):
-        assert said in apply(checkout).stdout
-        assert header.read_text() == recent
-
-
-def test_hooks_and_the_fallback_may_change_one_file(checkout: Path) -> None:
-    header = checkout / "src" / "llama-cparams.h"
-    header.write_text("struct {\n};\n// the\n// end\n")
-    hooks = checkout.parent.parent / "patches" / "hooks.patch"
-    name = "src/llama-cparams.h"
-    hooks.write_text(
-        f"{hooks.read_text()}diff --git a/{name} b/{name}\n--- a/{name}\n+++ b/{name}\n"
-        "@@ -3,2 +3,2 @@\n // the\n-// end\n+// END\n"
-    )
-    for said in ("is patched", "already patched"):
-        assert said in apply(checkout).stdout
-        assert header.read_text() == "struct {\n    int ctx_other;\n};\n// the\n// END\n"
 
 
 def test_a_later_patch_may_change_what_an_earlier_one_left(checkout: Path) -> None:

@@ -15,7 +15,6 @@ from support.commands import CommandError
 
 ROOT = Path(__file__).parent.parent
 PATCHES = sorted((ROOT / "patches").glob("*.patch"))
-FALLBACKS = sorted((ROOT / "patches" / "fallback").glob("*.patch"))
 FILES = native_build.series_files()
 PARTS = {
     "scores": ("score.patch", "src/llama-score"),
@@ -66,7 +65,7 @@ def parse(patches: list[Path]) -> list[Hunk]:
     return hunks
 
 
-HUNKS = parse([*PATCHES, *FALLBACKS])
+HUNKS = parse(PATCHES)
 
 
 def added_lines() -> list[tuple[str, str]]:
@@ -76,7 +75,7 @@ def added_lines() -> list[tuple[str, str]]:
 
 
 def test_the_parser_sees_every_hunk() -> None:
-    text = "".join(path.read_text() for path in [*PATCHES, *FALLBACKS])
+    text = "".join(path.read_text() for path in PATCHES)
     assert len(HUNKS) == len(re.findall(r"^@@ ", text, re.M)) > 0
     files = {hunk.file for hunk in HUNKS}
     assert files == set(re.findall(r"^\+\+\+ b/(\S+)", text, re.M))
@@ -85,7 +84,7 @@ def test_the_parser_sees_every_hunk() -> None:
 def test_new_files_are_files_and_not_patches() -> None:
     assert FILES and {Path(file).suffix for file in FILES} <= {".cpp", ".h"}
     assert not {hunk.file for hunk in HUNKS} & FILES.keys()
-    for path in (*PATCHES, *FALLBACKS):
+    for path in PATCHES:
         assert not re.search(r"^(new|deleted) file mode|^rename |^(---|\+\+\+) /dev/null", path.read_text(), re.M)
 
 

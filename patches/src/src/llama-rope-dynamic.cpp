@@ -55,10 +55,6 @@ llama_rope_params llama_rope_dynamic::params(int32_t level) const {
     return result;
 }
 
-bool llama_rope_dynamic::splits(llama_pos p0, llama_pos p1) const {
-    return level_of(p1) > std::max(level_of(p0), level_min);
-}
-
 uint32_t llama_rope_dynamic::n_ctx_max(uint32_t n_ctx) const {
     return yarn && factor > 1.0f ? std::min<uint32_t>(n_ctx, n_train*factor) : n_ctx;
 }
@@ -120,14 +116,16 @@ void llama_rope_dynamic_init(const llama_model & model, const llama_context_para
 
     const bool of_model = hparams.rope_dynamic_factor > 0.0f;
 
-    if (of_model && params.rope_freq_scale == 0.0f) {
-        // also what a static type uses on such a model
+    // what the file would have said without the key, for a static type or for ours
+    if (of_model && params.rope_freq_scale == 0.0f && params.rope_scaling_type != LLAMA_ROPE_SCALING_TYPE_NONE) {
         cparams.rope_freq_scale = 1.0f/hparams.rope_dynamic_factor;
     }
 
-    auto & type = cparams.rope_scaling_type;
-    if (params.rope_scaling_type == LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED && of_model) {
-        type = type == LLAMA_ROPE_SCALING_TYPE_YARN ? LLAMA_ROPE_SCALING_TYPE_DYNAMIC_YARN : LLAMA_ROPE_SCALING_TYPE_DYNAMIC;
+    auto type = params.rope_scaling_type;
+    if (type == LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED && of_model) {
+        type = hparams.rope_scaling_type_train == LLAMA_ROPE_SCALING_TYPE_YARN
+            ? LLAMA_ROPE_SCALING_TYPE_DYNAMIC_YARN
+            : LLAMA_ROPE_SCALING_TYPE_DYNAMIC;
     }
 
     if (type != LLAMA_ROPE_SCALING_TYPE_DYNAMIC && type != LLAMA_ROPE_SCALING_TYPE_DYNAMIC_YARN) {
@@ -173,15 +171,16 @@ void llama_rope_dynamic_init(const llama_model & model, const llama_context_para
     dynamic.n_per_octave = ggml_is_quantized(params.type_k) ? 1 : 2;
     dynamic.n_level      = dynamic.level_of(cparams.n_ctx - 1) + 1;
 
-    // level 0 is what a model without scaling has
-    cparams.rope_freq_scale = 1.0f;
-    cparams.yarn_ext_factor = 0.0f;
-
-    dynamic.stock       = llama_rope_params_get(cparams);
     dynamic.ext_factor  = hparams.yarn_ext_factor > 0.0f ? hparams.yarn_ext_factor : 1.0f;
     dynamic.attn_factor = hparams.rope_attn_factor;
 
-    dynamic.stock.attn_factor *= hparams.rope_attn_factor;
+    // level 0 is what a model without scaling has
+    dynamic.stock = { cparams.rope_freq_base, 1.0f, 0.0f, hparams.yarn_attn_factor*hparams.rope_attn_factor };
+    llama_rope_params_set(cparams, dynamic.stock);
+
+    // the tools allow no context beyond it, llama_init_from_model() does the same for YaRN
+    uint32_t & n_ctx_train = const_cast<llama_model &>(model).hparams.n_ctx_train;
+    n_ctx_train = std::max(n_ctx_train, dynamic.n_ctx_max(cparams.n_ctx));
 
     if (dynamic.n_level > 1) {
         LLAMA_LOG_INFO("%s: RoPE is not scaled up to %u tokens, then by dynamic %s in %d levels\n", __func__,
@@ -704,6 +703,35 @@ bool llama_context::rope_dynamic_update(const llama_ubatch & ubatch) {
     }
 
     return rope_dynamic_set(cparams.rope_dynamic.level_of(pos));
+}
+
+// n lists of tokens, one after the other or side by side: what needs a higher level than the first ones is left for later
+void llama_batch_allocr::rope_dynamic_cut(std::vector<int32_t> * idxs, size_t n) {
+    if (!rope_dynamic) {
+        return;
+    }
+
+    int32_t level = rope_dynamic->level_min;
+    size_t  n_max = 0;
+    for (size_t s = 0; s < n; ++s) {
+        level = std::max(level, rope_dynamic->level_of(batch.pos[idxs[s].front()]));
+        n_max = std::max(n_max, idxs[s].size());
+    }
+
+    for (size_t s = 0; s < n; ++s) {
+        for (size_t i = 0; i < std::min(n_max, idxs[s].size()); ++i) {
+            if (rope_dynamic->level_of(batch.pos[idxs[s][i]]) > level) {
+                n_max = i;
+            }
+        }
+    }
+
+    for (size_t s = 0; s < n; ++s) {
+        for (; idxs[s].size() > n_max; idxs[s].pop_back()) {
+            used[idxs[s].back()] = false;
+            --n_used;
+        }
+    }
 }
 
 int32_t llama_rope_dynamic_level(const llama_context * ctx) {

@@ -57,9 +57,6 @@ struct llama_rope_dynamic {
 
     llama_rope_params params(int32_t level) const;
 
-    // whether a ubatch that begins at position p0 must end before p1
-    bool splits(llama_pos p0, llama_pos p1) const;
-
     // the longest sequence that the scaling is for, at most n_ctx
     uint32_t n_ctx_max(uint32_t n_ctx) const;
 };
