@@ -1,4 +1,4 @@
-"""Float64 NumPy reference of dynamic RoPE scaling, written from the papers and docs/scaling.md, not from the patch."""
+"""Float64 NumPy reference of dynamic RoPE scaling, written from the papers and docs/dynamic.md, not from the patch."""
 
 from __future__ import annotations
 
