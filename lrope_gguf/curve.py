@@ -303,6 +303,28 @@ class CurveFile:
         return tuple(curve.factor_list(n_layer))
 
 
+def published() -> dict[str, Path]:
+    """The curve files that come with this package, by name."""
+    here = Path(__file__)
+    folders = (here.with_name("curves"), here.parent.parent / "curves")  # installed, or in a checkout
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
+
+
+def resolved(path: str | Path) -> str | Path:
+    """The curve file that is meant: a file's path, or the name of a `published` one.
+
+    Raises:
+        LropeError: there is neither; names those that there are.
+    """
+    name = os.fspath(path)
+    if name == "-" or Path(name).exists() or Path(name).name != name or Path(name).suffix == ".json":
+        return path
+    known = published()
+    if name not in known:
+        raise LropeError(f"{path}: no such file, and no curve of that name; there are {', '.join(known) or 'none'}")
+    return known[name]
+
+
 def source_name(path: str | os.PathLike[str]) -> str:
     """What messages call the place that `CurveFile.load` reads."""
     return "standard input" if os.fspath(path) == "-" else str(path)

@@ -16,6 +16,8 @@ from lrope_gguf.metadata import remove_factors, write_factors
 from lrope_gguf.native import tool_path
 from lrope_gguf.scaling_keys import Scaling
 from lrope_search.demo.server import LlamaServer
+from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
+from lrope_search.evaluation.model import Model
 from lrope_search.tasks import KeyValueTask
 
 pytestmark = pytest.mark.native
@@ -123,3 +125,22 @@ def test_a_slot_that_was_saved_under_other_factors_is_not_restored(tmp_path: Pat
     assert restored("--rope-layer-factors", listed)[0]
     ok, log = restored()
     assert not ok and "the keys of the state were rotated with a RoPE factor of 1.3 in layer 1" in log
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_an_evaluation_asks_what_the_server_is_asked(kind: str) -> None:
+    """Scores on the host and on the device, side by side, and what a server answers to the same questions."""
+    task = KeyValueTask(N_KEYS, probes=20, identifiers="word")
+    options = {"rope_scaling": kind, "yarn_orig_ctx": TRAINED}
+    with Model(MODEL, n_threads=1, llama_options=options) as model:
+        assert model.scaling_moves
+        evaluator = TeacherForcedEvaluator(model, task)
+        scores = {}
+        for evaluator.scoring in ("host", "device"):
+            jobs = [("test", index) for index in range(N_CONTEXTS)]
+            scores[evaluator.scoring] = evaluator.evaluate_many((1.0,) * evaluator.n_layer, jobs)
+    host, device = ([p for score in scores[name] for p in score.probes] for name in ("host", "device"))
+    assert [p.correct for p in host] == [p.correct for p in device]
+    assert max(abs(a.log_probability - b.log_probability) for a, b in zip(host, device, strict=True)) < 1e-3
+    answers = right_answers(SCALED[kind], grow=False)
+    assert sum(p.correct != right for p, right in zip(host, answers, strict=True)) <= 2

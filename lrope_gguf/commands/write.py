@@ -12,7 +12,7 @@ import click
 
 from lrope_gguf.commands.options import FILE, Command, Numbers, exactly_one, model_argument, output_options
 from lrope_gguf.commands.progress import CopyProgress
-from lrope_gguf.curve import CurveFile, source_name
+from lrope_gguf.curve import CurveFile, resolved, source_name
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.layout import CURVE_KEY, factors_key
@@ -30,7 +30,9 @@ _TYPE = re.compile(r"[a-z0-9_]{1,16}")
 
 @click.command("write", cls=Command)
 @model_argument
-@click.option("--curve", type=FILE, metavar="FILE", help="curve file, such as a search's best.json")
+@click.option(
+    "--curve", type=FILE, metavar="FILE", help="curve file, such as a search's best.json, or the name of one of ours"
+)
 @click.option("--factors", type=Numbers(), metavar="F0,F1,...", help="one factor a layer")
 @click.option("--uniform", type=float, metavar="S", help="the same factor for all layers")
 @click.option(
@@ -310,6 +312,7 @@ def curve_for(path: str | Path, info: ModelInfo) -> tuple[CurveFile, tuple[float
     Raises:
         LropeError: where the file is not valid or made for another architecture or number of layers.
     """
+    path = resolved(path)
     document, where = CurveFile.load(path), source_name(path)
     for name in ("architecture", "block_count"):
         wanted, found = getattr(document, name), getattr(info, name)
