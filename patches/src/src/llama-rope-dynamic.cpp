@@ -25,9 +25,14 @@ static const float LLAMA_ROPE_DYNAMIC_FACTOR_MAX = 1024.0f;
 // levels
 //
 
+// n/n_train, n being the longest sequence of a level
+static double llama_rope_ratio(const llama_rope_dynamic & dynamic, int32_t level) {
+    return std::exp2((double) level/dynamic.n_per_octave);
+}
+
 int32_t llama_rope_dynamic::level_of(llama_pos pos) const {
     int32_t result = 0;
-    while (pos + 1.0 > n_train*std::exp2((double) result/n_per_octave)) {
+    while (pos + 1.0 > n_train*llama_rope_ratio(*this, result)) {
         result++;
     }
     return result;
@@ -40,7 +45,7 @@ llama_rope_params llama_rope_dynamic::params(int32_t level) const {
 
     llama_rope_params result = stock;
 
-    const double ratio = std::exp2((double) level/n_per_octave); // n/n_train
+    const double ratio = llama_rope_ratio(*this, level);
 
     if (yarn) {
         const float f = factor > 1.0f ? std::min((float) ratio, factor) : (float) ratio;
@@ -718,9 +723,11 @@ void llama_batch_allocr::rope_dynamic_cut(std::vector<int32_t> * idxs, size_t n)
         n_max = std::max(n_max, idxs[s].size());
     }
 
+    const double n_tokens = rope_dynamic->n_train*llama_rope_ratio(*rope_dynamic, level);
+
     for (size_t s = 0; s < n; ++s) {
         for (size_t i = 0; i < std::min(n_max, idxs[s].size()); ++i) {
-            if (rope_dynamic->level_of(batch.pos[idxs[s][i]]) > level) {
+            if (batch.pos[idxs[s][i]] + 1.0 > n_tokens) {
                 n_max = i;
             }
         }
