@@ -24,6 +24,8 @@ Start: TypeAlias = ControlPoints | tuple[float, ...]
 
 DEFAULT_PAIRS, DEFAULT_DOCUMENTS = 40, 20
 """Of a context: pairs of key and value, documents."""
+DEFAULT_LINES, DEFAULT_WORDS = 100, 1000
+"""Of a context in which variables are tracked or words counted."""
 SPLITS = ("search", "validation", "test")
 """To compare candidates, to choose the winner, to measure it."""
 POSITIONS = ("jittered", "even")
@@ -39,9 +41,17 @@ TASK_FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
         "kv": frozenset({"data", "context_tokens", "keys", "identifiers", "probes", "positions"}),
         "mdqa": frozenset({"data", "context_tokens", "documents", "probes", "positions"}),
         "jsonl": frozenset({"data", "prompt_template"}),
+        "multikey": frozenset({"context_tokens", "keys", "probes", "positions"}),
+        "vt": frozenset({"context_tokens", "lines", "probes", "positions"}),
+        "cwe": frozenset({"context_tokens", "words"}),
+        "fwe": frozenset({"context_tokens", "words"}),
     }
 )
 """The tasks, and which fields of `TaskConfig` mean something to each; the rest means something to all."""
+
+_SIZES = ("keys", "documents", "lines", "words")
+_OF_FILES: Mapping[str, str] = MappingProxyType({"mdqa": "an nq-open file", "jsonl": "your file of questions"})
+"""Tasks that cannot be made of a seed, and what they need."""
 
 ALGORITHM_FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
@@ -209,14 +219,17 @@ class TaskConfig:
 
     Args:
         name: One of `TASK_FIELDS`.
-        data: File with the contexts; None: made from the seed (``kv`` alone can).
-        keys: Of ``kv``, pairs a context; None: 40, or all of a file's record.
+        data: File with the contexts; None: made from the seed (of ``kv``; ``mdqa`` and ``jsonl`` need one, the others
+            take none).
+        keys: Of ``kv`` and ``multikey``, pairs a context; None: 40, or all of a file's record.
         documents: Of ``mdqa``, documents a context; None: 20.
-        context_tokens: In place of either: as many as fit into so many tokens of the model.
+        lines: Of ``vt``, lines a context; None: 100.
+        words: Of ``cwe`` and ``fwe``, words a context; None: 1000.
+        context_tokens: In place of these: as many as fit into so many tokens of the model.
         identifiers: Of ``kv`` without ``data``, one of `IDENTIFIER_KINDS`; None: the first.
-        probes: Of ``kv`` and ``mdqa``, questions a context; None: as many as see a gain worth finding at the least cost
-            (`default_probes`).
-        positions: Of ``kv`` and ``mdqa``, where they stand, one of `POSITIONS`; None: the first.
+        probes: Of ``kv``, ``mdqa`` and ``multikey``, questions a context; None: as many as see a gain worth finding at
+            the least cost (`default_probes`). Of ``vt``, chains a context; None: 1.
+        positions: Of the same, where they stand, one of `POSITIONS`; None: the first.
         prompt_template: Of ``jsonl``, the prompt with ``{context}`` and ``{question}``, a new line written ``\n``;
             None: `DEFAULT_TEMPLATE`.
         answer_prefix: Begins all answers, for base models that would not answer in the wanted form by themselves.
@@ -230,6 +243,8 @@ class TaskConfig:
     data: str | None = None
     keys: int | None = None
     documents: int | None = None
+    lines: int | None = None
+    words: int | None = None
     context_tokens: int | None = None
     identifiers: str | None = None
     probes: int | None = None
@@ -248,18 +263,17 @@ class TaskConfig:
                 tasks = " and ".join(f"--task {task}" for task, own in TASK_FIELDS.items() if name in own)
                 raise LropeError(f"{option(name)}: means nothing to --task {self.name}; it is for {tasks}")
         if self.context_tokens is not None:
-            for name in ("keys", "documents"):
+            for name in _SIZES:
                 if getattr(self, name) is not None:
                     raise LropeError(
                         f"{option(name)}, --context-tokens: both give a context's size; leave out one of them"
                     )
-        for name in ("keys", "documents", "context_tokens", "probes"):
+        for name in (*_SIZES, "context_tokens", "probes"):
             _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
         _one_of("positions", self.positions, (None, *POSITIONS))
-        if self.name != "kv" and self.data is None:
-            what = "an nq-open file" if self.name == "mdqa" else "your file of questions"
-            raise LropeError(f"--task {self.name}: needs {what}; give --data FILE")
+        if self.name in _OF_FILES and self.data is None:
+            raise LropeError(f"--task {self.name}: needs {_OF_FILES[self.name]}; give --data FILE")
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that mean something to this task as a JSON object, with the defaults put in."""
@@ -272,7 +286,9 @@ class TaskConfig:
 
     def _known_probes(self) -> int | None:
         """Return the questions of a context if none are asked for; None where file or tokenizer decide."""
-        if self.name != "kv" or self.context_tokens is not None:
+        if self.name == "vt":
+            return 1
+        if self.name not in ("kv", "multikey") or self.context_tokens is not None:
             return None
         keys = self.keys or (DEFAULT_PAIRS if self.data is None else None)
         return None if keys is None else default_probes(keys)

@@ -117,7 +117,8 @@ def measure(
             progress.line(f"{split} context {index}: {progress.status()}")
         for turn, sample in enumerate(evaluator.samples):
             base = scores["base"][turn :: len(evaluator.samples)]
-            if not any(score.accuracy for score in base):
+            written = [a for context in answers["base"][turn :: len(evaluator.samples)] for a in context if a.share]
+            if not written and not any(score.accuracy for score in base):
                 progress.line(sample.advice(sum(len(score.probes) for score in base)))
         progress.close()
     every = [score for side in scores.values() for score in side]
@@ -140,9 +141,9 @@ def measure(
 
 
 def _generated(scores: Sequence[ContextScore], answers: Sequence[Sequence[Generation]]) -> list[ContextScore]:
-    """Return the scores with the written answers' correctness."""
+    """Return the scores with the written answers' correctness, or the share of what each should hold."""
     return [
-        replace(score, probes=tuple(replace(p, correct=a.correct) for p, a in zip(score.probes, answer, strict=True)))
+        replace(score, probes=tuple(replace(p, correct=a.share) for p, a in zip(score.probes, answer, strict=True)))
         for score, answer in zip(scores, answers, strict=True)
     ]
 

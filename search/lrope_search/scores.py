@@ -14,12 +14,13 @@ class ProbeScore:
     """What a model made of one probe.
 
     ``log_probability`` is the mean natural log-probability per token of the gold answer;
-    ``correct`` is true if greedy decoding gives exactly that answer.
+    ``correct`` is true if greedy decoding gives exactly that answer. Where the model has written an answer of several
+    parts, it is the share of them that stand there, 0 to 1.
     """
 
     depth: float
     log_probability: float
-    correct: bool
+    correct: float
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ContextScore:
 
     @property
     def accuracy(self) -> float:
-        """Share of the probes answered exactly, 0 to 1."""
+        """Share of the probes answered exactly (of written ones, mean of `ProbeScore.correct`), 0 to 1."""
         return sum(probe.correct for probe in self.probes) / len(self.probes)
 
 

@@ -14,8 +14,10 @@ from lrope_gguf.errors import LropeError
 from ..config import (
     CACHE_TYPES,
     DEFAULT_DOCUMENTS,
+    DEFAULT_LINES,
     DEFAULT_PAIRS,
     DEFAULT_TEMPLATE,
+    DEFAULT_WORDS,
     IDENTIFIER_KINDS,
     POSITIONS,
     ROPE_SCALINGS,
@@ -144,10 +146,12 @@ def task_option(*declarations: str, type: Any = click.STRING, **attributes: Any)
 
 first_task_options = all_of(
     option("--task", type=click.Choice(list(TASK_FIELDS)), default=["kv"], multiple=True,
-           help="kv: key-value retrieval; mdqa: multi-document question answering; jsonl: your own (kv); give several "
-                "to search for all of them, and what is one task's as TASK=VALUE: --data mdqa=FILE"),
+           help="kv: key-value retrieval; mdqa: multi-document question answering; jsonl: your own; multikey: a needle "
+                "among needles; vt: variable tracking, cwe, fwe: common and frequent words, all three for eval "
+                "--generate (kv); give several to search for all of them, and what is one task's as TASK=VALUE: --data "
+                "mdqa=FILE"),
     task_option("--keys", metavar="N", type=POSITIVE,
-           help=f"kv: pairs a context ({DEFAULT_PAIRS}; with --data all of a record)"),
+           help=f"kv, multikey: pairs a context ({DEFAULT_PAIRS}; with --data all of a record)"),
     task_option("--data", metavar="FILE", type=FILE,
            help="JSONL, plain or gzipped. kv: kv-retrieval-*_keys (contexts made from the seed); mdqa: nq-open-* of "
                 "the same benchmark; jsonl: a line {context, question, answer: text or list of texts, depth: 0 to 1, "
@@ -157,16 +161,20 @@ task_options = all_of(
     option("--weight", metavar="TASK=W", multiple=True, heading=_TASK,
            help="of several tasks: how much one counts, such as mdqa=2 (1)"),
     task_option("--context-tokens", metavar="N", type=POSITIVE, heading=_TASK,
-           help="kv, mdqa: as many keys or documents as fit into N tokens"),
+           help="all but jsonl: as many keys, documents, lines or words as fit into N tokens"),
     task_option("--documents", metavar="N", type=POSITIVE, heading=_TASK,
            help=f"mdqa: documents a context ({DEFAULT_DOCUMENTS})"),
+    task_option("--lines", metavar="N", type=POSITIVE, heading=_TASK, help=f"vt: lines a context ({DEFAULT_LINES})"),
+    task_option("--words", metavar="N", type=POSITIVE, heading=_TASK,
+           help=f"cwe, fwe: words a context ({DEFAULT_WORDS})"),
     task_option("--identifiers", type=click.Choice(list(IDENTIFIER_KINDS)), heading=_TASK,
            help=f"kv without --data: what keys and values are; {_KINDS} ({IDENTIFIER_KINDS[0]})"),
     task_option("--probes", "--depths", metavar="N", type=POSITIVE, heading=_TASK,
-           help="kv, mdqa: questions a context (as many as see a gain worth finding at the least cost)"),
+           help="kv, mdqa, multikey: questions a context (as many as see a gain worth finding at the least cost); vt: "
+                "chains (1)"),
     task_option("--positions", type=click.Choice(POSITIONS), heading=_TASK,
-           help=f"kv, mdqa: where they stand: at random, one in each of equal strata, or the same everywhere "
-                f"({POSITIONS[0]})"),
+           help=f"kv, mdqa, multikey, vt: where they stand: at random, one in each of equal strata, or the same "
+                f"everywhere ({POSITIONS[0]})"),
     task_option("--prompt-template", metavar="TEXT", heading=_TASK,
            help=f"jsonl: the prompt, \\n a new line ({escaped(DEFAULT_TEMPLATE)})"),
     task_option("--answer-prefix", metavar="TEXT", heading=_TASK,

@@ -14,6 +14,7 @@ from .lead import Frame, Lead
 from .model import Model
 
 MAX_NEW_TOKENS = 100  # of a generated answer, as in the benchmark's scripts
+_TIMES_LISTED = 3  # the right answer's tokens, of one with several parts: room for numbers and stars about each
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Encoding:
     wanted: NDArray[np.bool_]
     gold: Tokens
     owner: NDArray[np.int64]
+    n_new: int = MAX_NEW_TOKENS
+    """The most tokens of a generated answer."""
 
     @property
     def n_tokens(self) -> int:
@@ -53,7 +56,7 @@ class Encoding:
     @property
     def n_cells(self) -> int:
         """Cells of the KV cache that scoring or generating takes."""
-        return self.n_tokens + MAX_NEW_TOKENS * len(self.questions)
+        return self.n_tokens + self.n_new * len(self.questions)
 
     def head(self, first: int) -> Part:
         """The prefix, shared by all sequences from ``first`` on."""
@@ -93,6 +96,7 @@ class Encoder:
         n_tail = np.array([len(q) + len(a) - 1 for q, a in zip(questions, answers, strict=True)])
         n_value = np.array([len(answer) - n for answer, n in zip(answers, leads, strict=True)])
         place = np.concatenate([np.arange(n) for n in n_tail])
+        both = zip(answers, context.probes, strict=True)
         return Encoding(
             prefix=prompts[0][:n_shared],
             questions=questions,
@@ -102,6 +106,7 @@ class Encoder:
             wanted=place >= np.repeat(n_tail - n_value, n_tail),
             gold=np.concatenate([answer[n:] for answer, n in zip(answers, leads, strict=True)]),
             owner=np.repeat(np.arange(len(prompts)), n_value),
+            n_new=max([MAX_NEW_TOKENS, *(_TIMES_LISTED * len(a) for a, p in both if p.references)]),
         )
 
     def encode_probe(self, prefix: str, probe: Probe) -> tuple[Tokens, int, Tokens]:

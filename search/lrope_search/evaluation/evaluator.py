@@ -250,9 +250,9 @@ class TeacherForcedEvaluator:
     def generate(self, factors: Factors, split: str, index: int) -> tuple[Generation, ...]:
         """Answer all probes of a context by greedy decoding, side by side.
 
-        An answer ends at the model's end token, after 100 tokens, or as soon as it is right: later text cannot
-        change its score. Uses the prefix again if the call before was `evaluate` with the same arguments. Raises
-        `LropeError` if the factors are refused.
+        An answer ends at the model's end token, after 100 tokens (more where it has many parts), or as soon as it is
+        right: later text cannot change its score. Uses the prefix again if the call before was `evaluate` with the same
+        arguments. Raises `LropeError` if the factors are refused.
         """
         encoding = self._encode(split, index)
         if self._prefilled != (factors, split, index):
@@ -260,7 +260,7 @@ class TeacherForcedEvaluator:
         self._prefilled = None
         context = self._task.context(split, index)
         texts = map(self._model.text, write_answers(self._model, encoding, context.probes))
-        return tuple(Generation(p.depth, t, p.answered_by(t)) for p, t in zip(context.probes, texts, strict=True))
+        return tuple(Generation(p.depth, t, p.share(t)) for p, t in zip(context.probes, texts, strict=True))
 
     def _lay_out(self, encodings: Sequence[Encoding], factors: Factors) -> Part:
         """Set ``factors`` and return the contexts as `Model.decode` takes them.

@@ -10,24 +10,33 @@ import numpy as np
 from lrope_gguf.errors import LropeError
 
 from ..tasks.task import Probe
-from .encoding import MAX_NEW_TOKENS, Encoding
+from .encoding import Encoding
 from .model import Model
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A generated answer; ``correct`` if it contains the gold one, whatever the case (the benchmark's score)."""
+    """A generated answer; ``share`` is how much of the gold one it contains, whatever the case (the benchmark's score).
+
+    That is 1 or 0 unless the answer has several parts; ``correct`` if it is 1.
+    """
 
     depth: float
     text: str
-    correct: bool
+    share: float
+
+    @property
+    def correct(self) -> bool:
+        """Whether the text contains all of the answer."""
+        return self.share == 1.0
 
 
 def write_answers(model: Model, encoding: Encoding, probes: Sequence[Probe]) -> list[list[int]]:
     """Return the tokens that greedy decoding writes after each question.
 
     Sequence 0 holds the prefix already, sequence ``1 + i`` becomes a copy of it for probe ``i``. An answer ends at the
-    model's end token, after 100 tokens, or as soon as it is right: later text cannot change its score.
+    model's end token, after 100 tokens (`Encoding.n_new`), or as soon as it is right: later text cannot change its
+    score.
 
     Raises:
         LropeError: the logits are NaN.
@@ -41,7 +50,7 @@ def write_answers(model: Model, encoding: Encoding, probes: Sequence[Probe]) -> 
     sequences = np.repeat(np.arange(1, len(probes) + 1), lengths)
     wanted = np.zeros(len(tokens), np.bool_)
     wanted[np.cumsum(lengths) - 1] = True
-    for _ in range(MAX_NEW_TOKENS):
+    for _ in range(encoding.n_new):
         chosen = np.empty(np.count_nonzero(wanted), np.int32)
         for rows, logits in model.decode(tokens, positions, sequences, wanted):
             chosen[rows] = logits.argmax(axis=1)

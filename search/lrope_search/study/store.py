@@ -261,7 +261,7 @@ def _line(job: Job, score: Evaluation) -> bytes:
     return json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
-def _probes(score: Evaluation) -> Iterator[tuple[float, float, bool]]:
+def _probes(score: Evaluation) -> Iterator[tuple[float, float, float]]:
     """Yield the depth, log-probability and correctness of each probe, as they stand in a line.
 
     A divergence stands there as it always has: as two probes, of short texts at depth 0 and of the long one at

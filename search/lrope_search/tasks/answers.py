@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -16,6 +16,15 @@ def normalize(text: str) -> str:
     for multi-document question answering.
     """
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def share(text: str, references: Sequence[str]) -> float:
+    """Return how many of ``references``, of all of them, stand in ``text``, whatever the case; 0 to 1.
+
+    ``string_match_all`` of RULER (Hsieh et al., arXiv 2404.06654).
+    """
+    text = text.lower()
+    return sum(reference.lower() in text for reference in references) / len(references)
 
 
 def holds(text: str, wordings: Iterable[str], *, normalized: bool = False) -> bool:

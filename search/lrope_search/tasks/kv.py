@@ -31,6 +31,7 @@ class KeyValueTask:
     """
 
     name = "kv"
+    _stream: tuple[int, ...] = ()  # of random numbers, apart from those of other tasks
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class KeyValueTask:
         if identifiers not in IDENTIFIERS or (identifiers != "uuid" and data is not None):
             raise LropeError(f"--identifiers {identifiers}: give one of {', '.join(IDENTIFIERS)}, without --data")
         self._identifiers = IDENTIFIERS[identifiers]
+        self._wording = self._identifiers.wording
         self._most = self._identifiers.most
         if data is None and self._most is not None and self._n_pairs > self._most:
             raise LropeError(f"--keys {self._n_pairs}: there are {self._most} such keys; ask for fewer")
@@ -112,7 +114,7 @@ class KeyValueTask:
         return self._splits[split][index][:n_pairs]
 
     def _generate(self, split: int, index: int, n_pairs: int) -> Pairs:
-        generator = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(split, index)))
+        generator = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(*self._stream, split, index)))
         return self._identifiers.pairs(generator, n_pairs)
 
     def _fitting(self, limit: TokenLimit, split: str, index: int) -> int:
@@ -146,13 +148,12 @@ class KeyValueTask:
 
     def _context(self, split: str, index: int, pairs: Pairs, where: Sequence[tuple[int, float]]) -> Context:
         asked = [(depth, *pairs[place]) for place, depth in where]
-        wording = self._identifiers.wording
         return Context(
             split=split,
             index=index,
-            prefix=wording.prefix(pairs),
-            probes=tuple(Probe(depth, wording.question(key), value) for depth, key, value in asked),
-            lead=wording.lead,
+            prefix=self._wording.prefix(pairs),
+            probes=tuple(Probe(depth, self._wording.question(key), value) for depth, key, value in asked),
+            lead=self._wording.lead,
             n_places=len(pairs),
         )
 

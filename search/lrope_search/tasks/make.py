@@ -10,12 +10,17 @@ from typing import Any
 from lrope_gguf.errors import LropeError
 
 from ..config import DEFAULT_TEMPLATE, IDENTIFIER_KINDS, POSITIONS, TaskConfig, TaskMix, Tasks
+from .counting import CommonWordsTask, FrequentWordsTask
 from .jsonl import JsonlTask
 from .kv import KeyValueTask
 from .mdqa import MultiDocumentTask
 from .mix import AnyTask, mixed
+from .needles import MultiKeyTask
 from .sizing import TokenLimit
 from .task import Task
+from .variables import VariableTask
+
+_COUNTING = {task.name: task for task in (CommonWordsTask, FrequentWordsTask)}
 
 
 def make_task(config: TaskConfig, count: Callable[[str], int] | None = None) -> Task:
@@ -43,6 +48,12 @@ def make_task(config: TaskConfig, count: Callable[[str], int] | None = None) -> 
             identifiers=kind,
             limit=limit,
         )
+    if config.name == "multikey":
+        return MultiKeyTask(keys, probes=probes, positions=positions, seed=config.seed, limit=limit)
+    if config.name == "vt":
+        return VariableTask(config.lines, probes=probes, positions=positions, seed=config.seed, limit=limit)
+    if config.name in _COUNTING:
+        return _COUNTING[config.name](config.words, seed=config.seed, limit=limit)
     assert config.data is not None  # TaskConfig's own check
     if config.name == "mdqa":
         return MultiDocumentTask(

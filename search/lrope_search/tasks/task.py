@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from ..config import SPLITS
-from .answers import holds
+from .answers import holds, share
 
 _SPAWN_KEY = 0x706C6163  # apart from the streams of contents and of optimizers with the same seed
 
@@ -18,7 +18,8 @@ class Probe:
     """One question about a context; its answer stands at ``depth`` (0 first, 1 last).
 
     ``answer`` is what teacher forcing feeds; of a generated text, ``aliases`` are as right. ``normalized``: punctuation
-    and articles do not count (`normalize`).
+    and articles do not count (`normalize`). ``references``: of a question with an answer of several parts, these parts;
+    ``answer`` then has them all in their order.
     """
 
     depth: float
@@ -26,10 +27,20 @@ class Probe:
     answer: str
     aliases: tuple[str, ...] = ()
     normalized: bool = False
+    references: tuple[str, ...] = ()
+
+    def share(self, text: str) -> float:
+        """Return how much of the answer, or of an alias of it, a generated ``text`` contains: 1 or 0, or between.
+
+        Of `references` the share of them.
+        """
+        if self.references:
+            return share(text, self.references)
+        return float(holds(text, (self.answer, *self.aliases), normalized=self.normalized))
 
     def answered_by(self, text: str) -> bool:
-        """Whether a generated ``text`` contains the answer, or an alias of it."""
-        return holds(text, (self.answer, *self.aliases), normalized=self.normalized)
+        """Whether a generated ``text`` contains all of the answer."""
+        return self.share(text) == 1.0
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
-_SYLLABLES = tuple(consonant + vowel for consonant in _CONSONANTS for vowel in _VOWELS)
+SYLLABLES = tuple(consonant + vowel for consonant in _CONSONANTS for vowel in _VOWELS)
 
-KEY_WORDS = tuple(_SYLLABLES[i % 70] + _SYLLABLES[(29 * i + i // 70 + 7) % 70] for i in range(256))
+KEY_WORDS = tuple(SYLLABLES[i % 70] + SYLLABLES[(29 * i + i // 70 + 7) % 70] for i in range(256))
 """Keys: 256 words of two syllables, such as ``badi``."""
 
-VALUE_WORDS = tuple(_SYLLABLES[i % 70] + _CONSONANTS[(9 * i + 5 * (i // 70)) % 14] for i in range(128))
+VALUE_WORDS = tuple(SYLLABLES[i % 70] + _CONSONANTS[(9 * i + 5 * (i // 70)) % 14] for i in range(128))
 """Values: 128 words of one closed syllable, such as ``bab``."""
 
 

@@ -1,0 +1,52 @@
+"""A needle among needles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..config import POSITIONS
+from .kv import KeyValueTask
+from .sizing import TokenLimit
+
+
+class NeedleWording:
+    """A sentence for each pair, a line each; the words are our own."""
+
+    lead = " "
+
+    def prefix(self, pairs: Sequence[tuple[str, str]]) -> str:
+        """Return the task and the sentences."""
+        needles = "\n".join(f"The secret code of {key} is {value}." for key, value in pairs)
+        return f"Remember the secret codes in this text. You will be asked for one of them.\n\n{needles}\n\n"
+
+    def question(self, key: str) -> str:
+        """Return the question for the code of ``key``."""
+        return f"What is the secret code of {key}?\nAnswer:"
+
+
+class MultiKeyTask(KeyValueTask):
+    """The task ``niah_multikey_3`` of RULER (Hsieh et al., arXiv 2404.06654, section 3), in words of our own.
+
+    The haystack is made of needles alone, sentences with a UUID for a key and one for a value. RULER asks for one of
+    them; here the probes ask for many, in all parts of the context, so that they share its prefix.
+    """
+
+    name = "multikey"
+    _stream = (1,)
+
+    def __init__(
+        self,
+        n_needles: int | None = None,
+        *,
+        probes: int | None = None,
+        positions: str = POSITIONS[0],
+        seed: int = 0,
+        limit: TokenLimit | None = None,
+    ) -> None:
+        """Make contexts of ``n_needles`` needles (None: 40), or as many as fit; the rest is as for `KeyValueTask`.
+
+        Raises:
+            LropeError: wrong numbers.
+        """
+        super().__init__(n_needles, probes=probes, positions=positions, seed=seed, limit=limit)
+        self._wording = NeedleWording()
