@@ -95,7 +95,7 @@ def test_a_needle_among_needles(n: int, seed: int, split: str, index: int) -> No
     for probe in context.probes:
         place = round(probe.depth * max(n - 1, 1))
         assert (probe.question, probe.answer) == (
-            f"What is the secret code of {needles[place][0]}?\nAnswer:",
+            f"Complete this sentence: The secret code of {needles[place][0]} is",
             needles[place][1],
         )
         assert not probe.references and probe.share(f"It is {probe.answer.upper()}.") == 1.0

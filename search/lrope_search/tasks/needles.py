@@ -20,8 +20,8 @@ class NeedleWording:
         return f"Remember the secret codes in this text. You will be asked for one of them.\n\n{needles}\n\n"
 
     def question(self, key: str) -> str:
-        """Return the question for the code of ``key``."""
-        return f"What is the secret code of {key}?\nAnswer:"
+        """Return the beginning of the sentence about ``key``: asked outright, models answer now so, now so."""
+        return f"Complete this sentence: The secret code of {key} is"
 
 
 class MultiKeyTask(KeyValueTask):
