@@ -358,4 +358,7 @@ def test_a_search_with_needles_and_variables(path: Path, tmp_path: Path, capsys:
     study = json.loads((tmp_path / "best.study" / "config.json").read_text())
     assert study["task"]["name"] == "multikey+vt"
     assert main(["report", str(tmp_path / "best.study")]) == 0
-    assert "task multikey+vt" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "task multikey+vt" in said.out
+    assert "answers none of 3 questions right, so that no gain can show" in said.err
+    assert "writes none of 1 lists exactly, so that accuracy shows no gain without eval --generate" in said.err

@@ -325,6 +325,7 @@ class TeacherForcedEvaluator:
                 sample.answer,
                 self._model.text(written[0]),
                 self._model.is_chat,
+                bool(sample.references),
             )
         )
         return most_frequent_lead(easy.probes, written, encoder.frame, self._model.text)

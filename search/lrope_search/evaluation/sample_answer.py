@@ -13,20 +13,23 @@ _SHOWN = 60  # characters
 class Sample:
     """An easy question of a task: the end of its prompt as the model sees it, the right answer, and what it wrote.
 
-    ``chat``: whether the prompt went through a chat template.
+    ``chat``: whether the prompt went through a chat template. ``listed``: whether the answer has several parts.
     """
 
     prompt_end: str
     answer: str
     written: str
     chat: bool
+    listed: bool = False
 
     def advice(self, n_questions: int) -> str:
         """Say what to look at where the base model answers none of ``n_questions`` right."""
+        none = f"answers none of {n_questions} questions right, so that no gain can show"
+        if self.listed:
+            none = f"writes none of {n_questions} lists exactly, so that accuracy shows no gain without eval --generate"
         told = (
-            f"the base model answers none of {n_questions} questions right, so that no gain can show; the prompt of an "
-            f"easy one ends in {_quoted(self.prompt_end[-_SHOWN:])}, the answer is {_quoted(self.answer)}, and it "
-            f"writes {_quoted(self.written[:_SHOWN])}"
+            f"the base model {none}; the prompt of an easy one ends in {_quoted(self.prompt_end[-_SHOWN:])}, the "
+            f"answer is {_quoted(self.answer)}, and it writes {_quoted(self.written[:_SHOWN])}"
         )
         _, opened, rest = self.prompt_end.rpartition("<think>")
         if opened and "</think>" not in rest:
