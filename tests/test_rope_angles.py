@@ -9,29 +9,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support.llama_direct import Context, RopeTrace
-from support.rope_models import FACTORS, MODELS, MULTI, N_LAYER, TOKENS, YARNS, TinyModel, Weights, by_name
-from support.rope_reference import Array, Rope, text_positions
+from support.rope_angles import bound, check, constant, unit_pairs
+from support.rope_models import FACTORS, MODELS, MULTI, N_LAYER, TOKENS, YARNS, TinyModel, by_name
+from support.rope_reference import text_positions
 
 pytestmark = pytest.mark.native
 
-ULP = 2.0**-24  # a float32 result is off by this much, relatively
 N = 32
 STARTS = (0, 1000, 4000, 30000)
-
-
-def constant(model: TinyModel, head: NDArray[np.float32]) -> Weights:
-    """The model's weights, but every query, key and value of every token is ``head`` before it turns."""
-    c, weights = model.config, model.weights()
-    heads = {"q": c.n_head, "k": c.n_head_kv, "v": c.n_head_kv, "qkv": c.n_head + 2 * c.n_head_kv}
-    for il in range(c.n_layer):
-        for name in ("qkv",) if model.fused else ("q", "k", "v"):
-            weight = f"blk.{il}.attn_{name}.weight"
-            weights[weight] = np.zeros_like(weights[weight])
-            weights[f"blk.{il}.attn_{name}.bias"] = np.tile(head, heads[name])
-            if (norm := f"blk.{il}.attn_{name}_norm.weight") in weights:
-                # undoes the norm
-                weights[norm] = np.full(c.head_dim, np.sqrt(np.mean(head**2) + c.eps), np.float32)
-    return weights
 
 
 def trace(model: TinyModel, path: Path, factors: list[float], start: int, n: int = N) -> dict[str, NDArray[Any]]:
@@ -42,37 +27,6 @@ def trace(model: TinyModel, path: Path, factors: list[float], start: int, n: int
         context.decode((TOKENS * 2)[:n], start=start)
     assert set(traced.outputs) == {f"{which}cur-{il}" for which in "QK" for il in range(N_LAYER)}
     return {name: out.reshape(n, -1, model.config.head_dim) for name, out in traced.outputs.items()}
-
-
-def unit_pairs(rope: Rope, head_dim: int) -> NDArray[np.float32]:
-    """A head whose pairs all are (1, 0): turned, they are cosine and sine of their angles."""
-    head = np.zeros(head_dim, np.float32)
-    head[rope.pairs[0]] = 1.0
-    return head
-
-
-def bound(rope: Rope, position: Array, s: float) -> Array:
-    """What float32 allows an angle to be off by.
-
-    Dimension i multiplies the position by the i-th power of a rounded constant, by i rounded products: 2 i roundings,
-    and some four more for scale, divisor, ramp and sum. They act on the terms of the sum ``te (fs' (1 - m) + m)``, of
-    which ``m = r e'`` may be larger than the sum near YaRN's scale. Reading the angle off two float32 numbers adds 4.
-    """
-    i = np.arange(rope.n_rot // 2)
-    plain = Rope(rope.n_rot, rope.base, divisors=rope.divisors, component=rope.component).angles(position)
-    scale = rope.freq_scale / s
-    mix = np.abs(rope.ext_factor * (1.0 if s == 1.0 else (1.0 - rope.freq_scale) / (s - rope.freq_scale)))
-    return np.asarray(ULP * (np.abs(plain) * (scale * (1.0 + mix) + mix) * (2 * i + 4) + 4))
-
-
-def check(rope: Rope, got: NDArray[Any], position: Array, s: float) -> None:
-    real, imaginary = (got[..., pair].astype(np.float64) for pair in rope.pairs)
-    angle = rope.angles(position / s)[:, None, :]
-    off = np.abs(np.angle((real + 1j * imaginary) * np.exp(-1j * angle)))
-    assert np.all(off <= bound(rope, position, s)[:, None, :])
-    # two rounded logarithms and some products and quotients
-    assert np.hypot(real, imaginary) == pytest.approx(rope.magnitude, rel=8 * ULP)
-    assert np.all(got[..., rope.n_rot :] == 0.0)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=by_name)

@@ -1,0 +1,359 @@
+"""docs/metadata-format.md and its vectors: the reference, the document's function, the patched library and we agree."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support.dynamic_rope import level_of
+from support.gguf_fixtures import write_model
+from support.llama_direct import Context, RopeTrace, errors
+from support.rope_angles import ULP, constant, unit_pairs
+from support.rope_models import N_FF, N_VOCAB, TinyModel
+from support.rope_reference import Config, Rope
+
+from lrope_gguf import Scaling, write_factors
+from lrope_gguf.curve import Curve
+from lrope_gguf.rope_scaling import RopeScaling
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT, VECTORS = ROOT / "docs" / "metadata-format.md", ROOT / "docs" / "metadata-format-vectors.json"
+SCRIPT = ROOT / "proofs" / "format_vectors.py"
+FOUND: dict[str, Any] = json.loads(VECTORS.read_text())
+ROTATIONS, DYNAMIC = FOUND["rotations"], FOUND["dynamic"]
+# how the architectures of the vectors pair the numbers of a head
+NEOX = {"llama": False, "mistral3": False, "qwen2": True, "phi3": True, "qwen2vl": True, "qwen3vl": True}
+# dimension_sections: pairs of time, height, width
+SECTIONS = {"qwen2vl": [2, 3, 3, 0], "qwen3vl": [3, 3, 2, 0]}
+
+Rotation = Callable[..., tuple[list[float], float]]
+Json = dict[str, Any]
+
+
+def named(vector: Json) -> str:
+    return str(vector["name"])
+
+
+def rows(vectors: list[Json]) -> Iterator[tuple[Json, Json, list[int], int, list[float], float]]:
+    """Of each angle row: model, layer, position, length, angles and magnitude."""
+    for vector in vectors:
+        for case in vector.get("lengths", [vector]):
+            n = case.get("n", 1)
+            for layer in case["layers"]:
+                positions = vector.get("positions", [[n - 1]])
+                for position, angles in zip(positions, layer["angles"], strict=True):
+                    yield vector["rope"], layer, position, n, angles, case["magnitude"]
+
+
+# the file
+
+
+def test_the_vectors_are_what_the_reference_gives() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--check", VECTORS], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert VECTORS.stat().st_size < 60_000
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda v: v["rotations"][1]["layers"][2]["angles"][0].__setitem__(3, 1.0),
+            r"rotations\[1\].layers\[2\].angles",
+        ),
+        (lambda v: v["dynamic"][0]["lengths"][4].update(level=1), r"dynamic\[0\].lengths\[4\].level is 1, .* gives 2"),
+        (lambda v: v["curves"].pop(), "curves is"),
+        (lambda v: v["rotations"][0].update(magnitude=1.00000001), r"rotations\[0\].magnitude is"),
+        (lambda v: v["folds"][0].update(refused=1), r"folds\[0\].refused is 1, the reference gives True"),
+    ],
+)
+def test_check_finds_what_is_wrong(damage: Callable[[Json], object], words: str, tmp_path: Path) -> None:
+    damaged = json.loads(VECTORS.read_text())
+    damage(damaged)
+    path = tmp_path / "vectors.json"
+    path.write_text(json.dumps(damaged))
+    done = subprocess.run([sys.executable, SCRIPT, "--check", path], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(words, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("text", [None, "{"])
+def test_check_says_what_it_cannot_read(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "vectors.json"
+    if text is not None:
+        path.write_text(text)
+    done = subprocess.run([sys.executable, SCRIPT, "--check", path], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {path}: ")
+
+
+def test_every_number_of_a_file_is_exact_in_float32() -> None:
+    for rope, layer, *_ in rows(ROTATIONS + DYNAMIC):
+        numbers = [value for value in (*rope.values(), layer["s"]) if isinstance(value, float)]
+        for value in (*numbers, *(rope["frequency_factors"] or [])):
+            assert float(np.float32(value)) == value
+
+
+# the document
+
+
+@pytest.fixture(scope="module")
+def rotation() -> Rotation:
+    """The document's function, from its text."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    imported = re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)
+    assert set(imported) <= sys.stdlib_module_names
+    assert len(code[code.index("def ") :].splitlines()) <= 30
+    names: dict[str, Any] = {}
+    exec(code, names)
+    function: Rotation = names["rotation"]
+    return function
+
+
+def test_the_document_gives_the_vectors(rotation: Rotation) -> None:
+    seen = 0
+    for rope, layer, position, n, angles, magnitude in rows(ROTATIONS + DYNAMIC):
+        got, size = rotation(rope, layer["s"], position, n)
+        np.testing.assert_allclose(got, angles, rtol=0, atol=1e-9)
+        assert size == pytest.approx(magnitude, abs=1e-9)
+        seen += 1
+    assert seen > 150
+
+
+def test_the_vectors_tell_wrong_functions_apart(rotation: Rotation) -> None:
+    """Each parameter of a rotation matters somewhere."""
+    wrong: dict[str, Callable[[Json], Any]] = {
+        "factor": lambda rope: rope["factor"] * 1.001,
+        "original": lambda rope: rope["original"] * 4,
+        "attn_factor": lambda rope: 1.0,
+        "ext_factor": lambda rope: 1.0,
+        "beta_fast": lambda rope: 32.0,
+        "beta_slow": lambda rope: 1.0,
+        "log_multiplier": lambda rope: 0.0,
+        "frequency_factors": lambda rope: None,
+        "components": lambda rope: None,
+        "levels_per_doubling": lambda rope: 2,
+    }
+    off = dict.fromkeys(wrong, 0.0)
+    for rope, layer, position, n, angles, magnitude in rows(ROTATIONS + DYNAMIC):
+        for name in wrong.keys() & rope.keys():
+            got, size = rotation(rope | {name: wrong[name](rope)}, layer["s"], position, n)
+            off[name] = max(off[name], abs(size - magnitude), *np.abs(np.subtract(got, angles)))
+    assert min(off.values()) > 1e-3, off
+
+
+def test_the_bytes_in_the_document_are_those_of_the_vectors() -> None:
+    shown = re.search(r"^20 00.*?\n```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    first, *others = re.findall(
+        r"^((?:[0-9a-f]{2} {1,2})+)(?:\.\.\. ((?:[0-9a-f]{2} {1,2})+))?", shown[0], re.MULTILINE
+    )
+    entry = FOUND["entries"][0]["little"]
+    start, end = (re.sub(" ", "", part) for part in first)
+    assert entry.startswith(start)
+    assert entry.endswith(end + re.sub(" ", "", "".join(part for part, _ in others)))
+
+
+# what the vectors say of each other
+
+
+def folded_rope(rope: Json, base: float, folded: Json) -> Rope:
+    """The stock rotation with the parameters of a layer."""
+    divisors, components = rope["frequency_factors"], rope["components"]
+    return Rope(
+        rope["n_dims"],
+        base,
+        **folded,
+        n_ctx_orig=rope["original"],
+        beta_fast=rope.get("beta_fast", 32.0),
+        beta_slow=rope.get("beta_slow", 1.0),
+        divisors=None if divisors is None else tuple(divisors),
+        component=None if components is None else tuple(components),
+    )
+
+
+@pytest.mark.parametrize("vector", ROTATIONS + DYNAMIC, ids=named)
+def test_folded_parameters_give_the_angles_at_whole_positions(vector: Json) -> None:
+    for case in vector.get("lengths", [vector]):
+        positions = np.array([[*p, 0, 0, 0][:4] for p in vector.get("positions", [[case.get("n", 1) - 1]])], float)
+        for layer in case["layers"]:
+            rope = folded_rope(vector["rope"], case.get("base", vector["rope"]["base"]), layer["folded"])
+            np.testing.assert_allclose(rope.angles(positions), layer["angles"], rtol=0, atol=1e-9)
+            assert rope.magnitude == pytest.approx(case["magnitude"], abs=1e-12)
+
+
+def test_the_singular_factors_are_those_that_we_refuse() -> None:
+    for fold in FOUND["folds"]:
+        rope = RopeScaling("yarn", freq_scale=fold["freq_scale"])
+        assert (rope.refusal(fold["s"]) is not None) == fold["refused"], fold
+    assert {fold["refused"] for fold in FOUND["folds"]} == {False, True}
+
+
+# our Python
+
+
+@pytest.mark.parametrize("vector", FOUND["curves"], ids=lambda v: f"degree-{len(v['control_points']) - 1}")
+def test_curves_give_the_factors(vector: Json) -> None:
+    curve = Curve(tuple((x, y) for x, y in vector["control_points"]))
+    for factors in vector["factors"]:
+        assert curve.factor_list(len(factors)) == pytest.approx(factors, abs=1e-12)
+        assert list(curve.factors(len(factors))) == pytest.approx(factors, abs=1e-12)
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_we_write_the_bytes(order: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf", block_count=3, big_endian=order == "big")
+    factors, dynamic = FOUND["entries"]
+    write_factors(path, factors["value"], scaling=Scaling("dynamic-yarn", dynamic["value"]))
+    data = path.read_bytes()
+    assert data.count(bytes.fromhex(factors[order])) == data.count(bytes.fromhex(dynamic[order])) == 1
+    fields = gguf.GGUFReader(path).fields
+    assert fields[factors["key"]].contents() == factors["value"]
+    assert fields[dynamic["key"]].contents() == dynamic["value"]
+
+
+# the patched library
+
+
+def tiny(vector: Json, factors: list[float]) -> TinyModel:
+    """A model that rotates as a vector says, with a layer for each of its factors."""
+    rope, arch = vector["rope"], vector["architecture"]
+    head = max(16, rope["n_dims"])
+    ropes = (Rope(rope["n_dims"], rope["base"], neox=NEOX[arch]),) * len(factors)
+    config = Config(N_VOCAB, 2 * head, 2, 1, head, N_FF, ropes, (None,) * len(factors))
+    kind = {"dynamic": "none", "dynamic-yarn": "yarn"}.get(rope["type"], rope["type"])
+    metadata: dict[str, Any] = {
+        "rope.scaling.type": kind,
+        "rope.scaling.original_context_length": rope["original"],
+        "rope.scaling.attn_factor": rope["attn_factor"],
+    }
+    if kind == rope["type"]:
+        metadata["rope.scaling.factor"] = rope["factor"]
+    else:
+        # for readers that do not know the key, and no other
+        metadata |= {"rope.scaling.factor": 7.0, "rope.scaling.dynamic_factor": rope["factor"]}
+    if rope.get("log_multiplier"):
+        metadata["rope.scaling.yarn_log_multiplier"] = rope["log_multiplier"]
+    if arch in SECTIONS:
+        metadata["rope.dimension_sections"] = SECTIONS[arch]
+    tensors = {}
+    if rope["frequency_factors"] is not None:
+        divisors = np.array(rope["frequency_factors"], np.float32)
+        if rope["type"] == "longrope":
+            tensors = {"rope_factors_long.weight": divisors, "rope_factors_short.weight": np.ones_like(divisors)}
+        else:
+            tensors = {"rope_freqs.weight": divisors}
+    return TinyModel(vector["name"], arch, config, tuple(metadata.items()), tensors, n_ctx=1024)
+
+
+def allowed(rope: Json, base: float, folded: Json, position: list[int]) -> NDArray[np.float64]:
+    """The document's bound of what float32 may be off by."""
+    i = np.arange(rope["n_dims"] // 2)
+    components = rope["components"] or [0] * len(i)
+    t = np.array(position)[components] * base ** (-2.0 * i / rope["n_dims"]) / (rope["frequency_factors"] or 1.0)
+    scale, mix = folded["freq_scale"], abs(folded["ext_factor"])
+    return np.asarray(ULP * ((2 * i + 4) * t * (scale * (1.0 + mix) + mix) + 4))
+
+
+def traced(vector: Json, tmp_path: Path, **options: Any) -> Iterator[dict[str, Any]]:
+    """What each layer makes of heads of unit pairs, a position after the other."""
+    first = vector.get("lengths", [vector])[0]
+    factors = [layer["s"] for layer in first["layers"]]
+    model = tiny(vector, factors)
+    head = unit_pairs(model.config.ropes[0], model.config.head_dim)
+    path = model.write(tmp_path / "model.gguf", factors, constant(model, head))
+    trace, rope = RopeTrace(), vector["rope"]
+    if rope["type"] == "yarn":
+        options |= {f"yarn_{name}": rope[name] for name in ("ext_factor", "beta_fast", "beta_slow")}
+    with Context(path, model.n_ctx, trace=trace, **options) as context:
+        assert context.model_factors(len(factors)) == factors
+        for position in vector.get("positions", [[case["n"] - 1] for case in vector.get("lengths", [])]):
+            context.clear()
+            if rope["components"]:
+                context.decode_embeddings(np.ones((1, model.config.n_embd), np.float32), np.array([position]))
+            else:
+                context.decode([1], start=position[0])
+            shaped = {name: out.reshape(1, -1, model.config.head_dim) for name, out in trace.outputs.items()}
+            yield {"position": position, "level": level_of(context), "pairs": model.config.ropes[0].pairs, **shaped}
+
+
+def check(vector: Json, case: Json, row: int, got: dict[str, Any]) -> None:
+    rope, seen = vector["rope"], 0
+    for il, layer in enumerate(case["layers"]):
+        for name in (f"Qcur-{il}", f"Kcur-{il}"):
+            real, imaginary = (got[name][..., pair].astype(np.float64) for pair in got["pairs"])
+            off = np.abs(np.angle((real + 1j * imaginary) * np.exp(-1j * np.array(layer["angles"][row]))))
+            bound = allowed(rope, case.get("base", rope["base"]), layer["folded"], got["position"])
+            assert np.all(off <= bound), (name, off, bound)
+            np.testing.assert_allclose(np.hypot(real, imaginary), case["magnitude"], rtol=2.0**-21)
+            assert np.all(got[name][..., rope["n_dims"] :] == 0.0)
+            seen += 1
+    assert seen == sum(name.startswith(("Q", "K")) for name in got)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("vector", ROTATIONS, ids=named)
+def test_the_library_turns_as_the_vectors_say(vector: Json, tmp_path: Path) -> None:
+    for row, got in enumerate(traced(vector, tmp_path)):
+        check(vector, vector, row, got)
+    assert row == len(vector["positions"]) - 1
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("vector", [v for v in DYNAMIC if v["rope"]["levels_per_doubling"] == 2], ids=named)
+def test_the_library_has_the_levels_of_the_vectors(vector: Json, tmp_path: Path) -> None:
+    for case, got in zip(vector["lengths"], traced(vector, tmp_path), strict=True):
+        assert got["level"] == case["level"]
+        check(vector, case, 0, got)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("vector", [v for v in DYNAMIC if v["rope"]["levels_per_doubling"] == 1], ids=named)
+def test_the_library_has_a_level_a_doubling_with_quantized_keys(vector: Json, tmp_path: Path) -> None:
+    wide = vector | {"rope": vector["rope"] | {"n_dims": 32}}  # a block of the cache
+    got = list(traced(wide, tmp_path, type_k=8))
+    assert [row["level"] for row in got] == [case["level"] for case in vector["lengths"]]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("fold", FOUND["folds"], ids=lambda f: f"{f['freq_scale']}-{f['s']}")
+def test_the_library_refuses_what_is_singular(fold: Json, tmp_path: Path) -> None:
+    vector = next(v for v in ROTATIONS if v["name"] == "yarn")
+    vector = vector | {"rope": vector["rope"] | {"factor": 1.0 / fold["freq_scale"]}}
+    model = tiny(vector, [1.0, fold["s"]])
+    path = model.write(tmp_path / "model.gguf", [1.0, fold["s"]])
+    if fold["refused"]:
+        with errors() as logged, pytest.raises(OSError, match="no context"):
+            Context(path)
+        assert "too close to the YaRN frequency scale" in "".join(logged)
+    else:
+        Context(path).close()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("factors", [[1.0, 2.0], [1.0] * 4, [1.0, 0.0, 1.0], [1.0, math.nan, 1.0], [1.0, 1025.0, 1.0]])
+def test_the_library_refuses_other_lists(factors: list[float], tmp_path: Path) -> None:
+    model = tiny(ROTATIONS[0], [1.0] * 3)
+    with errors() as logged, pytest.raises(OSError, match="not loaded"):
+        Context(model.write(tmp_path / "model.gguf", factors))
+    assert "layer_factors" in "".join(logged)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("factor", [0.5, 1025.0, math.nan])
+def test_the_library_refuses_other_dynamic_factors(factor: float, tmp_path: Path) -> None:
+    model = tiny(DYNAMIC[0] | {"rope": DYNAMIC[0]["rope"] | {"factor": factor}}, [1.0])
+    with errors() as logged, pytest.raises(OSError, match="not loaded"):
+        Context(model.write(tmp_path / "model.gguf"))
+    assert "dynamic_factor" in "".join(logged)
