@@ -112,7 +112,7 @@ def main() -> None:
                 cost = high_level(copy, factors, context, model.n_ctx, args, prefix_cache=cached)
                 costs.setdefault(f"Llama, {name}", []).append(cost)
             score = evaluator.evaluate(factors, "search", 0)
-            n_correct = sum(probe.correct for probe in score.probes)
+            n_correct = round(sum(probe.correct for probe in score.probes))
             costs.setdefault("evaluator", []).append(Cost(score.n_tokens, score.seconds, n_correct))
             print(f"candidate {i + 1} of {args.candidates}", file=sys.stderr)
     print(f"`{shlex.join(['python', 'benchmarks/naive_evaluation.py', *sys.argv[1:]])}`\n")
