@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
-from lrope_gguf.gguf_scan import GGUFFile
 from lrope_search.config import CACHE_TYPES
 from lrope_search.evaluation.logits import RowWorkers, kl_divergences
+from lrope_search.evaluation.memory import memory_needed
 from lrope_search.evaluation.model import Model
 from lrope_search.machine import physical_cores
 
@@ -66,20 +66,6 @@ def forget(model: Model, sequence: int) -> None:
     model._llama.llama_memory_seq_rm(model._memory, sequence, -1, -1)
 
 
-def key_width(path: str) -> int:
-    """Numbers in the key of a token in one layer."""
-    with GGUFFile(path) as gguf:
-        architecture = gguf.text("general.architecture")
-
-        def of(key: str) -> int:
-            return gguf.integer(f"{architecture}.{key}") or 0
-
-        heads = of("attention.head_count")
-        return (of("attention.key_length") or of("embedding_length") // heads) * (
-            of("attention.head_count_kv") or heads
-        )
-
-
 def seconds(model: Model, tokens: NDArray[np.int32], start: int) -> float:
     """What decoding ``tokens`` takes."""
     begin = time.perf_counter()
@@ -111,9 +97,8 @@ def cost_row(path: str, args: argparse.Namespace, kind: str, rate: float) -> str
             others = [seconds(model, text[i : i + 1], i) for i in range(args.tokens + 1, args.tokens + 8)]
             changes.append(first - statistics.median(others[1:]))
             shares.append(changes[-1] / prefill)
-        block, n_bytes = CACHE_TYPES[kind]
-        width = model.n_layer * key_width(path)
-    floor = 2 * args.tokens * width * n_bytes / block / rate
+    # read and written: as much as keys and values of this type are together
+    floor = memory_needed(path, args.tokens, n_seq=1, cache_types=(kind, kind)).kv_cache / rate
     return (
         f"| {Path(path).stem} | {kind} | {args.tokens} | {1e3 * statistics.median(changes):.1f} ms | "
         f"{1e3 * floor:.2f} ms | {100 * statistics.median(shares):.2f} % |"

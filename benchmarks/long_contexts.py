@@ -20,30 +20,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from options import add_model_options, add_task_options, model_of, task_of
+from options import add_model_options, add_search_options, add_task_options, model_of, scaled, search_of, task_of
 
 from lrope_gguf.errors import LropeError
-from lrope_search import SearchConfig, search
-from lrope_search.config import ModelConfig, TaskConfig
+from lrope_search import search
+from lrope_search.config import ROPE_SCALINGS, ModelConfig, TaskConfig
 from lrope_search.evaluation.logits import RowWorkers, kl_divergences
 from lrope_search.evaluation.make import open_model
 from lrope_search.machine import physical_cores
 
-SCALINGS = ("none", "linear", "yarn", "dynamic", "dynamic-yarn")
 README = Path(__file__).parent.parent / "README.md"
 HEADER = (
     "| length | share of trained | scaling | accuracy | gain of best uniform factor | gain of layer factors "
     "| over uniform | KL on short text |\n|---|---|---|---|---|---|---|---|"
 )
-
-
-def scaled(model: ModelConfig, scaling: str, multiple: float, trained: int) -> ModelConfig:
-    """The model in a context with this scaling; a static one with the factor that covers the length."""
-    if scaling in ("linear", "yarn"):
-        model = replace(model, rope_scale=max(1.0, multiple))
-    if scaling == "none":
-        return replace(model, rope_scaling="none")
-    return replace(model, rope_scaling=scaling, yarn_orig_ctx=trained)
 
 
 def short_divergence(plain: ModelConfig, other: ModelConfig, text: str, n_tokens: int) -> float:
@@ -70,19 +60,8 @@ def points(gain: list[float] | None) -> str:
 def row(args: argparse.Namespace, model: ModelConfig, task: TaskConfig, scaling: str, multiple: float) -> str:
     """Search under one scaling at one length; the table's row."""
     config = scaled(model, scaling, multiple, args.trained)
-    settings = SearchConfig(
-        seed=args.search_seed,
-        max_evaluations=args.max_evaluations,
-        search_contexts=args.search_contexts,
-        racing_fraction=0.5,
-        validation_contexts=args.validation_contexts,
-        test_contexts=args.test_contexts,
-        uniform_factors=args.uniform_factors,
-        width=args.width,
-        max_kl=100.0,
-    )
     with tempfile.TemporaryDirectory() as folder:
-        results = search(config, task, settings, Path(folder, "study")).summary.results
+        results = search(config, task, search_of(args, args.search_seed), Path(folder, "study")).summary.results
     test, uniform, over = results["test"], results.get("best_uniform"), results.get("over_uniform")
     plain = replace(model, rope_scaling="none")
     kl = short_divergence(plain, config, args.text.read_text(), min(args.short, args.trained))
@@ -119,17 +98,12 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--trained", metavar="N", type=int, required=True, help="tokens that it was trained on")
     parser.add_argument("--multiples", metavar="M", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0, 8.0])
-    parser.add_argument("--scalings", metavar="S", nargs="+", choices=SCALINGS, default=list(SCALINGS))
+    parser.add_argument("--scalings", metavar="S", nargs="+", choices=ROPE_SCALINGS, default=list(ROPE_SCALINGS))
     parser.add_argument("--short", metavar="N", type=int, default=512, help="tokens of short text (%(default)s)")
     parser.add_argument("--short-only", action="store_true", help="no searches")
     parser.add_argument("--text", metavar="FILE", type=Path, default=README, help="short text (README.md)")
     parser.add_argument("--search-seed", metavar="N", type=int, default=0)
-    counts = {"max-evaluations": 120, "search-contexts": 6, "validation-contexts": 8, "test-contexts": 30}
-    for name, value in counts.items():
-        parser.add_argument(f"--{name}", metavar="N", type=int, default=value)
-    parser.add_argument("--width", metavar="W", type=float, default=0.3, help="as of search (%(default)s)")
-    parser.add_argument("--uniform-factors", metavar="F,...", default=(0.8, 0.9, 1.1, 1.25, 1.6),
-                        type=lambda text: tuple(map(float, text.split(","))))  # fmt: skip
+    add_search_options(parser)
     add_model_options(parser)
     add_task_options(parser)
     args = parser.parse_args()

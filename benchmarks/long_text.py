@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from options import scaled
 
 from lrope_gguf.errors import LropeError
-from lrope_search.config import ModelConfig
+from lrope_search.config import ROPE_SCALINGS, ModelConfig
 from lrope_search.evaluation.logits import RowWorkers, gold_scores
 from lrope_search.evaluation.make import open_model
 from lrope_search.machine import physical_cores
 
-SCALINGS = ("none", "linear", "yarn", "dynamic", "dynamic-yarn")
 STEP = 8  # every eighth token is scored
 
 
@@ -57,10 +57,8 @@ def main() -> None:
     edges = [round(i * n_tokens / args.bins) for i in range(args.bins + 1)]
     print(f"| scaling | {' | '.join(f'to {100 * edge / args.trained:.0f} %' for edge in edges[1:])} |")
     print(f"|---|{'---|' * args.bins}")
-    for scaling in SCALINGS:
-        static = {"rope_scale": args.multiple} if scaling in ("linear", "yarn") else {}
-        config = ModelConfig(args.model, n_threads=args.threads, rope_scaling=scaling,
-                             yarn_orig_ctx=None if scaling == "none" else args.trained, **static)  # fmt: skip
+    for scaling in ROPE_SCALINGS:
+        config = scaled(ModelConfig(args.model, n_threads=args.threads), scaling, args.multiple, args.trained)
         try:
             found = losses(config, text, n_tokens)
         except LropeError as error:

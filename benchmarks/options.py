@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from lrope_gguf.errors import LropeError
-from lrope_search.config import IDENTIFIER_KINDS, POSITIONS, TASK_FIELDS, UNIFORM_FACTORS, ModelConfig, TaskConfig
+from lrope_search.config import (
+    IDENTIFIER_KINDS,
+    POSITIONS,
+    TASK_FIELDS,
+    UNIFORM_FACTORS,
+    ModelConfig,
+    SearchConfig,
+    TaskConfig,
+)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +48,30 @@ def add_problem_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--uniform-factors", metavar="F,...", default=UNIFORM_FACTORS,
                         type=lambda text: tuple(map(float, text.split(","))))  # fmt: skip
     parser.add_argument("--cache", metavar="FILE", help="results, kept and used again")
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """Declare a search on a model that is asked beyond what it was trained on."""
+    counts = {"max-evaluations": 120, "search-contexts": 6, "validation-contexts": 8, "test-contexts": 30}
+    for name, value in counts.items():
+        parser.add_argument(f"--{name}", metavar="N", type=int, default=value)
+    parser.add_argument("--width", metavar="W", type=float, default=0.3, help="as of search (%(default)s)")
+    parser.add_argument("--uniform-factors", metavar="F,...", default=(0.8, 0.9, 1.1, 1.25, 1.6),
+                        type=lambda text: tuple(map(float, text.split(","))))  # fmt: skip
+
+
+def search_of(args: argparse.Namespace, seed: int) -> SearchConfig:
+    """Return the settings of that search, with no bound on what ordinary text suffers."""
+    names = ("max_evaluations", "search_contexts", "validation_contexts", "test_contexts", "width", "uniform_factors")
+    return SearchConfig(seed=seed, racing_fraction=0.5, max_kl=100.0, **{name: getattr(args, name) for name in names})
+
+
+def scaled(model: ModelConfig, scaling: str, multiple: float, trained: int) -> ModelConfig:
+    """Return the model in a context with this scaling; a static one with the factor that covers the length."""
+    if scaling == "none":
+        return replace(model, rope_scaling=scaling)
+    static = max(1.0, multiple) if scaling in ("linear", "yarn") else None
+    return replace(model, rope_scaling=scaling, rope_scale=static, yarn_orig_ctx=trained)
 
 
 def dispatch(parser: argparse.ArgumentParser, functions: Mapping[str, Callable[[argparse.Namespace], None]]) -> None:

@@ -13,10 +13,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from options import add_model_options, add_task_options, model_of, task_of
+from options import add_model_options, add_search_options, add_task_options, model_of, search_of, task_of
 
 from lrope_gguf.errors import LropeError
-from lrope_search import SearchConfig, measure, search
+from lrope_search import measure, search
 
 
 def main() -> None:
@@ -25,12 +25,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--lengths", metavar="N", type=int, nargs="+", required=True, help="--keys of each")
     parser.add_argument("--search-seeds", metavar="N", type=int, nargs="+", default=[0, 1])
-    counts = {"max-evaluations": 120, "search-contexts": 6, "validation-contexts": 8, "test-contexts": 30}
-    for name, value in counts.items():
-        parser.add_argument(f"--{name}", metavar="N", type=int, default=value)
-    parser.add_argument("--width", metavar="W", type=float, default=0.3, help="as of search (%(default)s)")
-    parser.add_argument("--uniform-factors", metavar="F,...", default=(0.8, 0.9, 1.1, 1.25, 1.6),
-                        type=lambda text: tuple(map(float, text.split(","))))  # fmt: skip
+    add_search_options(parser)
     add_model_options(parser)
     add_task_options(parser)
     args = parser.parse_args()
@@ -39,17 +34,7 @@ def main() -> None:
         sides = {}
         for n in args.lengths:
             for seed in args.search_seeds:
-                settings = SearchConfig(
-                    seed=seed,
-                    max_evaluations=args.max_evaluations,
-                    search_contexts=args.search_contexts,
-                    racing_fraction=0.5,
-                    validation_contexts=args.validation_contexts,
-                    test_contexts=args.test_contexts,
-                    uniform_factors=args.uniform_factors,
-                    width=args.width,
-                    max_kl=100.0,
-                )
+                settings = search_of(args, seed)
                 with tempfile.TemporaryDirectory() as folder:
                     outcome = search(model, replace(task, keys=n, seed=seed), settings, Path(folder, "study"))
                 assert outcome.summary.factors is not None

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, Point
 from lrope_gguf.errors import LropeError
 from lrope_gguf.rope_scaling import MAX_FACTOR
+from lrope_gguf.scaling_keys import KINDS
 
 from .sample import default_contexts, default_probes
 
@@ -68,7 +69,7 @@ PARAMETRIZATIONS = ("both", "bezier", "layers")
 """What candidates are: a Bézier curve over all layers with own factors of a few, the curve alone (the papers' way), or
 own factors alone; the first is the default."""
 
-ROPE_SCALINGS = ("none", "linear", "yarn", "dynamic", "dynamic-yarn")
+ROPE_SCALINGS = KINDS
 """What ``--rope-scaling`` of the patched llama.cpp takes."""
 _SET_BY_DYNAMIC = ("rope_freq_base", "yarn_ext_factor", "yarn_attn_factor")
 CACHE_TYPES: Mapping[str, tuple[int, int]] = MappingProxyType(

@@ -188,12 +188,12 @@ class TeacherForcedEvaluator:
     def _packs(self, jobs: Sequence[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
         pack: list[tuple[str, int]] = []
         n_tokens = n_seq = 0
+        most = 0 if self._model.scaling_moves else self._pack_tokens  # a longer neighbour would scale the others
         for job in jobs:
             encoding = self._encode(*job)
             n_tokens += encoding.n_tokens
             n_seq += encoding.n_seq
-            full = n_tokens > self._pack_tokens or n_seq > MAX_SEQUENCES or self._model.scaling_moves
-            if pack and full:
+            if pack and (n_tokens > most or n_seq > MAX_SEQUENCES):
                 yield pack
                 pack, n_tokens, n_seq = [], encoding.n_tokens, encoding.n_seq
             pack.append(job)

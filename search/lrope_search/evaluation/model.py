@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
+from lrope_gguf.scaling_keys import DYNAMIC
 
 from ..config import CACHE_TYPES
 from ..machine import physical_cores
@@ -137,15 +138,15 @@ class Model:
         self._llama.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
         return buffer.value.decode()
 
-    # Text
-
     @property
     def scaling_moves(self) -> bool:
         """Whether the longest of all sequences decides how each of them rotates: dynamic scaling."""
         asked = self._llama_options.get("rope_scaling")
         if asked is not None:
             return str(asked).startswith("dynamic")
-        return bool(self._metadata(f"{self._metadata('general.architecture')}.rope.scaling.dynamic_factor"))
+        return bool(self._metadata(f"{self._metadata('general.architecture')}.{DYNAMIC}"))
+
+    # Text
 
     @property
     def is_chat(self) -> bool:
