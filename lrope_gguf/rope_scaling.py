@@ -99,11 +99,17 @@ class RopeScaling:
         given = {name: options[option] for name, option in _OPTIONS.items() if option in options}
         if "freq_scale" in given:
             given["freq_scale"] = single(given["freq_scale"])
-            given.setdefault("factor", single(1.0 / given["freq_scale"]) if given["freq_scale"] else math.inf)
-        elif given.get("scaling") in _DYNAMIC and self.scaling not in _DYNAMIC:
-            static = given["scaling"] == "dynamic" or not self.freq_scale
-            given.setdefault("factor", 1.0 if static else single(1.0 / self.freq_scale))
+            given.setdefault("factor", _inverse(given["freq_scale"]))
+        elif given.get("scaling") in _DYNAMIC:
+            given.setdefault("factor", self._own_factor)
+        elif "scaling" in given and self.scaling in _DYNAMIC:
+            given["freq_scale"] = _inverse(self.factor)
         return replace(self, **given)
+
+    @property
+    def _own_factor(self) -> float:
+        """How many times longer the file says that contexts become."""
+        return self.factor if self.scaling in _DYNAMIC else _inverse(self.freq_scale)
 
     @property
     def _ext_factor(self) -> float:
@@ -175,6 +181,11 @@ class RopeScaling:
                     f"llama.cpp takes none so close to the model's YaRN frequency scale of {fs:g}; give one further off"
                 )
         return None
+
+
+def _inverse(value: float) -> float:
+    """The float32 next to 1 over ``value``."""
+    return single(1.0 / value) if value else math.inf
 
 
 def _log(value: float) -> float:

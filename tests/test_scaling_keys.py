@@ -694,3 +694,26 @@ def test_no_tensors_and_no_layers(tmp_path: Path, kind: str) -> None:
     assert scaling_of(path)[ORIGINAL] == 512
     remove_factors(path)
     assert path.read_bytes() == original
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "expected"),
+    [
+        # llama_rope_dynamic_init: the factor is that of --rope-scale, else of the file, whatever its kind
+        (RopeScaling("linear", freq_scale=0.5), {"rope_scaling": "dynamic"}, ("dynamic", 2.0)),
+        (RopeScaling("yarn", freq_scale=0.25), {"rope_scaling": "dynamic-yarn"}, ("dynamic-yarn", 4.0)),
+        (RopeScaling("yarn", freq_scale=0.25), {"rope_scaling": "dynamic", "rope_freq_scale": 0.5}, ("dynamic", 2.0)),
+        (RopeScaling("linear"), {"rope_scaling": "dynamic"}, ("dynamic", 1.0)),
+        (RopeScaling("dynamic", factor=3.0), {"rope_scaling": "dynamic-yarn"}, ("dynamic-yarn", 3.0)),
+    ],
+)
+def test_the_factor_of_a_context_is_the_library_s(
+    file: RopeScaling, options: dict[str, object], expected: tuple[str, float]
+) -> None:
+    said = file.under(options).json()
+    assert (said["scaling"], said["factor"]) == expected
+
+
+def test_a_static_context_on_a_dynamic_file_has_its_factor() -> None:
+    assert RopeScaling("dynamic", factor=4.0).under({"rope_scaling": "yarn"}).json()["freq_scale"] == 0.25
+    assert RopeScaling("dynamic", factor=4.0).under({"rope_scaling": "none"}).json()["freq_scale"] == 1.0
