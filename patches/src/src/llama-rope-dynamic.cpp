@@ -100,8 +100,6 @@ void llama_rope_dynamic_shift(const llama_cparams & cparams, float freq_scale, f
 //
 
 void llama_rope_dynamic_load(llama_model_loader & ml, llama_hparams & hparams) {
-    const auto kid = ml.llm_kv(LLM_KV_ROPE_SCALING_DYNAMIC_FACTOR);
-
     float & factor = hparams.rope_dynamic_factor;
     if (!ml.get_key(LLM_KV_ROPE_SCALING_DYNAMIC_FACTOR, factor, false)) {
         return;
@@ -109,7 +107,8 @@ void llama_rope_dynamic_load(llama_model_loader & ml, llama_hparams & hparams) {
 
     // note: NaN compares false
     if (!(factor >= 1.0f && factor <= LLAMA_ROPE_DYNAMIC_FACTOR_MAX)) {
-        throw std::runtime_error(format("key %s is %g (must be from 1 to %g)", kid.c_str(), factor, LLAMA_ROPE_DYNAMIC_FACTOR_MAX));
+        throw std::runtime_error(format("key %s is %g (must be from 1 to %g)",
+                    ml.llm_kv(LLM_KV_ROPE_SCALING_DYNAMIC_FACTOR).c_str(), factor, LLAMA_ROPE_DYNAMIC_FACTOR_MAX));
     }
 
     // what the file has beside it is for libraries that know nothing of the key
@@ -162,8 +161,7 @@ void llama_rope_dynamic_init(const llama_model & model, const llama_context_para
     require(dynamic.n_rot > 2, "too few dimensions are rotated");
     require(hparams.rope_yarn_log_mul == 0.0f || !dynamic.yarn,
             "not YaRN for models with a YaRN multiplier of their own (yarn_log_multiplier)");
-    // by name, older versions do not have it
-    require(strcmp(llm_arch_name(model.arch), "deepseek2-ocr") != 0 || dynamic.yarn,
+    require(model.arch != LLM_ARCH_DEEPSEEK2OCR || dynamic.yarn,
             "not NTK for this architecture, which has a fixed frequency base");
     require(model.arch != LLM_ARCH_GEMMA4_ASSISTANT || !cparams.ctx_other->get_cparams().rope_dynamic.enabled,
             "not for this model, which uses the keys of another one");
