@@ -125,8 +125,8 @@ def run(claim: Claim) -> Outcome:
     except OSError as error:
         return Outcome(0.0, "", f"{words[0]}: {error.strerror}", ())
     last = (done.stderr.strip().splitlines() or [""])[-1]
-    error = "" if done.returncode == 0 else f"exit status {done.returncode}: {last}"
-    return Outcome(time.monotonic() - start, done.stdout, error, compare(claim.lines, done.stdout))
+    failure = "" if done.returncode == 0 else f"exit status {done.returncode}: {last}"
+    return Outcome(time.monotonic() - start, done.stdout, failure, compare(claim.lines, done.stdout))
 
 
 def main() -> None:
