@@ -179,7 +179,14 @@ def beside(row: tuple[str, int | None], asked: str, found: Measurement) -> str:
 
 
 def show(settings: Sequence[Setting], args: argparse.Namespace) -> None:
-    """Search, ask and print."""
+    """Search, ask and print.
+
+    Raises:
+        LropeError: a setting is given twice, or a search or a measurement fails.
+    """
+    for name, count in Counter(setting.name for setting in settings).items():
+        if count > 1:
+            raise LropeError(f"{name}: given twice; give each setting once")
     sides = searched(settings, args)
     named = {label(row): factors for row, factors in sides.items()}
     found = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -19,13 +18,6 @@ from lrope_search.optimizers.protocol import Optimizer
 from lrope_search.study.racing import Racing
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Import a module of benchmarks/, which is no package."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
 
 
 def alone(n_layer: int, layers: Sequence[int], factor: float) -> tuple[float, ...]:
