@@ -39,8 +39,8 @@ from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 from lrope_gguf.native import tool_path
-from lrope_search import ModelConfig, TaskConfig, search
-from lrope_search.measure import Measurement, measure
+from lrope_search import Measurement, ModelConfig, TaskConfig, measure, search
+from lrope_search.machine import physical_cores
 from lrope_search.results.comparison import Comparison, compare
 from lrope_search.results.table import DepthTable
 from lrope_search.scores import Factors
@@ -64,13 +64,14 @@ class Setting:
         return self.task if self.task.data else replace(self.task, seed=seed)
 
 
-def quantized(source: str, kind: str, folder: Path) -> tuple[Path, str]:
+def quantized(source: str, kind: str, folder: Path, n_threads: int = 1) -> tuple[Path, str]:
     """Make a model of another quantization with our llama-quantize.
 
     Args:
         source: The model's file.
         kind: What llama-quantize calls the type.
         folder: Where the file goes.
+        n_threads: CPU threads.
 
     Returns:
         The file, and how many tensors of which type it has, in words.
@@ -79,7 +80,7 @@ def quantized(source: str, kind: str, folder: Path) -> tuple[Path, str]:
         LropeError: there is no llama-quantize, or it refuses.
     """
     path = folder / f"{kind}.gguf"
-    tool, files = str(tool_path("llama-quantize")), [source, str(path), kind, "1"]
+    tool, files = str(tool_path("llama-quantize")), [source, str(path), kind, str(n_threads)]
     done = subprocess.run([tool, *files], capture_output=True, text=True, errors="replace")
     again = "requantizing from type" in done.stdout + done.stderr
     if again:
@@ -217,7 +218,7 @@ def quantizations(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = []
         for kind in args.quantizations:
-            path, said = quantized(args.model, kind, Path(folder))
+            path, said = quantized(args.model, kind, Path(folder), args.threads or physical_cores())
             print(f"{kind}: {said}", flush=True)
             settings.append(Setting(kind, replace(model, path=str(path)), task))
         show(settings, args)

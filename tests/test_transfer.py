@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lrope_gguf import LropeError, native
+from lrope_search import Measurement
 from lrope_search.config import ModelConfig, TaskConfig
-from lrope_search.measure import Measurement
 from lrope_search.results.table import depth_table
 from lrope_search.scores import ContextScore, ProbeScore
 
