@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from lrope_gguf.errors import LropeError
 from lrope_search.config import (
@@ -15,7 +16,13 @@ from lrope_search.config import (
     ModelConfig,
     SearchConfig,
     TaskConfig,
+    option,
 )
+
+SIZES = ("keys", "documents", "lines", "words", "context_tokens")
+"""Of a task, what says how large a context is."""
+_COUNTS = (*SIZES, "probes")
+_OWN = ("data", *_COUNTS, "identifiers", "positions", "prompt_template", "answer_prefix")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -27,12 +34,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show llama.cpp's log")
 
 
-def add_task_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the task."""
-    parser.add_argument("--task", choices=list(TASK_FIELDS), default="kv")
+def add_task_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Declare the task, or several; what is one's own stands behind its name then (`tasks_of`)."""
+    if several:
+        parser.add_argument("--tasks", metavar="TASK[:OPTION=VALUE,...]", nargs="+", required=True,
+                            help=f"of {', '.join(TASK_FIELDS)}, such as vt:lines=60,probes=2")  # fmt: skip
+    else:
+        parser.add_argument("--task", choices=list(TASK_FIELDS), default="kv")
     parser.add_argument("--identifiers", choices=IDENTIFIER_KINDS)
-    for name in ("keys", "documents", "context-tokens", "probes"):
-        parser.add_argument(f"--{name}", metavar="N", type=int)
+    for name in _COUNTS:
+        parser.add_argument(option(name), metavar="N", type=int)
     parser.add_argument("--positions", choices=POSITIONS)
     parser.add_argument("--data", metavar="FILE")
     parser.add_argument("--prompt-template", metavar="TEXT")
@@ -97,6 +108,41 @@ def model_of(args: argparse.Namespace) -> ModelConfig:
 
 def task_of(args: argparse.Namespace) -> TaskConfig:
     """Return the task's settings."""
-    names = ("data", "keys", "documents", "context_tokens", "identifiers", "probes", "positions", "prompt_template")
-    own = {name: getattr(args, name) for name in (*names, "answer_prefix", "seed")}
-    return TaskConfig(args.task, **own)
+    return TaskConfig(args.task, **{name: getattr(args, name) for name in (*_OWN, "seed")})
+
+
+def tasks_of(args: argparse.Namespace) -> dict[str, TaskConfig]:
+    """Return the settings of several tasks by their names as given, such as ``kv:keys=40``.
+
+    Options of the command line are for all tasks that take them; one's own count more, and its own size replaces any.
+
+    Raises:
+        LropeError: an unknown task or option, or what `TaskConfig` refuses.
+    """
+    own = {text: _own(text) for text in args.tasks}
+    names = {text: text.partition(":")[0] for text in own}
+    for field in _OWN:
+        value = getattr(args, field)
+        takers = [text for text, name in names.items() if field == "answer_prefix" or field in TASK_FIELDS[name]]
+        for text in takers or own if value else ():  # a task that does not take it refuses it
+            if not (field in SIZES and own[text].keys() & set(SIZES)):
+                own[text].setdefault(field, value)
+    return {text: TaskConfig(names[text], seed=args.seed, **values) for text, values in own.items()}
+
+
+def _own(text: str) -> dict[str, Any]:
+    """Return the options in ``TASK[:OPTION=VALUE,...]``."""
+    name, _, given = text.partition(":")
+    if name not in TASK_FIELDS:
+        raise LropeError(f"--tasks {text}: no such task; choose from {', '.join(TASK_FIELDS)}")
+    values: dict[str, Any] = {}
+    for part in filter(None, given.split(",")):
+        key, _, value = part.partition("=")
+        field = key.replace("-", "_")
+        if field not in _OWN or not value:
+            known = ", ".join(sorted(TASK_FIELDS[name])).replace("_", "-")
+            raise LropeError(f"--tasks {text}: {part!r} is no option with a value; {name} has {known}")
+        if field in _COUNTS and not value.isdecimal():
+            raise LropeError(f"--tasks {text}: {value!r} is no whole number")
+        values[field] = int(value) if field in _COUNTS else value
+    return values

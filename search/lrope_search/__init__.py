@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import ModelConfig, SearchConfig, TaskConfig, TaskMix, WorkersConfig
     from .launch import estimate, search
-    from .measure import Measurement, measure
+    from .measurement import Measurement, measure
     from .study.run import SearchOutcome, run_search
     from .study.store import Study
 
@@ -35,7 +35,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    for module in ("config", "study.store", "study.run", "launch", "measure"):
+    for module in ("config", "study.store", "study.run", "launch", "measurement"):
         value = getattr(import_module(f"{__name__}.{module}"), name, None)
         if value is not None:
             globals()[name] = value

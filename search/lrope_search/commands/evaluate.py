@@ -60,7 +60,7 @@ def command(
 
     from lrope_gguf.model_info import read_model
 
-    from ..measure import measure
+    from ..measurement import measure
 
     sides = _sides(read_model(model), curve, factors, uniform)
     found = measure(how, what, sides, contexts=contexts, split=split, generate=generate)
