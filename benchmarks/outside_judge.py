@@ -1,10 +1,10 @@
 """A judge that is not ours: EleutherAI's lm-eval asks `llama-server` with a base model and with the written one.
 
-lm-eval (Gao et al., doi 10.5281/zenodo.10256836) runs as a program of its own, over the OpenAI-compatible completions
-API of the patched `llama-server`; prompts, answers, scores and standard errors are its own. Beside them stands, from the
-samples that it logs, the difference of both models with a 95 % bootstrap interval: paired, over contexts. `kv` exports
-our key-value contexts as a task of lm-eval, and asks our own `measure` the very same questions. `ruler` takes lm-eval's
-own RULER tasks (Hsieh et al., arXiv 2404.06654), those that need no download. Usage:
+lm-eval (Gao et al., doi 10.5281/zenodo.12608602) runs as a program of its own, over the OpenAI-compatible completions
+API of the patched `llama-server`; how it asks, what it calls right and its standard errors are its own. Beside them
+stands, from the samples that it logs, the difference of both models with a 95 % bootstrap interval: paired, over
+contexts. `kv` exports our key-value contexts as a task of lm-eval, and asks our own `measure` the very same questions.
+`ruler` takes lm-eval's own RULER tasks (Hsieh et al., arXiv 2404.06654), those that need no download. Usage:
 
     python benchmarks/outside_judge.py kv MODEL --curve CURVE [--contexts 20] [task and model options as of eval]
     python benchmarks/outside_judge.py ruler MODEL --curve CURVE [--tasks ruler_vt] [--length 4096] [--limit 20]
@@ -16,11 +16,14 @@ import argparse
 import json
 import math
 import os
+import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -126,21 +129,25 @@ _SPLITS = {
 _CONTROL, _USER_DEFINED = 3, 4  # enum llama_token_type of llama.h
 
 
-def export_tokenizer(model: Path | str, folder: Path) -> None:
+def export_tokenizer(model: Path | str, folder: Path) -> bool:
     """Write a model's byte-level BPE vocabulary into ``folder`` as a tokenizer of Hugging Face (``tokenizer.json``).
 
     lm-eval sizes RULER's prompts by it. What kind of splitting is not in `_SPLITS` becomes GPT-2's: prompts then are a
     little shorter or longer than they should be.
+
+    Returns:
+        Whether there is a chat template with it.
 
     Raises:
         LropeError: the file cannot be read, or has another kind of vocabulary.
     """
     with GGUFFile(model) as gguf:
         if gguf.text("tokenizer.ggml.model") != "gpt2":
-            raise LropeError(f"{model}: its vocabulary is no byte-level BPE; give --tokenizer")
+            raise LropeError(f"{model}: its vocabulary is no byte-level BPE; give --tokenizer FOLDER")
         tokens, merges = (_strings(gguf, f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
         types = gguf.integers("tokenizer.ggml.token_type", len(tokens)) or ()
         split = _SPLITS.get(gguf.text("tokenizer.ggml.pre") or "", _SPLITS["gpt-2"])
+        template = gguf.text("tokenizer.chat_template", limit=1 << 20)
     added = [
         {"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": kind == _CONTROL}
@@ -156,7 +163,9 @@ def export_tokenizer(model: Path | str, folder: Path) -> None:
         "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges},
     }
     (folder / "tokenizer.json").write_text(json.dumps(document))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | ({"chat_template": template} if template else {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return template is not None
 
 
 def _strings(gguf: GGUFFile, key: str) -> list[str]:
@@ -165,9 +174,8 @@ def _strings(gguf: GGUFFile, key: str) -> list[str]:
     if entry is None:
         return []
     data, at, found = gguf.read(entry.value, entry.end), 0, []
-    order = "little" if gguf.order == "<" else "big"
     for _ in range(entry.length):
-        n = int.from_bytes(data[at : at + 8], order)  # type: ignore[arg-type]
+        (n,) = struct.unpack_from(f"{gguf.order}Q", data, at)
         found.append(data[at + 8 : at + 8 + n].decode(errors="replace"))
         at += 8 + n
     return found
@@ -184,10 +192,13 @@ def judge(
     n_ctx: int,
     model: ModelConfig,
     options: Sequence[str] = (),
+    tokenizer: str | None = None,
 ) -> Judgement:
     """Serve ``path`` as ``model`` says, in a context of ``n_ctx`` tokens, and let lm-eval ask it.
 
-    ``folder``: where lm-eval writes, and finds tasks that it does not know. ``options``: more of lm-eval's.
+    ``folder``: where lm-eval writes; beside it are tasks that it does not know. ``options``: more of lm-eval's.
+    ``tokenizer``: a folder; lm-eval then puts prompts into its chat template, and sends their tokens. None: it sends
+    text, which the server's own tokenizer turns into tokens.
 
     Raises:
         LropeError: lm-eval is missing or fails, or the server does not start.
@@ -195,38 +206,39 @@ def judge(
     folder.mkdir()
     layers = [] if model.n_gpu_layers is None else ["--gpu-layers", str(model.n_gpu_layers)]
     served = ["--batch-size", str(model.batch_size), *layers, "--swa-full"]
-    # what lm-eval does not need: no downloads, nothing left in the user's caches, no proxy on the way to this machine
-    (folder / "nltk/tokenizers/punkt_tab").mkdir(parents=True)  # fetched on import of the niah tasks, which never use it
+    # no downloads, nothing left in the user's caches, no proxy on the way to this machine
+    (folder / "nltk/tokenizers/punkt_tab").mkdir(parents=True)  # else the niah tasks fetch it, and never use it
     environment = {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "NLTK_DATA": str(folder / "nltk"),
                    "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "LMEVAL_LOG_LEVEL": "ERROR"}  # fmt: skip
     start = time.perf_counter()
     with LlamaServer(path, n_ctx, n_threads=model.n_threads, options=served) as server:
-        # text is sent, and the server's own tokenizer has it
-        arguments = f"model={KV},base_url={server.url}/v1/completions,tokenizer_backend=None,timeout=3600"
+        arguments = {"model": "served", "base_url": f"{server.url}/v1/completions", "timeout": 3600}
+        if tokenizer is None:
+            arguments["tokenizer_backend"], chat = "None", []
+        else:
+            arguments |= {"tokenizer_backend": "huggingface", "tokenizer": tokenizer, "max_length": n_ctx}
+            chat = ["--apply_chat_template"]
         command = [
-            *(program, "run", "--model", "local-completions", "--model_args", arguments, "--tasks", *tasks),
-            *("--include_path", str(folder.parent), "--output_path", str(folder / "out"), "--log_samples", *options),
+            *(program, "run", "--model", "local-completions", "--tasks", *tasks, *options, *chat),
+            *("--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())),
+            *("--include_path", str(folder.parent), "--output_path", str(folder / "out"), "--log_samples"),
         ]
-        run_lm_eval(command, {**os.environ, **environment}, folder / "log.txt")
+        run_lm_eval(command, {**os.environ, **environment}, None if model.verbose else folder / "log.txt")
     return read_judgement(folder / "out", time.perf_counter() - start)
 
 
-def run_lm_eval(command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-    """Run lm-eval; what it prints goes into ``log``.
+def run_lm_eval(command: Sequence[str], environment: Mapping[str, str], log: Path | None) -> None:
+    """Run lm-eval; what it prints goes into ``log``, or to the standard error.
 
     Raises:
-        LropeError: there is no such program, or it fails; then with its last line.
+        LropeError: it fails; with its last line.
     """
-    try:
-        with log.open("wb") as output:
-            done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-    except OSError as error:
-        raise LropeError(
-            f"--lm-eval {command[0]}: cannot be run ({error.strerror}); install it: pip install 'lm-eval[api]'"
-        ) from None
+    with nullcontext(sys.stderr.fileno()) if log is None else log.open("wb") as output:
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     if done.returncode:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise LropeError(f"--lm-eval {command[0]}: failed: {lines[-1] if lines else done.returncode}")
+        text = "" if log is None else log.read_text(errors="replace").strip()
+        last = text.splitlines()[-1] if text else f"exit status {done.returncode}"
+        raise LropeError(f"--lm-eval {command[0]}: failed: {last}")
 
 
 def read_judgement(folder: Path, seconds: float) -> Judgement:
@@ -317,10 +329,21 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 # Commands
 
 
-def both(args: argparse.Namespace, tasks: Sequence[str], folder: Path, n_ctx: int, options: Sequence[str]) -> tuple[
-    list[Judgement], Factors
-]:  # fmt: skip
-    """Let lm-eval judge the base and the written model; also return the factors."""
+def both(
+    args: argparse.Namespace,
+    tasks: Sequence[str],
+    folder: Path,
+    n_ctx: int,
+    options: Sequence[str] = (),
+    tokenizer: str | None = None,
+) -> tuple[list[Judgement], Factors]:
+    """Let lm-eval judge the base model and the written one, see `judge`; also return the factors.
+
+    Raises:
+        LropeError: see there, or model and curve do not fit.
+    """
+    if shutil.which(args.lm_eval) is None:
+        raise LropeError(f"--lm-eval {args.lm_eval}: no such program; install it: pip install 'lm-eval[api]'")
     info = read_model(args.model)
     if info.factors is not None:
         raise LropeError(f"{args.model}: holds factors already; give the base model (lrope-gguf remove)")
@@ -329,7 +352,7 @@ def both(args: argparse.Namespace, tasks: Sequence[str], folder: Path, n_ctx: in
     write_factors(args.model, factors, curve_json=document.dumps(compact=True), output=written)
     model, found = model_of(args), []
     for name, path in zip(SIDES, (args.model, written), strict=True):
-        found.append(judge(args.lm_eval, path, tasks, folder / name, n_ctx, model, options))
+        found.append(judge(args.lm_eval, path, tasks, folder / name, n_ctx, model, options, tokenizer))
         n = sum(len({sample["doc_id"] for sample in samples}) for samples in found[-1].samples.values())
         seconds = found[-1].seconds
         print(f"{name}: {n} questions in {seconds:.0f} s, {seconds / n:.2f} s each", file=sys.stderr, flush=True)
@@ -343,7 +366,7 @@ def kv(args: argparse.Namespace) -> None:
         raise LropeError("--task, --context-tokens: only the kv task is exported, of so many --keys")
     with tempfile.TemporaryDirectory() as folder:
         n_ctx = export_kv(task, args.contexts, Path(folder))
-        sides, factors = both(args, [KV], Path(folder), n_ctx, ())
+        sides, factors = both(args, [KV], Path(folder), n_ctx)
     model = replace(model_of(args), chat_template=False)  # the API gives prompts as they are
     own = measure(model, task, {"written": factors}, contexts=args.contexts, generate=True)
     assert own.generated is not None
@@ -354,14 +377,15 @@ def kv(args: argparse.Namespace) -> None:
 def ruler(args: argparse.Namespace) -> None:
     """RULER as lm-eval has it."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = args.tokenizer
+        tokenizer, chat = args.tokenizer, True
         if tokenizer is None:
             tokenizer = str(Path(folder, "tokenizer"))
             Path(tokenizer).mkdir()
-            export_tokenizer(args.model, Path(tokenizer))
+            chat = export_tokenizer(args.model, Path(tokenizer))
         metadata = json.dumps({"max_seq_lengths": [args.length], "tokenizer": tokenizer})
-        options = ["--metadata", metadata, "--limit", str(args.limit)]
-        sides, _ = both(args, args.tasks, Path(folder), args.length + ANSWER_ROOM, options)
+        options, n_ctx = ["--metadata", metadata, "--limit", str(args.limit)], args.length + ANSWER_ROOM
+        chat = chat and not args.no_chat_template
+        sides, _ = both(args, args.tasks, Path(folder), n_ctx, options, tokenizer if chat else None)
     print_table(judged_rows(sides))
 
 
