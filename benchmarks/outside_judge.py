@@ -36,7 +36,7 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.gguf_scan import GGUFFile
 from lrope_gguf.model_info import read_model
 from lrope_search import measure
-from lrope_search.config import ModelConfig, TaskConfig
+from lrope_search.config import ModelConfig, TaskConfig, TaskMix
 from lrope_search.demo.server import LlamaServer
 from lrope_search.results.comparison import Comparison, compare
 from lrope_search.results.table import DepthTable, with_interval
@@ -49,6 +49,8 @@ RULER = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "rul
 """Tasks of lm-eval whose texts are made on the spot; the other ones download essays or questions."""
 ANSWER_ROOM = 512
 """Tokens for an answer beside a RULER prompt: fwe's prompts fill the whole length by themselves."""
+LEAST = 1024
+"""Tokens of the shortest prompts: where its smallest text does not fit, lm-eval tries without end."""
 SIDES = ("base", "written")
 
 Key: TypeAlias = tuple[str, str, str]
@@ -364,6 +366,7 @@ def kv(args: argparse.Namespace) -> None:
     task = task_of(args)
     if task.name != "kv" or task.context_tokens is not None:
         raise LropeError("--task, --context-tokens: only the kv task is exported, of so many --keys")
+    TaskMix.of(task).check_contexts("--contexts", args.contexts)
     with tempfile.TemporaryDirectory() as folder:
         n_ctx = export_kv(task, args.contexts, Path(folder))
         sides, factors = both(args, [KV], Path(folder), n_ctx)
@@ -376,6 +379,9 @@ def kv(args: argparse.Namespace) -> None:
 
 def ruler(args: argparse.Namespace) -> None:
     """RULER as lm-eval has it."""
+    for option, value, least in (("--limit", args.limit, 1), ("--length", args.length, LEAST)):
+        if value < least:
+            raise LropeError(f"{option} {value}: too few; give at least {least}")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, chat = args.tokenizer, True
         if tokenizer is None:

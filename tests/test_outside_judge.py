@@ -129,13 +129,15 @@ class NoServer:
         NoServer.running -= 1
 
 
-def run(judge: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: Path | str, task: str) -> None:
+def run(
+    judge: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: Path | str, task: str, *options: str
+) -> None:
     """Run the script on the embedded model, with nothing served."""
     curve = tmp_path / "curve.json"
     curve.write_text('{"format": "lrope-curve", "version": 1, "layer_factors": [1.0, 1.0, 3.0, 1.5]}')
     NoServer.served = []
     monkeypatch.setattr(judge, "LlamaServer", NoServer)
-    words = [task, str(embedded_model()), "--curve", str(curve), "--lm-eval", str(program)]
+    words = [task, str(embedded_model()), "--curve", str(curve), "--lm-eval", str(program), *options]
     monkeypatch.setattr(sys, "argv", ["outside_judge.py", *words])
     judge.main()
 
@@ -178,6 +180,21 @@ def test_a_missing_lm_eval_is_named_in_one_line(
     message = capsys.readouterr().err
     assert end.value.code == 1 and message.count("\n") == 1 and "pip install 'lm-eval[api]'" in message
     assert not NoServer.served
+
+
+@pytest.mark.parametrize(("task", "option"), [("kv", "--contexts"), ("ruler", "--limit"), ("ruler", "--length")])
+def test_too_few_is_one_line(
+    judge: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    task: str,
+    option: str,
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(judge, monkeypatch, tmp_path, program(tmp_path, PROGRAM), task, option, "0")
+    message = capsys.readouterr().err
+    assert end.value.code == 1 and message.startswith(f"{option} 0: too few") and message.count("\n") == 1
 
 
 def test_a_failing_lm_eval_is_one_line_and_the_server_stops(
