@@ -355,6 +355,8 @@ def both(
     model, found = model_of(args), []
     for name, path in zip(SIDES, (args.model, written), strict=True):
         found.append(judge(args.lm_eval, path, tasks, folder / name, n_ctx, model, options, tokenizer))
+        if args.output is not None:
+            shutil.copytree(folder / name / "out", Path(args.output, name), dirs_exist_ok=True)
         n = sum(len({sample["doc_id"] for sample in samples}) for samples in found[-1].samples.values())
         seconds = found[-1].seconds
         print(f"{name}: {n} questions in {seconds:.0f} s, {seconds / n:.2f} s each", file=sys.stderr, flush=True)
@@ -404,6 +406,7 @@ def main() -> None:
         command.add_argument("model", metavar="MODEL", help="GGUF file without factors")
         command.add_argument("--curve", metavar="FILE", required=True, help="curve file, or the name of one of ours")
         command.add_argument("--lm-eval", metavar="PATH", default="lm_eval", help="the program (%(default)s on PATH)")
+        command.add_argument("--output", metavar="FOLDER", help="keep what lm-eval writes, results and samples")
         add_options(command)
         add_model_options(command)
     kv_command = commands.choices["kv"]

@@ -156,7 +156,8 @@ def test_both_models_are_judged_side_by_side(
         share = sum(map(sum, right)) / 16
         values = {"exact_match,none": share, "exact_match_stderr,none": 0.125}
         write_results(tmp_path / name, by_context(right), values)
-    run(judge, monkeypatch, tmp_path, program(tmp_path, PROGRAM), "ruler")
+    run(judge, monkeypatch, tmp_path, program(tmp_path, PROGRAM), "ruler", "--output", str(tmp_path / "kept"))
+    assert len(list(tmp_path.glob("kept/*/served/samples_*.jsonl"))) == 2
     out = capsys.readouterr().out.splitlines()
     row = "| lm-eval, lrope_kv, exact_match | 16 | 50.0 ± 12.5 | 100.0 ± 12.5 | +50.0 [+50.0, +50.0] |"
     assert out[0].startswith("| judge |") and out[-1] == row
