@@ -30,6 +30,9 @@ class LlamaServer:
         n_threads: CPU threads; None: the server's choice.
         options: Further options of `llama-server`.
 
+    Attributes:
+        url: Where it answers, without a path; inside the block.
+
     Raises:
         LropeError: there is no `llama-server`, or it ends or hangs before the model is loaded.
     """
@@ -52,7 +55,7 @@ class LlamaServer:
         try:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
-            self._url = f"http://127.0.0.1:{port}"
+            self.url = f"http://127.0.0.1:{port}"
             self._process = subprocess.Popen(
                 [*self._command, "--port", str(port)],
                 stdin=subprocess.DEVNULL,
@@ -126,7 +129,7 @@ class LlamaServer:
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         # never through a proxy: the server is on this machine
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
