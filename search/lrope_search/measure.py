@@ -25,6 +25,7 @@ class Measurement:
     Attributes:
         asked: The task's identity, the split, and the lead that the model writes.
         sides: The factors of each side, by name; the first, ``base``, is all 1.
+        scores: Of each side, every context's answers, one after another.
         table: Accuracy and log-probability by depth.
         generated: The same with the correctness of answers that the model wrote; None if it was not let write.
         agreement: Share of probes that both ways judge alike; None likewise.
@@ -34,6 +35,7 @@ class Measurement:
 
     asked: Mapping[str, Any]
     sides: Mapping[str, Factors]
+    scores: Mapping[str, Sequence[ContextScore]]
     table: DepthTable
     generated: DepthTable | None
     agreement: float | None
@@ -130,6 +132,7 @@ def measure(
             **({"llama_options": options} if (options := model.llama_options()) else {}),
         },
         sides=sides,
+        scores=scores,
         table=depth_table(scores, weights=mix.weights),
         generated=depth_table({n: _generated(scores[n], answers[n]) for n in sides}, weights=mix.weights)
         if generate
