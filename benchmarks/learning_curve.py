@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,11 @@ from lrope_search.results.variation import components
 from lrope_search.sample import Components
 from lrope_search.scores import ContextScore, Factors, ProbeScore
 from lrope_search.study.store import parse_evaluations
+
+Scores: TypeAlias = dict[str, Sequence[ContextScore]]
+"""Of each side, every context's answers."""
+Asked: TypeAlias = tuple[str, Scores, list[tuple[str, str]]]
+"""Where answers come from, the answers, and which side is held against which."""
 
 CONFIDENCE, POWER = 0.95, 0.8
 LEAST = contexts_needed(CONFIDENCE)
@@ -186,8 +192,8 @@ def needed(varies: Components, gain: float, questions: int) -> int | None:
     return high
 
 
-def measured(args: argparse.Namespace) -> tuple[str, dict[str, Sequence[ContextScore]], list[tuple[str, str]]]:
-    """Ask the pool: where the answers come from, those of each side, and which side is held against which."""
+def measured(args: argparse.Namespace) -> Asked:
+    """Ask a model the pool."""
     model, task = model_of(args), task_of(args)
     if args.curve is not None:
         curve = curve_for(args.curve, read_model(model.path))[1]
@@ -209,8 +215,8 @@ def measured(args: argparse.Namespace) -> tuple[str, dict[str, Sequence[ContextS
     return f"{args.model}, factors {factors}", dict(scores), pairs
 
 
-def kept(directory: Path) -> tuple[str, dict[str, Sequence[ContextScore]], list[tuple[str, str]]]:
-    """Return the same of the test of a kept study.
+def kept(directory: Path) -> Asked:
+    """Return what was asked in the test of a kept study.
 
     Raises:
         LropeError: there is none, it is damaged, or it has not ended with a curve that was tested.
@@ -226,7 +232,9 @@ def kept(directory: Path) -> tuple[str, dict[str, Sequence[ContextScore]], list[
     if study.uniform is not None:
         names[(study.uniform,) * n_layer] = f"uniform {study.uniform:g}"
     names.setdefault(study.factors or (), "curve")
-    scores = {name: [tests[side][i] for i in sorted(tests[side])] for side, name in names.items() if side in tests}
+    scores: Scores = {
+        name: [tests[side][i] for i in sorted(tests[side])] for side, name in names.items() if side in tests
+    }
     if not study.finished or not {"base", "curve"} <= scores.keys():
         raise LropeError(f"{directory}: holds no test of a curve beside the base model; give a study that has ended")
     return str(directory), scores, [("curve", name) for name in scores if name != "curve"]
