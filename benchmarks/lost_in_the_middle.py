@@ -8,17 +8,21 @@ the middle four, and the mean of both, which is above zero where the middle is l
 
     python benchmarks/lost_in_the_middle.py MODEL [--window N] [--shares 0.25 0.5 1 2] [--curve FILE] [--output PNG]
         [task and model options as of search]
+    python benchmarks/lost_in_the_middle.py --study DIR --window N --shares S [--output PNG]
+
+`--study` takes the answers of a kept study's test in place of a model's: the one length that S says.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
-from learning_curve import MEASURES, over_contexts
+from learning_curve import MEASURES, kept, over_contexts
 from numpy.typing import NDArray
 from options import add_model_options, add_task_options, model_of, task_of
 
@@ -36,6 +40,7 @@ BINS = 10
 MIDDLE = range(3, 7)
 """The bins that are the middle."""
 CONTRASTS = ("start - middle", "end - middle", "U")
+CHANGES = ("U, change", "middle, change")
 
 
 def bins(depths: Sequence[float]) -> NDArray[np.int_]:
@@ -56,30 +61,33 @@ def profile(scores: Sequence[ContextScore]) -> NDArray[np.float64]:
         return np.array([np.bincount(where, row, BINS) / np.bincount(where, minlength=BINS) for row in values])
 
 
-def contrasts(scores: Sequence[ContextScore]) -> NDArray[np.float64]:
-    """Return `CONTRASTS` of each context, in accuracy and in log-probability, shape (3, 2, contexts).
+def parts(scores: Sequence[ContextScore]) -> NDArray[np.float64]:
+    """Return each context's start, end and middle, in accuracy and in log-probability, shape (3, 2, contexts).
 
     Raises:
-        LropeError: a context asks nothing at its start, in its middle or at its end.
+        LropeError: a context asks nothing in one of them.
     """
     found = []
     for score in scores:
         where, values = bins([probe.depth for probe in score.probes]), answers(score)
-        parts = [np.isin(where, part) for part in ([0], [BINS - 1], list(MIDDLE))]
-        if not all(part.any() for part in parts):
-            raise LropeError(
-                f"--probes: context {score.index} asks nothing at an end or in the middle; give at least {BINS}"
-            )
-        start, end, middle = (values[:, part].mean(axis=1) for part in parts)
-        found.append([start - middle, end - middle, (start + end) / 2.0 - middle])
+        chosen = [np.isin(where, part) for part in ([0], [BINS - 1], list(MIDDLE))]
+        if not all(part.any() for part in chosen):
+            raise LropeError(f"--probes: context {score.index} asks nothing at an end or in the middle; give {BINS}")
+        found.append([values[:, part].mean(axis=1) for part in chosen])
     return np.array(found).transpose(1, 2, 0)
+
+
+def contrasts(of_parts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return `CONTRASTS` of what `parts` returns, in the same shape."""
+    start, end, middle = of_parts
+    return np.array([start - middle, end - middle, (start + end) / 2.0 - middle])
 
 
 @dataclass(frozen=True)
 class Length:
-    """What was asked at one length, by side: profiles, totals and the contrasts with their intervals.
+    """What was asked at one length, by side: means by bin and over all, and contrasts with their intervals.
 
-    ``change``: of each side but the base, how much larger its U is.
+    ``changes``: of each side but the base, how much larger its U is, and how much better its middle.
     """
 
     share: float
@@ -88,46 +96,51 @@ class Length:
     profiles: Mapping[str, NDArray[np.float64]]
     totals: Mapping[str, NDArray[np.float64]]
     contrasts: Mapping[str, Sequence[Comparison]]
-    change: Mapping[str, Comparison]
+    changes: Mapping[str, Sequence[Comparison]]
 
 
 def length_of(share: float, tokens: int, scores: Mapping[str, Sequence[ContextScore]]) -> Length:
     """Summarise the answers at a length; the first side is the base."""
-    found = {name: contrasts(side) for name, side in scores.items()}
-    (base, _), *others = found.items()
+    found = {name: parts(side) for name, side in scores.items()}
+    changes = {name: side - next(iter(found.values())) for name, side in found.items()}
+    base, *others = found
     return Length(
         share,
         tokens,
         len(scores[base]),
         {name: profile(side) for name, side in scores.items()},
         {name: np.mean([answers(one).mean(axis=1) for one in side], axis=0) for name, side in scores.items()},
-        {name: [over_contexts(contrast) for contrast in three] for name, three in found.items()},
-        {name: over_contexts(three[-1] - found[base][-1]) for name, three in others},
+        {name: [over_contexts(one) for one in contrasts(side)] for name, side in found.items()},
+        {name: [over_contexts(contrasts(changes[name])[2]), over_contexts(changes[name][2])] for name in others},
     )
 
 
-def rows(length: Length, measure_index: int) -> list[str]:
+def rows(length: Length, index: int) -> list[str]:
     """Return a length's rows of the table in one measure, 0 for accuracy, 1 for log-probability."""
-    scale, _, _ = list(MEASURES.values())[measure_index]
-    digits = (0, 1) if measure_index == 0 else (2, 2)
+    scale, _, form = list(MEASURES.values())[index]
     lines = []
     for name, profiles in length.profiles.items():
-        means = [*(f"{scale * v:.{digits[0]}f}" for v in profiles[measure_index]),
-                 f"{scale * length.totals[name][measure_index]:.{digits[1]}f}"]  # fmt: skip
-        told = [_interval(one, measure_index, scale, digits[1]) for one in length.contrasts[name]]
-        change = _interval(length.change[name], measure_index, scale, digits[1]) if name in length.change else ""
-        lines.append(f"| {100 * length.share:g} % | {length.tokens} | {name} | {' | '.join((*means, *told, change))} |")
+        cells = [f"{100 * length.share:g} %", str(length.tokens), name]
+        cells += [f"{scale * value:{form if index else '.0f'}}" for value in profiles[index]]
+        cells.append(f"{scale * length.totals[name][index]:{form}}")
+        told = [*length.contrasts[name], *length.changes.get(name, ())]
+        cells += [_interval(one, index, scale, form) for one in told]
+        cells += [""] * (0 if name in length.changes else len(CHANGES))
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _interval(found: Comparison, measure_index: int, scale: float, digits: int) -> str:
-    one = (found.accuracy_gain, found.log_probability_gain)[measure_index]
-    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (one.mean, one.low, one.high))
+def _interval(found: Comparison, index: int, scale: float, form: str) -> str:
+    one = (found.accuracy_gain, found.log_probability_gain)[index]
+    mean, low, high = (format(scale * value, "+" + form) for value in (one.mean, one.low, one.high))
     return f"{mean} [{low}, {high}]" if found.enough else mean
 
 
 def draw(path: str, lengths: Sequence[Length], title: str) -> None:
-    """Draw accuracy by depth into a PNG or SVG file, a panel a length, with each bin's 95 % interval (Wilson's)."""
+    """Draw accuracy by depth into a PNG or SVG file.
+
+    A panel a length, with each bin's 95 % interval: Wilson's, of one question a context.
+    """
     kind = picture_kind(path)
     from matplotlib.figure import Figure
 
@@ -143,7 +156,7 @@ def draw(path: str, lengths: Sequence[Length], title: str) -> None:
                 low, high = (
                     [100.0 * end for end in side] for side in zip(*((e.low, e.high) for e in ends), strict=True)
                 )
-                colour = COLOURS["base" if name == "base" else "curve"]
+                colour = COLOURS[name.split()[0]]
                 axes.plot(middles, 100.0 * profiles[0], color=colour, marker="o", markersize=3, label=name,
                           linestyle="--" if name == "base" else "-", clip_on=False)  # fmt: skip
                 axes.fill_between(middles, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -159,10 +172,35 @@ def draw(path: str, lengths: Sequence[Length], title: str) -> None:
     atomic_write_bytes(path, picture)
 
 
+def of_study(args: argparse.Namespace) -> Iterator[Length]:
+    """Yield the one length of a kept study."""
+    share = args.shares[0]
+    yield length_of(share, round(share * args.window), kept(args.study)[1])
+
+
+def of_model(args: argparse.Namespace) -> Iterator[Length]:
+    """Ask a model at each length; what a context takes goes to the standard error."""
+    model, task, info = model_of(args), task_of(args), read_model(args.model)
+    window = args.window or info.context_length
+    if window is None:
+        raise LropeError(f"{args.model}: does not say how long its contexts were; give --window")
+    sides = {} if args.curve is None else {"curve": curve_for(args.curve, info)[1]}
+    for share in args.shares:
+        tokens = round(share * window)
+        found = measure(model, replace(task, context_tokens=tokens), sides, contexts=args.contexts)
+        yield length_of(share, tokens, found.scores)
+        each = found.seconds / args.contexts / len(found.sides)
+        print(
+            f"{share:g}: {each:.3g} s a context and side, {found.n_tokens / found.seconds:.0f} tokens/s",
+            file=sys.stderr,
+        )
+
+
 def main() -> None:
     """Print the table of accuracy as it comes, then that of log-probability."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("model", metavar="MODEL", nargs="?")
+    parser.add_argument("--study", metavar="DIR", type=Path, help="take the answers of a kept study's test")
     parser.add_argument("--window", metavar="N", type=int, help="tokens that it was trained on (what its file says)")
     parser.add_argument("--shares", metavar="S", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--curve", metavar="FILE", help="factors to hold against none")
@@ -170,34 +208,29 @@ def main() -> None:
     parser.add_argument("--output", metavar="PNG", help="a picture")
     add_model_options(parser)
     add_task_options(parser)
+    parser.set_defaults(probes=BINS)
     args = parser.parse_args()
-    model, task = model_of(args), task_of(args)
+    if (args.model is None) == (args.study is None):
+        parser.error("give either MODEL or --study")
+    if args.study is not None and (args.window is None or len(args.shares) != 1):
+        parser.error("--study: needs --window and one of --shares")
+    heads = ("window", "tokens", "side", *(f"{(i + 0.5) / BINS:.2f}" for i in range(BINS)), "all", *CONTRASTS,
+             *CHANGES)  # fmt: skip
+    header = f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
     lengths = []
     try:
         if args.output is not None:
-            picture_kind(args.output)
-        info = read_model(model.path)
-        window = args.window or info.context_length
-        if window is None or window < 1 or min(args.shares) <= 0.0 or args.contexts < 1:
+            picture_kind(args.output)  # better refused before the work than after it
+        if (args.window or 1) < 1 or min(args.shares) <= 0.0 or args.contexts < 1:
             raise LropeError("--window, --shares, --contexts: give numbers above 0")
-        sides = {} if args.curve is None else {"curve": curve_for(args.curve, info)[1]}
-        heads = ("window", "tokens", "side", *(f"{(i + 0.5) / BINS:.2f}" for i in range(BINS)), "all", *CONTRASTS,
-                 "U - base's")  # fmt: skip
-        header = f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
-        print(f"accuracy, %, by depth; contrasts in points; {args.contexts} contexts a length\n\n{header}", flush=True)
-        for share in args.shares:
-            tokens = round(share * window)
-            found = measure(model, replace(task, context_tokens=tokens), sides, contexts=args.contexts)
-            lengths.append(length_of(share, tokens, found.scores))
-            print("\n".join(rows(lengths[-1], 0)), flush=True)
-            each = args.contexts * len(found.sides)
-            print(f"{share:g}: {found.table.n_probes / args.contexts:.0f} questions a context, "
-                  f"{found.seconds / each:.2f} s a context and side, {found.n_tokens / found.seconds:.0f} tokens/s",
-                  file=sys.stderr, flush=True)  # fmt: skip
+        print(f"accuracy, %, by depth; contrasts in points\n\n{header}", flush=True)
+        for length in of_study(args) if args.study is not None else of_model(args):
+            lengths.append(length)
+            print("\n".join(rows(length, 0)), flush=True)
         print(f"\nlog-probability, nats a token, by depth\n\n{header}")
         print("\n".join(line for length in lengths for line in rows(length, 1)))
         if args.output is not None:
-            draw(args.output, lengths, info.name or info.path.stem)
+            draw(args.output, lengths, Path(args.model or args.study).stem)
             print(f"\n{args.output}: written")
     except LropeError as error:
         parser.exit(1, f"{error}\n")
