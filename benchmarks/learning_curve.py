@@ -1,9 +1,10 @@
 """How many questions until a gain is seen: interval and power over growing samples of unseen contexts.
 
-Asks a large pool of contexts that no search saw, under none, the best uniform factor, the searched curve, and a small
-gain: a quarter of the way from either of the first two to the curve, in the factors' logarithms. Then draws samples
-from the pool, without replacement, and tells of each number of contexts and questions how wide the 95 % interval is,
-how often it excludes zero, and what the variance components (docs/sample.md) lead one to expect. Usage:
+Asks a large pool of contexts that no search saw, without factors, under the best uniform factor, under the searched
+curve, and, for small gains, at shares of the way (`--towards`) from either of the first two to the curve, in the
+factors' logarithms. Then draws samples from the pool, without replacement, and tells of each number of contexts and
+questions how wide the 95 % interval is, how often it excludes zero, and what the variance components (docs/sample.md)
+lead one to expect. Usage:
 
     python benchmarks/learning_curve.py MODEL [--curve FILE] [--pool 200] [task, search and model options as of search]
     python benchmarks/learning_curve.py --study DIR [--contexts 6 8 12 15] [--questions 5 11]
@@ -47,8 +48,6 @@ Asked: TypeAlias = tuple[str, Scores, list[tuple[str, str]]]
 
 CONFIDENCE, POWER = 0.95, 0.8
 LEAST = contexts_needed(CONFIDENCE)
-SMALL = 0.25
-"""How far a small gain goes towards the curve, in the factors' logarithms."""
 _RESAMPLES = 2000
 _MOST_CONTEXTS = 100_000
 MEASURES = {"accuracy": (100.0, "points", ".1f"), "log-probability": (1.0, "nats", ".4f")}
@@ -206,13 +205,16 @@ def measured(args: argparse.Namespace) -> Asked:
     chosen = measure(model, task, uniform, contexts=args.validation_contexts, split="validation").table.totals
     best = max(uniform, key=lambda name: chosen[name].log_probability)
     origins = {"base": (1.0,) * len(curve), best: uniform[best]}
-    small = {name: f"a quarter of the way from {name}" for name in origins}
     sides = {best: uniform[best], "curve": curve}
-    sides |= {small[name]: towards(factors, curve, SMALL) for name, factors in origins.items()}
-    pairs = [("curve", name) for name in origins] + [(small[name], name) for name in origins]
+    pairs = [("curve", name) for name in origins]
+    for share in args.towards:
+        for name, factors in origins.items():
+            side = f"{100 * share:g} % of the way from {name}"
+            sides[side] = towards(factors, curve, share)
+            pairs.append((side, name))
     scores = measure(model, task, sides, contexts=args.pool, split="test").scores
-    factors = ", ".join(f"{factor:.3f}" for factor in curve)
-    return f"{args.model}, factors {factors}", dict(scores), pairs
+    listed = ", ".join(f"{factor:.3f}" for factor in curve)
+    return f"{args.model}, factors {listed}", dict(scores), pairs
 
 
 def kept(directory: Path) -> Asked:
@@ -302,6 +304,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?")
     parser.add_argument("--study", metavar="DIR", type=Path, help="take the answers of a kept study's test")
     parser.add_argument("--curve", metavar="FILE", help="factors in place of a search's")
+    parser.add_argument("--towards", metavar="S", type=float, nargs="+", default=[0.25], help="for small gains (0.25)")
     parser.add_argument("--pool", metavar="N", type=int, default=200, help="contexts to ask (%(default)s)")
     parser.add_argument("--contexts", metavar="N", type=int, nargs="+", default=[6, 9, 15, 25, 40, 60, 100])
     parser.add_argument("--questions", metavar="N", type=int, nargs="+", default=[11, 53], help="of each context")
