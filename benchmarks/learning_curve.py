@@ -242,8 +242,8 @@ def kept(directory: Path) -> Asked:
     return str(directory), scores, [("curve", name) for name in scores if name != "curve"]
 
 
-def tables(gain: Gain, sizes: Sequence[tuple[int, int]], draws: int, seed: int) -> Iterator[str]:
-    """Yield the lines of a gain's table, and what 80 % power takes."""
+def tables(gain: Gain, sizes: Sequence[tuple[int, int]], asked: Sequence[int], draws: int, seed: int) -> Iterator[str]:
+    """Yield the lines of a gain's table of these sizes, and what 80 % power takes with so many ``asked`` a context."""
     n, most = gain.differences.shape[1:]
     whole = over_contexts(gain.differences.mean(axis=2))
     intervals = (whole.accuracy_gain, whole.log_probability_gain)
@@ -273,12 +273,10 @@ def tables(gain: Gain, sizes: Sequence[tuple[int, int]], draws: int, seed: int) 
         yield f"| {' | '.join(cells)} |"
     yield f"\ncontexts for a power of {100 * POWER:.0f} %, as drawn (of those in the table) and as expected:"
     for name, one, varies in zip(MEASURES, intervals, gain.varies, strict=True):
-        for questions in dict.fromkeys(questions for _, questions in sizes):
-            drawn, hoped_for = enough.get((name, questions)), needed(varies, one.mean, questions)
-            yield (
-                f"- {name}, {questions} questions a context: {drawn or 'none is enough'}, "
-                f"expected {hoped_for or f'above {_MOST_CONTEXTS}'}"
-            )
+        for questions in asked:
+            drawn = enough.get((name, questions), "none is enough") if questions <= most else "more than there are"
+            hoped_for = needed(varies, one.mean, questions) or f"above {_MOST_CONTEXTS}"
+            yield f"- {name}, {questions} questions a context: {drawn}, expected {hoped_for}"
     yield ""
 
 
@@ -326,7 +324,7 @@ def main() -> None:
     print(f"{where}\n\n{_accuracies(scores)}; {args.draws} draws of each size, seed {args.seed}; "
           "*: more than half of the pool, so that draws overlap\n")  # fmt: skip
     for gain in gains:
-        for line in tables(gain, sizes, args.draws, args.seed):
+        for line in tables(gain, sizes, args.questions, args.draws, args.seed):
             print(line, flush=True)
 
 

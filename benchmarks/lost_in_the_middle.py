@@ -147,7 +147,7 @@ def draw(path: str, lengths: Sequence[Length], title: str) -> None:
     columns = min(4, len(lengths))
     n_rows = -(-len(lengths) // columns)
     with drawing("lrope-depth", font_size=9.0):
-        figure = Figure(figsize=(2.4 * columns, 0.5 + 2.2 * n_rows), layout="constrained")
+        figure = Figure(figsize=(2.1 * columns, 0.6 + 1.8 * n_rows), layout="constrained")
         panels = figure.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         middles = (np.arange(BINS) + 0.5) / BINS
         for axes, length in zip(panels, lengths, strict=False):

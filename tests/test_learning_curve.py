@@ -227,7 +227,8 @@ def test_a_kept_study_has_its_learning_curve() -> None:
         2.1,
         13.0,
     ]  # docs/results.md
-    lines = list(curve().tables(gain, [(6, 5), (20, 11)], 5, 0))
+    lines = list(curve().tables(gain, [(6, 5), (20, 11)], [11, 53], 5, 0))
+    assert "- accuracy, 53 questions a context: more than there are, expected 9" in lines
     assert any(line.startswith("| 6 x 5 |") for line in lines) and any(
         line.startswith("| 20 x 11* |") for line in lines
     )
