@@ -98,6 +98,18 @@ def _correctness(scores: Sequence[ContextScore]) -> list[ContextScore]:
     ]
 
 
+def without_depth(differences: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return standard deviations within contexts, of what is left when every stratum's mean over contexts is taken out.
+
+    Args:
+        differences: Shape (2, contexts, questions), as `Gain` has them, of two contexts and questions at the least.
+    """
+    n, most = differences.shape[1:]
+    left = differences - differences.mean(axis=1, keepdims=True)
+    left -= left.mean(axis=2, keepdims=True)
+    return np.asarray(np.sqrt((left**2).sum(axis=(1, 2)) / ((n - 1) * (most - 1))))
+
+
 def towards(factors: Factors, target: Factors, share: float) -> Factors:
     """Return the factors that lie this share of the way to the target, in logarithms."""
     return tuple(
@@ -248,12 +260,16 @@ def tables(gain: Gain, sizes: Sequence[tuple[int, int]], asked: Sequence[int], d
     whole = over_contexts(gain.differences.mean(axis=2))
     intervals = (whole.accuracy_gain, whole.log_probability_gain)
     yield f"## {gain.name}\n"
-    for (name, (scale, unit, form)), one, varies in zip(MEASURES.items(), intervals, gain.varies, strict=True):
+    left = without_depth(gain.differences)
+    for (name, (scale, unit, form)), one, varies, rest in zip(
+        MEASURES.items(), intervals, gain.varies, left, strict=True
+    ):
         mean, low, high = (format(scale * value, "+" + form) for value in (one.mean, one.low, one.high))
         within, between = (scale * math.sqrt(value or 0.0) for value in (varies.within, varies.between))
         yield (
             f"{name}: {mean} {unit} [{low}, {high}] on the pool's {n} x {most}; standard deviation "
-            f"{within:{form}} over the questions of a context, {between:{form}} between contexts"
+            f"{within:{form}} over the questions of a context ({scale * rest:{form}} without what the depth alone "
+            f"decides), {between:{form}} between contexts"
         )
     heads = [f"{head}, {unit}" if head == "half-width" else head for _, unit, _ in MEASURES.values()
              for head in ("half-width", "expected", "power", "expected")]  # fmt: skip

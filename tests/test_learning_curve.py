@@ -127,6 +127,14 @@ def test_a_known_gain_is_seen_as_often_as_the_components_say() -> None:
     assert curve().sampled(gain, 8, 8, 10, 0) != curve().sampled(gain, 8, 8, 10, 1)
 
 
+def test_what_depth_alone_decides_is_taken_out() -> None:
+    rng = np.random.default_rng(6)
+    noise = rng.normal(size=(2, 400, 9))
+    by_depth, by_context = 5.0 * rng.normal(size=(2, 1, 9)), rng.normal(size=(2, 400, 1))
+    assert curve().without_depth(noise + by_depth + by_context) == pytest.approx(np.ones(2), rel=0.05)
+    assert curve().without_depth(by_depth + by_context) == pytest.approx(np.zeros(2), abs=1e-9)
+
+
 def test_nothing_is_seen_of_no_gain_but_in_one_of_twenty() -> None:
     gain = curve().gain_over("side", *made_up(np.random.default_rng(3), (2000, 4), 0.0, 0.0, 1.0))
     assert curve().expected(Components(1.0, 0.0), 0.0, 10, 4).power == pytest.approx(0.05)
