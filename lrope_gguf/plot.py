@@ -95,6 +95,21 @@ def rendered(figure: Figure, kind: str) -> bytes:
     return picture.getvalue()
 
 
+def picture_kind(path: str | os.PathLike[str]) -> str:
+    """``png`` or ``svg``, as the end of the name of a picture that is to be drawn says.
+
+    Raises:
+        LropeError: where the name ends otherwise, its directory does not exist, or matplotlib is missing.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise LropeError(f"{path}: give the picture a name that ends in .png or .svg")
+    if not Path(path).absolute().parent.is_dir():
+        raise LropeError(f"{path}: its directory does not exist; make it first")
+    require_matplotlib(path)
+    return suffix[1:]
+
+
 def plot_factors(
     path: str | os.PathLike[str],
     factors: Sequence[float],
@@ -117,12 +132,7 @@ def plot_factors(
     Raises:
         LropeError: where the name ends otherwise, matplotlib is missing, or the file cannot be written.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise LropeError(f"{path}: give the picture a name that ends in .png or .svg")
-    if not Path(path).absolute().parent.is_dir():
-        raise LropeError(f"{path}: its directory does not exist; make it first")
-    require_matplotlib(path)
+    kind = picture_kind(path)
     from matplotlib.figure import Figure
 
     with drawing():
@@ -132,7 +142,7 @@ def plot_factors(
         axes.set_title(printable(title, 90), parse_math=False)
         if control_points is not None:
             axes.legend()
-        picture = rendered(figure, suffix[1:])
+        picture = rendered(figure, kind)
     atomic_write_bytes(path, picture)
 
 
