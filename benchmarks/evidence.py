@@ -1,11 +1,11 @@
 """Make the embedded model's evidence again, and say where it differs from what the documents show.
 
 A command in docs/ that is marked `<!-- again: N minutes -->` is run as it stands there. Each row of the tables and each
-line of the output that follow it, up to the next heading or marked command, is looked for in what the command prints,
+line of the output that follow it, up to the next heading or command, is looked for in what the command prints,
 which is kept in --output. Another CPU rounds otherwise, so that a search may take another path there: figures then
 differ, and verdicts should not. Exit status 1 if a line differs, with --check only. Usage:
 
-    python benchmarks/evidence.py [--list] [--only TEXT] [--jobs 2] [--check]
+    python benchmarks/evidence.py [--list] [--only TEXT] [--jobs 2] [--with NAME] [--check]
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Claim:
         title: The heading above.
         minutes: How long it takes on one thread.
         needs: What must be installed besides; "" if nothing.
-        command: One shell line.
+        commands: Shell lines, run one after another.
         lines: Rows and lines of output that the document shows.
     """
 
@@ -44,7 +44,7 @@ class Claim:
     title: str
     minutes: float
     needs: str
-    command: str
+    commands: tuple[str, ...]
     lines: tuple[str, ...]
 
 
@@ -66,15 +66,15 @@ def claims(path: Path) -> list[Claim]:
     """
     found: list[Claim] = []
     title = ""
-    current: tuple[re.Match[str], str] | None = None
+    current: tuple[re.Match[str], tuple[str, ...]] | None = None
     lines: list[str] = []
     mark: re.Match[str] | None = None
     block: list[str] | None = None
 
     def finish() -> None:
         if current is not None:
-            at, command = current
-            found.append(Claim(path.name, title, float(at[1]), at[2] or "", command, tuple(lines)))
+            at, commands = current
+            found.append(Claim(path.name, title, float(at[1]), at[2] or "", commands, tuple(lines)))
             lines.clear()
 
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -86,7 +86,11 @@ def claims(path: Path) -> list[Claim]:
                 continue
             if mark is not None:
                 finish()
-                current, mark = (mark, " ".join(part.rstrip("\\").strip() for part in block)), None
+                joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(block))
+                current, mark = (mark, tuple(joined.splitlines())), None
+            elif block and block[0].startswith(("python ", "lrope-gguf ")):
+                finish()
+                current = None
             elif current is not None:
                 lines += [part for part in block if part.strip()]
             block = None
@@ -115,18 +119,23 @@ def compare(expected: Sequence[str], output: str) -> tuple[tuple[str, str], ...]
 
 
 def run(claim: Claim) -> Outcome:
-    """Run a command from the project's folder."""
-    words = shlex.split(claim.command)
-    if words[0] == "python":
-        words[0] = sys.executable
-    start = time.monotonic()
-    try:
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError as error:
-        return Outcome(0.0, "", f"{words[0]}: {error.strerror}", ())
-    last = (done.stderr.strip().splitlines() or [""])[-1]
-    failure = "" if done.returncode == 0 else f"exit status {done.returncode}: {last}"
-    return Outcome(time.monotonic() - start, done.stdout, failure, compare(claim.lines, done.stdout))
+    """Run a claim's commands from the project's folder, up to the first that fails."""
+    start, output, failure = time.monotonic(), "", ""
+    for command in claim.commands:
+        words = shlex.split(command)
+        known = {"python": [sys.executable], "lrope-gguf": [sys.executable, "-m", "lrope_gguf"]}
+        words = [*known.get(words[0], words[:1]), *words[1:]]
+        try:
+            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError as error:
+            failure = f"{words[0]}: {error.strerror}"
+            break
+        output += f"$ {command}\n{done.stdout}"
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            failure = f"exit status {done.returncode}: {last}"
+            break
+    return Outcome(time.monotonic() - start, output, failure, compare(claim.lines, output))
 
 
 def main() -> None:
@@ -138,15 +147,19 @@ def main() -> None:
     )
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="commands at once (%(default)s)")
     parser.add_argument("--output", metavar="FOLDER", type=Path, default=ROOT / "build" / "evidence")
+    parser.add_argument("--with", metavar="NAME", dest="present", nargs="+", default=[],
+                        help="what is installed: commands that need anything else are left out")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="exit status 1 if a line differs")
     args = parser.parse_args()
     found = [claim for path in sorted((ROOT / "docs").glob("*.md")) for claim in claims(path)]
-    found = [claim for claim in found if args.only in f"{claim.document} {claim.title} {claim.command}"]
+    found = [claim for claim in found if args.only in f"{claim.document} {claim.title} {' '.join(claim.commands)}"]
     if not found:
         parser.exit(1, f"no marked command has {args.only!r}\n")
     for claim in found:
-        needs = f", needs {claim.needs}" if claim.needs else ""
-        print(f"{claim.minutes:4.3g} min  {claim.document}, {claim.title}{needs}\n          {claim.command}")
+        needs = f"; left out without --with {claim.needs}" if claim.needs not in ("", *args.present) else ""
+        print(f"{claim.minutes:4.3g} min  {claim.document}, {claim.title}{needs}")
+        print("".join(f"          {command}\n" for command in claim.commands), end="")
+    found = [claim for claim in found if claim.needs in ("", *args.present)]
     total = sum(claim.minutes for claim in found)
     print(f"commands: {len(found)}, minutes: about {total / args.jobs:.0f}", flush=True)
     if args.list:
@@ -157,7 +170,7 @@ def main() -> None:
         for i, (claim, outcome) in enumerate(zip(found, pool.map(run, found), strict=True), 1):
             name = re.sub(r"[^a-z0-9]+", "-", f"{Path(claim.document).stem} {claim.title}".lower()).strip("-")
             kept = args.output / f"{i:02}-{name}.txt"
-            kept.write_text(f"$ {claim.command}\n{outcome.output}", encoding="utf-8")
+            kept.write_text(outcome.output, encoding="utf-8")
             same = len(claim.lines) - len(outcome.differs)
             verdict = outcome.error or f"{same} of {len(claim.lines)} lines as in the document"
             print(f"[{i}/{len(found)}] {claim.document}, {claim.title}: {outcome.seconds:.0f} s, {verdict}; {kept}")

@@ -31,6 +31,12 @@ A sentence.
 a line of output
 ```
 
+```
+python -c "not marked"
+```
+
+| d | 4 |
+
 ## Not marked
 
 | c | 3 |
@@ -38,6 +44,7 @@ a line of output
 <!-- again: 0.5 minutes; needs lm-eval -->
 ```
 lrope-gguf demo
+python -c ""
 ```
 """
 
@@ -51,10 +58,10 @@ def test_a_marked_command_has_the_rows_and_the_output_after_it(evidence: Any, tm
     (tmp_path / "page.md").write_text(PAGE)
     first, second = evidence.claims(tmp_path / "page.md")
     assert (first.title, first.minutes, first.needs) == ("A page", 2.0, "")
-    assert first.command == "python -c \"print('| a | 1 |')\" --more"
+    assert first.commands == ("python -c \"print('| a | 1 |')\" --more",)
     assert first.lines == ("| name | value |", "|---|---|", "| a | 1 |", "| b | 2.5 |", "a line of output")
     assert (second.title, second.minutes, second.needs) == ("Not marked", 0.5, "lm-eval")
-    assert (second.command, second.lines) == ("lrope-gguf demo", ())
+    assert (second.commands, second.lines) == (("lrope-gguf demo", 'python -c ""'), ())
 
 
 def test_a_marker_without_a_command_is_refused(evidence: Any, tmp_path: Path) -> None:
@@ -74,8 +81,9 @@ def test_the_documents_commands_exist(evidence: Any) -> None:
     found = [claim for path in sorted((ROOT / "docs").glob("*.md")) for claim in evidence.claims(path)]
     assert found
     for claim in found:
-        words = shlex.split(claim.command)
-        assert words[0] == "python" and (ROOT / words[1]).is_file(), claim.command
+        for command in claim.commands:
+            words = shlex.split(command)
+            assert words[0] == "lrope-gguf" or (words[0] == "python" and (ROOT / words[1]).is_file()), command
         assert claim.lines, f"{claim.document}, {claim.title}: nothing to compare"
 
 
@@ -86,17 +94,26 @@ def test_a_run_reports_and_keeps_the_output(
     page = "## T\n<!-- again: 1 minute -->\n```\npython -c \"print('| a | 1 |')\"\n```\n| a | 1 |\n| b | 2 |\n"
     (tmp_path / "docs" / "page.md").write_text(page)
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    page = "<!-- again: 9 minutes; needs lm-eval -->\n```\nno-such-program\n```\n"
+    (tmp_path / "docs" / "other.md").write_text(page)
     monkeypatch.setattr(sys, "argv", ["evidence.py", "--check", "--output", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as left:
         evidence.main()
     out = capsys.readouterr().out
     assert left.value.code == 1
-    assert "commands: 1, minutes: about 1" in out and "1 of 2 lines as in the document" in out
+    assert (
+        "left out without --with lm-eval" in out
+        and "commands: 1, minutes: about 1" in out
+        and "1 of 2 lines as in the document" in out
+    )
     assert "document: | b | 2 |" in out and (tmp_path / "out" / "01-page-t.txt").read_text().endswith("| a | 1 |\n")
 
 
 def test_a_command_that_fails_is_named(evidence: Any) -> None:
-    claim = evidence.Claim("page.md", "T", 1.0, "", "python -c \"import sys; sys.exit('no model')\"", ())
-    assert evidence.run(claim).error == "exit status 1: no model"
-    missing = evidence.Claim("page.md", "T", 1.0, "", "no-such-program", ())
+    claim = evidence.Claim(
+        "page.md", "T", 1.0, "", ("python -c \"import sys; sys.exit('no model')\"", "python -c \"print('never')\""), ()
+    )
+    outcome = evidence.run(claim)
+    assert outcome.error == "exit status 1: no model" and "never" not in outcome.output
+    missing = evidence.Claim("page.md", "T", 1.0, "", ("no-such-program",), ())
     assert evidence.run(missing).error.startswith("no-such-program: ")
