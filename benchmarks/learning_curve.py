@@ -50,8 +50,8 @@ CONFIDENCE, POWER = 0.95, 0.8
 LEAST = contexts_needed(CONFIDENCE)
 _RESAMPLES = 2000
 _MOST_CONTEXTS = 100_000
-MEASURES = {"accuracy": (100.0, "points", ".1f"), "log-probability": (1.0, "nats", ".4f")}
-"""Of each measure, its scale, the unit that this gives, and how its half-widths are written."""
+MEASURES = {"accuracy": (100.0, "points", 1), "log-probability": (1.0, "nats", 4)}
+"""Of each measure, its scale, the unit that this gives, and the digits that are written."""
 
 
 @dataclass(frozen=True)
@@ -261,9 +261,10 @@ def tables(gain: Gain, sizes: Sequence[tuple[int, int]], asked: Sequence[int], d
     intervals = (whole.accuracy_gain, whole.log_probability_gain)
     yield f"## {gain.name}\n"
     left = without_depth(gain.differences)
-    for (name, (scale, unit, form)), one, varies, rest in zip(
+    for (name, (scale, unit, digits)), one, varies, rest in zip(
         MEASURES.items(), intervals, gain.varies, left, strict=True
     ):
+        form = f".{digits}f"
         mean, low, high = (format(scale * value, "+" + form) for value in (one.mean, one.low, one.high))
         within, between = (scale * math.sqrt(value or 0.0) for value in (varies.within, varies.between))
         yield (
@@ -278,11 +279,11 @@ def tables(gain: Gain, sizes: Sequence[tuple[int, int]], asked: Sequence[int], d
     for contexts, questions in sizes:
         cells = [f"{contexts} x {questions}{'*' if 2 * contexts > n else ''}"]
         found = sampled(gain, contexts, questions, draws, seed)
-        for (name, (scale, _, form)), seen, one, varies in zip(
+        for (name, (scale, _, digits)), seen, one, varies in zip(
             MEASURES.items(), found, intervals, gain.varies, strict=True
         ):
             hoped = expected(varies, one.mean, contexts, questions)
-            cells += [f"{scale * value:{form}}" for value in (seen.half_width, hoped.half_width)]
+            cells += [f"{scale * value:.{digits}f}" for value in (seen.half_width, hoped.half_width)]
             cells += [f"{100 * value:.0f} %" for value in (seen.power, hoped.power)]
             if seen.power >= POWER:
                 enough[name, questions] = min(contexts, enough.get((name, questions), contexts))

@@ -20,7 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from options import add_model_options, add_search_options, add_task_options, model_of, scaled, search_of, task_of
+from options import (
+    add_model_options,
+    add_search_options,
+    add_task_options,
+    gain_text,
+    model_of,
+    scaled,
+    search_of,
+    task_of,
+)
 
 from lrope_gguf.errors import LropeError
 from lrope_search import search
@@ -28,6 +37,7 @@ from lrope_search.config import ROPE_SCALINGS, ModelConfig, TaskConfig
 from lrope_search.evaluation.logits import RowWorkers, kl_divergences
 from lrope_search.evaluation.make import open_model
 from lrope_search.machine import physical_cores
+from lrope_search.results.comparison import Interval
 
 README = Path(__file__).parent.parent / "README.md"
 HEADER = (
@@ -51,10 +61,7 @@ def short_divergence(plain: ModelConfig, other: ModelConfig, text: str, n_tokens
 
 def points(gain: list[float] | None) -> str:
     """An interval of accuracy in points."""
-    if gain is None:
-        return "-"
-    mean, low, high = (100.0 * value for value in gain)
-    return f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
+    return "-" if gain is None else gain_text(Interval(*gain), True, 100.0, 1)
 
 
 def row(args: argparse.Namespace, model: ModelConfig, task: TaskConfig, scaling: str, multiple: float) -> str:

@@ -34,6 +34,7 @@ from lrope_gguf.plot import COLOURS, drawing, picture_kind, rendered
 from lrope_search import measure
 from lrope_search.report.pictures import wilson
 from lrope_search.results.comparison import Comparison
+from lrope_search.results.table import with_interval
 from lrope_search.scores import ContextScore
 
 BINS = 10
@@ -117,23 +118,18 @@ def length_of(share: float, tokens: int, scores: Mapping[str, Sequence[ContextSc
 
 def rows(length: Length, index: int) -> list[str]:
     """Return a length's rows of the table in one measure, 0 for accuracy, 1 for log-probability."""
-    scale, _, form = list(MEASURES.values())[index]
+    scale, _, digits = list(MEASURES.values())[index]
     lines = []
     for name, profiles in length.profiles.items():
         cells = [f"{100 * length.share:g} %", str(length.tokens), name]
-        cells += [f"{scale * value:{form if index else '.0f'}}" for value in profiles[index]]
-        cells.append(f"{scale * length.totals[name][index]:{form}}")
+        cells += [f"{scale * value:.{digits if index else 0}f}" for value in profiles[index]]
+        cells.append(f"{scale * length.totals[name][index]:.{digits}f}")
         told = [*length.contrasts[name], *length.changes.get(name, ())]
-        cells += [_interval(one, index, scale, form) for one in told]
+        gains = [(one.accuracy_gain, one.log_probability_gain)[index] for one in told]
+        cells += [with_interval(one, gain, scale, digits) for one, gain in zip(told, gains, strict=True)]
         cells += [""] * (0 if name in length.changes else len(CHANGES))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _interval(found: Comparison, index: int, scale: float, form: str) -> str:
-    one = (found.accuracy_gain, found.log_probability_gain)[index]
-    mean, low, high = (format(scale * value, "+" + form) for value in (one.mean, one.low, one.high))
-    return f"{mean} [{low}, {high}]" if found.enough else mean
 
 
 def draw(path: str, lengths: Sequence[Length], title: str) -> None:

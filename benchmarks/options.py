@@ -11,6 +11,7 @@ from lrope_gguf.errors import LropeError
 from lrope_search.config import (
     IDENTIFIER_KINDS,
     POSITIONS,
+    SIZES,
     TASK_FIELDS,
     UNIFORM_FACTORS,
     ModelConfig,
@@ -18,10 +19,10 @@ from lrope_search.config import (
     TaskConfig,
     option,
 )
+from lrope_search.results.comparison import Interval
 
-SIZES = ("keys", "documents", "lines", "words", "context_tokens")
-"""Of a task, what says how large a context is."""
-_COUNTS = (*SIZES, "probes")
+_SIZES = (*SIZES, "context_tokens")
+_COUNTS = (*_SIZES, "probes")
 _OWN = ("data", *_COUNTS, "identifiers", "positions", "prompt_template", "answer_prefix")
 
 
@@ -85,6 +86,12 @@ def scaled(model: ModelConfig, scaling: str, multiple: float, trained: int) -> M
     return replace(model, rope_scaling=scaling, rope_scale=static, yarn_orig_ctx=trained)
 
 
+def gain_text(gain: Interval, enough: bool, scale: float, digits: int) -> str:
+    """A gain with its interval if there are ``enough`` contexts for one, as the tables of docs/ have it."""
+    ends = f" [{scale * gain.low:.{digits}f}, {scale * gain.high:.{digits}f}]" if enough else ""
+    return f"{scale * gain.mean:+.{digits}f}{ends}"
+
+
 def dispatch(parser: argparse.ArgumentParser, functions: Mapping[str, Callable[[argparse.Namespace], None]]) -> None:
     """Parse the command line, and call the function of its command."""
     args = parser.parse_args()
@@ -125,7 +132,7 @@ def tasks_of(args: argparse.Namespace) -> dict[str, TaskConfig]:
         value = getattr(args, field)
         takers = [text for text, name in names.items() if field == "answer_prefix" or field in TASK_FIELDS[name]]
         for text in takers or own if value else ():  # a task that does not take it refuses it
-            if not (field in SIZES and own[text].keys() & set(SIZES)):
+            if not (field in _SIZES and own[text].keys() & set(_SIZES)):
                 own[text].setdefault(field, value)
     return {text: TaskConfig(names[text], seed=args.seed, **values) for text, values in own.items()}
 

@@ -29,6 +29,7 @@ from options import (
     add_search_options,
     add_task_options,
     dispatch,
+    gain_text,
     model_of,
     search_of,
     task_of,
@@ -118,17 +119,13 @@ def label(row: tuple[str, int | None]) -> str:
 
 
 def accuracy(comparison: Comparison) -> str:
-    """A gain in points, with its interval if there are enough contexts for one."""
-    gain, ends = comparison.accuracy_gain, ""
-    if comparison.enough:
-        ends = f" [{100 * gain.low:.1f}, {100 * gain.high:.1f}]"
-    return f"{100 * gain.mean:+.1f}{ends}"
+    """A gain in points."""
+    return gain_text(comparison.accuracy_gain, comparison.enough, 100.0, 1)
 
 
 def log_probability(comparison: Comparison) -> str:
-    """A gain in nats a token of the answer, likewise."""
-    gain = comparison.log_probability_gain
-    return f"{gain.mean:+.4f}" + (f" [{gain.low:.4f}, {gain.high:.4f}]" if comparison.enough else "")
+    """A gain in nats a token of the answer."""
+    return gain_text(comparison.log_probability_gain, comparison.enough, 1.0, 4)
 
 
 def table(head: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:

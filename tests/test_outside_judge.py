@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
@@ -18,7 +16,6 @@ from lrope_search import TaskConfig
 from lrope_search.demo.model import embedded_model
 from lrope_search.tasks import make_task
 
-ROOT = Path(__file__).parent.parent
 EXACT = ("lrope_kv", "exact_match", "none")
 
 # stands for lm-eval: writes the results that are in its place, once for each run
@@ -35,9 +32,8 @@ for source in Path("{folder}", Path(word["--output_path"]).parent.name).iterdir(
 
 
 @pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("outside_judge")
+def judge(benchmark: Callable[[str], Any]) -> Any:
+    return benchmark("outside_judge")
 
 
 def record(doc_id: int, score: float, doc: Mapping[str, Any] | None = None, **others: Any) -> dict[str, Any]:
@@ -58,7 +54,7 @@ def by_context(right: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
     return [record(n, score, doc) for n, (doc, score) in enumerate(docs)]
 
 
-def test_the_exported_task_asks_what_our_own_task_asks(judge: ModuleType, tmp_path: Path) -> None:
+def test_the_exported_task_asks_what_our_own_task_asks(judge: Any, tmp_path: Path) -> None:
     config = TaskConfig("kv", keys=20, probes=5, identifiers="word", seed=1000)
     n_ctx = judge.export_kv(config, 3, tmp_path)
     records = [json.loads(line) for line in (tmp_path / "lrope_kv.jsonl").read_text().splitlines()]
@@ -71,7 +67,7 @@ def test_the_exported_task_asks_what_our_own_task_asks(judge: ModuleType, tmp_pa
     assert n_ctx > max(len(r["prompt"]) for r in records) + len("=bab")
 
 
-def test_answers_that_a_prefix_begins_have_room_for_all_of_a_uuid(judge: ModuleType, tmp_path: Path) -> None:
+def test_answers_that_a_prefix_begins_have_room_for_all_of_a_uuid(judge: Any, tmp_path: Path) -> None:
     judge.export_kv(TaskConfig("kv", keys=4, probes=2, answer_prefix=' "'), 1, tmp_path)
     task = json.loads((tmp_path / "lrope_kv.yaml").read_text())
     assert task["generation_kwargs"] == {"until": ["\n"], "max_gen_toks": 38}
@@ -79,7 +75,7 @@ def test_answers_that_a_prefix_begins_have_room_for_all_of_a_uuid(judge: ModuleT
     assert first["prompt"].endswith('Corresponding value: "')
 
 
-def test_results_are_read_without_what_was_not_asked(judge: ModuleType, tmp_path: Path) -> None:
+def test_results_are_read_without_what_was_not_asked(judge: Any, tmp_path: Path) -> None:
     values = {"alias": "lrope_kv", "sample_len": 2, "exact_match,none": 0.5, "exact_match_stderr,none": 0.1,
               "4096,none": -1, "4096_stderr,none": "N/A", "8192,none": 0.25, "8192_stderr,none": "N/A"}  # fmt: skip
     write_results(tmp_path / "served", [record(0, 1.0), record(1, 0.0)], values)
@@ -90,7 +86,7 @@ def test_results_are_read_without_what_was_not_asked(judge: ModuleType, tmp_path
         judge.read_judgement(tmp_path / "elsewhere", 0.0)
 
 
-def test_questions_are_paired_and_contexts_resampled(judge: ModuleType) -> None:
+def test_questions_are_paired_and_contexts_resampled(judge: Any) -> None:
     """Order does not matter; questions that share a context are no evidence of their own."""
     base = judge.Judgement({}, {"lrope_kv": by_context([[0, 0, 1, 1]] * 4 + [[0, 0, 0, 0]] * 4)}, 0.0)
     other = judge.Judgement({}, {"lrope_kv": by_context([[1, 1, 1, 1]] * 8)[::-1]}, 0.0)
@@ -105,7 +101,7 @@ def test_questions_are_paired_and_contexts_resampled(judge: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("others", [{"doc_hash": "another"}, {"prompt_hash": "another"}, {"doc_id": 7}])
-def test_other_questions_are_not_compared(judge: ModuleType, others: dict[str, Any]) -> None:
+def test_other_questions_are_not_compared(judge: Any, others: dict[str, Any]) -> None:
     sides = [judge.Judgement({}, {"lrope_kv": [{**record(0, 1.0), **more}]}, 0.0) for more in ({}, others)]
     with pytest.raises(LropeError, match="same questions"):
         judge.paired(*sides, EXACT)
@@ -130,7 +126,7 @@ class NoServer:
 
 
 def run(
-    judge: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: Path | str, task: str, *options: str
+    judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: Path | str, task: str, *options: str
 ) -> None:
     """Run the script on the embedded model, with nothing served."""
     curve = tmp_path / "curve.json"
@@ -150,7 +146,7 @@ def program(tmp_path: Path, text: str) -> Path:
 
 
 def test_both_models_are_judged_side_by_side(
-    judge: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, right in (("base", [[0.0, 1.0]] * 8), ("written", [[1.0, 1.0]] * 8)):
         share = sum(map(sum, right)) / 16
@@ -170,7 +166,7 @@ def test_both_models_are_judged_side_by_side(
 
 @pytest.mark.parametrize("task", ["kv", "ruler"])
 def test_a_missing_lm_eval_is_named_in_one_line(
-    judge: ModuleType,
+    judge: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -185,7 +181,7 @@ def test_a_missing_lm_eval_is_named_in_one_line(
 
 @pytest.mark.parametrize(("task", "option"), [("kv", "--contexts"), ("ruler", "--limit"), ("ruler", "--length")])
 def test_too_few_is_one_line(
-    judge: ModuleType,
+    judge: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -199,7 +195,7 @@ def test_too_few_is_one_line(
 
 
 def test_a_failing_lm_eval_is_one_line_and_the_server_stops(
-    judge: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing = program(tmp_path, "#!/bin/sh\necho Traceback >&2\necho 'ValueError: no such task' >&2\nexit 1\n")
     with pytest.raises(SystemExit) as end:
@@ -208,7 +204,7 @@ def test_a_failing_lm_eval_is_one_line_and_the_server_stops(
     assert capsys.readouterr().err == f"--lm-eval {failing}: failed: ValueError: no such task\n"
 
 
-def test_the_tokenizer_is_the_models_own_vocabulary(judge: ModuleType, tmp_path: Path) -> None:
+def test_the_tokenizer_is_the_models_own_vocabulary(judge: Any, tmp_path: Path) -> None:
     assert judge.export_tokenizer(embedded_model(), tmp_path) is False  # it has no chat template
     document = json.loads((tmp_path / "tokenizer.json").read_text())
     fields = gguf.GGUFReader(embedded_model()).fields
@@ -218,7 +214,7 @@ def test_the_tokenizer_is_the_models_own_vocabulary(judge: ModuleType, tmp_path:
     assert [token["id"] for token in document["added_tokens"]] == [i for i, kind in enumerate(types) if kind in (3, 4)]
 
 
-def test_another_kind_of_vocabulary_is_refused(judge: ModuleType, tmp_path: Path) -> None:
+def test_another_kind_of_vocabulary_is_refused(judge: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")

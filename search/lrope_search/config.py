@@ -50,7 +50,7 @@ TASK_FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 """The tasks, and which fields of `TaskConfig` mean something to each; the rest means something to all."""
 
-_SIZES = ("keys", "documents", "lines", "words")
+SIZES = ("keys", "documents", "lines", "words")
 _OF_FILES: Mapping[str, str] = MappingProxyType({"mdqa": "an nq-open file", "jsonl": "your file of questions"})
 """Tasks that cannot be made of a seed, and what they need."""
 
@@ -264,12 +264,12 @@ class TaskConfig:
                 tasks = " and ".join(f"--task {task}" for task, own in TASK_FIELDS.items() if name in own)
                 raise LropeError(f"{option(name)}: means nothing to --task {self.name}; it is for {tasks}")
         if self.context_tokens is not None:
-            for name in _SIZES:
+            for name in SIZES:
                 if getattr(self, name) is not None:
                     raise LropeError(
                         f"{option(name)}, --context-tokens: both give a context's size; leave out one of them"
                     )
-        for name in (*_SIZES, "context_tokens", "probes"):
+        for name in (*SIZES, "context_tokens", "probes"):
             _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
         _one_of("positions", self.positions, (None, *POSITIONS))

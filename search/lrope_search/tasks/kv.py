@@ -15,7 +15,7 @@ from ..sample import default_probes
 from .identifiers import IDENTIFIERS
 from .records import read_records, split_groups, too_few
 from .sizing import TokenLimit
-from .task import Context, Probe, places
+from .task import Context, Probe, check_probes, places
 
 _CALIBRATION = len(SPLITS)  # in place of a split's number: pairs that are part of none
 
@@ -63,8 +63,7 @@ class KeyValueTask:
         self._data = data
         self._limit = limit
         self._n_pairs = DEFAULT_PAIRS if n_pairs is None else n_pairs
-        if probes is not None and probes < 1:
-            raise LropeError(f"--probes {probes}: a context needs a probe; ask for at least 1")
+        check_probes(probes)
         if probes and (n_pairs is not None or (data is None and limit is None)) and self._n_pairs < probes:
             raise LropeError(f"--keys {self._n_pairs}: too few for {probes} probes; ask for at least {probes} keys")
         if identifiers not in IDENTIFIERS or (identifiers != "uuid" and data is not None):

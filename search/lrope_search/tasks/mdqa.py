@@ -18,7 +18,7 @@ from ..sample import default_probes
 from .answers import normalize
 from .records import read_records, split_groups, too_few
 from .sizing import TokenLimit
-from .task import Context, Probe, places
+from .task import Context, Probe, check_probes, places
 
 _N_CALIBRATION = 12  # documents of the calibration context
 _CONTEXTS = 4  # of the smallest split, at the least, unless probes are given
@@ -102,8 +102,7 @@ class MultiDocumentTask:
         self._positions = positions
         self._limit = limit
         self._n_documents = DEFAULT_DOCUMENTS if n_documents is None else n_documents
-        if probes is not None and probes < 1:
-            raise LropeError(f"--probes {probes}: a context needs a probe; ask for at least 1")
+        check_probes(probes)
         if limit is None and probes is not None and self._n_documents < probes:
             raise LropeError(
                 f"--documents {self._n_documents}: too few for {probes} probes; ask for at least {probes} documents"

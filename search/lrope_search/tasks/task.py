@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from lrope_gguf.errors import LropeError
+
 from ..config import SPLITS
 from .answers import holds, share
 
@@ -83,6 +85,16 @@ class Task(Protocol):
         Nothing in it stands in a validation or test context.
         """
         ...
+
+
+def check_probes(probes: int | None) -> None:
+    """Refuse contexts without a probe; None is for the task to choose.
+
+    Raises:
+        LropeError: fewer than one.
+    """
+    if probes is not None and probes < 1:
+        raise LropeError(f"--probes {probes}: a context needs a probe; ask for at least 1")
 
 
 def places(split: str, index: int, n_places: int, n_probes: int, seed: int, positions: str) -> list[tuple[int, float]]:

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lrope_gguf.errors import LropeError
-
 from ..config import DEFAULT_LINES, POSITIONS
 from .generated import GeneratedTask, distinct, listing
 from .sizing import TokenLimit
-from .task import Context, places
+from .task import Context, check_probes, places
 
 _LINKS = 5  # statements of a chain: a number, and four hops
 _N_CALIBRATION = 4  # chains
@@ -60,10 +58,9 @@ class VariableTask(GeneratedTask):
         Raises:
             LropeError: wrong numbers.
         """
+        check_probes(probes)
         self._n_chains = 1 if probes is None else probes
         self._positions = positions
-        if self._n_chains < 1:
-            raise LropeError(f"--probes {probes}: a context needs a probe; ask for at least 1")
         least = _LINKS * self._n_chains
         super().__init__(
             max(DEFAULT_LINES, least) if n_lines is None else n_lines, least, most=None, seed=seed, limit=limit
