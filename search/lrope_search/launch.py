@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from lrope_gguf import __version__
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import ModelInfo, read_model
-from lrope_gguf.text import command_line
 
 from .config import ModelConfig, SearchConfig, TaskMix, Tasks, WorkersConfig, option
 from .cost import check_memory, duration, memory_text, precision
-from .evaluation.binding import binding_version
 from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_computing, kept_guard_texts
 from .machine import free_memory, physical_cores, visible_gpus
 from .optimizers.protocol import Optimizer
@@ -24,17 +20,14 @@ from .report.page import write_report
 from .results.summary import StudySummary
 from .results.variation import components
 from .scores import ContextScore, Job
+from .start import all_workers, check_versions, first_worker, identity
 from .study.interrupt import one_interrupt
 from .study.plan import make_optimizer, planned_evaluations
 from .study.progress import Progress
 from .study.run import SearchOutcome, run_search
 from .study.store import Study
-from .tasks import SPLITS, file_identity, make_tasks, task_identity
-from .workers.processes import ProcessExecutor
-from .workers.protocol import Executor, LocalExecutor
-from .workers.ray_cluster import RayExecutor
-
-_SAME = 1e-3  # nats: a result that differs by less from another version's is the same
+from .tasks import SPLITS, file_identity, make_tasks
+from .workers.protocol import Executor
 
 
 def search(
@@ -120,27 +113,19 @@ def _launch(
         model = dataclasses.replace(model, batch_size=batch_size)
     spec = EvaluatorSpec(model, mix, settings.guard_text, texts, scoring)
     with one_interrupt(), ExitStack() as stack:
-        first = _first_worker(workers, spec, stack)
+        first = first_worker(workers, spec, stack)
         facts = first.ask(find_out)
         layers = _layers(info, facts.longest)
         settings = settings.settled(facts.n_probes, sizes, len(mix.parts))
-        options = model.llama_options()
-        config = {
-            "model": {"fingerprint": info.fingerprint(), "architecture": info.architecture, "name": info.name},
-            "task": task_identity(mix, facts.leads) | {"chat_template": model.chat_template},
-            "search": settings.identity(),
-            "guard": guard,
-            "computing": {"batch_size": facts.batch_size, "n_gpu_layers": model.n_gpu_layers}
-            | ({} if facts.scoring == "host" else {"scoring": facts.scoring}),  # nothing: as in older studies
-            "versions": {"lrope-gguf": __version__, "llama-cpp-python": binding_version()},
-        } | ({"llama_options": options} if options else {})
+        config = identity(info, model, mix, facts) | {"search": settings.identity(), "guard": guard}
         place = directory
         if dry_run and not (directory / "config.json").exists():  # no trace that would bind a later run
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrope-")))
+        assert facts.guard_texts is not None  # a search's evaluators have a guard
         with Study(place, config) as study:
             study.keep("guard", dataclasses.asdict(facts.guard_texts))
             progress = Progress(study.log)
-            _check_versions(study, first, progress)
+            check_versions(study, first, progress)
             if len(layers) < first.n_layer:
                 progress.line(f"{len(layers)} of {first.n_layer} layers rotate over the whole context")
             optimizer = make_optimizer(settings, first.n_layer, layers)
@@ -155,7 +140,7 @@ def _launch(
                 guard_texts=facts.guard_texts,
                 scoring=facts.scoring,
             )
-            executor = _all_workers(workers, spec, first, stack)
+            executor = all_workers(workers, spec, first, stack)
             outcome = run_search(
                 executor,
                 study,
@@ -165,50 +150,10 @@ def _launch(
                 architecture=info.architecture,
                 block_count=info.block_count,
                 guard_contexts=1,
-                rope=info.rope.under(options).json(),
+                rope=info.rope.under(model.llama_options()).json(),
             )
             progress.line(_report(outcome.summary))
             return outcome
-
-
-def _check_versions(study: Study, first: Executor, progress: Progress) -> None:
-    """Go on with a study that other versions began only where one of its results comes out the same now.
-
-    Raises:
-        LropeError: it does not; says how to go on.
-    """
-    if not study.changed_versions:
-        return
-    changes = [
-        f"{name} was {old if isinstance(old, str) else 'absent'}, is {new if isinstance(new, str) else 'absent'}"
-        for name, (old, new) in study.changed_versions.items()
-    ]
-    said = f"{study.directory}: begun with other versions ({', '.join(changes)})"
-    results = [(job, score) for job, score in study.results.items() if isinstance(score, ContextScore)]
-    if not results:
-        progress.line(f"{said}; nothing was measured yet")
-        return
-    job, before = results[0]
-    first.submit(job)
-    _, now = first.next()
-    assert isinstance(now, ContextScore)
-    apart = _apart(before, now)
-    if apart > _SAME:
-        wanted = [f"{name}=={old}" for name, (old, _) in study.changed_versions.items() if isinstance(old, str)]
-        raise LropeError(
-            f"{said}, and what they measured comes out otherwise now ({apart:.2g} nats apart): go back to them "
-            f"({command_line(['pip', 'install', *wanted])}) or choose another --study"
-        )
-    progress.line(f"{said}; one result was measured again and is the same, so the study goes on")
-
-
-def _apart(one: ContextScore, other: ContextScore) -> float:
-    """Return the largest difference of two scores' log-probabilities, in nats; infinite where the questions differ."""
-    if [probe.depth for probe in one.probes] != [probe.depth for probe in other.probes]:
-        return math.inf
-    pairs = zip(one.probes, other.probes, strict=True)
-    values = [(a.log_probability, b.log_probability) for a, b in pairs]
-    return max((abs(a - b) for a, b in values if a != b), default=0.0)
 
 
 def _say_variation(settings: SearchConfig, study: Study, first: Executor, facts: Facts, progress: Progress) -> None:
@@ -257,31 +202,6 @@ def _report(summary: StudySummary) -> str:
         return f"report: {write_report(summary)}"
     except LropeError as error:
         return f"no report: {error}"
-
-
-def _first_worker(workers: WorkersConfig, spec: EvaluatorSpec, stack: ExitStack) -> Executor:
-    """Return an executor of one worker, which finds out what all of them need."""
-    n_threads = spec.model.n_threads
-    if workers.executor == "ray":
-        return stack.enter_context(RayExecutor(spec, 1, address=workers.ray_address, n_threads=n_threads))
-    if (workers.n_workers or 1) == 1 and not workers.gpus:
-        return LocalExecutor(stack.enter_context(spec(n_threads)))
-    gpus = workers.gpus or visible_gpus()
-    return stack.enter_context(ProcessExecutor(spec, 1, n_threads=n_threads, gpus=gpus[:1]))
-
-
-def _all_workers(workers: WorkersConfig, spec: EvaluatorSpec, first: Executor, stack: ExitStack) -> Executor:
-    """Return the executor of the search: the first worker itself if one is all."""
-    n_threads, n_workers = spec.model.n_threads, workers.n_workers or 1
-    if workers.executor == "ray":
-        first.close()
-        address = workers.ray_address
-        return stack.enter_context(RayExecutor(spec, workers.n_workers, address=address, n_threads=n_threads))
-    if n_workers == 1:
-        return first
-    first.close()
-    share = max(1, (n_threads or physical_cores()) // n_workers)
-    return stack.enter_context(ProcessExecutor(spec, n_workers, n_threads=share, gpus=workers.gpus or visible_gpus()))
 
 
 def _say_cost(

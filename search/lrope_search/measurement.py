@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 
-from .config import ModelConfig, TaskMix, Tasks
-from .evaluation.evaluator import TeacherForcedEvaluator
+from .config import ModelConfig, TaskMix, Tasks, WorkersConfig
+from .cost import check_memory
 from .evaluation.generation import Generation
-from .evaluation.make import evaluator_parts, open_model
-from .results.table import DepthTable, depth_table
-from .scores import ContextScore, Factors
+from .evaluation.make import EvaluatorSpec, check_factors, find_out, kept_computing, write_job
+from .machine import free_memory, visible_gpus
+from .results.comparison import Comparison, compare
+from .results.table import DepthTable, depth_table, with_interval
+from .scores import ContextScore, Evaluation, Factors, Job
+from .start import all_workers, check_versions, first_worker, identity
+from .study.interrupt import one_interrupt
 from .study.progress import Progress
+from .study.store import Study
 from .tasks import make_tasks, task_identity
+from .workers.protocol import Executor
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class Measurement:
         agreement: Share of probes that both ways judge alike; None likewise.
         n_tokens: Tokens computed for ``table``.
         seconds: What that took.
+        beside: What the first side but the base gains over each further one, by that one's name.
     """
 
     asked: Mapping[str, Any]
@@ -41,6 +55,7 @@ class Measurement:
     agreement: float | None
     n_tokens: int
     seconds: float
+    beside: Mapping[str, Comparison] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         """Return everything, for `json.dumps`."""
@@ -48,6 +63,7 @@ class Measurement:
             "task": self.asked,
             "factors": self.sides,
             **self.table.json(),
+            **({"beside": {name: one.json() for name, one in self.beside.items()}} if self.beside else {}),
             "tokens": self.n_tokens,
             "tokens_per_second": self.n_tokens / self.seconds,
         }
@@ -58,6 +74,10 @@ class Measurement:
     def __str__(self) -> str:
         """Return the table, the accuracies of written answers if there are any, and the speed."""
         text = str(self.table)
+        for name, one in self.beside.items():
+            points = with_interval(one, one.accuracy_gain, 100.0, 1)
+            nats = with_interval(one, one.log_probability_gain, 1.0, 4)
+            text += f"\n{list(self.sides)[1]} over {name}: accuracy {points} points, log-probability {nats}"
         if self.generated is not None:
             text += f"\n\nanswers written by the model; {self.agreement:.1%} of them agree with the scores above\n"
             for name, cell in self.generated.totals.items():
@@ -73,6 +93,8 @@ def measure(
     contexts: int = 8,
     split: str = "test",
     generate: bool = False,
+    directory: str | os.PathLike[str] | None = None,
+    workers: WorkersConfig | None = None,
 ) -> Measurement:
     """Ask the same contexts under each side's factors and under none.
 
@@ -89,44 +111,63 @@ def measure(
         sides: Factors by name, one for each layer; ``base`` comes of itself, whatever the file holds.
         contexts: How many.
         split: Which: ``search``, ``validation`` or ``test``.
-        generate: Also let the model write its answers, and score these.
+        generate: Also let the model write its answers, and score these; they are not kept, and one worker writes them.
+        directory: Keeps each evaluation (a `Study` without a search), so that a later call goes on, with more sides
+            and contexts if wanted; None: nothing is kept.
+        workers: Who does the work; None: one worker in this process.
 
     Raises:
-        LropeError: the model or the task cannot be used, or llama.cpp refuses the factors.
+        LropeError: the model or the task cannot be used, or llama.cpp refuses the factors; another search or
+            measurement has the directory.
     """
-    mix = TaskMix.of(task)
+    mix, workers = TaskMix.of(task), workers or WorkersConfig()
     mix.check_contexts("--contexts", contexts)
+    if generate and workers.n_workers not in (None, 1):
+        raise LropeError("--generate: one worker writes all answers; leave out --workers")
     questions = make_tasks(mix)
     for index in range(contexts - len(mix.parts), contexts):
         questions.context(split, index)  # too few records are better known now
-    read_model(model.path)  # its messages on damaged files are the plainer ones
-    with open_model(model) as loaded:
-        sides = {"base": (1.0,) * loaded.n_layer, **sides}
-        asked, prefixes = evaluator_parts(loaded, mix)
-        evaluator = TeacherForcedEvaluator(loaded, asked, answer_prefix=prefixes)
-        for factors in sides.values():
-            loaded.set_factors(factors)  # if they are refused, then before hours have passed
-        scores: dict[str, list[ContextScore]] = {name: [] for name in sides}
-        answers: dict[str, list[tuple[Generation, ...]]] = {name: [] for name in sides}
-        progress = Progress()
-        progress.start(contexts * len(sides))
-        for index in range(contexts):
-            for name, factors in sides.items():
-                scores[name].append(evaluator.evaluate(factors, split, index))
-                if generate:
-                    answers[name].append(evaluator.generate(factors, split, index))
-                progress.advance()
-            progress.line(f"{split} context {index}: {progress.status()}")
-        for turn, sample in enumerate(evaluator.samples):
-            base = scores["base"][turn :: len(evaluator.samples)]
-            written = [a for context in answers["base"][turn :: len(evaluator.samples)] for a in context if a.share]
-            if not written and not any(score.accuracy for score in base):
+    info = read_model(model.path)  # its messages on damaged files are the plainer ones
+    place = None if directory is None else Path(directory)
+    batch_size, scoring = (None, None) if place is None else _kept(place)
+    if model.batch_size is None:
+        model = replace(model, batch_size=batch_size)
+    free = free_memory()
+    with one_interrupt(), ExitStack() as stack:
+        spec = EvaluatorSpec(model, mix, scoring=scoring, guarded=False)
+        first = first_worker(workers, spec, stack)
+        facts = first.ask(find_out)
+        sides = {"base": (1.0,) * first.n_layer, **sides}
+        first.ask(partial(check_factors, tuple(sides.values())))
+        if workers.executor == "local" and not (workers.gpus or visible_gpus()):
+            check_memory(facts.memory, workers.n_workers or 1, free)
+        config = identity(info, model, mix, facts)
+        if place is None:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrope-")))
+        study = stack.enter_context(Study(place, config))
+        progress = Progress(study.log)
+        check_versions(study, first, progress)
+        spec = replace(spec, model=replace(model, batch_size=facts.batch_size), scoring=facts.scoring)
+        executor = first if generate else all_workers(workers, spec, first, stack)
+        jobs = [Job(factors, split, index) for index in range(contexts) for factors in dict.fromkeys(sides.values())]
+        answers = _ask(executor, study, jobs, progress, generate=generate)
+        scores = {
+            name: [_context_score(study.results[Job(factors, split, index)]) for index in range(contexts)]
+            for name, factors in sides.items()
+        }
+        written = {
+            name: [answers[job] for index in range(contexts) if (job := Job(factors, split, index)) in answers]
+            for name, factors in sides.items()
+        }
+        for turn, sample in enumerate(facts.samples):
+            base = scores["base"][turn :: len(facts.samples)]
+            right = [a for context in written["base"][turn :: len(facts.samples)] for a in context if a.share]
+            if not right and not any(score.accuracy for score in base):
                 progress.line(sample.advice(sum(len(score.probes) for score in base)))
-        progress.close()
     every = [score for side in scores.values() for score in side]
     return Measurement(
         asked={
-            **task_identity(mix, evaluator.leads),
+            **task_identity(mix, facts.leads),
             "chat_template": model.chat_template,
             "split": split,
             **({"llama_options": options} if (options := model.llama_options()) else {}),
@@ -134,13 +175,66 @@ def measure(
         sides=sides,
         scores=scores,
         table=depth_table(scores, weights=mix.weights),
-        generated=depth_table({n: _generated(scores[n], answers[n]) for n in sides}, weights=mix.weights)
+        generated=depth_table({n: _generated(scores[n], written[n]) for n in sides}, weights=mix.weights)
         if generate
         else None,
-        agreement=_agreement(scores, answers) if generate else None,
+        agreement=_agreement(scores, written) if generate else None,
         n_tokens=sum(score.n_tokens for score in every),
         seconds=sum(score.seconds for score in every),
+        beside=_beside(scores, mix.weights),
     )
+
+
+def _kept(directory: Path) -> tuple[int | None, str | None]:
+    """Return how an earlier call computed in ``directory``; see `kept_computing`.
+
+    Raises:
+        LropeError: a search has it.
+    """
+    config = Study.kept(directory, "config")
+    if isinstance(config, dict) and "search" in config:
+        raise LropeError(f"--study {directory}: holds a search; choose another directory")
+    return kept_computing(config)
+
+
+def _ask(
+    executor: Executor, study: Study, jobs: Sequence[Job], progress: Progress, *, generate: bool
+) -> dict[Job, tuple[Generation, ...]]:
+    """Have everything evaluated that is not on record yet; return the answers that the model wrote, if it is let."""
+    answers: dict[Job, tuple[Generation, ...]] = {}
+    missing = [job for job in jobs if study.lookup(job) is None]
+    left = Counter(job.index for job in jobs)
+    progress.start(len(jobs))
+    for job in set(jobs).difference(missing):
+        progress.advance(replayed=True)
+        left[job.index] -= 1
+    # what is written goes on from what was just fed: one after the other
+    for batch in [[job] for job in jobs] if generate else [jobs]:
+        asked = [job for job in batch if study.lookup(job) is None]
+        for job in asked:
+            executor.submit(job)
+        for _ in asked:
+            done, score = executor.next()
+            study.record(done, score)
+            progress.advance()
+            left[done.index] -= 1
+            if not left[done.index]:
+                progress.line(f"{done.split} context {done.index}: {progress.status()}")
+        if generate:
+            answers |= {job: executor.ask(partial(write_job, job)) for job in batch}
+    progress.close()
+    return answers
+
+
+def _context_score(score: Evaluation) -> ContextScore:
+    assert isinstance(score, ContextScore)  # no job concerned a guard
+    return score
+
+
+def _beside(scores: Mapping[str, Sequence[ContextScore]], weights: Mapping[str, float] | None) -> dict[str, Comparison]:
+    """Return what the first side but the base gains over each further one."""
+    _, *names = scores
+    return {name: compare(scores[name], scores[names[0]], weights=weights) for name in names[1:]}
 
 
 def _generated(scores: Sequence[ContextScore], answers: Sequence[Sequence[Generation]]) -> list[ContextScore]:

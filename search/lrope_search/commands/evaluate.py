@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +23,8 @@ from .options import (
     option,
     task_config,
     task_options,
+    worker_options,
+    workers_config,
 )
 
 if TYPE_CHECKING:
@@ -30,23 +33,29 @@ if TYPE_CHECKING:
 
 @click.command("eval", cls=Command)
 @model_argument
-@option("--curve", metavar="FILE", type=FILE, help="curve file (the factors in MODEL, if it has any)")
+@option("--curve", metavar="FILE", type=FILE, multiple=True,
+        help="curve file, as often as you like (the factors in MODEL, if it has any)")  # fmt: skip
 @option("--factors", metavar="F0,F1,...", type=Numbers(), help="one factor a layer")
-@option("--uniform", metavar="S", type=float, help="the same factor for all layers, as a side of its own")
+@option("--uniform", metavar="S", type=float, multiple=True,
+        help="the same factor for all layers, as a side of its own; as often as you like")  # fmt: skip
 @first_task_options
 @option("--contexts", metavar="N", type=POSITIVE, default=8, help="contexts to ask (8)")
 @option("--generate", is_flag=True, help="also let the model write its answers, and score these")
+@option("--study", metavar="DIR", type=FILE,
+        help="keep results here, and go on from them, with more sides and contexts if you like")  # fmt: skip
 @option("--json", "as_json", is_flag=True, help="print JSON")
 @option("--split", type=click.Choice(["search", "validation", "test"]), default="test", heading="Advanced: task",
         help="which contexts (test)")  # fmt: skip
 @task_options
+@worker_options
 @model_options
 @llama_options
 def command(
     model: str,
-    curve: str | None,
+    curve: tuple[str, ...],
     factors: Factors | None,
-    uniform: float | None,
+    uniform: tuple[float, ...],
+    study: str | None,
     contexts: int,
     split: str,
     generate: bool,
@@ -54,16 +63,21 @@ def command(
     **values: Any,
 ) -> None:
     """Compare MODEL with layer factors and without on the same contexts, by depth."""
-    if curve is not None and factors is not None:
+    if curve and factors is not None:
         raise click.UsageError("argument --factors: not allowed with argument --curve")
+    workers = workers_config(values)
     how, what = model_config(model, values), task_config(values)
+    if study is not None and Path(study).exists() and not Path(study).is_dir():
+        raise LropeError(f"--study {study}: is a file; give a directory")
 
     from lrope_gguf.model_info import read_model
 
     from ..measurement import measure
 
     sides = _sides(read_model(model), curve, factors, uniform)
-    found = measure(how, what, sides, contexts=contexts, split=split, generate=generate)
+    found = measure(
+        how, what, sides, contexts=contexts, split=split, generate=generate, directory=study, workers=workers
+    )
     if as_json:
         print(json.dumps({"model": model, **found.json()}, indent=2))
     else:
@@ -71,20 +85,28 @@ def command(
         say(f"{model}: {table.n_probes} questions on {table.n_contexts} {split} contexts\n\n{found}")
 
 
-def _sides(info: ModelInfo, curve: str | None, factors: Factors | None, uniform: float | None) -> Mapping[str, Factors]:
+def _sides(
+    info: ModelInfo, curves: Sequence[str], factors: Factors | None, uniform: Sequence[float]
+) -> Mapping[str, Factors]:
     """Return the factors of each side beside the base model's."""
     from lrope_gguf.commands.write import curve_for
 
     sides: dict[str, Factors] = {}
-    if curve is not None:
-        sides["curve"] = curve_for(curve, info)[1]
-    elif factors is not None:
+    for curve in curves:
+        name = "curve" if len(curves) == 1 else _short(curve)
+        if name in sides:
+            raise LropeError(f"--curve {curve}: {name} is given already; give files of different names")
+        sides[name] = curve_for(curve, info)[1]
+    if factors is not None:
         try:
             sides["given"] = info.shaped(factors)  # "factors" is another key of the JSON
         except LropeError as error:
             raise LropeError(f"--factors: {error}") from None
-    elif uniform is None and info.factors is not None:
+    if not curves and factors is None and not uniform and info.factors is not None:
         sides["file"] = info.factors[: info.n_layer]
-    if uniform is not None:
-        sides[f"uniform {uniform:g}"] = (uniform,) * (info.n_layer or 0)
-    return sides
+    return sides | {f"uniform {factor:g}": (factor,) * (info.n_layer or 0) for factor in uniform}
+
+
+def _short(curve: str) -> str:
+    """The name of a curve among several."""
+    return f"curve {Path(curve).stem}" if curve.endswith(".json") else f"curve {curve}"

@@ -18,6 +18,7 @@ from ..config import (
     DEFAULT_PAIRS,
     DEFAULT_TEMPLATE,
     DEFAULT_WORDS,
+    EXECUTORS,
     IDENTIFIER_KINDS,
     POSITIONS,
     ROPE_SCALINGS,
@@ -25,6 +26,7 @@ from ..config import (
     ModelConfig,
     TaskConfig,
     TaskMix,
+    WorkersConfig,
     check_once,
     escaped,
 )
@@ -85,7 +87,7 @@ def all_of(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
     return declare
 
 
-_MODEL, _TASK = "Advanced: model", "Advanced: task"
+_MODEL, _TASK, _WORKERS = "Advanced: model", "Advanced: task", "Advanced: workers"
 _LLAMA = "Advanced: as llama-server will be run (names and values are llama.cpp's)"
 
 model_options = all_of(
@@ -115,6 +117,19 @@ llama_options = all_of(
            help="cached values; quantized ones turn flash attention on (f16)"),
 )  # fmt: skip
 """What decides which factors are good besides the model; `model_config` takes their values."""
+
+
+worker_options = all_of(
+    option("--workers", metavar="N", type=POSITIVE,
+           help="models at work side by side (1; with ray one a GPU, or one a node)"),
+    option("--gpus", metavar="ID,...", type=Names(), default=(), heading=_WORKERS,
+           help="GPUs to hand out to local workers in turn (all of CUDA_VISIBLE_DEVICES)"),
+    option("--executor", type=click.Choice(EXECUTORS), default="local", heading=_WORKERS,
+           help="where workers live: processes here, or a Ray cluster (local)"),
+    option("--ray-address", metavar="ADDRESS", heading=_WORKERS,
+           help="the cluster's (of the environment, or a new one)"),
+)  # fmt: skip
+"""Who does the work; `workers_config` takes their values."""
 
 
 class OfTask(click.ParamType):  # type: ignore[type-arg]
@@ -192,6 +207,15 @@ def model_config(path: str, values: dict[str, Any]) -> ModelConfig:
     """
     own = {field.name: values.pop(field.name) for field in fields(ModelConfig) if field.name in values}
     return ModelConfig(path, n_threads=values.pop("threads"), chat_template=not values.pop("no_chat_template"), **own)
+
+
+def workers_config(values: dict[str, Any]) -> WorkersConfig:
+    """Take the values of `worker_options` out of a command's.
+
+    Raises:
+        LropeError: values out of range.
+    """
+    return WorkersConfig(*(values.pop(name) for name in ("workers", "gpus", "executor", "ray_address")))
 
 
 def task_config(values: dict[str, Any]) -> TaskConfig | TaskMix:

@@ -16,10 +16,8 @@ from lrope_gguf.files import check_output
 from lrope_gguf.stores import keeper, reference
 from lrope_gguf.text import command_line, say
 
-from ..config import ALGORITHM_FIELDS, EXECUTORS, PARAMETRIZATIONS, SearchConfig, TaskMix, WorkersConfig
+from ..config import ALGORITHM_FIELDS, PARAMETRIZATIONS, SearchConfig, TaskMix
 from .options import (
-    POSITIVE,
-    Names,
     Pair,
     all_of,
     first_task_options,
@@ -29,13 +27,15 @@ from .options import (
     option,
     task_config,
     task_options,
+    worker_options,
+    workers_config,
 )
 
 NO_GAIN = 3
 """Exit status of ``--require-gain`` where there is none to recommend."""
 
 _DEFAULTS = SearchConfig()
-_COST, _GUARD, _WORKERS, _OPTIMIZER = (f"Advanced: {name}" for name in ("cost", "guard", "workers", "optimizer"))
+_COST, _GUARD, _OPTIMIZER = (f"Advanced: {name}" for name in ("cost", "guard", "optimizer"))
 
 
 def _setting(name: str, metavar: str, kind: Any, text: str, heading: str | None) -> Callable[[Any], Any]:
@@ -75,14 +75,6 @@ _settings = all_of(
     _setting("width", "W", float, "first width of mutation, as a logarithm of the factors", _OPTIMIZER),
     _setting("middle_weight", "W", float, "weigh the middle 1 + W times as much as the ends", _OPTIMIZER),
 )  # fmt: skip
-_workers = all_of(
-    option("--gpus", metavar="ID,...", type=Names(), default=(), heading=_WORKERS,
-           help="GPUs to hand out to local workers in turn (all of CUDA_VISIBLE_DEVICES)"),
-    option("--executor", type=click.Choice(EXECUTORS), default="local", heading=_WORKERS,
-           help="where workers live: processes here, or a Ray cluster (local)"),
-    option("--ray-address", metavar="ADDRESS", heading=_WORKERS,
-           help="the cluster's (of the environment, or a new one)"),
-)  # fmt: skip
 
 
 @click.command("search", cls=Command)
@@ -90,8 +82,6 @@ _workers = all_of(
 @first_task_options
 @option("--output", metavar="FILE", type=FILE, default="best.json", help="curve file to write (best.json)")
 @_setting("max_evaluations", "N", int, "candidates to try; a finished study continues with more", None)
-@option("--workers", metavar="N", type=POSITIVE,
-        help="models at work side by side (1; with ray one a GPU, or one a node)")  # fmt: skip
 @option("--dry-run", is_flag=True, help="say what the search would cost, and stop")
 @option("--study", metavar="DIR", type=FILE, heading="Advanced",
         help="keep results here, and resume from them (OUTPUT's name + .study)")  # fmt: skip
@@ -99,15 +89,13 @@ _workers = all_of(
         help=f"end with status {NO_GAIN} unless the gain is significant")  # fmt: skip
 @task_options
 @_settings
-@_workers
+@worker_options
 @model_options
 @llama_options
 def command(model: str, output: str, study: str | None, dry_run: bool, require_gain: bool, **values: Any) -> int:
     """Search the layer factors with which MODEL answers best from a long context."""
     path, directory = Path(output), Path(study) if study else Path(output).with_name(f"{Path(output).stem}.study")
-    workers = WorkersConfig(
-        values.pop("workers"), values.pop("gpus"), values.pop("executor"), values.pop("ray_address")
-    )
+    workers = workers_config(values)
     how, task = model_config(model, values), task_config(values | {"seed": values["seed"]})
     settings = search_config({name: value for name, value in values.items() if hasattr(_DEFAULTS, name)})
 

@@ -157,6 +157,12 @@ class TeacherForcedEvaluator:
         one = needed_for(self._guard.n_cells, n_seq=self._guard.n_seq)
         return replace(needed, kv_cache=needed.kv_cache + 2 * one.kv_cache, compute=needed.compute + 2 * one.compute)
 
+    def check(self, factors: Factors) -> None:
+        """Raise `LropeError` if llama.cpp refuses ``factors``, which `evaluate` would only score as the worst."""
+        self._prefilled = None
+        self._model.clear()
+        self._model.set_factors(factors)
+
     def evaluate(self, factors: Factors, split: str, index: int) -> ContextScore:
         """Score context ``index`` of ``split`` under ``factors``.
 

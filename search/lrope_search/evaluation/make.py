@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import Any
 from lrope_gguf.errors import LropeError
 
 from ..config import ModelConfig, TaskConfig, TaskMix, Tasks
-from ..scores import Evaluator
+from ..scores import Evaluator, Factors, Job
 from ..tasks import AnyTask, Task, make_task, make_tasks, mixed
 from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
 from .evaluator import SCORINGS, TeacherForcedEvaluator
+from .generation import Generation
 from .memory import MemoryNeeded, check_cache_types
 from .model import Model
 from .sample_answer import Sample
@@ -57,13 +58,20 @@ def evaluator_parts(model: Model, tasks: Tasks) -> tuple[AnyTask, tuple[str, ...
     return mixed([task_for(model, config) for config in configs]), tuple(config.answer_prefix for config in configs)
 
 
-class _Guarded(TeacherForcedEvaluator):
-    """An evaluator with a guard, whose texts it remembers."""
+class _Evaluator(TeacherForcedEvaluator):
+    """An evaluator that remembers the texts of its guard, if it has one."""
 
     def __init__(
-        self, model: Model, task: AnyTask, texts: GuardTexts, *, answer_prefix: tuple[str, ...], scoring: str | None
+        self,
+        model: Model,
+        task: AnyTask,
+        texts: GuardTexts | None,
+        *,
+        answer_prefix: tuple[str, ...],
+        scoring: str | None,
     ) -> None:
-        super().__init__(model, task, answer_prefix=answer_prefix, guard=Guard(model, texts), scoring=scoring)
+        guard = None if texts is None else Guard(model, texts)
+        super().__init__(model, task, answer_prefix=answer_prefix, guard=guard, scoring=scoring)
         self.guard_texts = texts
 
 
@@ -77,6 +85,7 @@ class EvaluatorSpec:
         guard_text: File of the guard's text; None: the base model writes it, from the (first) task's seed.
         guard_texts: The text itself, once a worker has found out (`find_out`).
         scoring: See `TeacherForcedEvaluator`; None until a worker has found out.
+        guarded: Whether there is a guard at all.
     """
 
     model: ModelConfig
@@ -84,6 +93,7 @@ class EvaluatorSpec:
     guard_text: str | None = None
     guard_texts: GuardTexts | None = None
     scoring: str | None = None
+    guarded: bool = True
 
     @contextmanager
     def __call__(self, n_threads: int | None = None) -> Iterator[TeacherForcedEvaluator]:
@@ -94,9 +104,9 @@ class EvaluatorSpec:
         """
         make_tasks(self.task)  # what is wrong with it shows at once
         with open_model(replace(self.model, n_threads=n_threads or self.model.n_threads)) as model:
-            texts = self.guard_texts or self._texts(model)
+            texts = (self.guard_texts or self._texts(model)) if self.guarded else None
             task, prefixes = evaluator_parts(model, self.task)
-            yield _Guarded(model, task, texts, answer_prefix=prefixes, scoring=self.scoring)
+            yield _Evaluator(model, task, texts, answer_prefix=prefixes, scoring=self.scoring)
 
     def _texts(self, model: Model) -> GuardTexts:
         short, long = min(SHORT_TOKENS, model.n_ctx_train // 2), min(LONG_TOKENS, model.n_ctx_train)
@@ -140,7 +150,8 @@ class Facts:
 
     leads: tuple[str, ...]
     """What the base model writes before a value, in each task."""
-    guard_texts: GuardTexts
+    guard_texts: GuardTexts | None
+    """None where there is no guard."""
     memory: MemoryNeeded
     longest: int
     """Tokens of the longest prompt."""
@@ -158,7 +169,7 @@ class Facts:
 
 def find_out(evaluator: Evaluator) -> Facts:
     """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
-    assert isinstance(evaluator, _Guarded)
+    assert isinstance(evaluator, _Evaluator)
     return Facts(
         evaluator.leads,
         evaluator.guard_texts,
@@ -169,3 +180,20 @@ def find_out(evaluator: Evaluator) -> Facts:
         evaluator.batch_size,
         evaluator.scoring,
     )
+
+
+def check_factors(sides: Sequence[Factors], evaluator: Evaluator) -> None:
+    """Refuse factors that llama.cpp refuses, before hours have passed; runs in a worker.
+
+    Raises:
+        LropeError: names what is wrong with them.
+    """
+    assert isinstance(evaluator, _Evaluator)
+    for factors in sides:
+        evaluator.check(factors)
+
+
+def write_job(job: Job, evaluator: Evaluator) -> tuple[Generation, ...]:
+    """Let the model write its answers (`TeacherForcedEvaluator.generate`); runs in a worker."""
+    assert isinstance(evaluator, _Evaluator)
+    return evaluator.generate(job.factors, job.split, job.index)

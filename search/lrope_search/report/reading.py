@@ -51,6 +51,10 @@ def _config(directory: Path) -> dict[str, Any]:
         raise LropeError(f"{path}: is not JSON ({error}); search again in another directory") from None
     if not isinstance(config, dict):
         raise LropeError(f"{path}: is not a JSON object; search again in another directory")
+    if "computing" in config and "search" not in config:
+        raise LropeError(
+            f"{directory}: holds no search, but what eval --study measured; the same eval prints its table"
+        )
     return config
 
 
