@@ -152,3 +152,21 @@ def test_a_killed_measurement_goes_on(model: Path, tmp_path: Path, capsys: pytes
     assert len(lines(study)) < 120
     resumed = evaluate(capsys, model, *options, "--study", str(study))
     assert len(lines(study)) == 120 and resumed == evaluate(capsys, model, *options)
+
+
+def test_a_picture_of_all_sides(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "p.svg"
+    options = ["--factors", FACTORS, "--uniform", "1.1", "--uniform", "0.9", "--contexts", "2", "--plot", str(picture)]
+    evaluate(capsys, model, *options)
+    text = picture.read_text()
+    assert all(f">{name}<" in text for name in ("base", "given", "uniform 1.1", "uniform 0.9"))
+    assert "model.gguf: 8 questions on 2 contexts" in text
+    evaluate(capsys, model, *options)
+    assert picture.read_text() == text
+    for name, why in (("p.pdf", "ends in .png or .svg"), ("no/p.svg", "its directory does not exist")):
+        assert main(["eval", str(model), *TASK, "--plot", str(tmp_path / name)]) == 1
+        assert why in capsys.readouterr().err
+    (tmp_path / "curve.svg").write_text("{}")
+    curve = str(tmp_path / "curve.svg")
+    assert main(["eval", str(model), *TASK, "--curve", curve, "--plot", curve]) == 1
+    assert "which would be lost" in capsys.readouterr().err

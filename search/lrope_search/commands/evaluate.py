@@ -11,8 +11,10 @@ import click
 
 from lrope_gguf.commands.options import FILE, Command, Numbers, model_argument
 from lrope_gguf.errors import LropeError
+from lrope_gguf.files import check_output
 from lrope_gguf.text import say
 
+from ..config import TaskMix
 from ..scores import Factors
 from .options import (
     POSITIVE,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 @option("--generate", is_flag=True, help="also let the model write its answers, and score these")
 @option("--study", metavar="DIR", type=FILE,
         help="keep results here, and go on from them, with more sides and contexts if you like")  # fmt: skip
+@option("--plot", metavar="FILE", type=FILE, help="draw accuracy by depth into a .png or .svg file")
 @option("--json", "as_json", is_flag=True, help="print JSON")
 @option("--split", type=click.Choice(["search", "validation", "test"]), default="test", heading="Advanced: task",
         help="which contexts (test)")  # fmt: skip
@@ -56,6 +59,7 @@ def command(
     factors: Factors | None,
     uniform: tuple[float, ...],
     study: str | None,
+    plot: str | None,
     contexts: int,
     split: str,
     generate: bool,
@@ -69,6 +73,13 @@ def command(
     how, what = model_config(model, values), task_config(values)
     if study is not None and Path(study).exists() and not Path(study).is_dir():
         raise LropeError(f"--study {study}: is a file; give a directory")
+    if plot is not None:
+        parts = TaskMix.of(what).tasks
+        inputs = {"MODEL": model} | {f"--curve {file}": file for file in curve}
+        check_output("--plot", plot, inputs | {f"--data {part.name}": part.data for part in parts})
+        from lrope_gguf.plot import picture_kind
+
+        picture_kind(plot)
 
     from lrope_gguf.model_info import read_model
 
@@ -78,6 +89,12 @@ def command(
     found = measure(
         how, what, sides, contexts=contexts, split=split, generate=generate, directory=study, workers=workers
     )
+    if plot is not None:
+        from ..report.pictures import plot_table
+
+        table = found.table
+        questions = f"{table.n_probes} questions on {table.n_contexts} contexts"
+        plot_table(plot, table, title=f"{Path(model).name}: {questions}")
     if as_json:
         print(json.dumps({"model": model, **found.json()}, indent=2))
     else:

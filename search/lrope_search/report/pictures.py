@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,19 +13,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrope_gguf.curve import Point
-from lrope_gguf.plot import COLOURS, bezier, draw_factors, drawing, layer_axis, rendered
+from lrope_gguf.files import atomic_write_bytes
+from lrope_gguf.plot import COLOURS, bezier, draw_factors, drawing, layer_axis, picture_kind, rendered
+from lrope_gguf.text import printable
 
 from ..results.comparison import Interval
 from ..results.front import FrontPoint
 from ..results.summary import StudySummary, Trial
+from ..results.table import DepthTable
 from .text import shows_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike, NDArray
 
 ORDER = ("#e3d9a6", "#bcd48f", "#86c99a", "#4fb7a8", "#2b9bae", "#2a7ba6", "#345995", "#39316b")
 """From the first candidates to the last: lightness falls evenly, so that it needs no eye for colour."""
+
+_CURVES = (COLOURS["curve"], "#009e73", "#cc79a7", "#e69f00")
+"""Of several curves, more of the same palette."""
+_UNIFORM = "s^v<>"
 
 _MAX_CURVE_POINTS = 8000
 _MAX_MARKERS = 1500
@@ -110,29 +119,49 @@ def _factors(figure: Figure, study: StudySummary) -> None:
     _legend_above(axes, 4)
 
 
+def plot_table(path: str | os.PathLike[str], table: DepthTable, *, title: str = "", confidence: float = 0.95) -> None:
+    """Draw accuracy and gain by depth of all sides into a PNG or SVG file, as the end of its name says.
+
+    Args:
+        path: The picture's file; an existing one is replaced.
+        table: What to draw.
+        title: Above the picture; control characters are left out.
+        confidence: Of the accuracies' intervals.
+
+    Raises:
+        LropeError: the name ends otherwise, matplotlib is missing, or the file cannot be written.
+    """
+    kind = picture_kind(path)
+    from matplotlib.figure import Figure
+
+    with drawing():
+        figure = Figure(figsize=(8, 5.5), layout="constrained")
+        _draw_table(figure, table, confidence)
+        figure.suptitle(printable(title, 90), parse_math=False)
+        picture = rendered(figure, kind)
+    atomic_write_bytes(path, picture)
+
+
 def _accuracy(figure: Figure, study: StudySummary) -> None:
-    table = study.table
-    assert table is not None
+    assert study.table is not None
+    _draw_table(figure, study.table, study.confidence)
+
+
+def _draw_table(figure: Figure, table: DepthTable, confidence: float) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
     gaps = np.diff(table.depths)
     step = 0.12 * float(gaps.min() if len(gaps) else 1.0)
-    names = list(table.cells)
-    for i, name in enumerate(names):
-        shift = step * (i - (len(names) - 1) / 2)
-        ends = [wilson(cell.accuracy, table.n_contexts, study.confidence) for cell in table.cells[name]]
-        _whiskers(
-            upper, name, [d + shift for d in table.depths], [(100 * e.mean, 100 * e.low, 100 * e.high) for e in ends]
-        )
-    for i, (name, comparison) in enumerate(table.comparisons.items(), start=1):
-        shift = step * (i - (len(names) - 1) / 2)
-        gains = [row.accuracy_gain for row in comparison.by_depth]
-        told = comparison.enough
-        _whiskers(
-            lower,
-            name,
-            [d + shift for d in table.depths],
-            [(100 * g.mean, 100 * (g.low if told else g.mean), 100 * (g.high if told else g.mean)) for g in gains],
-        )
+    looks = _looks(list(table.cells))
+    for i, (name, look) in enumerate(looks.items()):
+        x = np.array(table.depths) + step * (i - (len(looks) - 1) / 2)
+        ends = [wilson(cell.accuracy, table.n_contexts, confidence) for cell in table.cells[name]]
+        _whiskers(upper, look, x, [(100 * e.mean, 100 * e.low, 100 * e.high) for e in ends])
+        comparison = table.comparisons.get(name)
+        if comparison is not None:
+            gains = [row.accuracy_gain for row in comparison.by_depth]
+            told = comparison.enough
+            rows = [(g.mean, g.low if told else g.mean, g.high if told else g.mean) for g in gains]
+            _whiskers(lower, look, x, 100 * np.array(rows))
     upper.set_ylim(-4, 104)
     upper.set_ylabel("accuracy, %")
     lower.axhline(0, color=COLOURS["base"], linewidth=1, linestyle="--", zorder=1)
@@ -157,15 +186,30 @@ def wilson(share: float, n: int, confidence: float = 0.95) -> Interval:
     return Interval(share, max(centre - half, 0.0), min(centre + half, 1.0))
 
 
-def _whiskers(axes: Axes, name: str, x: Sequence[float], rows: Sequence[tuple[float, float, float]]) -> None:
-    """Means with their intervals, joined by a line."""
-    kind, marker = ("uniform", "s") if name.startswith("uniform") else (name, {"base": "D"}.get(name, "o"))
-    mean, low, high = (np.array(column) for column in zip(*rows, strict=True))
+def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How each side is drawn, by its name: the base, uniform factors, and curves of whatever name."""
+    looks: dict[str, dict[str, Any]] = {}
+    n_uniform = n_curves = 0
+    for name in names:
+        look: dict[str, Any] = {"label": name, "linewidth": 1.2, "linestyle": "-"}
+        if name == "base":
+            look |= {"color": COLOURS["base"], "marker": "D", "linestyle": "--", "zorder": 2}
+        elif name.startswith("uniform"):
+            look |= {"color": COLOURS["uniform"], "marker": _UNIFORM[n_uniform % len(_UNIFORM)], "zorder": 3}
+            n_uniform += 1
+        else:
+            look |= {"color": _CURVES[n_curves % len(_CURVES)], "marker": "o", "linewidth": 1.8, "zorder": 4}
+            n_curves += 1
+        looks[name] = look
+    return looks
+
+
+def _whiskers(axes: Axes, look: dict[str, Any], x: NDArray[np.float64], rows: ArrayLike) -> None:
+    """Means with the ends of their intervals, shape (n, 3), joined by a line."""
+    mean, low, high = np.asarray(rows, dtype=float).T
     axes.errorbar(
-        x, mean, yerr=np.maximum([mean - low, high - mean], 0.0), color=COLOURS[kind], marker=marker, markersize=4,
-        linewidth=1.8 if kind == "curve" else 1.2, linestyle="--" if kind == "base" else "-", elinewidth=1,
-        capsize=2, label=name, zorder={"base": 2, "uniform": 3, "curve": 4}[kind],
-    )  # fmt: skip
+        x, mean, yerr=np.maximum([mean - low, high - mean], 0.0), markersize=4, elinewidth=1, capsize=2, **look
+    )
 
 
 def _scan(figure: Figure, study: StudySummary) -> None:
