@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from patch_speed import cpu_model, spread
+from tables import head, row
 
 from lrope_gguf import LropeError
 from lrope_gguf.native import tool_path
@@ -136,13 +137,13 @@ def main() -> None:
                         "on a busy machine, with --threads 1, since waiting threads spin")  # fmt: skip
     args = parser.parse_args()
     cases = itertools.product(args.models, args.keys, args.probes)
-    rows = [row for path, n_keys, n in cases if n <= n_keys for row in measure(path, n_keys, n, args)]
+    rows = [found for path, n_keys, n in cases if n <= n_keys for found in measure(path, n_keys, n, args)]
     print(f"`{shlex.join(['python', 'benchmarks/evaluator_rate.py', *sys.argv[1:]])}`\n")
     what = "processor time, against prefill in this process" if args.cpu_time else "against llama-bench -fa 1"
     print(f"{cpu_model()}, {os.cpu_count()} cores, {args.threads} threads, batch {args.batch_size}; {what}\n")
-    print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        print(f"| {' | '.join(row.values())} |")
+    print(head(*rows[0]))
+    for found in rows:
+        print(row(found.values()))
 
 
 if __name__ == "__main__":

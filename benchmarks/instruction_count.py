@@ -21,6 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tables import head, row
+
 from lrope_gguf import LropeError
 
 FUNCTION = "llama_context::decode(llama_batch const&)"  # what `llama_decode` jumps to
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=8, metavar="N", help="single tokens after it (default: 8)")
     args = parser.parse_args()
     print(f"`{shlex.join(['python', 'benchmarks/instruction_count.py', *sys.argv[1:]])}`\n")
-    print("| test | arm | instructions a token | ratio to stock |\n|---|---|---|---|")
+    print(head("test", "arm", "instructions a token", "ratio to stock"))
     base: dict[tuple[str, int], int] = {}
     rows: list[tuple[str, str, int, int, int]] = []
     for arm, (tree, factors) in ARMS.items():
@@ -79,7 +81,7 @@ def main() -> None:
         print(f"{arm}: {prefill} and {decode}", file=sys.stderr)
     for test, arm, factors, instructions, n_tokens in sorted(rows, key=lambda row: row[0] != "prefill"):
         first = base.setdefault((test, factors), instructions)
-        print(f"| {test} | {arm} | {instructions / n_tokens:,.0f} | {instructions / first:.6f} |")
+        print(row((test, arm, f"{instructions / n_tokens:,.0f}", f"{instructions / first:.6f}")))
 
 
 if __name__ == "__main__":

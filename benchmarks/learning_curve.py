@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from options import add_model_options, add_search_options, add_task_options, model_of, search_of, task_of
 from scipy import stats
+from tables import head, row
 
 from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
@@ -272,9 +273,9 @@ def tables(gain: Gain, sizes: Sequence[tuple[int, int]], asked: Sequence[int], d
             f"{within:{form}} over the questions of a context ({scale * rest:{form}} without what the depth alone "
             f"decides), {between:{form}} between contexts"
         )
-    heads = [f"{head}, {unit}" if head == "half-width" else head for _, unit, _ in MEASURES.values()
-             for head in ("half-width", "expected", "power", "expected")]  # fmt: skip
-    yield f"\n| contexts x questions | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}"
+    heads = [f"{name}, {unit}" if name == "half-width" else name for _, unit, _ in MEASURES.values()
+             for name in ("half-width", "expected", "power", "expected")]  # fmt: skip
+    yield f"\n{head('contexts x questions', *heads)}"
     enough: dict[tuple[str, int], int] = {}
     for contexts, questions in sizes:
         cells = [f"{contexts} x {questions}{'*' if 2 * contexts > n else ''}"]
@@ -287,7 +288,7 @@ def tables(gain: Gain, sizes: Sequence[tuple[int, int]], asked: Sequence[int], d
             cells += [f"{100 * value:.0f} %" for value in (seen.power, hoped.power)]
             if seen.power >= POWER:
                 enough[name, questions] = min(contexts, enough.get((name, questions), contexts))
-        yield f"| {' | '.join(cells)} |"
+        yield row(cells)
     yield f"\ncontexts for a power of {100 * POWER:.0f} %, as drawn (of those in the table) and as expected:"
     for name, one, varies in zip(MEASURES, intervals, gain.varies, strict=True):
         for questions in asked:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tables import head, row
 
 from lrope_gguf.errors import LropeError
 from lrope_search.config import CACHE_TYPES
@@ -99,10 +100,9 @@ def cost_row(path: str, args: argparse.Namespace, kind: str, rate: float) -> str
             shares.append(changes[-1] / prefill)
     # read and written: as much as keys and values of this type are together
     floor = memory_needed(path, args.tokens, n_seq=1, cache_types=(kind, kind)).kv_cache / rate
-    return (
-        f"| {Path(path).stem} | {kind} | {args.tokens} | {1e3 * statistics.median(changes):.1f} ms | "
-        f"{1e3 * floor:.2f} ms | {100 * statistics.median(shares):.2f} % |"
-    )
+    change, share = statistics.median(changes), statistics.median(shares)
+    costs = f"{1e3 * change:.1f} ms", f"{1e3 * floor:.2f} ms", f"{100 * share:.2f} %"
+    return row((Path(path).stem, kind, args.tokens, *costs))
 
 
 def rounding_row(path: str, args: argparse.Namespace, kind: str) -> str:
@@ -127,8 +127,8 @@ def rounding_row(path: str, args: argparse.Namespace, kind: str) -> str:
     def divergence(base: NDArray[np.float32], other: NDArray[np.float32]) -> str:
         return f"{float(kl_divergences(base, other, RowWorkers(1)).mean()):.2e}"
 
-    turned = " | ".join(divergence(rows[0], rows[turns]) for turns in TURNS[1:])
-    return f"| {Path(path).stem} | {kind} | {divergence(exact, rows[0])} | {turned} |"
+    turned = [divergence(rows[0], rows[turns]) for turns in TURNS[1:]]
+    return row((Path(path).stem, kind, divergence(exact, rows[0]), *turned))
 
 
 def main() -> None:
@@ -144,12 +144,12 @@ def main() -> None:
     args = parser.parse_args()
     rate = copy_rate()
     try:
-        print("| model | keys | tokens | change of level | floor | share of the prefill |\n|---|---|---|---|---|---|")
+        print(head("model", "keys", "tokens", "change of level", "floor", "share of the prefill"))
         for path in args.models:
             for kind in args.cache_types:
                 print(cost_row(path, args, kind, rate), flush=True)
-        heads = " | ".join(f"turned {turns} times" for turns in TURNS[1:])
-        print(f"\n| model | keys | type against F32 | {heads} |\n|---|---|---|{'---|' * (len(TURNS) - 1)}")
+        turned = (f"turned {turns} times" for turns in TURNS[1:])
+        print(f"\n{head('model', 'keys', 'type against F32', *turned)}")
         for path in args.models:
             for kind in args.cache_types:
                 print(rounding_row(path, args, kind), flush=True)

@@ -26,6 +26,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from tables import head, row
+
 from lrope_gguf import LropeError
 
 PROCESSES = {"stock": "stock", "patched": "patched", "stock again (noise)": "stock"}
@@ -161,10 +163,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
 
 def table(times: dict[str, dict[str, list[float]]], args: argparse.Namespace) -> str:
     """Rates and ratios as Markdown."""
-    lines = [
-        "| test | arm | tokens/s, median | speed, stock = 1: median of steps (median of each round) |",
-        "|---|---|---|---|",
-    ]
+    speed = "speed, stock = 1: median of steps (median of each round)"
+    lines = [head("test", "arm", "tokens/s, median", speed)]
     for test in TESTS:
         tokens = args.prompt if test == "prefill" else 1
         for arm, seconds in times[test].items():
@@ -173,7 +173,7 @@ def table(times: dict[str, dict[str, list[float]]], args: argparse.Namespace) ->
             size = len(ratios) // args.rounds
             rounds = [f"{statistics.median(ratios[i : i + size]):.3f}" for i in range(0, len(ratios), size)]
             text = "" if arm == base else f"{statistics.median(ratios):.4f} ({' '.join(rounds)})"
-            lines.append(f"| {test} | {arm} | {tokens / statistics.median(seconds):.1f} | {text} |")
+            lines.append(row((test, arm, f"{tokens / statistics.median(seconds):.1f}", text)))
     return "\n".join(lines)
 
 

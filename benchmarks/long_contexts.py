@@ -30,6 +30,7 @@ from options import (
     search_of,
     task_of,
 )
+from tables import head, row
 
 from lrope_gguf.errors import LropeError
 from lrope_search import search
@@ -40,9 +41,15 @@ from lrope_search.machine import physical_cores
 from lrope_search.results.comparison import Interval
 
 README = Path(__file__).parent.parent / "README.md"
-HEADER = (
-    "| length | share of trained | scaling | accuracy | gain of best uniform factor | gain of layer factors "
-    "| over uniform | KL on short text |\n|---|---|---|---|---|---|---|---|"
+HEADER = head(
+    "length",
+    "share of trained",
+    "scaling",
+    "accuracy",
+    "gain of best uniform factor",
+    "gain of layer factors",
+    "over uniform",
+    "KL on short text",
 )
 
 
@@ -64,7 +71,7 @@ def points(gain: list[float] | None) -> str:
     return "-" if gain is None else gain_text(Interval(*gain), True, 100.0, 1)
 
 
-def row(args: argparse.Namespace, model: ModelConfig, task: TaskConfig, scaling: str, multiple: float) -> str:
+def searched(args: argparse.Namespace, model: ModelConfig, task: TaskConfig, scaling: str, multiple: float) -> str:
     """Search under one scaling at one length; the table's row."""
     config = scaled(model, scaling, multiple, args.trained)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,20 +90,19 @@ def row(args: argparse.Namespace, model: ModelConfig, task: TaskConfig, scaling:
         points(None if over is None else over["accuracy_gain"]),
         f"{kl:.4f}",
     )
-    return f"| {' | '.join(cells)} |"
+    return row(cells)
 
 
 def short_only(args: argparse.Namespace, model: ModelConfig) -> None:
     """Print what scalings cost on short text."""
     plain, text = replace(model, rope_scaling="none"), args.text.read_text()
-    print(f"| model | scaling | {' | '.join(f'factor {m:g}' for m in args.multiples)} |")
-    print(f"|---|---|{'---|' * len(args.multiples)}")
+    print(head("model", "scaling", *(f"factor {m:g}" for m in args.multiples)))
     for scaling in args.scalings[1:]:
         cells = []
         for multiple in args.multiples:
             config = scaled(model, scaling, multiple, args.trained)
             cells.append(f"{short_divergence(plain, config, text, args.short):.4f}")
-        print(f"| {Path(args.model).stem} | {scaling} | {' | '.join(cells)} |", flush=True)
+        print(row((Path(args.model).stem, scaling, *cells)), flush=True)
 
 
 def main() -> None:
@@ -126,11 +132,11 @@ def main() -> None:
                 continue  # none of them scales there
             begin = time.perf_counter()
             try:
-                found = row(
+                found = searched(
                     args, model, replace(task, context_tokens=round(multiple * args.trained)), scaling, multiple
                 )
             except LropeError as error:
-                found = f"| {multiple:g}x | | {scaling} | {error} | | | | |"
+                found = row((f"{multiple:g}x", "", scaling, error, *[""] * 4))
             print(found, flush=True)
             print(f"{time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from options import scaled
+from tables import head, row
 
 from lrope_gguf.errors import LropeError
 from lrope_search.config import ROPE_SCALINGS, ModelConfig
@@ -55,8 +56,7 @@ def main() -> None:
     text = "\n".join(path.read_text() for path in args.text)
     n_tokens = round(args.multiple * args.trained)
     edges = [round(i * n_tokens / args.bins) for i in range(args.bins + 1)]
-    print(f"| scaling | {' | '.join(f'to {100 * edge / args.trained:.0f} %' for edge in edges[1:])} |")
-    print(f"|---|{'---|' * args.bins}")
+    print(head("scaling", *(f"to {100 * edge / args.trained:.0f} %" for edge in edges[1:])))
     for scaling in ROPE_SCALINGS:
         config = scaled(ModelConfig(args.model, n_threads=args.threads), scaling, args.multiple, args.trained)
         try:
@@ -64,7 +64,7 @@ def main() -> None:
         except LropeError as error:
             sys.exit(str(error))
         bins = np.array_split(found, args.bins)
-        print(f"| {scaling} | {' | '.join(f'{part.mean():.3f}' for part in bins)} |", flush=True)
+        print(row((scaling, *(f"{part.mean():.3f}" for part in bins))), flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 from learning_curve import MEASURES, kept, over_contexts
 from numpy.typing import NDArray
 from options import add_model_options, add_task_options, model_of, task_of
+from tables import head, row
 
 from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
@@ -128,7 +129,7 @@ def rows(length: Length, index: int) -> list[str]:
         gains = [(one.accuracy_gain, one.log_probability_gain)[index] for one in told]
         cells += [with_interval(one, gain, scale, digits) for one, gain in zip(told, gains, strict=True)]
         cells += [""] * (0 if name in length.changes else len(CHANGES))
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(row(cells))
     return lines
 
 
@@ -212,18 +213,17 @@ def main() -> None:
         parser.error("--study: needs --window and one of --shares")
     heads = ("window", "tokens", "side", *(f"{(i + 0.5) / BINS:.2f}" for i in range(BINS)), "all", *CONTRASTS,
              *CHANGES)  # fmt: skip
-    header = f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
     lengths = []
     try:
         if args.output is not None:
             picture_kind(args.output)  # better refused before the work than after it
         if (args.window or 1) < 1 or min(args.shares) <= 0.0 or args.contexts < 1:
             raise LropeError("--window, --shares, --contexts: give numbers above 0")
-        print(f"accuracy, %, by depth; contrasts in points\n\n{header}", flush=True)
+        print(f"accuracy, %, by depth; contrasts in points\n\n{head(*heads)}", flush=True)
         for length in of_study(args) if args.study is not None else of_model(args):
             lengths.append(length)
             print("\n".join(rows(length, 0)), flush=True)
-        print(f"\nlog-probability, nats a token, by depth\n\n{header}")
+        print(f"\nlog-probability, nats a token, by depth\n\n{head(*heads)}")
         print("\n".join(line for length in lengths for line in rows(length, 1)))
         if args.output is not None:
             draw(args.output, lengths, Path(args.model or args.study).stem)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from patch_speed import cpu_model
+from tables import head, row
 
 from lrope_gguf import LropeError, write_factors
 from lrope_search.evaluation.encoding import MAX_NEW_TOKENS
@@ -118,14 +119,14 @@ def main() -> None:
     print(f"`{shlex.join(['python', 'benchmarks/naive_evaluation.py', *sys.argv[1:]])}`\n")
     print(f"{cpu_model()}, {os.cpu_count()} cores, {args.threads} threads; model {args.model.name}")
     print(f"{len(context.probes)} probes of one context, {args.candidates} candidates; medians\n")
-    print("| a candidate | tokens computed | ratio | seconds | ratio | right answers |\n|---|---|---|---|---|---|")
+    print(head("a candidate", "tokens computed", "ratio", "seconds", "ratio", "right answers"))
     ours = costs["evaluator"]
     for name, of_way in costs.items():
         tokens, own_tokens = (statistics.median(c.n_tokens for c in way) for way in (of_way, ours))
         seconds = statistics.median(c.seconds for c in of_way)
         ratio = statistics.median(a.seconds / b.seconds for a, b in zip(of_way, ours, strict=True))
         right = ", ".join(str(c.n_correct) for c in of_way)
-        print(f"| {name} | {tokens:.0f} | {tokens / own_tokens:.2f} | {seconds:.1f} | {ratio:.2f} | {right} |")
+        print(row((name, f"{tokens:.0f}", f"{tokens / own_tokens:.2f}", f"{seconds:.1f}", f"{ratio:.2f}", right)))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from options import add_model_options, add_task_options, dispatch, model_of, task_of
+from tables import head, row
 
 from lrope_gguf import write_factors
 from lrope_gguf.commands.write import curve_for
@@ -323,9 +324,7 @@ def measured_row(name: str, table: DepthTable) -> list[str]:
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows as a table in Markdown."""
-    print("| judge | questions | base, % | written, % | difference, points |\n|---|---|---|---|---|")
-    for cells in rows:
-        print(f"| {' | '.join(cells)} |")
+    print("\n".join([head("judge", "questions", "base, %", "written, %", "difference, points"), *map(row, rows)]))
 
 
 # Commands

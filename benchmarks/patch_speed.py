@@ -21,6 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tables import head, row
+
 from lrope_gguf import LropeError, read_model, write_factors
 
 ARMS = ("stock", "patched", "factors")
@@ -79,16 +81,15 @@ def with_factors(model: Path, folder: Path) -> Path:
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Rates and ratios as Markdown."""
-    lines = ["| test | arm | tokens/s, median | ratio to stock of the same round, median (range) |"]
-    lines.append("|---|---|---|---|")
+    lines = [head("test", "arm", "tokens/s, median", "ratio to stock of the same round, median (range)")]
     for test in TESTS:
         column = {arm: [run[test] for run in results[arm]] for arm in ARMS}
         for arm in ARMS:
             ratio = [a / b for a, b in zip(column[arm], column["stock"], strict=True)]
             text = "" if arm == "stock" else spread(ratio)
-            lines.append(f"| {test} | {arm} | {statistics.median(column[arm]):.1f} | {text} |")
+            lines.append(row((test, arm, f"{statistics.median(column[arm]):.1f}", text)))
         noise = [b / a for a, b in zip(column["stock"], column["stock"][1:], strict=False)]
-        lines.append(f"| {test} | stock against the stock run before it (noise) | | {spread(noise)} |")
+        lines.append(row((test, "stock against the stock run before it (noise)", "", spread(noise))))
     return "\n".join(lines)
 
 

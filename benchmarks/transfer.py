@@ -35,6 +35,7 @@ from options import (
     task_of,
     tasks_of,
 )
+from tables import head, row
 
 from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
@@ -128,10 +129,9 @@ def log_probability(comparison: Comparison) -> str:
     return gain_text(comparison.log_probability_gain, comparison.enough, 1.0, 4)
 
 
-def table(head: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+def table(first: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     """A table in Markdown."""
-    lines = [f"| {head} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    return "\n".join([*lines, *(f"| {' | '.join([name, *cells])} |" for name, cells in rows.items())])
+    return "\n".join([head(first, *columns), *(row((name, *cells)) for name, cells in rows.items())])
 
 
 def tables(
