@@ -18,6 +18,7 @@ from ..config import TaskMix
 from ..scores import Factors
 from .options import (
     POSITIVE,
+    check_study,
     first_task_options,
     llama_options,
     model_config,
@@ -71,8 +72,8 @@ def command(
         raise click.UsageError("argument --factors: not allowed with argument --curve")
     workers = workers_config(values)
     how, what = model_config(model, values), task_config(values)
-    if study is not None and Path(study).exists() and not Path(study).is_dir():
-        raise LropeError(f"--study {study}: is a file; give a directory")
+    if study is not None:
+        check_study(study)
     if plot is not None:
         parts = TaskMix.of(what).tasks
         inputs = {"MODEL": model} | {f"--curve {file}": file for file in curve}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -216,6 +218,12 @@ def workers_config(values: dict[str, Any]) -> WorkersConfig:
         LropeError: values out of range.
     """
     return WorkersConfig(*(values.pop(name) for name in ("workers", "gpus", "executor", "ray_address")))
+
+
+def check_study(directory: str | os.PathLike[str]) -> None:
+    """Raise `LropeError` where a study cannot be: at a file's place."""
+    if Path(directory).exists() and not Path(directory).is_dir():
+        raise LropeError(f"--study {directory}: is a file; give a directory")
 
 
 def task_config(values: dict[str, Any]) -> TaskConfig | TaskMix:

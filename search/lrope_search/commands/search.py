@@ -11,7 +11,6 @@ import click
 
 from lrope_gguf.commands.options import FILE, Command, model_argument
 from lrope_gguf.curve import Curve, CurveFile
-from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.stores import keeper, reference
 from lrope_gguf.text import command_line, say
@@ -20,6 +19,7 @@ from ..config import ALGORITHM_FIELDS, PARAMETRIZATIONS, SearchConfig, TaskMix
 from .options import (
     Pair,
     all_of,
+    check_study,
     first_task_options,
     llama_options,
     model_config,
@@ -104,8 +104,7 @@ def command(model: str, output: str, study: str | None, dry_run: bool, require_g
     inputs |= {"--data" if len(parts) == 1 else f"--data {part.name}": part.data for part in parts}
     inputs |= {f"--start {file}": file for file in values.get("start", ())}
     check_output("--output", path, inputs)
-    if directory.exists() and not directory.is_dir():
-        raise LropeError(f"--study {directory}: is a file; give a directory")
+    check_study(directory)
 
     from .. import launch
 
