@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,11 +75,16 @@ def kl_divergences(base: Logits, other: Logits, workers: RowWorkers) -> NDArray[
     result = np.empty(len(base))
 
     def diverge(rows: slice) -> None:
+        log_p, log_q, p = np.empty((3, base.shape[1]))
         for i, b, o in zip(range(rows.start, rows.stop), base[rows], other[rows], strict=True):
-            log_p, log_q = _log_softmax(b), _log_softmax(o)
-            p = np.exp(log_p)
-            there = p > 0.0  # a token that the model excludes adds nothing
-            value = float(p[there] @ (log_p[there] - log_q[there]))
+            _log_softmax(b, out=log_p, spare=p)
+            _log_softmax(o, out=log_q, spare=p)
+            np.exp(log_p, out=p)
+            there: Any = p > 0.0  # a token that the model excludes adds nothing
+            there = True if there.all() else there
+            ratio = np.subtract(log_p, log_q, out=log_q, where=there)
+            # no dot product: BLAS has threads of its own, which would wait for cores that others have
+            value = float(np.multiply(p, ratio, out=ratio, where=there).sum(where=there))
             result[i] = max(value, 0.0) if math.isfinite(value) else math.inf
             if np.isnan(log_p[0]):
                 result[i] = math.nan
@@ -87,11 +93,11 @@ def kl_divergences(base: Logits, other: Logits, workers: RowWorkers) -> NDArray[
     return result
 
 
-def _log_softmax(row: Logits) -> NDArray[np.float64]:
-    x = row.astype(np.float64)
-    top = float(x.max())
+def _log_softmax(row: Logits, *, out: NDArray[np.float64], spare: NDArray[np.float64]) -> None:
+    """Write log-probabilities into ``out``, NaN where there are none; ``spare`` is for what lies between."""
+    top = float(row.max())
     if not math.isfinite(top):
-        return np.full_like(x, np.nan)
-    x -= top
-    x -= math.log(np.exp(x).sum())
-    return x
+        out[:] = math.nan
+        return
+    np.subtract(row, top, out=out, dtype=np.float64)
+    out -= math.log(np.exp(out, out=spare).sum())
