@@ -11,7 +11,7 @@ lead one to expect. Usage:
 
 Without `--curve` a search with `--search-seed` finds one first. The best uniform factor is the one of
 `--uniform-factors` with the highest log-probability on validation contexts. `--study` takes the answers of a kept
-study's test in place of a model's.
+study's test, or those of `eval --study`, in place of a model's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -40,7 +40,7 @@ from lrope_search.results.comparison import Comparison, Interval, compare, conte
 from lrope_search.results.variation import components
 from lrope_search.sample import Components
 from lrope_search.scores import ContextScore, Factors, ProbeScore
-from lrope_search.study.store import parse_evaluations
+from lrope_search.study.store import Study, parse_evaluations
 
 Scores: TypeAlias = dict[str, Sequence[ContextScore]]
 """Of each side, every context's answers."""
@@ -231,28 +231,51 @@ def measured(args: argparse.Namespace) -> Asked:
 
 
 def kept(directory: Path) -> Asked:
-    """Return what was asked in the test of a kept study.
+    """Return what was asked in the test of a kept study, or under ``eval --study``, on contexts that all sides saw.
 
     Raises:
-        LropeError: there is none, it is damaged, or it has not ended with a curve that was tested.
+        LropeError: there is none, it is damaged, or it holds no curve that was tested.
     """
-    study = read_study(directory)
     path = directory / "evaluations.jsonl"
     tests: dict[Factors, dict[int, ContextScore]] = {}
     for job, score in parse_evaluations(path.read_bytes(), path)[0] if path.exists() else ():
         if job.split == "test" and isinstance(score, ContextScore):
             tests.setdefault(job.factors, {})[job.index] = score
-    n_layer = len(study.factors or ())
+    config = Study.kept(directory, "config")
+    measured = isinstance(config, dict) and "search" not in config
+    names = _names(tests) if measured else _searched(directory)
+    sides = {name: tests[side] for side, name in names.items() if side in tests}
+    if not {"base", "curve"} <= sides.keys():
+        raise LropeError(f"{directory}: holds no test of a curve beside the base model; give a study that has ended")
+    shared = sorted(set.intersection(*map(set, sides.values())))
+    scores: Scores = {name: [side[i] for i in shared] for name, side in sides.items()}
+    return str(directory), scores, [("curve", name) for name in scores if name != "curve"]
+
+
+def _searched(directory: Path) -> dict[Factors, str]:
+    """Return the names of what a search has tested; none if it has not ended."""
+    study = read_study(directory)
+    if not study.finished or study.factors is None:
+        return {}
+    n_layer = len(study.factors)
     names = {(1.0,) * n_layer: "base"}
     if study.uniform is not None:
         names[(study.uniform,) * n_layer] = f"uniform {study.uniform:g}"
-    names.setdefault(study.factors or (), "curve")
-    scores: Scores = {
-        name: [tests[side][i] for i in sorted(tests[side])] for side, name in names.items() if side in tests
-    }
-    if not study.finished or not {"base", "curve"} <= scores.keys():
-        raise LropeError(f"{directory}: holds no test of a curve beside the base model; give a study that has ended")
-    return str(directory), scores, [("curve", name) for name in scores if name != "curve"]
+    names.setdefault(study.factors, "curve")
+    return names
+
+
+def _names(sides: Iterable[Factors]) -> dict[Factors, str]:
+    """Return what sides of a measurement are called: by their factors, and curves as they came."""
+    names: dict[Factors, str] = {}
+    n_curves = 0
+    for side in sides:
+        if len(set(side)) == 1:
+            names[side] = "base" if side[0] == 1.0 else f"uniform {side[0]:g}"
+            continue
+        n_curves += 1
+        names[side] = "curve" if n_curves == 1 else f"curve {n_curves}"
+    return names
 
 
 def tables(gain: Gain, sizes: Sequence[tuple[int, int]], asked: Sequence[int], draws: int, seed: int) -> Iterator[str]:

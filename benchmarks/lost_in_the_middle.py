@@ -10,7 +10,8 @@ the middle four, and the mean of both, which is above zero where the middle is l
         [task and model options as of search]
     python benchmarks/lost_in_the_middle.py --study DIR --window N --shares S [--output PNG]
 
-`--study` takes the answers of a kept study's test in place of a model's: the one length that S says.
+`--study` takes the answers of a kept study's test, or those of `eval --study`, in place of a model's: the one length
+that S says.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from lrope_gguf import LropeError
 from lrope_search.results.comparison import Interval, compare
 from lrope_search.sample import Components
-from lrope_search.scores import ContextScore, ProbeScore
+from lrope_search.scores import ContextScore, Job, ProbeScore
+from lrope_search.study.store import Study
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "docs" / "studies" / "qwen2.5-coder-0.5b-100-keys"
@@ -240,6 +241,23 @@ def test_a_kept_study_has_its_learning_curve() -> None:
     assert any(line.startswith("| 6 x 5 |") for line in lines) and any(
         line.startswith("| 20 x 11* |") for line in lines
     )
+
+
+def test_answers_that_eval_kept(tmp_path: Path) -> None:
+    """Sides are named by their factors, and only contexts that all of them saw count."""
+    sides = {(1.0, 1.0): 4, (1.0, 1.2): 3, (1.1, 1.1): 3, (0.9, 1.2): 4}
+    with Study(tmp_path, {"task": {}}) as study:
+        for factors, n in sides.items():
+            for i in range(n):
+                probes = (ProbeScore(0.2, -sum(factors) - i, False), ProbeScore(0.7, -1.0, True))
+                study.record(Job(factors, "test", i), ContextScore("test", i, probes, 10, 1.0))
+        study.record(Job((1.0, 1.0), "search", 0), ContextScore("search", 0, probes, 10, 1.0))
+    _, scores, pairs = curve().kept(tmp_path)
+    assert pairs == [("curve", name) for name in ("base", "uniform 1.1", "curve 2")]
+    assert list(scores) == ["base", "curve", "uniform 1.1", "curve 2"]
+    assert all([score.index for score in side] == [0, 1, 2] for side in scores.values())
+    assert scores["curve"][1].probes[0].log_probability == -3.2
+    assert scores["curve 2"][1].probes[0].log_probability == pytest.approx(-3.1)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "evaluations.jsonl"])
