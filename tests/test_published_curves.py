@@ -27,6 +27,7 @@ def test_a_curve_says_what_it_is_good_for(name: str) -> None:
         assert tested["quantization"] and len(tested["fingerprint"]) == 64 and len(tested["gain"]) == 3
     study = CurveFile.load(ROOT / said["study"] / "best.json")
     assert curve.control_points == study.control_points
+    assert curve.layer_factors == pytest.approx(study.factors_for(curve.block_count), abs=1e-6)
     assert isinstance(study.provenance, dict)
     assert study.provenance["results"]["verdict"] == said["verdict"]
     assert study.provenance["results"]["recommended"] is said["recommended"]
@@ -40,7 +41,9 @@ def test_write_takes_it_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["write", str(other), "--curve", NAME]) == 1
     assert "is for architecture qwen2" in capsys.readouterr().err
     assert main(["write", str(fits), "--curve", "qwen"]) == 1
-    assert f"qwen: no such file, and no curve of that name; there are {NAME}" in capsys.readouterr().err
+    assert (
+        f"qwen: no such file, and no curve of that name; there are {', '.join(published())}" in capsys.readouterr().err
+    )
 
 
 def test_a_file_of_that_name_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
