@@ -217,6 +217,8 @@ def test_the_verdict_says_whether_one_factor_would_do() -> None:
     beside = verdict(curve, uniform, over_uniform=comparison(0.01, -0.02, 0.04))
     assert beside.recommended  # it is better than the base model all the same
     assert beside.text.endswith("factor 1.1 gains 4.0; not significantly better: 1.0 points [-2.0, 4.0]")
+    won = verdict(uniform[1], uniform)
+    assert won.text.endswith("40 unseen contexts; that is the uniform factor 1.1, factors that differ bring no more")
     assert "better" not in verdict(None, uniform, over_uniform=comparison(0.0, 0.0, 0.0)).text
 
 

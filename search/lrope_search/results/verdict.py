@@ -36,7 +36,9 @@ def verdict(
         tasks: Of several tasks, the curve against the base model on each.
     """
     beside = ""
-    if uniform is not None:
+    if uniform is not None and uniform[1] == curve:  # it is the winner
+        beside = f"; that is the uniform factor {uniform[0]:g}, factors that differ bring no more"
+    elif uniform is not None:
         beside = f"; best uniform factor {uniform[0]:g} gains {_points(uniform[1].accuracy_gain.mean)}"
         if over_uniform is not None and curve is not None:
             more = _gain(over_uniform.accuracy_gain)
