@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,7 +81,10 @@ def test_the_first_side_stands_beside_the_others(
     curves = [word for name in ("one", "two") for word in ("--curve", str(tmp_path / f"{name}.json"))]
     assert main(["eval", str(model), *TASK, *curves, "--uniform", "1.1", "--contexts", "3"]) == 0
     said = capsys.readouterr().out
-    assert "curve one over curve two: accuracy " in said and "curve one over uniform 1.1: accuracy " in said
+    assert re.search(
+        r"^curve one over curve two: accuracy [+-]\d+\.\d points, log-probability [+-]", said, re.MULTILINE
+    )
+    assert "curve one over uniform 1.1: accuracy " in said
 
     sides = {"one": (1.3,) * 6, "two": (0.8,) * 6}
     task = TaskConfig(identifiers="number", keys=12, probes=4)

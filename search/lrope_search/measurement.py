@@ -75,9 +75,9 @@ class Measurement:
         """Return the table, the accuracies of written answers if there are any, and the speed."""
         text = str(self.table)
         for name, one in self.beside.items():
-            points = with_interval(one, one.accuracy_gain, 100.0, 1)
+            points = with_interval(one, one.accuracy_gain, 100.0, 1, " points")
             nats = with_interval(one, one.log_probability_gain, 1.0, 4)
-            text += f"\n{list(self.sides)[1]} over {name}: accuracy {points} points, log-probability {nats}"
+            text += f"\n{list(self.sides)[1]} over {name}: accuracy {points}, log-probability {nats}"
         if self.generated is not None:
             text += f"\n\nanswers written by the model; {self.agreement:.1%} of them agree with the scores above\n"
             for name, cell in self.generated.totals.items():

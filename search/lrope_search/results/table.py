@@ -126,9 +126,9 @@ def left_aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def with_interval(comparison: Comparison, gain: Interval, scale: float, digits: int) -> str:
-    """Return a gain with its interval, if there are enough contexts for one."""
-    text = f"{scale * gain.mean:+.{digits}f}"
+def with_interval(comparison: Comparison, gain: Interval, scale: float, digits: int, unit: str = "") -> str:
+    """Return a gain, the ``unit`` as it is to stand behind it, and its interval, if there are enough contexts."""
+    text = f"{scale * gain.mean:+.{digits}f}{unit}"
     if not comparison.enough:
         return text
     return f"{text} [{scale * gain.low:+.{digits}f}, {scale * gain.high:+.{digits}f}]"
