@@ -134,13 +134,7 @@ def _launch(
                 if len(mix.parts) == 1:
                     _say_variation(settings, study, first, facts, progress)
                 return None
-            spec = dataclasses.replace(
-                spec,
-                model=dataclasses.replace(model, batch_size=facts.batch_size),
-                guard_texts=facts.guard_texts,
-                scoring=facts.scoring,
-            )
-            executor = all_workers(workers, spec, first, stack)
+            executor = all_workers(workers, spec.settled(facts), first, stack)
             outcome = run_search(
                 executor,
                 study,

@@ -27,7 +27,7 @@ from .start import all_workers, check_versions, first_worker, identity
 from .study.interrupt import one_interrupt
 from .study.progress import Progress
 from .study.store import Study
-from .tasks import make_tasks, task_identity
+from .tasks import make_tasks
 from .workers.protocol import Executor
 
 
@@ -147,8 +147,7 @@ def measure(
         study = stack.enter_context(Study(place, config))
         progress = Progress(study.log)
         check_versions(study, first, progress)
-        spec = replace(spec, model=replace(model, batch_size=facts.batch_size), scoring=facts.scoring)
-        executor = first if generate else all_workers(workers, spec, first, stack)
+        executor = first if generate else all_workers(workers, spec.settled(facts), first, stack)
         jobs = [Job(factors, split, index) for index in range(contexts) for factors in dict.fromkeys(sides.values())]
         answers = _ask(executor, study, jobs, progress, generate=generate)
         scores = {
@@ -166,12 +165,7 @@ def measure(
                 progress.line(sample.advice(sum(len(score.probes) for score in base)))
     every = [score for side in scores.values() for score in side]
     return Measurement(
-        asked={
-            **task_identity(mix, facts.leads),
-            "chat_template": model.chat_template,
-            "split": split,
-            **({"llama_options": options} if (options := model.llama_options()) else {}),
-        },
+        asked=config["task"] | {"split": split} | {name: config[name] for name in ("llama_options",) if name in config},
         sides=sides,
         scores=scores,
         table=depth_table(scores, weights=mix.weights),
@@ -202,12 +196,10 @@ def _ask(
 ) -> dict[Job, tuple[Generation, ...]]:
     """Have everything evaluated that is not on record yet; return the answers that the model wrote, if it is let."""
     answers: dict[Job, tuple[Generation, ...]] = {}
-    missing = [job for job in jobs if study.lookup(job) is None]
-    left = Counter(job.index for job in jobs)
+    left = Counter(job.index for job in jobs if study.lookup(job) is None)
     progress.start(len(jobs))
-    for job in set(jobs).difference(missing):
+    for _ in range(len(jobs) - left.total()):
         progress.advance(replayed=True)
-        left[job.index] -= 1
     # what is written goes on from what was just fed: one after the other
     for batch in [[job] for job in jobs] if generate else [jobs]:
         asked = [job for job in batch if study.lookup(job) is None]

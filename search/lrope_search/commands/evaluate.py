@@ -14,11 +14,11 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.text import say
 
-from ..config import TaskMix
 from ..scores import Factors
 from .options import (
     POSITIVE,
     check_study,
+    data_files,
     first_task_options,
     llama_options,
     model_config,
@@ -75,9 +75,9 @@ def command(
     if study is not None:
         check_study(study)
     if plot is not None:
-        parts = TaskMix.of(what).tasks
-        inputs = {"MODEL": model} | {f"--curve {file}": file for file in curve}
-        check_output("--plot", plot, inputs | {f"--data {part.name}": part.data for part in parts})
+        check_output(
+            "--plot", plot, {"MODEL": model, **{f"--curve {file}": file for file in curve}, **data_files(what)}
+        )
         from lrope_gguf.plot import picture_kind
 
         picture_kind(plot)
@@ -90,16 +90,15 @@ def command(
     found = measure(
         how, what, sides, contexts=contexts, split=split, generate=generate, directory=study, workers=workers
     )
+    table = found.table
     if plot is not None:
         from ..report.pictures import plot_table
 
-        table = found.table
         questions = f"{table.n_probes} questions on {table.n_contexts} contexts"
         plot_table(plot, table, title=f"{Path(model).name}: {questions}")
     if as_json:
         print(json.dumps({"model": model, **found.json()}, indent=2))
     else:
-        table = found.table
         say(f"{model}: {table.n_probes} questions on {table.n_contexts} {split} contexts\n\n{found}")
 
 

@@ -220,6 +220,12 @@ def workers_config(values: dict[str, Any]) -> WorkersConfig:
     return WorkersConfig(*(values.pop(name) for name in ("workers", "gpus", "executor", "ray_address")))
 
 
+def data_files(task: TaskConfig | TaskMix) -> dict[str, str | None]:
+    """Return the files that tasks read, by the option that gave them, as `check_output` takes its inputs."""
+    parts = TaskMix.of(task).tasks
+    return {"--data" if len(parts) == 1 else f"--data {part.name}": part.data for part in parts}
+
+
 def check_study(directory: str | os.PathLike[str]) -> None:
     """Raise `LropeError` where a study cannot be: at a file's place."""
     if Path(directory).exists() and not Path(directory).is_dir():

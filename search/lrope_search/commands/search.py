@@ -15,11 +15,12 @@ from lrope_gguf.files import check_output
 from lrope_gguf.stores import keeper, reference
 from lrope_gguf.text import command_line, say
 
-from ..config import ALGORITHM_FIELDS, PARAMETRIZATIONS, SearchConfig, TaskMix
+from ..config import ALGORITHM_FIELDS, PARAMETRIZATIONS, SearchConfig
 from .options import (
     Pair,
     all_of,
     check_study,
+    data_files,
     first_task_options,
     llama_options,
     model_config,
@@ -100,8 +101,7 @@ def command(model: str, output: str, study: str | None, dry_run: bool, require_g
     settings = search_config({name: value for name, value in values.items() if hasattr(_DEFAULTS, name)})
 
     inputs = {"MODEL": model, "--guard-text": settings.guard_text}
-    parts = TaskMix.of(task).tasks
-    inputs |= {"--data" if len(parts) == 1 else f"--data {part.name}": part.data for part in parts}
+    inputs |= data_files(task)
     inputs |= {f"--start {file}": file for file in values.get("start", ())}
     check_output("--output", path, inputs)
     check_study(directory)

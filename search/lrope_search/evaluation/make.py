@@ -95,6 +95,11 @@ class EvaluatorSpec:
     scoring: str | None = None
     guarded: bool = True
 
+    def settled(self, facts: Facts) -> EvaluatorSpec:
+        """Return this with what a first worker has found out, in which all of them must agree."""
+        model = replace(self.model, batch_size=facts.batch_size)
+        return replace(self, model=model, guard_texts=facts.guard_texts, scoring=facts.scoring)
+
     @contextmanager
     def __call__(self, n_threads: int | None = None) -> Iterator[TeacherForcedEvaluator]:
         """Load the model with so many threads (None: what its settings say) and yield the evaluator.
