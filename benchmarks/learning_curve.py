@@ -40,7 +40,7 @@ from lrope_search.results.comparison import Comparison, Interval, compare, conte
 from lrope_search.results.variation import components
 from lrope_search.sample import Components
 from lrope_search.scores import ContextScore, Factors, ProbeScore
-from lrope_search.study.store import Study, parse_evaluations
+from lrope_search.study.store import Study, holds_search, parse_evaluations
 
 Scores: TypeAlias = dict[str, Sequence[ContextScore]]
 """Of each side, every context's answers."""
@@ -243,9 +243,7 @@ def kept(directory: Path) -> Asked:
     for job, score in parse_evaluations(path.read_bytes(), path)[0] if path.exists() else ():
         if job.split == "test" and isinstance(score, ContextScore):
             tests.setdefault(job.factors, {})[job.index] = score
-    config = Study.kept(directory, "config")
-    measured = isinstance(config, dict) and "search" not in config
-    names = _names(tests) if measured else _searched(directory)
+    names = _searched(directory) if holds_search(Study.kept(directory, "config")) else _names(tests)
     sides = {name: tests[side] for side, name in names.items() if side in tests}
     if not {"base", "curve"} <= sides.keys():
         raise LropeError(f"{directory}: holds no test of a curve beside the base model; give a study that has ended")

@@ -30,6 +30,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from tables import head, row
+
 PROJECT = Path(__file__).resolve().parent.parent
 MKFS = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"], "ext4": ["mkfs.ext4", "-q", "-F"]}
 LAYERS = 32
@@ -115,9 +117,9 @@ def peak(runs: Sequence[Run]) -> str:
     return f"{max(run.peak for run in runs) / 2**20:.0f}"
 
 
-def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))
+    return "\n".join((head(*header), *map(row, rows)))
 
 
 def verdict(ratio: float, goal: float, *, least: bool = False) -> str:

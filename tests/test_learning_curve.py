@@ -246,7 +246,7 @@ def test_a_kept_study_has_its_learning_curve() -> None:
 def test_answers_that_eval_kept(tmp_path: Path) -> None:
     """Sides are named by their factors; contexts are those of base and curve, and who saw fewer is left out."""
     sides = {(1.0, 1.0): 4, (1.0, 1.2): 3, (1.1, 1.1): 3, (1.2, 1.2): 2, (0.9, 1.2): 4}
-    with Study(tmp_path, {"task": {}}) as study:
+    with Study(tmp_path, {"task": {}, "computing": {}}) as study:
         for factors, n in sides.items():
             for i in range(n):
                 probes = (ProbeScore(0.2, -sum(factors) - i, False), ProbeScore(0.7, -1.0, True))

@@ -26,7 +26,7 @@ from .scores import ContextScore, Evaluation, Factors, Job
 from .start import all_workers, check_versions, first_worker, identity
 from .study.interrupt import one_interrupt
 from .study.progress import Progress
-from .study.store import Study
+from .study.store import Study, holds_search
 from .tasks import make_tasks
 from .workers.protocol import Executor
 
@@ -186,7 +186,7 @@ def _kept(directory: Path) -> tuple[int | None, str | None]:
         LropeError: a search has it.
     """
     config = Study.kept(directory, "config")
-    if isinstance(config, dict) and "search" in config:
+    if config is not None and holds_search(config):
         raise LropeError(f"--study {directory}: holds a search; choose another directory")
     return kept_computing(config)
 

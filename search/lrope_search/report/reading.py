@@ -13,7 +13,7 @@ from lrope_gguf.errors import LropeError
 
 from ..results.summary import StudySummary, Trial, summarise
 from ..scores import ContextScore, Evaluation, Job
-from ..study.store import parse_evaluations
+from ..study.store import holds_search, parse_evaluations
 
 
 def read_study(directory: Path) -> StudySummary:
@@ -51,7 +51,7 @@ def _config(directory: Path) -> dict[str, Any]:
         raise LropeError(f"{path}: is not JSON ({error}); search again in another directory") from None
     if not isinstance(config, dict):
         raise LropeError(f"{path}: is not a JSON object; search again in another directory")
-    if "computing" in config and "search" not in config:
+    if not holds_search(config):
         raise LropeError(
             f"{directory}: holds no search, but what eval --study measured; the same eval prints its table"
         )

@@ -220,6 +220,14 @@ class Study:
             self._results.setdefault(job, score)
 
 
+def holds_search(config: Any) -> bool:
+    """Return whether a directory's ``config.json`` is of a search, and not of what `measure` keeps.
+
+    Old searches did not say how they computed; a measurement always does.
+    """
+    return not (isinstance(config, dict) and "computing" in config and "search" not in config)
+
+
 def parse_evaluations(data: bytes, path: Path) -> tuple[list[tuple[Job, Evaluation]], int]:
     """Return the results in the bytes of an ``evaluations.jsonl``, line by line, and the length of the whole lines.
 
