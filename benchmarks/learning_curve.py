@@ -230,10 +230,10 @@ def measured(args: argparse.Namespace) -> Asked:
     return f"{args.model}, factors {listed}", dict(scores), pairs
 
 
-def kept(directory: Path) -> Asked:
+def kept(directory: Path, most: int | None = None) -> Asked:
     """Return what was asked in the test of a kept study, or under ``eval --study``.
 
-    Contexts are those of base and curve; sides that saw fewer are left out.
+    Contexts are those of base and curve, the first so many at ``most``; sides that saw fewer are left out.
 
     Raises:
         LropeError: there is none, it is damaged, or it holds no curve that was tested.
@@ -247,7 +247,7 @@ def kept(directory: Path) -> Asked:
     sides = {name: tests[side] for side, name in names.items() if side in tests}
     if not {"base", "curve"} <= sides.keys():
         raise LropeError(f"{directory}: holds no test of a curve beside the base model; give a study that has ended")
-    shared = sorted(sides["base"].keys() & sides["curve"].keys())
+    shared = sorted(sides["base"].keys() & sides["curve"].keys())[:most]
     scores: Scores = {name: [side[i] for i in shared] for name, side in sides.items() if side.keys() >= set(shared)}
     return str(directory), scores, [("curve", name) for name in scores if name != "curve"]
 

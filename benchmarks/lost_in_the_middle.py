@@ -42,6 +42,7 @@ from lrope_search.scores import ContextScore
 BINS = 10
 MIDDLE = range(3, 7)
 """The bins that are the middle."""
+CONTEXTS = 30
 CONTRASTS = ("start - middle", "end - middle", "U")
 CHANGES = ("U, change", "middle, change")
 
@@ -173,7 +174,7 @@ def draw(path: str, lengths: Sequence[Length], title: str) -> None:
 def of_study(args: argparse.Namespace) -> Iterator[Length]:
     """Yield the one length of a kept study."""
     share = args.shares[0]
-    yield length_of(share, round(share * args.window), kept(args.study)[1])
+    yield length_of(share, round(share * args.window), kept(args.study, args.contexts)[1])
 
 
 def of_model(args: argparse.Namespace) -> Iterator[Length]:
@@ -183,11 +184,12 @@ def of_model(args: argparse.Namespace) -> Iterator[Length]:
     if window is None:
         raise LropeError(f"{args.model}: does not say how long its contexts were; give --window")
     sides = {} if args.curve is None else {"curve": curve_for(args.curve, info)[1]}
+    contexts = CONTEXTS if args.contexts is None else args.contexts
     for share in args.shares:
         tokens = round(share * window)
-        found = measure(model, replace(task, context_tokens=tokens), sides, contexts=args.contexts)
+        found = measure(model, replace(task, context_tokens=tokens), sides, contexts=contexts)
         yield length_of(share, tokens, found.scores)
-        each = found.seconds / args.contexts / len(found.sides)
+        each = found.seconds / contexts / len(found.sides)
         print(
             f"{share:g}: {each:.3g} s a context and side, {found.n_tokens / found.seconds:.0f} tokens/s",
             file=sys.stderr,
@@ -202,7 +204,7 @@ def main() -> None:
     parser.add_argument("--window", metavar="N", type=int, help="tokens that it was trained on (what its file says)")
     parser.add_argument("--shares", metavar="S", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--curve", metavar="FILE", help="factors to hold against none")
-    parser.add_argument("--contexts", metavar="N", type=int, default=30, help="of each length (%(default)s)")
+    parser.add_argument("--contexts", metavar="N", type=int, help=f"of each length ({CONTEXTS}; of a study all)")
     parser.add_argument("--output", metavar="PNG", help="a picture")
     add_model_options(parser)
     add_task_options(parser)
@@ -218,7 +220,8 @@ def main() -> None:
     try:
         if args.output is not None:
             picture_kind(args.output)  # better refused before the work than after it
-        if (args.window or 1) < 1 or min(args.shares) <= 0.0 or args.contexts < 1:
+        given = [n for n in (args.window, args.contexts) if n is not None]
+        if min(given, default=1) < 1 or min(args.shares) <= 0.0:
             raise LropeError("--window, --shares, --contexts: give numbers above 0")
         print(f"accuracy, %, by depth; contrasts in points\n\n{head(*heads)}", flush=True)
         for length in of_study(args) if args.study is not None else of_model(args):

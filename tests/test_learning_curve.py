@@ -258,6 +258,10 @@ def test_answers_that_eval_kept(tmp_path: Path) -> None:
     assert all([score.index for score in side] == [0, 1, 2] for side in scores.values())
     assert scores["curve"][1].probes[0].log_probability == -3.2
     assert scores["curve 2"][1].probes[0].log_probability == pytest.approx(-3.1)
+    _, scores, _ = curve().kept(tmp_path, 2)
+    assert {name: [score.index for score in side] for name, side in scores.items()} == {
+        name: [0, 1] for name in ("base", "curve", "uniform 1.1", "uniform 1.2", "curve 2")
+    }
 
 
 @pytest.mark.parametrize("missing", ["config.json", "evaluations.jsonl"])
@@ -280,6 +284,8 @@ def test_a_study_without_a_test_is_refused(tmp_path: Path, missing: str) -> None
         (["lost_in_the_middle.py"], "give either MODEL or --study"),
         (["lost_in_the_middle.py", "--study", str(STUDY)], "needs --window"),
         (["lost_in_the_middle.py", "model.gguf", "--shares", "-1"], "give numbers above 0"),
+        (["lost_in_the_middle.py", "model.gguf", "--window", "0"], "give numbers above 0"),
+        (["lost_in_the_middle.py", "model.gguf", "--contexts", "0"], "give numbers above 0"),
         (["lost_in_the_middle.py", "model.gguf"], "model.gguf"),
         (["lost_in_the_middle.py", "model.gguf", "--output", "x.gif"], "x.gif: give the picture a name"),
     ],
