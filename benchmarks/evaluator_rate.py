@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from patch_speed import cpu_model, spread
-from tables import head, row
+from tables import table
 
 from lrope_gguf import LropeError
 from lrope_gguf.native import tool_path
@@ -141,9 +141,7 @@ def main() -> None:
     print(f"`{shlex.join(['python', 'benchmarks/evaluator_rate.py', *sys.argv[1:]])}`\n")
     what = "processor time, against prefill in this process" if args.cpu_time else "against llama-bench -fa 1"
     print(f"{cpu_model()}, {os.cpu_count()} cores, {args.threads} threads, batch {args.batch_size}; {what}\n")
-    print(head(*rows[0]))
-    for found in rows:
-        print(row(found.values()))
+    print(table(rows[0], (found.values() for found in rows)))
 
 
 if __name__ == "__main__":

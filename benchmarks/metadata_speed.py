@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from tables import head, row
+from tables import table
 
 PROJECT = Path(__file__).resolve().parent.parent
 MKFS = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"], "ext4": ["mkfs.ext4", "-q", "-F"]}
@@ -115,11 +115,6 @@ def processor(runs: Sequence[Run]) -> str:
 def peak(runs: Sequence[Run]) -> str:
     """The most memory of all runs, in MiB."""
     return f"{max(run.peak for run in runs) / 2**20:.0f}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
-    return "\n".join((head(*header), *map(row, rows)))
 
 
 def verdict(ratio: float, goal: float, *, least: bool = False) -> str:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from options import add_model_options, add_task_options, dispatch, model_of, task_of
-from tables import head, row
+from tables import table
 
 from lrope_gguf import write_factors
 from lrope_gguf.commands.write import curve_for
@@ -324,7 +324,7 @@ def measured_row(name: str, table: DepthTable) -> list[str]:
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows as a table in Markdown."""
-    print("\n".join([head("judge", "questions", "base, %", "written, %", "difference, points"), *map(row, rows)]))
+    print(table(("judge", "questions", "base, %", "written, %", "difference, points"), rows))
 
 
 # Commands

@@ -1,4 +1,4 @@
-"""Tables in Markdown, as all benchmarks print them: a head, then rows that may come one by one."""
+"""Tables in Markdown, as all benchmarks print them: whole, or a head and then rows that come one by one."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def head(*names: str) -> str:
 def row(cells: Iterable[object]) -> str:
     """One row."""
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def table(names: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A whole table."""
+    return "\n".join((head(*names), *map(row, rows)))

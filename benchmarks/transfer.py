@@ -35,7 +35,7 @@ from options import (
     task_of,
     tasks_of,
 )
-from tables import head, row
+from tables import table
 
 from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
@@ -129,9 +129,9 @@ def log_probability(comparison: Comparison) -> str:
     return gain_text(comparison.log_probability_gain, comparison.enough, 1.0, 4)
 
 
-def table(first: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join([head(first, *columns), *(row((name, *cells)) for name, cells in rows.items())])
+def named_rows(first: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A table whose rows have names."""
+    return table((first, *columns), ((name, *cells) for name, cells in rows.items()))
 
 
 def tables(
@@ -161,11 +161,11 @@ def tables(
             pairs = [cell(compare(asked[0].scores["base"], one.scores["base"])) for one in asked[1:]]
             cells[f"quantization alone, over {settings[0].name}"] = ["-", *pairs]
         cells |= {label(row): [cell(one.comparisons[label(row)]) for one in ours] for row in rows}
-        yield f"{title}:\n\n{table('searched on', columns, cells)}"
+        yield f"{title}:\n\n{named_rows('searched on', columns, cells)}"
     if any(seed is not None for _, seed in rows):
         cells = {label(row): [beside(row, s.name, found[s.name]) for s in settings] for row in rows}
         title = "Accuracy, in points over what was searched there with the same seed"
-        yield f"{title}:\n\n{table('searched on', columns, cells)}"
+        yield f"{title}:\n\n{named_rows('searched on', columns, cells)}"
 
 
 def beside(row: tuple[str, int | None], asked: str, found: Measurement) -> str:
@@ -200,7 +200,7 @@ def show(settings: Sequence[Setting], args: argparse.Namespace) -> None:
     for text in tables(settings, list(sides), found):
         print(f"\n{text}")
     print("\nFactors:\n")
-    print(table("searched on", ["factors"], {n: [", ".join(f"{s:.3g}" for s in f)] for n, f in named.items()}))
+    print(named_rows("searched on", ["factors"], {n: [", ".join(f"{s:.3g}" for s in f)] for n, f in named.items()}))
 
 
 def lengths(args: argparse.Namespace) -> None:
