@@ -24,7 +24,8 @@ def test_a_kept_study_gives_the_figures_of_the_page(
     verdict = re.search(r"gain (\S+) points \[(\S+), (\S+)\] on (\d+) unseen contexts", capsys.readouterr().out)
     assert verdict is not None
     gain, low, high, n = verdict.groups()
+    signed = re.escape(f"{float(gain):+.1f}")
     page = (DOCS / "results.md").read_text(encoding="utf-8")
-    assert re.search(rf"^\|.*\| {n} x \d.*\+{gain} points(\*\*)? \[{low}, {high}\]", page, re.MULTILINE)
+    assert re.search(rf"^\|.*\| {n} x \d.*{signed} points(\*\*)? \[{low}, {high}\]", page, re.MULTILINE)
     assert f"studies/{study.name}/report.html" in page
     assert not re.search(r"/(home|root|tmp|work)/", (study / "report.html").read_text(encoding="utf-8"))
