@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrope_gguf.errors import LropeError
-from lrope_gguf.gguf_scan import ARRAY, FLOAT32, GGUFFile
-from lrope_gguf.layout import CURVE_KEY, PAGE, Base, factors_key
-from lrope_gguf.originals import ORIGINAL_KEY
+from lrope_gguf.gguf_file import ARRAY, FLOAT32, GGUFFile
+from lrope_gguf.layout import CURVE_KEY, ORIGINAL_KEY, PAGE, Base, factors_key
 from lrope_gguf.reach import has_rope, rope_reach
 from lrope_gguf.rope_scaling import RopeScaling
 
@@ -24,19 +23,6 @@ _SAMPLES = 64
 
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 """The name of a split model's file: its beginning, its number from 1 on, and how many there are."""
-
-
-def shortest(value: float) -> float:
-    """The float64 with the fewest decimal digits that is `value` in float32."""
-    try:
-        single = struct.pack("<f", value)
-    except OverflowError:
-        return value  # no float32 at all, which `write_factors` refuses
-    for digits in range(1, 9):
-        candidate = float(f"{value:.{digits}g}")
-        if struct.pack("<f", candidate) == single:
-            return candidate
-    return float(f"{value:.9g}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from lrope_gguf.curve import AGREEMENT, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.layout import factors_key
-from lrope_gguf.model_info import ModelInfo, read_model, shortest
+from lrope_gguf.model_info import ModelInfo, read_model
+from lrope_gguf.rope_scaling import shortest
 from lrope_gguf.text import printable, shown_in, sparkline
 
 _LABEL = 16

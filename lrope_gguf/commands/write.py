@@ -17,11 +17,10 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.layout import CURVE_KEY, factors_key
 from lrope_gguf.metadata import WritePlan, WriteResult, plan_scaling, plan_write, storable_factors, write_factors
-from lrope_gguf.model_info import ModelInfo, read_model, shortest
+from lrope_gguf.model_info import ModelInfo, read_model
 from lrope_gguf.presets import CONTEXT, FACTORS, MODEL, SCALING, plan_preset, write_preset
 from lrope_gguf.rescale import KeyChange
-from lrope_gguf.rope_scaling import RopeScaling, differences
-from lrope_gguf.scaling_keys import KINDS, Recipe, Scaling
+from lrope_gguf.rope_scaling import KINDS, Recipe, RopeScaling, Scaling, differences, shortest
 from lrope_gguf.stores import model_name, reference
 from lrope_gguf.text import command_line, printable, say
 
