@@ -57,7 +57,7 @@ def run_tool(name: str | None = None) -> NoReturn:
     try:
         os.execv(path, [path, *sys.argv[1:]])
     except OSError as error:
-        sys.exit(f"error: {path}: cannot be run ({error.strerror})")
+        sys.exit(f"error: {path}: cannot be run ({error.strerror}); check its permissions")
 
 
 def _next_on_path(name: str) -> str | None:

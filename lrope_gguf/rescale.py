@@ -102,8 +102,8 @@ def _replaceable(base: Base, name: str) -> Value:
     value = _before(base, name)
     if value is None:
         raise LropeError(
-            f"{base.gguf.path}: {base.key(name)} is no number or short string, which no llama.cpp reads; mend the file "
-            "first"
+            f"{base.gguf.path}: {base.key(name)} is neither a number nor a short string, so llama.cpp cannot read it; "
+            "repair the file first"
         )
     return value
 
@@ -136,7 +136,7 @@ def _original_change(base: Base, originals: Originals) -> tuple[KeyChange, ...]:
     action: Literal["add", "replace", "keep"] = (
         "add" if not has else "keep" if originals == base.originals else "replace"
     )
-    return (KeyChange(ORIGINAL_KEY, action, "what these keys held before, for remove"),)
+    return (KeyChange(ORIGINAL_KEY, action, "the old values of these keys, which remove restores"),)
 
 
 def _text(value: Value, order: str) -> str:

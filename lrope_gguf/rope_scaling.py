@@ -191,15 +191,13 @@ class RopeScaling:
         """
         s = single(factor)
         if not 1.0 / MAX_FACTOR <= s <= MAX_FACTOR:
-            return f"llama.cpp takes 1/{MAX_FACTOR} to {MAX_FACTOR}; give one near 1"
+            return f"llama.cpp accepts 1/{MAX_FACTOR} to {MAX_FACTOR}; give a factor in that range"
         if s == 1.0 or not self._ext_factor:
             return None
         for fs in self._freq_scales:
             steep = abs(single(1.0 - fs)) > single(_EXT_GAIN_MAX * abs(single(s - fs)))
             if steep or single(1.0 + single(single(0.1) * _log(single(s / fs if fs else math.inf)))) <= 0.0:
-                return (
-                    f"llama.cpp takes none so close to the model's YaRN frequency scale of {fs:g}; give one further off"
-                )
+                return f"llama.cpp accepts none so close to the model's YaRN frequency scale of {fs:g}; give another"
         return None
 
 
@@ -262,17 +260,17 @@ class Scaling:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.kind not in KINDS:
-            raise LropeError(f"--rope-scaling {self.kind}: is none of {', '.join(KINDS)}; give one of them")
+            raise LropeError(f"--rope-scaling {self.kind}: is unknown; give one of {', '.join(KINDS)}")
         if self.factor is not None and not (_is_number(self.factor) and 1 <= self.factor <= MAX_SCALE):
-            raise LropeError(f"--rope-scale {self.factor}: is no number from 1 to {MAX_SCALE}; give one")
+            raise LropeError(f"--rope-scale {self.factor}: is out of range; give a number from 1 to {MAX_SCALE}")
         length = self.context_length
         lengths = {"--context-length": length, "--yarn-orig-ctx": self.original}
         for option, n in lengths.items():
             if n is not None and not (isinstance(n, int) and _is_number(n) and 0 < n < _MAX_CONTEXT):
-                raise LropeError(f"{option} {n}: is no number of tokens from 1 to 2147483647; give one")
+                raise LropeError(f"{option} {n}: is out of range; give a whole number of tokens from 1 to 2147483647")
         for option, value in (("--rope-scale", self.factor), *lengths.items()):
             if self.kind == "none" and value is not None:
-                raise LropeError(f"{option} {value}: means nothing with --rope-scaling none; leave out one of them")
+                raise LropeError(f"{option} {value}: has no effect with --rope-scaling none; leave out one of the two")
         if self.kind not in ("none", "dynamic") and self.factor is None and length is None:
             raise LropeError(f"--rope-scaling {self.kind}: needs --rope-scale or --context-length; give one of them")
 
@@ -327,7 +325,7 @@ def recipe(scaling: Scaling, values: Values, architecture: str, path: Path) -> R
     kind, factor, length = scaling.kind, scaling.factor, scaling.context_length
     trained = _length(values, f"{architecture}.{CONTEXT}", path)
     if trained is None:
-        raise LropeError(f"{path}: has no {architecture}.{CONTEXT}, which a scaling starts from; give a whole model")
+        raise LropeError(f"{path}: has no {architecture}.{CONTEXT}, which every scaling needs; give a complete model")
     original = scaling.original or _length(values, f"{architecture}.{ORIGINAL}", path) or trained
     _check_kind(kind, values, architecture, path)
     if length is not None and length < original:
@@ -358,7 +356,7 @@ def _length(values: Values, key: str, path: Path) -> int | None:
     """A number of tokens; None where there is none."""
     length = values.integer(key)
     if length is not None and not 0 <= length < _MAX_CONTEXT:
-        raise LropeError(f"{path}: {key} is {length}, no number of tokens; the file is damaged")
+        raise LropeError(f"{path}: {key} is {length}, which is not a number of tokens; the file is damaged")
     return length or None
 
 
@@ -367,14 +365,14 @@ def _check_kind(kind: str, values: Values, architecture: str, path: Path) -> Non
     if values.text(f"{architecture}.{TYPE}") == "longrope":
         raise long_factors_error(path)
     if kind.startswith("dynamic") and values.has(f"{architecture}.{_SECTIONS}"):
-        raise LropeError(f"{path}: rotates by M-RoPE, which no dynamic scaling fits; give linear or yarn")
+        raise LropeError(f"{path}: uses M-RoPE, for which there is no dynamic scaling; use linear or yarn")
     if kind == "dynamic-yarn" and values.has(f"{architecture}.{_LOG_MULTIPLIER}"):
         raise LropeError(
-            f"{path}: has a magnitude of its own for YaRN ({architecture}.{_LOG_MULTIPLIER}), which dynamic YaRN does "
-            "not change; give yarn"
+            f"{path}: sets the magnitude of YaRN itself ({architecture}.{_LOG_MULTIPLIER}), which dynamic YaRN cannot "
+            "follow; use yarn"
         )
 
 
 def long_factors_error(path: Path) -> LropeError:
     """The refusal of a model with LongRoPE."""
-    return LropeError(f"{path}: scales by LongRoPE, whose factors are in the file; give a model without, or no scaling")
+    return LropeError(f"{path}: uses LongRoPE, whose factors are in the file; no other scaling can be written to it")

@@ -66,8 +66,8 @@ def check_changeable(path: str | os.PathLike[str]) -> None:
         which = ["-m", os.fspath(path)] if name is None else ["-hf", name]
         server = command_line(["llama-server", *which, "--rope-layer-factors", "best.json"])
         raise LropeError(
-            f"{path}: lies in {store}, which keeps files under the hash of their content, for all that share it; "
-            f"write a copy elsewhere with --output, or change nothing: {server}"
+            f"{path}: is in {store}, where other programs trust that a file has the content of its hash; "
+            f"write a copy elsewhere with --output, or leave the file as it is and run {server}"
         )
 
 
@@ -104,10 +104,10 @@ def find_model(name: str) -> str:
         if picked is not None:
             path = files[picked]
             if not path.exists():
-                raise LropeError(f"{name}: {path} is a link to nothing, its download broke off; {_bring(repo, quant)}")
+                raise LropeError(f"{name}: its download is incomplete, {path} is missing; {_bring(repo, quant)}")
             return str(path)
-        there.append(f"{cache} has {', '.join(_quants(files)) or 'no model'} of it")
-    looked = " and ".join(there) or f"no such model is in {' or '.join(map(str, _folders()))}"
+        there.append(f"{cache} has only {', '.join(_quants(files)) or 'other files'} of it")
+    looked = " and ".join(there) or f"this model is not in {' or '.join(map(str, _folders()))}"
     raise LropeError(f"{name}: no such file, and {looked}; {_bring(repo, quant)}")
 
 
@@ -214,4 +214,4 @@ def _quants(files: Sequence[str] | dict[str, Path]) -> list[str]:
 def _bring(repo: str, quant: str | None) -> str:
     """The commands that would bring a model."""
     server = command_line(["llama-server", "-hf", repo if quant is None else f"{repo}:{quant}"])
-    return f"{server} or {command_line(['hf', 'download', repo])} FILE brings it"
+    return f"get it with {server} or {command_line(['hf', 'download', repo])} FILE"

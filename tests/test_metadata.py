@@ -350,7 +350,7 @@ def test_too_little_space_is_seen_before_writing(model: Path, monkeypatch: pytes
     original = model.read_bytes()
     monkeypatch.setattr(metadata_module, "free_bytes", lambda _: 10)
     monkeypatch.setattr(metadata_module, "replacing", fail_with(0))
-    with pytest.raises(LropeError, match=r"needs \d+ bytes beside it, 10 are free"):
+    with pytest.raises(LropeError, match=r"needs \d+ bytes in its directory, 10 are free"):
         write_factors(model, FACTORS)
     assert model.read_bytes() == original
 
@@ -361,7 +361,7 @@ def test_a_model_that_shrinks_while_it_is_copied(model: Path, monkeypatch: pytes
         return 0
 
     monkeypatch.setattr(os, "copy_file_range", shrink)
-    with pytest.raises(LropeError, match="ended at byte 1000 while being read"):
+    with pytest.raises(LropeError, match="was shortened while being read, to 1000 bytes"):
         write_factors(model, FACTORS)
     assert names(model.parent) == ["m.gguf"]
 
@@ -420,8 +420,8 @@ def test_write_protected_places(model: Path, monkeypatch: pytest.MonkeyPatch) ->
         ((1, 1, math.inf, 1), "the factor of layer 2 is infinite"),
         ((1, 0, 1, 1), "the factor of layer 1 is zero"),
         ((1, 1, 1, -1), "the factor of layer 3 is negative"),
-        ((1, 1, 1, 1e-40), "the factor of layer 3 is 1e-40, but llama.cpp takes 1/1024 to 1024"),
-        ((1e300, 1, 1, 1), "the factor of layer 0 is 1e+300, but llama.cpp takes 1/1024 to 1024"),
+        ((1, 1, 1, 1e-40), "the factor of layer 3 is 1e-40, but llama.cpp accepts 1/1024 to 1024"),
+        ((1e300, 1, 1, 1), "the factor of layer 0 is 1e+300, but llama.cpp accepts 1/1024 to 1024"),
         ((1, 1, 1, "x"), "the factor of layer 3 is 'x', not a number"),
     ],
 )
@@ -447,7 +447,7 @@ def test_multi_token_prediction_layers_keep_one(tmp_path: Path) -> None:
     assert write_factors(model, (1.5, 1.25, 2)).factors == (1.5, 1.25, 2, 1)
     assert read_factors(model) == (1.5, 1.25, 2, 1)
     write_factors(model, (2, 2, 2, 1))
-    with pytest.raises(LropeError, match="layer 3 is of a multi-token-prediction head"):
+    with pytest.raises(LropeError, match="layer 3 belongs to a multi-token-prediction head"):
         write_factors(model, (2, 2, 2, 2))
     with pytest.raises(LropeError, match="2 factors for a model of 3 layers"):
         write_factors(model, (2, 2))
@@ -456,7 +456,7 @@ def test_multi_token_prediction_layers_keep_one(tmp_path: Path) -> None:
 def test_a_list_for_all_layers_is_one_for_those_that_a_curve_shapes(tmp_path: Path) -> None:
     info = read_model(write_model(tmp_path / "m.gguf", add=lambda writer: writer.add_nextn_predict_layers(1)))
     assert info.shaped((2, 3, 4)) == info.shaped((2, 3, 4, 1)) == (2, 3, 4)
-    with pytest.raises(LropeError, match="layer 3 is of a multi-token-prediction head"):
+    with pytest.raises(LropeError, match="layer 3 belongs to a multi-token-prediction head"):
         info.shaped((2, 3, 4, 5))
 
 
@@ -470,7 +470,7 @@ def test_a_head_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     original = model.read_bytes()
     for option, value in (("uniform", "1.5"), ("factors", "1,1,1,1"), ("curve", str(tmp_path / "best.json"))):
         assert main(["write", str(model), f"--{option}", value]) == 1
-        assert "is a multi-token-prediction head alone" in capsys.readouterr().err
+        assert "holds only a multi-token-prediction head" in capsys.readouterr().err
     assert model.read_bytes() == original
 
 
@@ -532,7 +532,7 @@ def test_a_search_s_document_fits_a_model_with_multi_token_prediction_layers(tmp
 def test_models_without_rope_are_refused(tmp_path: Path, architecture: str) -> None:
     model = write_model(tmp_path / "m.gguf", architecture=architecture)
     assert not read_model(model).has_rope
-    with pytest.raises(LropeError, match=f"'{architecture}'.*use no RoPE"):
+    with pytest.raises(LropeError, match=f"has no RoPE .architecture '{architecture}'"):
         write_factors(model, FACTORS)
 
 
@@ -561,7 +561,7 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
         write_factors(layerless, FACTORS)
     assert read_factors(layerless) is None and read_model(layerless).n_layer is None
     empty = hand_made(tmp_path / "c.gguf", b"", 0)
-    with pytest.raises(LropeError, match="names no architecture"):
+    with pytest.raises(LropeError, match="does not name its architecture"):
         write_factors(empty, FACTORS)
     assert remove_factors(empty).how == "unchanged"
 
@@ -583,7 +583,7 @@ def test_split_models(tmp_path: Path) -> None:
     write_factors(first, FACTORS)
     assert read_factors(first) == STORED and second.read_bytes() == before
     assert read_model(first).shards == 2
-    with pytest.raises(LropeError, match=r"end it in -00001-of-00002\.gguf"):
+    with pytest.raises(LropeError, match=r"must end in -00001-of-00002\.gguf"):
         write_factors(first, FACTORS, output=tmp_path / "out.gguf")
     write_factors(first, FACTORS, output=tmp_path / "out-00001-of-00002.gguf")
 

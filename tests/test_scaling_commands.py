@@ -59,7 +59,7 @@ def test_what_is_said(model: Path, said: Any) -> None:
         f"  add {PREFIX}.original_context_length: 512",
         "  replace llama.context_length: 2048 (was 512)",
         f"  add {PREFIX}.dynamic_factor: 4",
-        "  add lrope.original: what these keys held before, for remove",
+        "  add lrope.original: the old values of these keys, which remove restores",
     ]
     assert model.read_bytes() == original
     text = said(*write, "dynamic-yarn", "--rope-scale", 4)
@@ -73,20 +73,20 @@ def test_what_is_said(model: Path, said: Any) -> None:
     )
     assert row(text, "context length") == "2048 tokens (written by lrope-gguf; was: 512)"
     assert said(*write, "dynamic-yarn", "--rope-scale", 8, "--uniform", 1.5, "--dry-run").splitlines()[1:] == [
-        f"  add {PREFIX}.layer_factors: 4 layer factors from 1.5 to 1.5",
+        f"  add {PREFIX}.layer_factors: layer factor 1.5 in all 4 layers",
         "  add lrope.curve: where the factors come from",
         f"  keep {PREFIX}.type: yarn",
         f"  replace {PREFIX}.factor: 8 (was 4)",
         f"  keep {PREFIX}.original_context_length: 512",
         "  replace llama.context_length: 4096 (was 2048)",
         f"  replace {PREFIX}.dynamic_factor: 8 (was 4)",
-        "  keep lrope.original: what these keys held before, for remove",
+        "  keep lrope.original: the old values of these keys, which remove restores",
     ]
     assert "would be changed in place, " in said(*write, "dynamic-yarn", "--rope-scale", 8, "--dry-run")
     text = said(*write, "dynamic", "--context-length", 4096, "--uniform", 1.5)
-    assert "4 layer factors from 1.5 to 1.5; RoPE scaling dynamic NTK beyond 512 tokens, none up to 512; next" in text
+    assert "layer factor 1.5 in all 4 layers; RoPE scaling dynamic NTK beyond 512 tokens, none up to 512; next" in text
     assert said(*write, "none", "--dry-run").splitlines()[1:] == [
-        f"  keep {PREFIX}.layer_factors: 4 layer factors from 1.5 to 1.5",
+        f"  keep {PREFIX}.layer_factors: layer factor 1.5 in all 4 layers",
         "  keep lrope.curve: where the factors come from",
         f"  remove {PREFIX}.type",
         f"  remove {PREFIX}.original_context_length",
@@ -100,14 +100,14 @@ def test_what_is_said(model: Path, said: Any) -> None:
         *(f"  remove {PREFIX}.{name}" for name in ("original_context_length", "dynamic_factor")),
         *("  remove lrope.original", "  remove lrope.curve", "  restore llama.context_length: 512 (was 4096)"),
     ]
-    assert said(*write, "dynamic", "--context-length", 4096).startswith("m.gguf: unchanged, it held that already; 4 ")
+    assert said(*write, "dynamic", "--context-length", 4096).startswith("m.gguf: unchanged, it already has all of it;")
     assert "without layer factors and RoPE scaling (" in said("remove", "m.gguf", "--output", "o.gguf")
     assert Path("o.gguf").read_bytes() == original
     said(*write, "none", "--quiet")
     assert read_factors(model) == (1.5,) * LAYERS
     assert said("remove", "m.gguf").startswith("m.gguf: written without layer factors (")
     assert said(*write, "none", "--dry-run").splitlines()[1:] == ["  nothing: it holds no scaling that write has added"]
-    assert said(*write, "none").startswith("m.gguf: unchanged, it held that already; RoPE scaling none; next: ")
+    assert said(*write, "none").startswith("m.gguf: unchanged, it already has all of it; RoPE scaling none; next: ")
     said(*write, "linear", "--rope-scale", 2)
     assert said("remove", "m.gguf").startswith("m.gguf: written without RoPE scaling (")
     assert model.read_bytes() == original
@@ -165,13 +165,13 @@ REFUSED = [
     (["--rope-scaling", "yarn", "--uniform", "1", "--factors", "1"], 2, "not allowed with"),
     ([], 2, "one of the arguments --curve --factors --uniform is required"),
     (["--rope-scaling", "yarn"], 1, "--rope-scaling yarn: needs --rope-scale or --context-length"),
-    (["--rope-scaling", "yarn", "--rope-scale", "nan"], 1, "--rope-scale nan: is no number from 1 to 1024"),
-    (["--rope-scaling", "yarn", "--rope-scale", "0.5"], 1, "--rope-scale 0.5: is no number from 1 to 1024"),
-    (["--rope-scaling", "yarn", "--rope-scale", "1e999"], 1, "--rope-scale inf: is no number"),
-    (["--rope-scaling", "yarn", "--context-length", "9" * 20], 1, "is no number of tokens"),
+    (["--rope-scaling", "yarn", "--rope-scale", "nan"], 1, "--rope-scale nan: is out of range; give a number"),
+    (["--rope-scaling", "yarn", "--rope-scale", "0.5"], 1, "--rope-scale 0.5: is out of range; give a number"),
+    (["--rope-scaling", "yarn", "--rope-scale", "1e999"], 1, "--rope-scale inf: is out of range"),
+    (["--rope-scaling", "yarn", "--context-length", "9" * 20], 1, "is out of range; give a whole number of tokens"),
     (["--rope-scaling", "yarn", "--context-length", "511"], 1, "was trained on 512 tokens"),
     (["--rope-scaling", "yarn", "--rope-scale", "2", "--context-length", "1025"], 1, "covers only 1024 tokens"),
-    (["--rope-scaling", "none", "--rope-scale", "2"], 1, "means nothing with --rope-scaling none"),
+    (["--rope-scaling", "none", "--rope-scale", "2"], 1, "has no effect with --rope-scaling none"),
     (["--rope-scaling", "yarn", "--rope-scale", "2", "--uniform", "0.5"], 1, "YaRN frequency scale of 0.5"),
     (["--rope-scaling", "yarn", "--rope-scale", "2", "--uniform", "0.5", "--preset", "p.ini"], 1, "scale of 0.5"),
 ]
@@ -226,8 +226,8 @@ def test_presets(model: Path, said: Any) -> None:
     head = f"[m-lrope]\nmodel = {Path.cwd()}/m.gguf\n"
     scaled = f"{head}rope-scaling = dynamic-yarn\nrope-scale = 4\nctx-size = 2048\n"
     yarn = (*command, "--rope-scaling", "dynamic-yarn", "--rope-scale", "4")
-    assert said(*yarn, "--dry-run") == f"p.ini: would hold\n{scaled}"
-    assert said(*yarn).startswith("p.ini: [m-lrope] written, the name to ask for; next: ")
+    assert said(*yarn, "--dry-run") == f"p.ini: would contain\n{scaled}"
+    assert said(*yarn).startswith("p.ini: entry [m-lrope] written; requests name the model so; next: ")
     assert presets.read_text() == scaled
     # factors are added, and what else the entry says stays
     presets.write_text(f"{scaled}threads = 2\n")

@@ -123,7 +123,7 @@ def test_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_rope(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(write_model(tmp_path / "g.gguf", architecture="gpt2"), capsys)
     assert row(text, "RoPE scaling") == "the model uses no RoPE"
-    assert row(text, "layer factors") == "none, and none can be used"
+    assert row(text, "layer factors") == "none, and they would have no effect"
 
 
 def test_nothing_but_a_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,8 +137,8 @@ def test_broken_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     key = "llama.rope.scaling.layer_factors"
     for add, message in [
         (lambda writer: writer.add_array(key, [1.0, 1.1]), "has 2 values for 4 layers"),
-        (lambda writer: writer.add_string(key, "1,1,1,1"), "is no array of float32"),
-        (lambda writer: writer.add_array(key, [1, 2, 3, 4]), "is no array of float32"),
+        (lambda writer: writer.add_string(key, "1,1,1,1"), "is not an array of float32"),
+        (lambda writer: writer.add_array(key, [1, 2, 3, 4]), "is not an array of float32"),
         (lambda writer: writer.add_array(key, [1.0, float("inf"), 1.0, 1.0]), "is inf in layer 1"),
     ]:
         path = write_model(tmp_path / "m.gguf", add=add)

@@ -300,7 +300,7 @@ def test_the_second_writer_waits_then_refuses(model: Path, monkeypatch: pytest.M
         lambda: remove_factors(model),
         lambda: plan_write(model, FACTORS),
     ):
-        with pytest.raises(LropeError, match="another writer is at work on it"):
+        with pytest.raises(LropeError, match="another program is writing it"):
             call()
     assert time.monotonic() - start > 1.2
     assert model.read_bytes() == original and names(model.parent) == ["m.gguf"]
@@ -315,9 +315,9 @@ def test_output_is_locked_and_the_model_is_not(model: Path, monkeypatch: pytest.
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
     with locked(model, shared=True):
         write_factors(model, FACTORS, output=output)
-        with pytest.raises(LropeError, match=r"m\.gguf: another writer"):
+        with pytest.raises(LropeError, match=r"m\.gguf: another program"):
             write_factors(model, FACTORS)
-    with locked(output), pytest.raises(LropeError, match=r"o\.gguf: another writer"):
+    with locked(output), pytest.raises(LropeError, match=r"o\.gguf: another program"):
         write_factors(model, FACTORS, output=output)
 
 
@@ -351,7 +351,7 @@ def test_a_file_replaced_between_opening_and_locking_is_not_mistaken(
 
     with locked(other):
         monkeypatch.setattr(files, "_try_lock", replace_then_lock)
-        with pytest.raises(LropeError, match="another writer"):
+        with pytest.raises(LropeError, match="another program"):
             write_factors(model, FACTORS)
     assert write_factors(model, FACTORS).how == "rewritten"
 
