@@ -115,7 +115,7 @@ def test_write_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert main(command) == 0
     out, err = capsys.readouterr()
     assert out.endswith(
-        "entry [my-model-lrope] written; requests name the model so; next: llama-server "
+        "entry [my-model-lrope] written; ask the server for the model by this name; next: llama-server "
         "--models-preset 'my presets.ini'\n"
     )
     assert err == "" and (tmp_path / "my presets.ini").read_text() == f"[my-model-lrope]\n{entry}"

@@ -100,14 +100,14 @@ def test_what_is_said(model: Path, said: Any) -> None:
         *(f"  remove {PREFIX}.{name}" for name in ("original_context_length", "dynamic_factor")),
         *("  remove lrope.original", "  remove lrope.curve", "  restore llama.context_length: 512 (was 4096)"),
     ]
-    assert said(*write, "dynamic", "--context-length", 4096).startswith("m.gguf: unchanged, it already has all of it;")
+    assert said(*write, "dynamic", "--context-length", 4096).startswith("m.gguf: unchanged, nothing had to change;")
     assert "without layer factors and RoPE scaling (" in said("remove", "m.gguf", "--output", "o.gguf")
     assert Path("o.gguf").read_bytes() == original
     said(*write, "none", "--quiet")
     assert read_factors(model) == (1.5,) * LAYERS
     assert said("remove", "m.gguf").startswith("m.gguf: written without layer factors (")
     assert said(*write, "none", "--dry-run").splitlines()[1:] == ["  nothing: it holds no scaling that write has added"]
-    assert said(*write, "none").startswith("m.gguf: unchanged, it already has all of it; RoPE scaling none; next: ")
+    assert said(*write, "none").startswith("m.gguf: unchanged, nothing had to change; RoPE scaling none; next: ")
     said(*write, "linear", "--rope-scale", 2)
     assert said("remove", "m.gguf").startswith("m.gguf: written without RoPE scaling (")
     assert model.read_bytes() == original
@@ -227,7 +227,7 @@ def test_presets(model: Path, said: Any) -> None:
     scaled = f"{head}rope-scaling = dynamic-yarn\nrope-scale = 4\nctx-size = 2048\n"
     yarn = (*command, "--rope-scaling", "dynamic-yarn", "--rope-scale", "4")
     assert said(*yarn, "--dry-run") == f"p.ini: would contain\n{scaled}"
-    assert said(*yarn).startswith("p.ini: entry [m-lrope] written; requests name the model so; next: ")
+    assert said(*yarn).startswith("p.ini: entry [m-lrope] written; ask the server for the model by this name; next: ")
     assert presets.read_text() == scaled
     # factors are added, and what else the entry says stays
     presets.write_text(f"{scaled}threads = 2\n")

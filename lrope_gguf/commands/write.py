@@ -130,7 +130,7 @@ def command(
     done = {
         "in place": f"written in place ({result.bytes_written} bytes)",
         "rewritten": f"written ({result.bytes_written} bytes, {whole_file(result)})",
-        "unchanged": f"unchanged, it already has {'these factors' if scaling is None else 'all of it'}",
+        "unchanged": f"unchanged, {'it already has these factors' if scaling is None else 'nothing had to change'}",
     }[result.how]
     said = [f"{result.path}: {done}"]
     if result.factors:
@@ -210,7 +210,7 @@ def _preset(
             *(f"{option} = {value}" for option, value in options.items()),
         ]
     server = command_line(["llama-server", "--models-preset", path])
-    return notes, [f"{path}: entry [{name}] written; requests name the model so; next: {server}"]
+    return notes, [f"{path}: entry [{name}] written; ask the server for the model by this name; next: {server}"]
 
 
 @dataclass(frozen=True)
