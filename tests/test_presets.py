@@ -142,31 +142,6 @@ def test_write_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert model.read_bytes() == hashed.read_bytes() == before
 
 
-USAGE = [
-    (["--preset", "p.ini", "--output", "o.gguf"], 2, "argument --preset: not allowed with argument --output"),
-    (["--preset-name", "x"], 2, "argument --preset-name: needs --preset INI"),
-    (["--preset", "m.gguf"], 1, "--preset m.gguf: would overwrite the file given as MODEL"),
-    (["--preset", "none/p.ini"], 1, "--preset none/p.ini: its directory does not exist"),
-    (["--preset", "p.ini", "--uniform", "0"], 1, "the factor of layer 0 is zero"),
-]
-
-
-@pytest.mark.parametrize(("options", "status", "message"), USAGE)
-def test_usage(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    status: int,
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    before = write_model(tmp_path / "m.gguf").read_bytes()
-    assert main(["write", "m.gguf", "--uniform", "1.1", *options]) == status
-    assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"] and (tmp_path / "m.gguf").read_bytes() == before
-
-
 @pytest.mark.native
 def test_the_router_serves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a path, and by the name of a model of its cache, beside the base model: the file holds no factors."""

@@ -90,6 +90,11 @@ class Output(io.StringIO):
     encoding = "utf-8"
 
 
+def contents() -> dict[str, bytes | None]:
+    """All files of the current folder, and what they hold."""
+    return {path.name: path.read_bytes() if path.is_file() else None for path in Path().iterdir()}
+
+
 def replay(commands: list[str]) -> Iterator[str]:
     """The lines of a transcript with these commands and comments."""
     for line in commands:
@@ -105,7 +110,9 @@ def replay(commands: list[str]) -> Iterator[str]:
             os.link(*words)
             continue
         with redirect_stdout(Output()) as out, redirect_stderr(Output()) as err:
+            before = contents()
             status = main(words)
+            assert contents() == before or not (status or "--dry-run" in words), line
         yield from out.getvalue().splitlines()
         yield from (f"! {text}".rstrip() for text in err.getvalue().splitlines())
         if status:
