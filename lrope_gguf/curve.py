@@ -39,6 +39,9 @@ AGREEMENT = 1e-5
 """How far `layer_factors` may lie from the curve of `control_points` in the same file."""
 
 
+# Floats and NumPy arrays alike, so that a small curve needs no NumPy.
+
+
 def evaluate(coefficients: Sequence[Number], t: Number) -> Number:
     """One coordinate of a curve at parameter `t`, by de Casteljau's construction.
 
@@ -197,7 +200,7 @@ class CurveFile:
 
     Attributes:
         control_points: fit any number of layers; None where only `layer_factors` are given.
-        layer_factors: one factor a layer, for exactly that many layers.
+        layer_factors: one factor per layer, for exactly that many layers.
         bounds: bounds of the curve's y.
         architecture: `general.architecture` of the model that it was made for.
         block_count: that model's number of layers.

@@ -70,7 +70,7 @@ class Entry(NamedTuple):
 
 
 class Value(NamedTuple):
-    """A number or a string: its GGUF type, and its bytes in the file's order; of a string those of the text alone."""
+    """A number or a string: its GGUF type, and its bytes in the file's byte order, without a string's length."""
 
     kind: int
     data: bytes

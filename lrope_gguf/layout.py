@@ -1,10 +1,13 @@
-"""Where our keys stand in a GGUF file, and how they are padded.
+"""Our keys in a GGUF file: where they stand, how they are padded, and how the entries that they replace are kept.
 
-They are inserted together after the last key, in a block of whole pages: a string is padded with spaces until the
-file's keys, with those gone that ours replace, are longer by a multiple of the file's alignment and of 4096 bytes. So
-whatever follows moves as it is and stays aligned; taking the block out and putting the others back gives the old file
-again; file systems can share the tensor data between old and new file; and later curves fit into the padding and are
-written in place.
+Our keys stand together after the last key, in a block of whole pages: a string is padded with spaces until the file's
+keys are longer than before by a multiple of the file's alignment and of 4096 bytes. So whatever follows keeps its
+alignment, removing the block gives the old file again, file systems can share the tensor data between the old and the
+new file, and a later curve fits into the padding and is written in place.
+
+`lrope.original` names the scaling keys that are ours and keeps the entries that they replaced. It is a string, because
+every tool that copies keys copies strings: JSON in ASCII. It counts keys instead of bytes and has numbers in
+little-endian order, so that it still holds after another tool has lengthened a value or changed the byte order.
 """
 
 from __future__ import annotations
@@ -135,7 +138,7 @@ class Part(NamedTuple):
 
 
 class Base:
-    """A file as it was before we wrote to it: without our keys, and with the entries back that they replace.
+    """A file as it was before we wrote to it: without our keys, and with the entries that these replaced.
 
     Attributes:
         gguf: the file.

@@ -1,8 +1,8 @@
 """Layer factors and RoPE scaling in a GGUF file's metadata: written and removed, every other byte kept.
 
 `{architecture}.rope.scaling.layer_factors` is an array of `{architecture}.block_count` float32 that the patched
-llama.cpp reads, and `lrope.curve` the curve file's JSON. `scaling_keys` says which keys a scaling takes, `originals`
-where the entries are kept that stood there before, `layout` where all of these stand, `model_info` what a header holds.
+llama.cpp reads, and `lrope.curve` the curve file's JSON. `rope_scaling` says which keys a scaling takes, `layout` where
+all our keys stand and what they replaced, `rescale` what a new scaling changes, `model_info` what a header says.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class WriteResult:
         path: the file that now holds the result.
         how: `"in place"`, `"rewritten"` (a whole new file) or `"unchanged"` (it was so already).
         bytes_written: bytes changed in place, or the new file's size.
-        factors: the factors now stored, one a layer; empty where there are none.
+        factors: the factors now stored, one per layer; empty where there are none.
         bytes_shared: of a new file, the bytes that it shares with the old one on the disk instead of a copy.
         notes: what the user should know besides, such as other names that keep the old content.
     """
@@ -87,7 +87,7 @@ class WritePlan:
         path: the file that would hold the result.
         how: as in `WriteResult`.
         bytes_written: as in `WriteResult`.
-        factors: the factors that would be stored, one a layer; empty where there are none.
+        factors: the factors that would be stored, one per layer; empty where there are none.
         shares: whether a new file would share the tensor data with the old one on the disk; None where only
             writing tells.
         notes: as in `WriteResult`.
@@ -123,7 +123,7 @@ def write_factors(
 
     Args:
         path: the model; of a split one the first shard.
-        factors: one positive float a layer: `n_layer` of them, or `block_count` with 1 for the layers of a
+        factors: one positive float per layer: `n_layer` of them, or `block_count` with 1 for the layers of a
             multi-token-prediction head. None leaves those of the file as they are.
         curve_json: the document to store beside them; by default one that lists the factors.
         scaling: the scaling, in place of one that was written before. None leaves that of the file as it is.
@@ -164,7 +164,7 @@ def plan_write(
 
 
 def plan_scaling(path: str | os.PathLike[str], scaling: Scaling) -> tuple[RopeScaling, Recipe | None]:
-    """How a model would rotate with a scaling written to it, and what that comes to; None for that of `none`.
+    """How a model would rotate with a scaling written to it, and the scaling in numbers; None for `none`.
 
     Raises:
         LropeError: where the model cannot have it or cannot be read.
@@ -176,7 +176,7 @@ def plan_scaling(path: str | os.PathLike[str], scaling: Scaling) -> tuple[RopeSc
 
 
 def storable_factors(info: ModelInfo, factors: Iterable[float], rope: RopeScaling | None = None) -> tuple[float, ...]:
-    """Factors as `write_factors` would store them, one a block: float32, 1 in a multi-token-prediction head.
+    """Factors as `write_factors` would store them, one per block: float32, 1 in a multi-token-prediction head.
 
     Args:
         info: the model.

@@ -37,7 +37,7 @@ OWN = MODEL | FACTORS
 """Options that an entry with factors replaces."""
 
 SERVING = re.compile(r"rope-(?!layer)|yarn-|cache-type-|ct[kv]$|LLAMA_ARG_(ROPE_(?!LAYER)|YARN_|CACHE_TYPE_)")
-"""Options under which factors are good or not."""
+"""Options that decide whether factors fit: scaling, and types of the cache."""
 
 _LINES = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
 _HEADER = re.compile(r"\[[ \t]*([^]]+?)[ \t]*\][ \t]*(?:[;#].*)?")

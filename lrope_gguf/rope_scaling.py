@@ -1,6 +1,10 @@
-"""RoPE as llama.cpp will compute it: what a file's header says of its scaling, changed by options of a context.
+"""RoPE scaling: how llama.cpp will rotate a file's layers (`RopeScaling`), and which keys say so (`Scaling`).
 
-Which layer factors are good, and which of them the patched library can apply, depends on it.
+Which layer factors are good, and which of them the patched library can apply, depends on the scaling.
+
+The keys to write are llama.cpp's, so that a server needs no option, and one of ours, `rope.scaling.dynamic_factor`,
+which makes the scaling depend on the context's length. A stock llama.cpp aborts on a type that it does not know; it
+finds "none" or "yarn" beside our key, and runs the model without scaling or with static YaRN.
 """
 
 from __future__ import annotations
@@ -143,14 +147,14 @@ class RopeScaling:
 
     @property
     def _freq_scales(self) -> list[float]:
-        """All factors of the frequencies that contexts come to, as far as they can matter to a layer factor."""
+        """All frequency scales that a context can come to, as far as they matter to a layer factor."""
         if self.scaling != "dynamic-yarn":
             return [self._freq_scale]
         steps = [2.0 ** (k / 2) for k in range(1, 2 * int(math.log2(MAX_FACTOR)))]
         return [single(1.0 / step) for step in (*(s for s in steps if s < self.factor), self.factor or math.inf)]
 
     def json(self) -> dict[str, Any]:
-        """What has an effect of all this, as a JSON object: two equal ones rotate alike."""
+        """The fields that have an effect, as a JSON object: two equal objects rotate alike."""
         plain = self.scaling in ("none", "linear") and self._freq_scale == 1.0
         said: dict[str, Any] = {
             "scaling": "none" if plain else self.scaling,
@@ -214,9 +218,9 @@ def _log(value: float) -> float:
 
 
 def differences(wanted: object, found: RopeScaling) -> dict[str, tuple[Any, Any]]:
-    """Where ``wanted``, a JSON value of unknown origin that should be of `RopeScaling.json`, is not what was found.
+    """Where ``wanted``, a value read from a file that should be of `RopeScaling.json`, differs from what was found.
 
-    By the names of llama.cpp's options, which make it so; what makes no sense is passed over.
+    Pairs of wanted and found values, by the names of llama.cpp's options for them. Senseless values are passed over.
     """
     if not isinstance(wanted, dict) or wanted.get("scaling") not in (*KINDS, "longrope"):
         return {}

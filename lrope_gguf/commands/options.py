@@ -12,7 +12,7 @@ import click
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 FILE = click.Path(readable=False)
-"""A file's name, completed by the shell; whoever opens it says what is wrong with it."""
+"""A file name that the shell completes. Whoever opens the file reports what is wrong with it."""
 
 
 _NUMBER = re.compile(r" *-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)? *")

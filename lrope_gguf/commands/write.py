@@ -142,7 +142,7 @@ def command(
 
 
 def _own_scaling(info: ModelInfo, scaling: Scaling | None, rope: RopeScaling) -> list[str]:
-    """What to know where `none` finds a scaling that is the model's own."""
+    """A note where `none` leaves a scaling, because it is the model's own."""
     if scaling is None or scaling.kind != "none" or (own := rope.words()) == "none":
         return []
     return [f"{info.path}: keeps its own RoPE scaling ({own}); --rope-scaling none removes only what write has added"]
@@ -150,7 +150,7 @@ def _own_scaling(info: ModelInfo, scaling: Scaling | None, rope: RopeScaling) ->
 
 @dataclass(frozen=True)
 class _Asked:
-    """What an entry is to say: of which model, which factors, and which scaling, with what it comes to."""
+    """What to write into a preset's entry: the model, its factors, and a scaling, with that in numbers."""
 
     model: str
     info: ModelInfo
@@ -160,7 +160,7 @@ class _Asked:
     rope: RopeScaling
 
     def options(self, served: _Served) -> dict[str, str]:
-        """The entry of a model that keeps its file."""
+        """The options of the entry."""
         name = reference(self.model)
         said = {"model": str(Path(self.model).absolute())} if name is None else {"hf": name}
         factors = self.info.factors if self.factors is None else self.factors
@@ -175,7 +175,7 @@ class _Asked:
 
     @property
     def replaced(self) -> frozenset[str]:
-        """Options of an entry that is there which these stand for."""
+        """The options of an existing entry that the new ones replace."""
         names = MODEL if self.factors is None else MODEL | FACTORS
         if self.scaling is None:
             return names
@@ -215,7 +215,7 @@ def _preset(
 
 @dataclass(frozen=True)
 class _Served:
-    """What a server must be told for the factors to be those that were found: options, and notes that say why.
+    """The options that a server needs to rotate as when the factors were found, and notes that say why.
 
     `beyond`: whether a note says more than the options do.
     """
@@ -226,9 +226,9 @@ class _Served:
 
 
 def _served(document: CurveFile, info: ModelInfo, rope: RopeScaling, asked: bool) -> _Served:
-    """Hold what a curve was found under, as far as its provenance tells, against how the file will rotate.
+    """Compare how layers rotated when a curve was found, as its provenance says, with how the file will rotate.
 
-    A scaling that was asked for is not taken back by options.
+    No option takes back a scaling that the user asks for (`asked`).
     """
     provenance = document.provenance if isinstance(document.provenance, dict) else {}
     said: list[str] = []
@@ -259,14 +259,14 @@ def _served(document: CurveFile, info: ModelInfo, rope: RopeScaling, asked: bool
 
 
 def whole_file(result: WriteResult) -> str:
-    """What the bytes of a rewritten file are."""
+    """Which bytes of a rewritten file are new, in words."""
     if not result.bytes_shared:
         return "the whole file"
     return f"{result.bytes_shared} of them shared with the old file"
 
 
 def report(notes: Iterable[str], lines: Iterable[str]) -> None:
-    """Print lines, and on the standard error what the user should know besides."""
+    """Print lines to the standard output, and notes to the standard error."""
     for note in notes:
         say(printable(f"lrope-gguf: note: {note}"), err=True)  # one line, whatever a name holds
     for line in lines:
@@ -304,7 +304,7 @@ def _plan_lines(plan: WritePlan, info: ModelInfo, keeps_factors: bool, uniform: 
 
 
 def change_line(change: KeyChange) -> str:
-    """What becomes of a key, in words."""
+    """What happens to a key, in words."""
     value = f": {change.value}" if change.value else ""
     return f"{change.action} {change.key}{value}" + (f" (was {change.was})" if change.was is not None else "")
 
