@@ -426,27 +426,6 @@ def test_multi_token_prediction_layers_keep_one(tmp_path: Path) -> None:
         write_factors(model, (2, 2))
 
 
-def test_a_list_for_all_layers_is_one_for_those_that_a_curve_shapes(tmp_path: Path) -> None:
-    info = read_model(write_model(tmp_path / "m.gguf", add=lambda writer: writer.add_nextn_predict_layers(1)))
-    assert info.shaped((2, 3, 4)) == info.shaped((2, 3, 4, 1)) == (2, 3, 4)
-    with pytest.raises(LropeError, match="layer 3 belongs to a multi-token-prediction head"):
-        info.shaped((2, 3, 4, 5))
-
-
-def test_a_head_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its layers are all of them counted as the head's (gemma4-assistant)."""
-    model = write_model(tmp_path / "m.gguf", add=lambda writer: writer.add_nextn_predict_layers(LAYERS))
-    assert read_model(model).n_layer == 0
-    assert main(["show", str(model)]) == 0
-    assert f"{LAYERS} ({LAYERS} of them multi-token prediction)" in capsys.readouterr().out
-    CurveFile(((0.0, 1.0), (1.0, 1.5))).save(tmp_path / "best.json")
-    original = model.read_bytes()
-    for option, value in (("uniform", "1.5"), ("factors", "1,1,1,1"), ("curve", str(tmp_path / "best.json"))):
-        assert main(["write", str(model), f"--{option}", value]) == 1
-        assert "holds only a multi-token-prediction head" in capsys.readouterr().err
-    assert model.read_bytes() == original
-
-
 HEAD_TENSOR = f"blk.{LAYERS - 1}.nextn.eh_proj.weight"
 
 
@@ -525,20 +504,6 @@ def test_switched_off_rope(tmp_path: Path) -> None:
     assert not read_model(write_model(tmp_path / "m.gguf", add=lambda w: w.add_rope_dimension_count(0))).has_rope
 
 
-def test_files_that_are_no_models(tmp_path: Path) -> None:
-    adapter = write_model(tmp_path / "a.gguf", block_count=None, add=lambda writer: writer.add_type("adapter"))
-    with pytest.raises(LropeError, match="is a LoRA adapter"):
-        write_factors(adapter, FACTORS)
-    layerless = write_model(tmp_path / "b.gguf", block_count=None)
-    with pytest.raises(LropeError, match=r"has no llama\.block_count"):
-        write_factors(layerless, FACTORS)
-    assert read_factors(layerless) is None and read_model(layerless).n_layer is None
-    empty = hand_made(tmp_path / "c.gguf", b"", 0)
-    with pytest.raises(LropeError, match="does not name its architecture"):
-        write_factors(empty, FACTORS)
-    assert remove_factors(empty).how == "unchanged"
-
-
 def test_split_models(tmp_path: Path) -> None:
     def shard(number: int) -> Callable[[GGUFWriter], None]:
         def add(writer: GGUFWriter) -> None:
@@ -579,13 +544,6 @@ def test_fingerprint_tells_models_apart(tmp_path: Path) -> None:
 
 
 # Damaged and hostile files
-
-
-def test_complete_data_is_enough(tmp_path: Path) -> None:
-    tensor = string(b"t") + struct.pack("<I2QIQ", 2, 8, 4, 0, 0)
-    path = tmp_path / "m.gguf"
-    path.write_bytes(header(tensor, 0, n_tensors=1).ljust(224, b"\0"))
-    assert read_model(path).n_tensors == 1
 
 
 def test_block_sizes_are_ggmls() -> None:

@@ -87,14 +87,6 @@ def test_show_json(model: Path, said: Any) -> None:
     assert shown["scaling_error"] is None
 
 
-def test_a_model_s_own_scaling_is_kept_and_that_is_said(model: Path, said: Any) -> None:
-    original = yarn_of_its_own(model).read_bytes()
-    said("write", "m.gguf", "--rope-scaling", "linear", "--rope-scale", "4")
-    text = said("write", "m.gguf", "--rope-scaling", "none")
-    assert "note: m.gguf: keeps its own RoPE scaling (YaRN up to 2 times 512 tokens, at any length)" in text
-    assert model.read_bytes() == original
-
-
 def test_the_file_s_factors_are_checked_for_a_preset_too(model: Path, said: Any) -> None:
     write_factors(model, (0.5, 1, 1, 1))
     command = ("write", "m.gguf", "--preset", "p.ini", "--rope-scaling")
