@@ -2,6 +2,8 @@
 
 #include "llama.h"
 
+#include "llama-rope-layer.h"
+
 #include <cstdint>
 #include <vector>
 
@@ -17,21 +19,6 @@ struct llama_hparams;
 struct llama_memory_i;
 struct llama_model;
 struct llama_model_loader;
-
-// what a level changes
-struct llama_rope_params {
-    float freq_base;
-    float freq_scale;
-    float ext_factor;
-    float attn_factor;
-
-    bool operator==(const llama_rope_params & other) const {
-        return freq_base   == other.freq_base   &&
-               freq_scale  == other.freq_scale  &&
-               ext_factor  == other.ext_factor  &&
-               attn_factor == other.attn_factor;
-    }
-};
 
 // part of llama_cparams, which has the parameters of the current level
 struct llama_rope_dynamic {
@@ -67,11 +54,7 @@ void llama_rope_dynamic_load(llama_model_loader & ml, llama_hparams & hparams);
 // set up dynamic scaling if the parameters or the model ask for it, throws if the model cannot use it
 void llama_rope_dynamic_init(const llama_model & model, const llama_context_params & params, llama_cparams & cparams);
 
-llama_rope_params llama_rope_params_get(const llama_cparams & cparams);
-void              llama_rope_params_set(llama_cparams & cparams, const llama_rope_params & params);
+void llama_rope_params_set(llama_cparams & cparams, const llama_rope_params & params);
 
 // a shift turns keys that have the magnitude of their level already
 void llama_rope_dynamic_shift(const llama_cparams & cparams, float freq_scale, float ext_factor, float & attn_factor);
-
-// the parameters that the levels of a context have, one element if the scaling is not dynamic
-std::vector<llama_rope_params> llama_rope_dynamic_levels(const llama_cparams & cparams);
