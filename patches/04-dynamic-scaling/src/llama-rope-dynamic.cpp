@@ -60,10 +60,6 @@ llama_rope_params llama_rope_dynamic::params(int32_t level) const {
     return result;
 }
 
-uint32_t llama_rope_dynamic::n_ctx_max(uint32_t n_ctx) const {
-    return yarn && factor > 1.0f ? std::min<uint32_t>(n_ctx, n_train*factor) : n_ctx;
-}
-
 void llama_rope_params_set(llama_cparams & cparams, const llama_rope_params & params) {
     cparams.rope_freq_base   = params.freq_base;
     cparams.rope_freq_scale  = params.freq_scale;
@@ -155,6 +151,12 @@ void llama_rope_dynamic_init(const llama_model & model, const llama_context_para
     // every level rounds the keys of a quantized cache once more
     dynamic.n_per_octave = ggml_is_quantized(params.type_k) ? 1 : 2;
     dynamic.n_level      = dynamic.level_of(GGML_PAD(cparams.n_ctx, 256) - 1) + 1;
+
+    // the tools allow no longer sequence, see llama_rope_n_ctx()
+    dynamic.n_ctx = cparams.n_ctx;
+    if (dynamic.yarn && dynamic.factor > 1.0f) {
+        dynamic.n_ctx = std::min<uint32_t>(dynamic.n_ctx, dynamic.n_train*dynamic.factor);
+    }
 
     dynamic.ext_factor  = hparams.yarn_ext_factor > 0.0f ? hparams.yarn_ext_factor : 1.0f;
     dynamic.attn_factor = hparams.rope_attn_factor;
@@ -732,9 +734,5 @@ int32_t llama_rope_dynamic_level(const llama_context * ctx) {
 }
 
 int32_t llama_rope_n_ctx(const llama_context * ctx) {
-    const auto & cparams = ctx->get_cparams();
-
-    const uint32_t n_ctx_train = ctx->get_model().hparams.n_ctx_train;
-
-    return cparams.rope_dynamic.enabled ? std::max(n_ctx_train, cparams.rope_dynamic.n_ctx_max(cparams.n_ctx)) : n_ctx_train;
+    return std::max(ctx->get_model().hparams.n_ctx_train, ctx->get_cparams().rope_dynamic.n_ctx);
 }

@@ -31,6 +31,7 @@ struct llama_rope_dynamic {
     int32_t n_per_octave = 2; // levels while the length doubles
 
     uint32_t n_train = 0;
+    uint32_t n_ctx   = 0;    // the longest sequence that the scaling is for
     uint32_t n_rot   = 0;    // rotated dimensions of the layers that are scaled
 
     float factor      = 1.0f;
@@ -43,9 +44,6 @@ struct llama_rope_dynamic {
     int32_t level_of(llama_pos pos) const;
 
     llama_rope_params params(int32_t level) const;
-
-    // the longest sequence that the scaling is for, at most n_ctx
-    uint32_t n_ctx_max(uint32_t n_ctx) const;
 };
 
 // read {arch}.rope.scaling.dynamic_factor into the hparams, throws if it is not usable
