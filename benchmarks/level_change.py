@@ -99,7 +99,8 @@ def cost_row(path: str, args: argparse.Namespace, kind: str, rate: float) -> str
             changes.append(first - statistics.median(others[1:]))
             shares.append(changes[-1] / prefill)
     # read and written: as much as keys and values of this type are together
-    floor = memory_needed(path, args.tokens, n_seq=1, cache_types=(kind, kind)).kv_cache / rate
+    with Model(path, llama_options={"cache_type_k": kind, "cache_type_v": kind}, weights=False) as empty:
+        floor = memory_needed(empty, args.tokens, 1).kv_cache / rate
     change, share = statistics.median(changes), statistics.median(shares)
     costs = f"{1e3 * change:.1f} ms", f"{1e3 * floor:.2f} ms", f"{100 * share:.2f} %"
     return row((Path(path).stem, kind, args.tokens, *costs))

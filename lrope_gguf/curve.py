@@ -349,10 +349,7 @@ def _read(path: str | os.PathLike[str]) -> bytes:
 
 
 def _parse(text: str) -> Any:
-    """Strict JSON of bounded size, depth and memory: no NaN, infinities, overflowing numbers or repeated keys.
-
-    What is refused here, patches/src/common/rope-layer.cpp refuses too.
-    """
+    """Strict JSON of bounded size, depth and memory: no NaN, infinities, overflowing numbers or repeated keys."""
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise LropeError("is above 1 MiB; is it a curve file?")
     depth = containers = 0

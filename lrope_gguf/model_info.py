@@ -14,7 +14,7 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.gguf_scan import ARRAY, FLOAT32, GGUFFile
 from lrope_gguf.layout import CURVE_KEY, PAGE, Base, factors_key
 from lrope_gguf.originals import ORIGINAL_KEY
-from lrope_gguf.reach import has_rope, rope_reach
+from lrope_gguf.reach import has_rope
 from lrope_gguf.rope_scaling import RopeScaling
 
 MAX_LAYERS = 4096
@@ -48,7 +48,6 @@ class ModelInfo:
         nextn_predict_layers: layers of that head, the last ones; all, where the file holds the head alone.
         context_length: trained length in tokens.
         has_rope: whether it uses RoPE, as far as its metadata tells; an unknown architecture is taken to.
-        rope_reach: of the layers that a curve shapes, how many tokens their rotation reaches (`lrope_gguf.reach`).
         rope: how llama.cpp rotates without further options.
         rope_freq_base, rope_dimension_count, rope_scaling_type, rope_scaling_factor, rope_dynamic_factor,
             rope_original_context_length: what the RoPE keys say.
@@ -71,7 +70,6 @@ class ModelInfo:
     nextn_predict_layers: int
     context_length: int | None
     has_rope: bool
-    rope_reach: tuple[int | None, ...]
     rope: RopeScaling
     rope_freq_base: float | None
     rope_dimension_count: int | None
@@ -111,10 +109,6 @@ class ModelInfo:
             if factor != 1:
                 raise LropeError(f"{self.path}: layer {layer} is of a multi-token-prediction head and keeps factor 1")
         return tuple(factors[:n_layer])
-
-    def layers_reaching(self, n_tokens: int) -> tuple[int, ...]:
-        """The layers that rotate over the whole of a context of ``n_tokens`` tokens, as far as the header tells."""
-        return tuple(i for i, reach in enumerate(self.rope_reach) if reach is None or reach >= n_tokens)
 
     def fingerprint(self) -> str:
         """Identity of the base model: SHA-256 in hex, the same before and after `write_factors`.
@@ -202,7 +196,6 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         nextn_predict_layers=nextn,
         context_length=gguf.integer(of("context_length")),
         has_rope=has_rope(gguf, str(architecture), block_count),
-        rope_reach=rope_reach(gguf, str(architecture), (block_count or 0) - nextn if block_count else 0),
         rope=RopeScaling.of(gguf, str(architecture)),
         rope_freq_base=real("rope.freq_base"),
         rope_dimension_count=gguf.integer(of("rope.dimension_count")),

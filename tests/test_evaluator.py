@@ -438,7 +438,8 @@ def test_eleven_depths_cost_an_eighth_of_a_prompt_each(model: Model) -> None:
 def test_the_evaluator_foresees_its_memory(model: Model) -> None:
     plain = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4))
     alone = plain.memory_needed()
-    assert alone == memory_needed(model.path, model.n_ctx, n_seq=5, n_batch=model.n_batch)
+    with model.without_weights() as empty:
+        assert alone == memory_needed(empty, model.n_ctx, 5)
     guard = Guard(model, GuardTexts(((1, 2, 3),), tuple(range(1, 90)) * 10))
     both = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4), guard=guard).memory_needed()
     assert (both.weights, both.kv_cache > alone.kv_cache, both.compute > alone.compute) == (alone.weights, True, True)

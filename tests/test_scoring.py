@@ -140,8 +140,12 @@ def test_the_output_layer_is_the_last_on_a_gpu(path: Path, monkeypatch: pytest.M
 def test_memory_for_scores_on_the_device(model: Model) -> None:
     needed = {s: evaluator_of(model, s).memory_needed() for s in SCORINGS}
     assert needed["host"].kv_cache == needed["device"].kv_cache
-    big = {on: memory_needed(model.path, 512, n_seq=60, score_on_device=on).compute for on in (False, True)}
+    with model.without_weights() as empty:
+        big = {on: memory_needed(empty, 512, 60, score_on_device=on).compute for on in (False, True)}
     assert 0.5 < big[True] / big[False] < 2.0
+    # what is foreseen is what is taken once scores were asked for
+    evaluator_of(model, "device").evaluate((1.0,) * model.n_layer, "search", 0)
+    assert model.memory_size(score_on_device=True)[2:] == (needed["device"].kv_cache, needed["device"].compute)
 
 
 def test_what_an_old_study_says() -> None:

@@ -91,7 +91,6 @@ def _launch(
     info = read_model(model.path)
     if not info.has_rope:
         raise LropeError(f"{info.path}: a model without RoPE; layer factors mean nothing to it")
-    _layers(info, 1)
     for start in settings.start:
         if not isinstance(start[0], tuple) and len(start) != info.n_layer:
             raise LropeError(f"--start: {len(start)} factors, but {info.path} has {info.n_layer} layers; give another")
@@ -115,7 +114,7 @@ def _launch(
     with one_interrupt(), ExitStack() as stack:
         first = first_worker(workers, spec, stack)
         facts = first.ask(find_out)
-        layers = _layers(info, facts.longest)
+        layers = _layers(info, facts)
         settings = settings.settled(facts.n_probes, sizes, len(mix.parts))
         config = identity(info, model, mix, facts) | {"search": settings.identity(), "guard": guard}
         place = directory
@@ -175,19 +174,18 @@ def _context_score(job: Job, study: Study, first: Executor) -> ContextScore:
     return score
 
 
-def _layers(info: ModelInfo, n_tokens: int) -> tuple[int, ...]:
-    """Return the layers that rotate over the whole of ``n_tokens`` tokens.
+def _layers(info: ModelInfo, facts: Facts) -> tuple[int, ...]:
+    """Return the layers that rotate over the whole of the longest prompt.
 
     Raises:
         LropeError: there is none.
     """
-    layers = info.layers_reaching(n_tokens)
-    if not layers:
+    if not facts.layers:
         raise LropeError(
-            f"{info.path}: none of its layers rotates over the whole of {n_tokens} tokens (sliding windows, layers "
-            "without RoPE); layer factors can change nothing in the middle of such a context, ask for shorter ones"
+            f"{info.path}: none of its layers rotates over the whole of {facts.longest} tokens (sliding windows, "
+            "layers without RoPE); layer factors can change nothing far back in it; ask for shorter ones"
         )
-    return layers
+    return facts.layers
 
 
 def _report(summary: StudySummary) -> str:

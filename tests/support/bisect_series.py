@@ -43,6 +43,8 @@ def touched_units(patch: Path) -> list[str]:
 def bisect(source: Path, only: Sequence[str] = ()) -> list[Step]:
     """Apply patch after patch to a copy of the unpatched ``source`` and compile what each one touches.
 
+    Ends with the first patch that needs what the source lacks.
+
     ``only``: of the touched files, those with these names.
 
     Raises:
@@ -52,10 +54,11 @@ def bisect(source: Path, only: Sequence[str] = ()) -> list[Step]:
     with tempfile.TemporaryDirectory() as temporary:
         for number, patch in enumerate(native_build.patches(), 1):
             start = time.monotonic()
-            copy = Path(temporary) / patch.name
+            copy = Path(temporary) / str(number)
             for folder in _INCLUDES:
                 shutil.copytree(source / folder, copy / folder)
-            native_build.apply_series(copy, number)
+            if patch.name in native_build.apply_series(copy, number):  # left out, with those after it
+                break
             files = [file for file in touched_units(patch) if not only or Path(file).name in only]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 errors = [line for lines in pool.map(functools.partial(_errors, copy), files) for line in lines]

@@ -35,8 +35,8 @@ static json factors_from_file(const std::string & fname, const llama_model * mod
             string_format("made for another model than this one (%s, %zu layers)", arch, n_block));
 
     const json list = data.value("layer_factors", json());
-    require(!list.is_null(), string_format("has a curve, but no layer_factors; lrope-gguf write MODEL --curve %s puts the factors of the "
-                "curve into the model", fname.c_str()));
+    require(!list.is_null(), string_format("has no layer_factors; lrope-gguf write MODEL --curve %s puts the factors of its curve into the "
+                "model", fname.c_str()));
     return list;
 }
 

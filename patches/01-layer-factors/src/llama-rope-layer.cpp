@@ -264,12 +264,15 @@ int32_t llama_context::rope_layers(uint32_t n_tokens, bool * out, size_t n) {
         return llama_rope_layer_ops(graph_reserve(cparams.n_seq_max, cparams.n_seq_max, cparams.n_seq_max, mctx.get(), true));
     };
 
+    // its windowed layers attend to compressed keys of the whole context too - by name, older versions do not have it
+    const bool has_windows = hparams.swa_type != LLAMA_SWA_TYPE_NONE && strcmp(llm_arch_name(model.arch), "deepseek4") != 0;
+
     try {
         const auto stock = ops_with(nullptr);
 
         std::vector<float> factors(n_layer, 1.0f);
         for (size_t il = 0; il < n_layer; ++il) {
-            const bool is_short = hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(il) && hparams.n_swa < n_tokens;
+            const bool is_short = has_windows && hparams.is_swa(il) && hparams.n_swa < n_tokens;
 
             factors[il] = 2.0f;
             out[il] = !is_short && ops_with(llama_rope_layer_init(model, cparams, factors.data())) != stock;

@@ -1,4 +1,5 @@
 #include "llama-context.h"
+
 #include <algorithm>
 
 void llama_get_memory_size(llama_context * ctx, size_t * sizes) {
@@ -7,7 +8,7 @@ void llama_get_memory_size(llama_context * ctx, size_t * sizes) {
     std::fill_n(sizes, 4, 0);
 
     for (const auto & [buft, size] : ctx->memory_breakdown()) {
-        sizes[buft == ggml_backend_cpu_buffer_type() ? 0 : 1] += size.model;
+        sizes[ggml_backend_buft_is_host(buft) ? 0 : 1] += size.model;
 
         sizes[2] += size.context;
         sizes[3] += size.compute;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import math
@@ -147,14 +146,18 @@ class TeacherForcedEvaluator:
         """Return how many rows of logits scoring this context takes: one for each token of a value."""
         return len(self._encode(split, index).gold)
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that rotate over the whole of the longest prompt."""
+        return self._model.rope_layers(self._longest)
+
     def memory_needed(self) -> MemoryNeeded:
         """Predict the memory of the model, its context as it is now, and the guard's two contexts while it looks."""
-        model = self._model
-        needed_for = functools.partial(memory_needed, model.path, n_batch=model.n_batch, cache_types=model.cache_types)
-        needed = needed_for(model.n_ctx, n_seq=self._n_seq, score_on_device=self.scoring == "device")
-        if self._guard is None:
-            return needed
-        one = needed_for(self._guard.n_cells, n_seq=self._guard.n_seq)
+        with self._model.without_weights() as empty:
+            needed = memory_needed(empty, self._model.n_ctx, self._n_seq, score_on_device=self.scoring == "device")
+            if self._guard is None:
+                return needed
+            one = memory_needed(empty, self._guard.n_cells, self._guard.n_seq)
         return replace(needed, kv_cache=needed.kv_cache + 2 * one.kv_cache, compute=needed.compute + 2 * one.compute)
 
     def check(self, factors: Factors) -> None:

@@ -16,7 +16,7 @@ from ..tasks import AnyTask, Task, make_task, make_tasks, mixed
 from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
 from .evaluator import SCORINGS, TeacherForcedEvaluator
 from .generation import Generation
-from .memory import MemoryNeeded, check_cache_types
+from .memory import MemoryNeeded
 from .model import Model
 from .sample_answer import Sample
 
@@ -25,9 +25,8 @@ def open_model(config: ModelConfig) -> Model:
     """Load the model.
 
     Raises:
-        LropeError: it cannot be loaded, or not have such a cache.
+        LropeError: it cannot be loaded.
     """
-    check_cache_types(config.path, (config.cache_type_k, config.cache_type_v))
     return Model(
         config.path,
         n_batch=config.batch_size,
@@ -160,6 +159,8 @@ class Facts:
     memory: MemoryNeeded
     longest: int
     """Tokens of the longest prompt."""
+    layers: tuple[int, ...]
+    """Layers that rotate over the whole of it."""
     samples: tuple[Sample, ...]
     """What the base model makes of an easy question of each task."""
     n_probes: int
@@ -180,6 +181,7 @@ def find_out(evaluator: Evaluator) -> Facts:
         evaluator.guard_texts,
         evaluator.memory_needed(),
         evaluator.longest,
+        evaluator.layers,
         evaluator.samples,
         *evaluator.n_probes,
         evaluator.batch_size,

@@ -27,7 +27,8 @@ from .batch import Batch, Part, Rows, Scores, Tokens
 from .binding import can_score, chat_formatter, llama_library, log, pointer, set_options
 
 _ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
-_REFUSED = -2  # llama_set_rope_layer_factors, patches/src/src/llama-rope-layer.cpp
+_REFUSED = -2  # llama_set_rope_layer_factors, patches/01-layer-factors/src/llama-rope-layer.cpp
+_LOAD_NOTHING = 0  # LLAMA_LOAD_MODE_NONE
 CPU_BATCH, GPU_BATCH = 512, 2048  # tokens a batch, by default
 MAX_OUTPUTS = 128  # rows of logits a decode may return: bounds memory where the vocabulary is large
 
@@ -53,11 +54,13 @@ class Model:
         chat: bool = True,
         verbose: bool = False,
         llama_options: Mapping[str, Any] | None = None,
+        weights: bool = True,
     ) -> None:
         """Load ``path`` (memory-mapped). ``None`` leaves a choice to llama.cpp; ``n_threads``: the physical cores.
 
         ``n_batch``, if None: `GPU_BATCH` where layers go to a GPU, else `CPU_BATCH`. ``chat``: put prompts into the
         model's chat template, if it has one. ``llama_options``: of its contexts, see `ModelConfig.llama_options`.
+        ``weights``: False allocates none of them, nor what a context needs: enough for `memory_size` and `rope_layers`.
         Raises `LropeError` if the model cannot be loaded or has no RoPE.
         """
         self._llama = llama = llama_library()
@@ -74,7 +77,7 @@ class Model:
         self.cache_types = of_k, of_v
         if flash_attention is None and CACHE_TYPES[of_v][0] > 1:
             flash_attention = True  # llama.cpp has no other attention on quantized values
-        self._flash_attention = flash_attention
+        self._flash_attention, self._n_gpu_layers = flash_attention, n_gpu_layers
         if not self.path.is_file():
             raise LropeError(f"{path}: no such file")
         log.verbose = verbose
@@ -82,6 +85,8 @@ class Model:
         parameters = llama.llama_model_default_params()
         if n_gpu_layers is not None:
             parameters.n_gpu_layers = n_gpu_layers
+        if not weights:
+            parameters.no_alloc, parameters.load_mode = True, _LOAD_NOTHING
         self._model = llama.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise LropeError(f"{path}: cannot load: {log.reason()}")
@@ -91,7 +96,7 @@ class Model:
         self._vocab = llama.llama_model_get_vocab(self._model)
         self._n_block = int(self._metadata(f"{self._metadata('general.architecture')}.block_count"))
         # what a curve shapes; the patch wants a factor for each block, a multi-token-prediction head's too. As in
-        # patches/src/common/rope-layer.cpp: llama.cpp runs some models' layers several times
+        # patches/01-layer-factors/common/rope-layer.cpp: llama.cpp runs some models' layers several times
         self.n_layer = min(self._n_block, int(llama.llama_model_n_layer(self._model)))
         # the output layer goes last, after all the others
         all_on_gpu = n_gpu_layers is None or n_gpu_layers < 0 or n_gpu_layers > self._n_block
@@ -132,6 +137,20 @@ class Model:
         other.n_ctx = 0
         other._batch = Batch(self._llama, self.n_batch)
         return other
+
+    def without_weights(self) -> Model:
+        """Return the same model, to be run in the same way, but for its weights: see ``weights``; to be closed."""
+        return Model(
+            self.path,
+            n_batch=self.n_batch,
+            n_threads=self.n_threads,
+            n_gpu_layers=self._n_gpu_layers,
+            flash_attention=self._flash_attention,
+            chat=False,
+            verbose=log.verbose,
+            llama_options=self._llama_options,
+            weights=False,
+        )
 
     def _metadata(self, key: str) -> str:
         buffer = ctypes.create_string_buffer(256)
@@ -251,6 +270,35 @@ class Model:
             raise LropeError(f"{self.path}: llama.cpp sees {n} layers, the metadata {values.size}")
         return tuple(values[: self.n_layer].tolist())
 
+    def rope_layers(self, n_tokens: int) -> tuple[int, ...]:
+        """Return the layers whose factor matters over the whole of a text of ``n_tokens`` tokens. Needs a context.
+
+        That is, without those that rotate nothing, have a shorter window, or attend to another layer's keys.
+        """
+        layers = np.zeros(self._n_block, np.bool_)
+        self._llama.llama_rope_layers(self._context, n_tokens, pointer(layers, ctypes.c_bool), layers.size)
+        return tuple(np.flatnonzero(layers[: self.n_layer]).tolist())
+
+    def memory_size(self, *, score_on_device: bool = False) -> tuple[int, int, int, int]:
+        """Return the bytes that model and context take, or would take if the model has no weights.
+
+        Weights that the processes of a machine share, other weights, the cache, and what is computed with, the rows of
+        logits included. ``score_on_device``: as if `score` was called.
+        """
+        llama = self._llama
+        if score_on_device:
+            self._batch.target[:] = 0
+            targets = pointer(self._batch.target, llama.llama_token)
+            llama.llama_set_score_targets(self._context, targets, self.n_batch)
+        sizes = (ctypes.c_size_t * 4)()
+        llama.llama_get_memory_size(self._context, sizes)
+        if score_on_device and not self._scoring:
+            llama.llama_set_score_targets(self._context, None, 0)
+        shared, others, cache, compute = sizes
+        # a new context has room for a row a sequence; reading logits then makes room for as many as may be asked for
+        rows = self._n_seq if score_on_device else min(self._max_outputs, self.n_batch)
+        return shared, others, cache, compute + 4 * self.n_vocab * max(rows, self._n_seq)
+
     def file_factors(self) -> tuple[float, ...] | None:
         """Return the factors that the file itself holds, None if it holds none."""
         values = np.empty(self._n_block, np.float32)
@@ -284,11 +332,18 @@ class Model:
         log.clear()
         self._context = llama.llama_init_from_model(self._model, parameters)
         if not self._context:
-            raise LropeError(f"{self.path}: cannot make a context of {n_ctx} tokens: {log.reason()}")
+            raise LropeError(f"{self.path}: cannot make a context of {n_ctx} tokens{self._types()}: {log.reason()}")
         self._memory = llama.llama_get_memory(self._context)
-        self._max_outputs = int(parameters.n_outputs_max)
+        self._max_outputs, self._n_seq = int(parameters.n_outputs_max), n_seq
         self.n_ctx = int(llama.llama_n_ctx(self._context))
-        self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._model))  # YaRN of the options has stretched it
+        if hasattr(llama, "llama_rope_n_ctx"):
+            self.n_ctx_train = int(llama.llama_rope_n_ctx(self._context))  # a scaling of the options has stretched it
+
+    def _types(self) -> str:
+        """Say which types of cache were asked for, which most models cannot have if they have others than usual."""
+        if self.cache_types == ("f16", "f16"):
+            return ""
+        return f" with --cache-type-k {self.cache_types[0]} and --cache-type-v {self.cache_types[1]}"
 
     def clear(self, *, data: bool = False) -> None:
         """Empty all sequences; with ``data`` also overwrite the cached keys and values (needed after a NaN)."""
