@@ -113,8 +113,10 @@ def apply(source: Path) -> str:
     try:
         said = native_build.apply_series(source)
     except CommandError as error:
-        failed = re.findall(r"patch\s+failed:\s+(\S+)", str(error))
-        return f"no: {', '.join(failed) or ' '.join(str(error).split())}"
+        said = " ".join(str(error).split())
+        lacks = re.search(r"cannot be used: \S+/(src/\S+ has no \w+)", said)
+        failed = [lacks[1]] if lacks else re.findall(r"patch failed: (\S+)", said)
+        return f"no: {', '.join(failed) or said}"
     left_out = re.search(r"from (\S+)\s+on\s+are\s+left\s+out:\s+\S+\s+has\s+no\s+(\w+)", said)
     usable = [folder for folder in native_build.patches() if left_out is None or folder.name < left_out[1]]
     with tempfile.NamedTemporaryFile("w", suffix=".patch") as series:
