@@ -25,7 +25,7 @@ from tables import head, row
 
 from lrope_gguf import LropeError
 
-FUNCTION = "llama_context::decode(llama_batch const&)"
+FUNCTION = "llama_context::decode(llama_batch const&)"  # what `llama_decode` jumps to
 WORK = Path(__file__).with_name("lockstep_speed.py")
 ARMS = {
     "stock": ("stock", 0),
