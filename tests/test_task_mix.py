@@ -33,7 +33,6 @@ from lrope_search.report.text import summary_lines
 from lrope_search.results.comparison import compare
 from lrope_search.results.objective import Objective
 from lrope_search.results.table import depth_table
-from lrope_search.results.verdict import verdict
 from lrope_search.scores import ContextScore, ProbeScore
 from lrope_search.study.plan import racing
 from lrope_search.study.progress import Progress
@@ -232,7 +231,7 @@ def test_how_many_contexts_a_weighted_mean_stands_for() -> None:
         compare(base, [dataclasses.replace(score, task="kv") for score in other])
 
 
-def test_the_table_has_a_row_for_each_task_and_the_verdict_names_what_is_harmed() -> None:
+def test_the_table_has_a_row_for_each_task() -> None:
     rng = np.random.default_rng(0)
     right = {"kv": [0.5] * 8, "mdqa": [-0.5] * 8}
     noise = {task: (values + rng.normal(0.0, 0.01, 8)).tolist() for task, values in right.items()}
@@ -262,13 +261,8 @@ def test_the_table_has_a_row_for_each_task_and_the_verdict_names_what_is_harmed(
         ["kv", "3", "8", "base", "0.0"],
         ["mdqa", "1", "8", "base", "100.0"],
     ]
-    assert "+100.0 [+100.0, +100.0]" in lines[2] and "-100.0 [-100.0, -100.0]" in lines[4]
+    assert "+100.0 [+67.6, +100.0]" in lines[2] and "-100.0 [-100.0, -67.6]" in lines[4]
     assert table.json()["tasks"]["mdqa"]["weight"] == 1.0
-    judged = verdict(table.comparisons["curve"], tasks=alone)
-    assert judged.recommended
-    assert judged.text.endswith(
-        "on 16 unseen contexts (kv 100.0 points [100.0, 100.0], mdqa -100.0 points [-100.0, -100.0]); harms mdqa"
-    )
 
 
 class Two(Landscape):
