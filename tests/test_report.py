@@ -114,7 +114,7 @@ def test_the_summary_is_what_was_measured(whole: tuple[Path, SearchOutcome]) -> 
     summary = read_study(study)
     assert outcome.winner is not None and outcome.uniform is not None
     assert summary == outcome.summary
-    assert summary.factors == outcome.winner.factors and summary.uniform == outcome.uniform.factors[0]
+    assert summary.factors == outcome.winner.factors and summary.uniform.factors == outcome.uniform.factors
     results = dict(parse_evaluations((study / "evaluations.jsonl").read_bytes(), study)[0])
     factors = {
         "base": (1.0,) * 24, f"uniform {outcome.uniform.factors[0]:g}": outcome.uniform.factors,

@@ -46,8 +46,10 @@ def make_study(
     n_layer: int = 24,
     evaluator: Landscape | None = None,
     config: dict[str, Any] | None = None,
+    test_size: int | None = None,
 ) -> SearchOutcome:
     """Run a whole search in ``directory``."""
     executor = LocalExecutor(evaluator or Timed(n_layer))
     with Study(directory, (CONFIG if config is None else config) | {"search": settings.identity()}) as study:
-        return run_search(executor, study, settings, Progress(study.log, quiet=True), architecture="synthetic")
+        progress = Progress(study.log, quiet=True)
+        return run_search(executor, study, settings, progress, architecture="synthetic", test_size=test_size)

@@ -171,7 +171,7 @@ class Findings:
         tasks = {} if gain is None else table.tasks
         return replace(
             self,
-            base_accuracy=table.totals["base"].accuracy,
+            base_accuracy=round(table.totals["base"].accuracy, 6),
             gain=None if gain is None else gain.recorded(),
             uniform_gain=None if beside is None else beside.recorded(),
             over_uniform=None if over_uniform is None else over_uniform.recorded(),

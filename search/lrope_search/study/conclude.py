@@ -120,7 +120,7 @@ def _measure(run: Run, winner: Candidate | None, uniform: Candidate | None) -> t
 def _findings(run: Run, front: Front, winner: Candidate | None, uniform: Candidate | None, stopped_by: str) -> Findings:
     """Return what is known before the test is counted in."""
     point = front.choice
-    told = dict(run.ranking).get(winner or run.base, (run.settings.n_contexts("search"), 0.0))
+    contexts, fitness = dict(run.ranking).get(winner or run.base, (run.settings.n_contexts("search"), 0.0))
     guard = None
     if run.guard_contexts and (point is not None or front.passed_over):
         lengths = () if point is None else (round(point.short, 6), round(point.long, 6))
@@ -129,8 +129,8 @@ def _findings(run: Run, front: Front, winner: Candidate | None, uniform: Candida
         factors=(winner or run.base).factors,
         candidates=len(run.ranking),
         stopped_by=stopped_by,
-        search=Stage(*told),
-        validation=Stage(run.settings.n_contexts("validation"), 0.0 if point is None else point.gain),
+        search=Stage(contexts, round(fitness, 6)),
+        validation=Stage(run.settings.n_contexts("validation"), 0.0 if point is None else round(point.gain, 6)),
         look=run.look,
         uniform=_uniform(uniform),
         guard=guard,
