@@ -29,7 +29,6 @@ from lrope_search.results.intervals import wilson
 from lrope_search.results.summary import LayerEffect, StudySummary
 from lrope_search.results.table import depth_table
 from lrope_search.scores import ContextScore, Job
-from lrope_search.study import conclude
 from lrope_search.study.run import SearchOutcome
 from lrope_search.study.store import parse_evaluations
 
@@ -146,7 +145,6 @@ def test_each_pair_of_sides_is_compared_once(tmp_path: Path, monkeypatch: pytest
         return compare(*args, **options)
 
     monkeypatch.setattr(table, "compare", counted)
-    monkeypatch.setattr(conclude, "compare", counted)
     summary = make_study(tmp_path, SMALL).summary
     write_report(summary)
     assert "curve" in str(summary.table) and summary.json()

@@ -261,7 +261,7 @@ def test_the_table_has_a_row_for_each_task() -> None:
         ["kv", "3", "8", "base", "0.0"],
         ["mdqa", "1", "8", "base", "100.0"],
     ]
-    assert "+100.0 [+67.6, +100.0]" in lines[2] and "-100.0 [-100.0, -67.6]" in lines[4]
+    assert "+100.0 [+54.1, +100.0]" in lines[2] and "-100.0 [-100.0, -54.1]" in lines[4]
     assert table.json()["tasks"]["mdqa"]["weight"] == 1.0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
 
-from ..results.summary import StudySummary, Trial, summarise
+from ..results.summary import StudySummary, Trial, recover
 from ..scores import ContextScore, Evaluation, Job
 from ..study.store import Study, holds_search, parse_evaluations
 
@@ -38,7 +38,7 @@ def read_study(directory: Path) -> StudySummary:
     trials = _trials(directory, n_layer)
     if best is not None and n_layer is not None:
         best = _with_factors(directory, best, n_layer)
-    return summarise(directory, config, best, evaluations, trials, _scales(directory))
+    return recover(directory, config, best, evaluations, trials, _scales(directory))
 
 
 def _config(directory: Path) -> dict[str, Any]:

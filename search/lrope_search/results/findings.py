@@ -164,8 +164,8 @@ class Findings:
         """Whether to use the curve."""
         return judge(self)
 
-    def measured(self, table: DepthTable, over_uniform: Comparison | None) -> Findings:
-        """Return this with the gains on test contexts that ``table`` has, and what the winner gains over `uniform`."""
+    def measured(self, table: DepthTable) -> Findings:
+        """Return this with the gains on test contexts that ``table`` has."""
         gain = table.comparisons.get("curve")
         beside = None if self.uniform is None else table.comparisons.get(self.uniform.name)
         tasks = {} if gain is None else table.tasks
@@ -174,7 +174,7 @@ class Findings:
             base_accuracy=round(table.totals["base"].accuracy, 6),
             gain=None if gain is None else gain.recorded(),
             uniform_gain=None if beside is None else beside.recorded(),
-            over_uniform=None if over_uniform is None else over_uniform.recorded(),
+            over_uniform=None if table.over is None else table.over.recorded(),
             tasks={
                 name: TaskGain(table.weights[name], alone.comparisons["curve"].recorded())
                 for name, alone in tasks.items()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from ..scores import ContextScore
+
+K = TypeVar("K")
 
 _LEAST_SCALE = 1e-3  # nats: of a task whose answers the base model gives all alike
 
@@ -44,6 +47,10 @@ class Objective:
         weights = {task: self._weights.get(task, 1.0) for task in differences}
         means = {task: math.fsum(of_task) / len(of_task) for task, of_task in differences.items()}
         return math.fsum(weights[task] * means[task] for task in means) / math.fsum(weights.values())
+
+    def of_all(self, scores: Mapping[K, Sequence[ContextScore]]) -> dict[K, float]:
+        """Return the fitness of each."""
+        return {key: self.fitness(of_key) for key, of_key in scores.items()}
 
     def _weighted(self, score: ContextScore) -> float:
         weights = [1.0 + self._middle_weight * 4.0 * p.depth * (1.0 - p.depth) for p in score.probes]

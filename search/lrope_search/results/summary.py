@@ -11,10 +11,8 @@ from typing import Any
 from lrope_gguf.curve import CurveFile, Point
 
 from ..scores import LAYER_SCAN, ContextScore, DivergenceScore, Evaluation, Factors, Job
-from .comparison import compare
 from .findings import Findings, Stage, Uniform
-from .front import Front, FrontPoint
-from .guard import divergences_by_length
+from .front import Front, divergences_by_length
 from .intervals import finite
 from .objective import Objective, unit_of
 from .table import DepthTable, depth_table
@@ -182,11 +180,12 @@ def summarise(
     config: dict[str, Any],
     best: CurveFile | None,
     evaluations: Mapping[Job, Evaluation],
-    trials: Sequence[Trial] | None = None,
-    scales: Mapping[str, float] | None = None,
-    *,
-    findings: Findings | None = None,
-    table: DepthTable | None = None,
+    trials: Sequence[Trial],
+    scales: Mapping[str, float],
+    findings: Findings | None,
+    searched: Stage | None,
+    table: DepthTable | None,
+    front: Front,
 ) -> StudySummary:
     """Summarise a study.
 
@@ -195,63 +194,102 @@ def summarise(
         config: what the search was begun with; may be any JSON object.
         best: the best curve so far with the factors that were evaluated, and in its provenance the results.
         evaluations: every result.
-        trials: all candidates with a score; None: those that the evaluations tell of.
+        trials: all candidates with a score.
         scales: of several tasks, which fitness was scaled by (`task_scales`).
-        findings: what the search found; None: what ``best`` tells of it.
-        table: the sides on the contexts of the test, if it is known already.
+        findings: what the search found; None before it has ended.
+        searched: what the best so far is worth on search contexts.
+        table: the sides on the contexts of the test, or before it has ended of the search.
+        front: gain against KL.
     """
-    splits: dict[str, dict[Factors, dict[int, ContextScore]]] = {}
-    divergences: dict[Factors, list[DivergenceScore]] = {}
-    for job, score in evaluations.items():
-        if isinstance(score, DivergenceScore):
-            divergences.setdefault(job.factors, []).append(score)
-        else:
-            splits.setdefault(job.split, {}).setdefault(job.factors, {})[job.index] = score
-    settings, weights = _section(config, "search"), task_weights(config)
-    searched, scales = splits.get("search", {}), scales or {}
-    base: Factors = (1.0,) * next((len(job.factors) for job in evaluations), 0)
-    middle_weight = _number(settings.get("middle_weight"), 0.0)
-    if trials is None:
-        trials = _trials_from(searched, base, middle_weight, weights, scales)
-    confidence = min(max(_number(settings.get("confidence"), 0.95), 0.01), 0.9999)
-    results = {} if best is None else _section(best.provenance, "results")
-    factors = None if best is None else best.layer_factors
-    if findings is None and factors is not None:
-        findings = Findings.from_json(results, factors, confidence)
-    split = "search" if findings is None else "test"
-    if findings is not None:
-        confidence = findings.look.confidence
-        if findings.uniform is not None and not findings.uniform.factors:
-            findings = replace(findings, uniform=_uniform(findings.uniform, splits.get(split, {}), trials))
-    sides = {} if table is not None else _of_sides(findings, factors, base, splits.get(split, {}))
-    if sides:
-        seed = max(int(_number(settings.get("seed"), 0)), 0)
-        options: dict[str, Any] = {"seed": seed, "confidence": confidence, "weights": weights}
-        table = depth_table(sides, **options)
-        if findings is not None and "look" not in results:  # an older record: its intervals may be too narrow
-            beside = "" if findings.over_uniform is None or findings.uniform is None else findings.uniform.name
-            over = compare(sides[beside], sides["curve"], **options) if {beside, "curve"} <= sides.keys() else None
-            findings = findings.measured(table, over)
+    settings, factors = _section(config, "search"), None if best is None else best.layer_factors
+    scores = _of_split(evaluations, "search")
+    seen = max((len(contexts) for contexts in scores.values()), default=0)
+    guard = [s for job, s in evaluations.items() if isinstance(s, DivergenceScore) and job.factors == factors]
     return StudySummary(
         directory=directory,
         config=config,
         findings=findings,
-        searched=_searched(results) if findings is None else findings.search,
+        searched=searched,
         best=best,
         factors=factors,
         trials=tuple(trials),
-        search_contexts=int(
-            _number(settings.get("search_contexts"), max((len(scores) for scores in searched.values()), default=0))
-        ),
-        confidence=confidence,
+        search_contexts=int(_number(settings.get("search_contexts"), seen)),
+        confidence=_confidence(config) if findings is None else findings.look.confidence,
         unit=unit_of(scales),
         table=table,
-        table_split=split,
-        scan=_scan(trials, searched, base, scales),
-        guard=divergences_by_length(divergences.get(factors or (), ())),
-        front=_front(settings, weights, scales, splits.get("validation", {}), divergences, base),
+        table_split="search" if findings is None else "test",
+        scan=_scan(trials, scores, scales),
+        guard=divergences_by_length(guard),
+        front=front,
         costs=_costs(evaluations),
     )
+
+
+def recover(
+    directory: Path,
+    config: dict[str, Any],
+    best: CurveFile | None,
+    evaluations: Mapping[Job, Evaluation],
+    trials: Sequence[Trial] | None,
+    scales: Mapping[str, float],
+) -> StudySummary:
+    """Summarise a study by what its files tell: findings by ``best``, the rest by the evaluations.
+
+    ``trials``: None where only the evaluations tell of them. Of a study that is older than looks, the findings are
+    made good: with the factors that the best uniform one was measured with, and with today's intervals.
+    """
+    settings, weights = _section(config, "search"), task_weights(config)
+    searched, tested = _of_split(evaluations, "search"), _of_split(evaluations, "test")
+    base: Factors = (1.0,) * next((len(job.factors) for job in evaluations), 0)
+    middle_weight = _number(settings.get("middle_weight"), 0.0)
+    if trials is None:
+        trials = _trials_from(searched, base, middle_weight, weights, scales)
+    results = {} if best is None else _section(best.provenance, "results")
+    factors = None if best is None else best.layer_factors
+    findings = None if factors is None else Findings.from_json(results, factors, _confidence(config))
+    if findings is not None and findings.uniform is not None and not findings.uniform.factors:
+        findings = replace(findings, uniform=_uniform(findings.uniform, tested, trials))
+    older = findings is not None and "look" not in results
+    table, sides = None, _of_sides(findings, factors, base, searched if findings is None else tested)
+    if sides:
+        table = depth_table(
+            sides,
+            seed=max(int(_number(settings.get("seed"), 0)), 0),
+            confidence=_confidence(config) if findings is None else findings.look.confidence,
+            weights=weights,
+            over=older and findings is not None and findings.over_uniform is not None,
+        )
+        if findings is not None and older:
+            findings = findings.measured(table)
+    validated = _of_split(evaluations, "validation")
+    of_base = validated.get(base, {})
+    divergences: dict[Factors, list[DivergenceScore]] = {}
+    for job, score in evaluations.items():
+        if isinstance(score, DivergenceScore):
+            divergences.setdefault(job.factors, []).append(score)
+    whole = {
+        factors: list(scores.values())
+        for factors, scores in validated.items()
+        if factors != base and factors in divergences and scores.keys() == of_base.keys()
+    }
+    gains = Objective(tuple(of_base.values()), middle_weight, weights, scales).of_all(whole)
+    front = Front.of_scores(gains, divergences, _number(settings.get("max_kl"), math.inf))
+    stage = _searched(best) if findings is None else findings.search
+    return summarise(directory, config, best, evaluations, trials, scales, findings, stage, table, front)
+
+
+def _of_split(evaluations: Mapping[Job, Evaluation], split: str) -> Scores:
+    """The scores on the contexts of ``split``."""
+    scores: dict[Factors, dict[int, ContextScore]] = {}
+    for job, score in evaluations.items():
+        if job.split == split and isinstance(score, ContextScore):
+            scores.setdefault(job.factors, {})[job.index] = score
+    return scores
+
+
+def _confidence(config: Mapping[str, Any]) -> float:
+    """That of intervals, as the settings say it."""
+    return min(max(_number(_section(config, "search").get("confidence"), 0.95), 0.01), 0.9999)
 
 
 def _uniform(uniform: Uniform, tested: Scores, trials: Sequence[Trial]) -> Uniform:
@@ -276,19 +314,18 @@ def _of_sides(findings: Findings | None, factors: Factors | None, base: Factors,
     return {name: [of[index] for index in common] for name, of in seen.items()} if common else {}
 
 
-def _searched(results: Mapping[str, Any]) -> Stage | None:
+def _searched(best: CurveFile | None) -> Stage | None:
     """What the best so far is worth, of a file that may hold anything."""
     try:
-        return Stage.from_json(results["search"])
+        return None if best is None else Stage.from_json(_section(best.provenance, "results")["search"])
     except (KeyError, TypeError, ValueError):
         return None
 
 
-def _scan(
-    trials: Sequence[Trial], searched: Scores, base: Factors, scales: Mapping[str, float]
-) -> tuple[LayerEffect, ...]:
+def _scan(trials: Sequence[Trial], searched: Scores, scales: Mapping[str, float]) -> tuple[LayerEffect, ...]:
     effects = []
     for trial in trials:
+        base = (1.0,) * len(trial.factors)
         moved = tuple(layer for layer, factor in enumerate(trial.factors) if factor != 1.0)
         if trial.origin == LAYER_SCAN and moved:
             error = _error(searched.get(base, {}), searched.get(trial.factors, {}), scales)
@@ -328,25 +365,6 @@ def _trials_from(
             fitness = 0.0 if factors == base else objective.fitness(seen)
             trials.append(Trial(number, "", factors, None, len(seen), fitness))
     return tuple(trials)
-
-
-def _front(
-    settings: Mapping[str, Any],
-    weights: Mapping[str, float],
-    scales: Mapping[str, float],
-    validated: Scores,
-    divergences: Mapping[Factors, Sequence[DivergenceScore]],
-    base: Factors,
-) -> Front:
-    """Gain on validation contexts against KL, of those candidates that saw both all that the base model saw."""
-    of_base = validated.get(base, {})
-    objective = Objective(tuple(of_base.values()), _number(settings.get("middle_weight"), 0.0), weights, scales)
-    points = [
-        FrontPoint(factors, objective.fitness(list(scores.values())), **divergences_by_length(divergences[factors]))
-        for factors, scores in validated.items()
-        if factors != base and factors in divergences and scores.keys() == of_base.keys()
-    ]
-    return Front.of(points, _number(settings.get("max_kl"), math.inf))
 
 
 def _costs(evaluations: Mapping[Job, Evaluation]) -> tuple[Cost, ...]:

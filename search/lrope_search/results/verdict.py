@@ -40,13 +40,15 @@ def judge(found: Findings) -> Verdict:
     if gain.significant:
         return Verdict(True, text)
     if not gain.enough:
-        needed = contexts_needed(gain.confidence)
+        n, equal, needed = gain.n_contexts, gain.n_effective, contexts_needed(gain.confidence)
+        worth = "" if equal is None or n < needed else f", which count as {equal:.1f} by their weights,"
         return Verdict(
             False,
-            f"not recommended, fewer than {needed} contexts cannot tell a gain from chance (give more "
-            f"--test-contexts): {text}",
+            f"not recommended: {n} contexts{worth} are too few to tell a gain from chance, at least {needed} are "
+            f"needed (--test-contexts): {text}",
         )
-    return Verdict(False, f"not recommended, the gain may be chance: {text}")
+    why = "the gain may be chance" if gain.accuracy_gain.mean > 0.0 else "no gain"
+    return Verdict(False, f"not recommended, {why}: {text}")
 
 
 def _beside(found: Findings) -> str:

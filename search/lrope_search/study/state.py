@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lrope_gguf.curve import Curve, CurveFile
 
 from ..config import SearchConfig
 from ..optimizers.protocol import Candidate, Score
-from ..results.findings import Findings, Look
-from ..results.front import Front, FrontPoint
-from ..results.guard import divergences_by_length
+from ..results.findings import Look, Uniform
+from ..results.front import Front
 from ..results.objective import Objective, task_scales, unit_of
 from ..results.summary import task_weights
 from ..scores import GUARD, ContextScore, DivergenceScore, Factors, Job
 from ..workers.protocol import Executor
 from .looks import Looks
+from .plan import NEARER
 from .progress import Progress
 from .scheduler import Pipeline, Urgency
 from .store import Study
+
+_NEARER_STILL = (0.25, 0.125)
+"""As `NEARER`, for where all of these stray too far."""
 
 
 def uniform_factor(candidate: Candidate) -> float | None:
@@ -29,6 +33,16 @@ def uniform_factor(candidate: Candidate) -> float | None:
     moved = {factor for factor in candidate.factors if factor != 1.0}
     whole = len(set(candidate.factors)) == 1
     return moved.pop() if len(moved) == 1 and (whole or candidate.origin == "uniform") else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What validation and guard say: the winner, if any, and gain against KL; beside it the best uniform factor."""
+
+    winner: Candidate | None
+    front: Front
+    uniform: Candidate | None
+    uniform_side: Uniform | None
 
 
 class Run:
@@ -100,11 +114,6 @@ class Run:
             contexts = self.look.contexts if split == "test" else range(n)
         return [Job(factors, split, i) for i in contexts]
 
-    def want(self, sides: Iterable[Candidate], split: str, urgency: Urgency = Urgency.NOW, order: int = 0) -> None:
-        """Have ``sides`` evaluated on all contexts of ``split``, one after the other from ``order`` on."""
-        for place, side in enumerate(sides, start=order):
-            self.pipeline.want(self.jobs(side.factors, split), urgency, place)
-
     def known(self, factors: Factors, n_contexts: int) -> list[ContextScore] | None:
         """Return the scores on the first ``n_contexts`` search contexts; None as long as one is missing."""
         scores = [self.pipeline.results.get(job) for job in self.jobs(factors, "search", range(n_contexts))]
@@ -114,10 +123,6 @@ class Run:
     def all_of(self, factors: Factors, split: str) -> list[ContextScore]:
         """Return the scores on all contexts of ``split``, waiting for them."""
         return [score for score in self.pipeline.get(self.jobs(factors, split)) if isinstance(score, ContextScore)]
-
-    def divergences(self, factors: Factors) -> list[DivergenceScore]:
-        """Return how far ``factors`` stray on ordinary text, waiting for it."""
-        return [score for score in self.pipeline.get(self.jobs(factors, GUARD)) if isinstance(score, DivergenceScore)]
 
     def better_than_base(self) -> list[tuple[Candidate, float]]:
         """Return the candidates with their fitness that saw all search contexts and beat the base model, best first."""
@@ -153,7 +158,34 @@ class Run:
         reached = [[item for item in better if item[1] >= level * better[0][1]] for level in levels if better]
         return list(dict.fromkeys(min(items, key=distance)[0] for items in reached))
 
-    def expect(self, n_validated: int, uniform: Candidate | None) -> None:
+    def choose(self) -> Choice:
+        """Validate, look at ordinary text, and choose the best that the guard lets pass, if it beats the base model.
+
+        Beside the finalists, a guard looks at the candidates nearest to the base model that reach a good part of the
+        best one's gain: where the best stray too far, one of them takes their place. Where these do too, nearer ones
+        still are asked.
+        """
+        finalists, uniform = self.finalists(NEARER if self.guard_contexts else ())
+        self._announce(finalists, uniform)
+        gains = self._validate(finalists)
+        front = self._front(gains)
+        for candidate in self.nearest(_NEARER_STILL) if self.guard_contexts else ():
+            if front.choice is not None or not front.passed_over:
+                break
+            if candidate.factors not in gains:
+                self._expect(len(gains) + 1, uniform)
+                gains |= self._validate([candidate])
+                front = self._front(gains)
+        candidates = {candidate.factors: candidate for candidate, _ in self.ranking}
+        for point in front.passed_over:
+            self.progress.line(
+                f"candidate {candidates[point.factors].id} is passed over: it changes ordinary text by {point.kl:.3g} "
+                f"nats a token, more than --max-kl {front.limit:g}"
+            )
+        side = None if uniform is None else Uniform(uniform_factor(uniform) or 1.0, uniform.factors)
+        return Choice(None if front.choice is None else candidates[front.choice.factors], front, uniform, side)
+
+    def _expect(self, n_validated: int, uniform: Candidate | None) -> None:
         """Say how many evaluations it will be in all."""
         self.progress.expect(
             sum(job.split == "search" for job in self.pipeline.results)
@@ -162,47 +194,51 @@ class Run:
             + (1 + (uniform is not None) + bool(n_validated)) * self.settings.n_contexts("test")
         )
 
-    def announce(self, finalists: Sequence[Candidate], uniform: Candidate | None) -> None:
-        """Say how far it is, and let workers that would idle begin with what validation and test will need."""
-        self.expect(len(finalists), uniform)
+    def _announce(self, finalists: Sequence[Candidate], uniform: Candidate | None) -> None:
+        """Say how far it is, and let workers that would idle begin with what comes later."""
+        self._expect(len(finalists), uniform)
         contexts = self.settings.n_contexts("validation")
         self.progress.line(
             f"validation: base and {len(finalists)} finalists on {contexts} contexts, {self.progress.status()}"
         )
-        self.want([self.base, *finalists], "validation")
-        self.want(finalists, GUARD, Urgency.SOON)
+        self._want([self.base, *finalists], "validation")
+        self._want(finalists, GUARD, Urgency.SOON)
         if uniform is not None:
-            self.want([uniform], "test", Urgency.SOON, 1)
+            self._want([uniform], "test", Urgency.SOON, 1)
 
-    def validate(self, candidates: Sequence[Candidate]) -> dict[Candidate, float]:
-        """Return each candidate's fitness on validation contexts."""
-        objective = self.objective(self.all_of(self.identity, "validation"))
-        return {c: objective.fitness(self.all_of(c.factors, "validation")) for c in candidates}
+    def _want(self, sides: Iterable[Candidate], split: str, urgency: Urgency = Urgency.NOW, order: int = 0) -> None:
+        """Have ``sides`` evaluated on all contexts of ``split``."""
+        jobs = [job for side in sides for job in self.jobs(side.factors, split)]
+        self.pipeline.want(jobs, urgency, order)
 
-    def front(self, fitness: Mapping[Candidate, float]) -> Front:
-        """Return gain against KL of all that were validated, waiting for the guard; without one, KL is not limited."""
-        points = []
-        for order, candidate in enumerate(sorted(fitness, key=lambda c: -fitness[c])):
-            if self.guard_contexts and fitness[candidate] > 0.0:
-                self.want([candidate], "test", Urgency.MAYBE, order)
-            kl = divergences_by_length(self.divergences(candidate.factors)) or {"short": 0.0, "long": 0.0}
-            points.append(FrontPoint(candidate.factors, fitness[candidate], **kl))
-        return Front.of(points, self.settings.max_kl if self.guard_contexts else math.inf)
+    def _validate(self, candidates: Sequence[Candidate]) -> dict[Factors, float]:
+        """Return the fitness on validation contexts by factors, the better first."""
+        scores = {c.factors: self.all_of(c.factors, "validation") for c in (self.base, *candidates)}
+        gains = self.objective(scores.pop(self.identity)).of_all(scores)
+        return dict(sorted(gains.items(), key=lambda gain: -gain[1]))
+
+    def _front(self, gains: Mapping[Factors, float]) -> Front:
+        """Return gain against KL of all that were validated, waiting for the guard."""
+        divergences = {}
+        for order, (factors, gain) in enumerate(gains.items()):
+            if self.guard_contexts and gain > 0.0:
+                self.pipeline.want(self.jobs(factors, "test"), Urgency.MAYBE, order)
+            found = self.pipeline.get(self.jobs(factors, GUARD))
+            divergences[factors] = [score for score in found if isinstance(score, DivergenceScore)]
+        return Front.of_scores(gains, divergences, self.settings.max_kl)
 
     def test(self, sides: Mapping[str, Candidate]) -> dict[str, list[ContextScore]]:
         """Return the scores of ``sides`` on the test contexts of the look that the search now has come to."""
         self.look = self.looks.after(len(self.ranking))
-        n = self.settings.n_contexts("test")
-        others = len(set(sides.values())) - 1
+        n, others = self.settings.n_contexts("test"), len(set(sides.values())) - 1
         self.progress.line(f"test: base and {others} more on {n} contexts, {self.progress.status()}")
-        self.want(sides.values(), "test")
+        self._want(sides.values(), "test")
         return {name: self.all_of(side.factors, "test") for name, side in sides.items()}
 
-    def save(self, best: Candidate, findings: Findings) -> CurveFile:
+    def save(self, best: Candidate, results: dict[str, Any]) -> CurveFile:
         """Write down what was found: the look is spent, and ``best.json`` final."""
-        results = findings.to_json()
-        self.looks.spend(len(self.ranking))
         document = self.document(best, results)
+        self.looks.spend(len(self.ranking))
         self.study.save_best(document)
         self.study.log(str(results["verdict"]))
         return document
