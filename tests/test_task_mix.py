@@ -31,7 +31,7 @@ from lrope_search.report.pictures import draw_pictures
 from lrope_search.report.reading import read_study
 from lrope_search.report.text import summary_lines
 from lrope_search.results.comparison import compare
-from lrope_search.results.objective import Objective
+from lrope_search.results.objective import Objective, task_scales
 from lrope_search.results.table import depth_table
 from lrope_search.scores import ContextScore, ProbeScore
 from lrope_search.study.plan import racing
@@ -185,6 +185,37 @@ def test_fitness_is_the_weighted_mean_of_the_tasks_means() -> None:
     assert objective.fitness(alone) == pytest.approx(0.3)  # over the tasks that are there
     gains["mdqa"] = [-math.inf]
     assert objective.fitness(scores(gains, -1.0)) == -math.inf
+
+
+def test_tasks_are_scaled_by_their_own_spread_so_that_the_default_needs_no_weight() -> None:
+    """Half a nat is little where questions lie 2 nats apart and much where they lie 0.1 apart."""
+    base = scores({"kv": [-2.0, 0.0, 2.0], "multikey": [-0.1, 0.0, 0.1]}, -3.0)
+    scales = task_scales(base)
+    assert scales == pytest.approx({"kv": 2.0, "multikey": 0.1})
+    moved = scores({"kv": [-2.2, -0.2, 1.8], "multikey": [-0.05, 0.05, 0.15]}, -3.0)  # -0.2 and +0.05 nats
+    assert Objective(base).fitness(moved) == pytest.approx(-0.075)
+    assert Objective(base, scales=scales).fitness(moved) == pytest.approx((-0.1 + 0.5) / 2.0)
+    assert compare(base, moved).n_effective == 6.0  # accuracy is weighed equally
+    assert task_scales(scores({"vt": [0.0]}, -0.5)) == {"vt": 0.5}
+    assert task_scales(scores({"vt": [0.0, 0.0]}, -0.5)) == {"vt": 1e-3}
+
+
+def test_an_older_study_of_several_tasks_goes_on_with_nats(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, max_evaluations=6, search_contexts=2, validation_contexts=2)
+    make_study(tmp_path, settings, evaluator=Two(), config=CONFIG)
+    path = tmp_path / "objective.json"
+    kept = json.loads(path.read_text())["scales"]
+    assert kept.keys() == WEIGHTS.keys() and read_study(tmp_path).unit == "standard deviations"
+    best = (tmp_path / "best.json").read_bytes()
+    make_study(tmp_path, settings, evaluator=Two(), config=CONFIG)
+    assert json.loads(path.read_text())["scales"] == kept and (tmp_path / "best.json").read_bytes() == best
+    path.unlink()  # as before there were scales
+    make_study(tmp_path, settings, evaluator=Two(), config=CONFIG)
+    assert json.loads(path.read_text()) == {"scales": {}} and read_study(tmp_path).unit == "nats"
+    path.unlink()
+    (tmp_path / "candidates.jsonl").unlink()  # nothing was told yet: it begins anew
+    make_study(tmp_path, settings, evaluator=Two(), config=CONFIG)
+    assert json.loads(path.read_text())["scales"] == kept
 
 
 @pytest.mark.parametrize(("sizes", "weights"), [((8, 8), (1.0, 1.0)), ((6, 5), (3.0, 1.0)), ((12, 6), (1.0, 2.0))])

@@ -50,7 +50,7 @@ class Front:
         cls, gains: Mapping[Factors, float], divergences: Mapping[Factors, Sequence[DivergenceScore]], limit: float
     ) -> Front:
         """Return the front of all that have a gain; where ordinary text was not looked at, no KL and no limit count."""
-        if not any(divergences.values()):
+        if gains and not any(divergences.values()):
             return cls.of((FrontPoint(factors, gain, 0.0, 0.0) for factors, gain in gains.items()), math.inf)
         points = (FrontPoint(f, gain, **divergences_by_length(divergences[f])) for f, gain in gains.items())
         return cls.of(points, limit)

@@ -257,7 +257,7 @@ def recover(
             seed=max(int(_number(settings.get("seed"), 0)), 0),
             confidence=_confidence(config) if findings is None else findings.look.confidence,
             weights=weights,
-            over=older and findings is not None and findings.over_uniform is not None,
+            over=findings is not None and findings.over_uniform is not None,
         )
         if findings is not None and older:
             findings = findings.measured(table)

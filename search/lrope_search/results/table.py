@@ -103,7 +103,7 @@ class DepthTable:
             if comparison.enough:
                 text += f" [{100 * accuracy.low:+.1f}, {100 * accuracy.high:+.1f}]"
                 text += f", log-probability {log_p.mean:+.4f} [{log_p.low:+.4f}, {log_p.high:+.4f}]"
-                text += f" ({100 * comparison.confidence:.0f} % bootstrap intervals over {self.n_contexts} contexts)"
+                text += f" ({100 * comparison.confidence:g} % bootstrap intervals over {self.n_contexts} contexts)"
             else:
                 text += f", log-probability {log_p.mean:+.4f} (too few contexts for an interval)"
             lines.append(text)
