@@ -261,7 +261,7 @@ def _searched(directory: Path) -> dict[Factors, str]:
     n_layer = len(study.factors)
     names = {(1.0,) * n_layer: "base"}
     if study.uniform is not None:
-        names[(study.uniform,) * n_layer] = f"uniform {study.uniform:g}"
+        names[study.uniform.factors] = study.uniform.name
     names.setdefault(study.factors, "curve")
     return names
 

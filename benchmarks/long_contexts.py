@@ -75,7 +75,7 @@ def searched(args: argparse.Namespace, model: ModelConfig, task: TaskConfig, sca
     """Search under one scaling at one length; the table's row."""
     config = scaled(model, scaling, multiple, args.trained)
     with tempfile.TemporaryDirectory() as folder:
-        results = search(config, task, search_of(args, args.search_seed), Path(folder, "study")).summary.results
+        results = search(config, task, search_of(args, args.search_seed), Path(folder, "study")).summary.json()
     test, uniform, over = results["test"], results.get("best_uniform"), results.get("over_uniform")
     plain = replace(model, rope_scaling="none")
     kl = short_divergence(plain, config, args.text.read_text(), min(args.short, args.trained))

@@ -122,7 +122,7 @@ def test_the_summary_is_what_was_measured(whole: tuple[Path, SearchOutcome]) -> 
     sides = {
         name: [results[Job(side, "test", i)] for i in range(SETTINGS.test_contexts)] for name, side in factors.items()
     }
-    assert summary.table == depth_table(sides, seed=SETTINGS.seed, confidence=SETTINGS.confidence)
+    assert summary.table == depth_table(sides, seed=SETTINGS.seed, confidence=SETTINGS.confidence, over=True)
     trials = {trial.factors: (trial.contexts, trial.fitness) for trial in summary.trials}
     assert trials == {candidate.factors: score for candidate, score in outcome.candidates}
     seen = sorted(outcome.candidates, key=lambda item: item[0].id)
