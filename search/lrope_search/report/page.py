@@ -153,8 +153,8 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
         yield (
             "accuracy",
             "Accuracy by depth",
-            f"On {where}; over the depths, {ends}. Above: Wilson intervals of each accuracy, by the questions of that depth. Below: gain over the base "
-            f"model, {'with paired intervals over contexts' if told else 'too few contexts for intervals'} "
+            f"On {where}; over the depths, {ends}. Above: Wilson intervals of each accuracy, by the questions "
+            f"of that depth. Below: gain over the base model, {'with paired intervals over contexts' if told else 'too few contexts for intervals'} "
             f"({100 * study.confidence:g} % both).",
         )
     if study.trials:
