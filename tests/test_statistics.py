@@ -99,12 +99,13 @@ def test_few_answers_that_differ_are_covered(n: int, questions: int, flips: str)
 def test_answers_are_covered_however_few_differ_and_however_they_cluster(
     n: int, questions: int, correlation: float
 ) -> None:
+    """As often as they say, but for three standard errors of the simulation: 0.923 or more, 0.956 of lower ends."""
     if questions == 1 and correlation > 0.0:
         pytest.skip("one question a context cannot be correlated with another")
     for name, flips in FLIPS.items():
         held, below = covered(n, questions, flips, correlation, trials=600)
-        assert held >= 0.93 - math.sqrt(0.95 * 0.05 / 600), name
-        assert below >= 0.965 - math.sqrt(0.975 * 0.025 / 600), name
+        assert held >= 0.95 - 3.0 * math.sqrt(0.95 * 0.05 / 600), name
+        assert below >= 0.975 - 3.0 * math.sqrt(0.975 * 0.025 / 600), name
 
 
 @pytest.mark.parametrize(("questions", "wide"), [(1, 0.2775), (60, 0.0423)])
