@@ -36,11 +36,11 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 from lrope_search import measure, search
 from lrope_search.report.reading import read_study
-from lrope_search.results.comparison import Comparison, compare, contexts_needed
-from lrope_search.results.intervals import Interval
+from lrope_search.results.comparison import Comparison, contexts_needed
+from lrope_search.results.intervals import Interval, Strata, draws, mean_interval
 from lrope_search.results.variation import components
 from lrope_search.sample import Components
-from lrope_search.scores import ContextScore, Factors, ProbeScore
+from lrope_search.scores import ContextScore, Factors
 from lrope_search.study.store import Study, holds_search, parse_evaluations
 
 Scores: TypeAlias = dict[str, Sequence[ContextScore]]
@@ -139,13 +139,14 @@ def draw(
 def over_contexts(values: NDArray[np.float64], seed: int = 0, resamples: int = 10_000) -> Comparison:
     """Return the intervals of the means of one accuracy and one log-probability a context, shape (2, contexts).
 
-    They are those that `compare` gives: contexts are resampled.
+    Of means, which are no answers any more: contexts are resampled (`mean_interval`), which is what `compare` does where
+    many answers differ.
     """
-    sides = [
-        [ContextScore("test", i, (ProbeScore(0.5, log_p, correct),), 0, 0.0) for i, (correct, log_p) in enumerate(side)]
-        for side in (np.zeros_like(values).T.tolist(), values.T.tolist())
-    ]
-    return compare(sides[0], sides[1], seed=seed, resamples=resamples, confidence=CONFIDENCE)
+    n = values.shape[1]
+    one_task = Strata(np.zeros(n, np.int_), np.ones(1))
+    counts = draws(one_task, seed, resamples)
+    accuracy, log_p = (mean_interval(row, np.arange(n), counts, CONFIDENCE, one_task) for row in values)
+    return Comparison(n, CONFIDENCE, 0.0, accuracy.mean, accuracy, log_p, ())
 
 
 def excludes_zero(interval: Interval) -> bool:

@@ -55,6 +55,24 @@ def test_intervals_cover_the_truth_as_often_as_they_say(n: int, skewed: bool) ->
     assert least < covered / trials < 0.98
 
 
+def test_an_answer_of_many_parts_counts_as_many() -> None:
+    """Thirty lists of eleven words, of which so many are right, say as much as thirty contexts of eleven words."""
+    rng = np.random.default_rng(0)
+    one_task, context = Strata(np.zeros(30, np.int_), np.ones(1)), np.arange(30)
+    words = rng.choice([1.0, 0.0], (30, 11), p=[0.2, 0.8])
+    apart, listed = words.ravel(), words.mean(axis=1)
+    shares = [
+        share_interval(apart, np.repeat(context, 11), 0.95, one_task), share_interval(listed, context, 0.95, one_task)
+    ]  # fmt: skip
+    assert (shares[0].low, shares[0].high) == pytest.approx((shares[1].low, shares[1].high))
+    counts = draws(one_task, 0, 2000)
+    gains = [
+        answers_interval(apart, np.repeat(context, 11), counts, 0.95, one_task),
+        answers_interval(listed, context, counts, 0.95, one_task),
+    ]
+    assert (gains[0].low, gains[0].high) == pytest.approx((gains[1].low, gains[1].high))
+
+
 FLIPS = {"none or few": (0.01, 0.01), "few, one way": (0.03, 0.0), "some": (0.1, 0.02), "many": (0.3, 0.05),
          "many, both ways": (0.3, 0.3), "most": (0.6, 0.02)}  # fmt: skip
 
