@@ -139,8 +139,8 @@ def draw(
 def over_contexts(values: NDArray[np.float64], seed: int = 0, resamples: int = 10_000) -> Comparison:
     """Return the intervals of the means of one accuracy and one log-probability a context, shape (2, contexts).
 
-    Of means, which are no answers any more: contexts are resampled (`mean_interval`), which is what `compare` does where
-    many answers differ.
+    Of means, which are no answers any more: contexts are resampled (`mean_interval`), as `compare` does where many
+    answers differ.
     """
     n = values.shape[1]
     one_task = Strata(np.zeros(n, np.int_), np.ones(1))
