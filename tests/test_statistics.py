@@ -73,6 +73,14 @@ def test_an_answer_of_many_parts_counts_as_many() -> None:
     assert (gains[0].low, gains[0].high) == pytest.approx((gains[1].low, gains[1].high))
 
 
+def test_contexts_that_happen_to_agree_are_no_certainty() -> None:
+    """Sixteen of forty answers turn right in each of four contexts: resamples and Student's interval have no width."""
+    one_task, context = Strata(np.zeros(4, np.int_), np.ones(1)), np.repeat(np.arange(4), 40)
+    turned = np.tile(np.repeat([1.0, 0.0], [16, 24]), 4)
+    found = answers_interval(turned, context, draws(one_task, 0, 500), 0.95, one_task)
+    assert found.low < 0.33 and found.high > 0.47
+
+
 FLIPS = {"none or few": (0.01, 0.01), "few, one way": (0.03, 0.0), "some": (0.1, 0.02), "many": (0.3, 0.05),
          "many, both ways": (0.3, 0.3), "most": (0.6, 0.02)}  # fmt: skip
 
@@ -260,9 +268,9 @@ def test_accuracy_and_depths() -> None:
 
 def test_rounding_noise_is_no_gain() -> None:
     """0.3 - 0.1 - 0.2 is no gain, though its floats leave 1e-17 above or below zero."""
-    once, one_task = np.ones((100, 9)), Strata(np.zeros(9, np.int_), np.ones(1))
+    once, one_task = np.ones((100, 12)), Strata(np.zeros(12, np.int_), np.ones(1))
     for gains in ([0.3, -0.1, -0.2], [-0.3, 0.1, 0.2], [0.1, 0.2, -0.3]):
-        interval = mean_interval(np.array(3 * gains), np.arange(9), once, 0.95, one_task)
+        interval = mean_interval(np.array(4 * gains), np.arange(12), once, 0.95, one_task)
         assert (interval.low, interval.high) == (0.0, 0.0)
 
 
