@@ -88,9 +88,8 @@ def accuracy(path: Path, sides: Sequence[Sequence[float]], split: str = "test", 
 
 def file_factors(path: Path) -> tuple[float, ...]:
     with Model(path) as model:
-        found = model.file_factors()
-    assert found is not None
-    return found
+        model.reserve(64)
+        return model.get_factors()
 
 
 def weights(path: Path) -> dict[str, NDArray[np.float32]]:

@@ -95,7 +95,7 @@ def test_the_context_is_told_all_of_them(tmp_path: Path, monkeypatch: pytest.Mon
     for kind in CACHE_TYPES:
         with Model(path, n_threads=1, llama_options={"cache_type_k": kind, "cache_type_v": kind}) as model:
             model.reserve(64)
-            model.prefill([np.array([1, 2, 3], np.int32)])
+            model.prefill(np.array([1, 2, 3], np.int32))
     with (
         Model(path, flash_attention=False, llama_options={"cache_type_v": "q8_0"}) as model,
         pytest.raises(LropeError, match="quantized V cache requires flash_attn"),

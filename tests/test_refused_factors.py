@@ -98,13 +98,13 @@ def test_bounds_that_llama_cpp_refuses(tmp_path: Path, capsys: pytest.CaptureFix
 def test_refused_factors_score_worst_and_leave_no_trace(tmp_path: Path) -> None:
     with Model(write_readable(tmp_path / "yarn.gguf", YARN_2), n_threads=1) as model:
         guard = Guard(model, GuardTexts(((1, 2, 3),), tuple(range(1, 90))))
-        evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4), guard=guard, pack_tokens=5000)
+        evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4), guard=guard)
         before = evaluator.evaluate((1.2,) * N_LAYER, "test", 0)
         for refused in (SINGULAR, (2000.0, *ONES[1:]), (1e-4, *ONES[1:])):
             with pytest.raises(FactorsRefusedError, match="refused by llama"):
                 model.clear()
                 model.set_factors(refused)
-            scores = evaluator.evaluate_many(refused, [("test", 0), ("test", 1)])
+            scores = [evaluator.evaluate(refused, "test", index) for index in (0, 1)]
             assert [(score.split, score.index, score.n_tokens) for score in scores] == [("test", 0, 0), ("test", 1, 0)]
             probes = [probe for score in scores for probe in score.probes]
             assert {(probe.log_probability, probe.correct) for probe in probes} == {(-math.inf, False)}

@@ -68,11 +68,12 @@ def test_the_device_scores_as_the_host_does(
 
 @native
 @pytest.mark.parametrize("shares", [True, False])
-def test_packed_contexts_and_copied_states(model: Model, shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_scores_copied_states_as_the_host_does(
+    model: Model, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(model, "shares_tokens", shares)
-    jobs = [("test", i) for i in range(3)]
-    host, device = (evaluator_of(model, s, pack_tokens=2000).evaluate_many(CURVE, jobs) for s in SCORINGS)
-    assert all(itertools.starmap(same, zip(host, device, strict=True)))
+    host, device = (evaluator_of(model, scoring).evaluate(CURVE, "test", 1) for scoring in SCORINGS)
+    assert same(host, device)
 
 
 @native

@@ -72,7 +72,7 @@ def test_a_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert json.loads((tmp_path / "best.json").read_text())["layer_factors"] == best["layer_factors"]
     capsys.readouterr()
 
-    monkeypatch.setattr("lrope_search.start.binding_version", lambda: "99.0")
+    monkeypatch.setattr("lrope_search.session.binding_version", lambda: "99.0")
     assert main([*command, "b.jsonl"]) == 0
     err = capsys.readouterr().err
     assert "s: begun with other versions (llama-cpp-python was " in err and ", is 99.0); one result was measured" in err

@@ -23,6 +23,10 @@ _CACHE_TYPES = {
 }  # fmt: skip
 """enum ggml_type, ggml.h"""
 
+_SPINS = "1000"
+"""How often a thread of GNU OpenMP looks for the others before it sleeps, in place of 300,000 times: on a busy machine
+those it waits for need its core. 1000 is what OpenMP itself takes where there are more threads than cores."""
+
 
 class Log:
     """Receives llama.cpp's log: keeps the errors, shows everything if asked to."""
@@ -63,6 +67,8 @@ def llama_library() -> Any:
     Raises:
         LropeError: there is no binding, no usable library, or an unpatched one.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when the library is loaded, by programs begun here too
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     own = native_dir()
     if own is not None:
         os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(own))

@@ -16,8 +16,10 @@ from ..tasks import AnyTask, Task, make_task, make_tasks, mixed
 from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
 from .evaluator import SCORINGS, TeacherForcedEvaluator
 from .generation import Generation
+from .lead import Lead
 from .memory import MemoryNeeded, check_cache_types
 from .model import Model
+from .parallel import Parallelism, Rates, fastest, measure_rates
 from .sample_answer import Sample
 
 
@@ -59,7 +61,7 @@ def evaluator_parts(model: Model, tasks: Tasks) -> tuple[AnyTask, tuple[str, ...
 
 
 class _Evaluator(TeacherForcedEvaluator):
-    """An evaluator that remembers the texts of its guard, if it has one."""
+    """An evaluator that remembers the texts of its guard, if it has one, and what was measured before."""
 
     def __init__(
         self,
@@ -69,10 +71,13 @@ class _Evaluator(TeacherForcedEvaluator):
         *,
         answer_prefix: tuple[str, ...],
         scoring: str | None,
+        leads: Sequence[Lead] | None,
+        rates: Rates,
     ) -> None:
         guard = None if texts is None else Guard(model, texts)
-        super().__init__(model, task, answer_prefix=answer_prefix, guard=guard, scoring=scoring)
+        super().__init__(model, task, answer_prefix=answer_prefix, guard=guard, scoring=scoring, leads=leads)
         self.guard_texts = texts
+        self.rates = rates
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,9 @@ class EvaluatorSpec:
         task: What it is asked.
         guard_text: File of the guard's text; None: the base model writes it, from the (first) task's seed.
         guard_texts: The text itself, once a worker has found out (`find_out`).
-        scoring: See `TeacherForcedEvaluator`; None until a worker has found out.
+        scoring, leads: See `TeacherForcedEvaluator`; None until a worker has found out.
         guarded: Whether there is a guard at all.
+        divisions: Of the cores, to be measured where no layer is on a GPU; the worker takes the fastest for itself.
     """
 
     model: ModelConfig
@@ -94,11 +100,14 @@ class EvaluatorSpec:
     guard_texts: GuardTexts | None = None
     scoring: str | None = None
     guarded: bool = True
+    leads: tuple[Lead, ...] | None = None
+    divisions: tuple[Parallelism, ...] = ()
 
     def settled(self, facts: Facts) -> EvaluatorSpec:
         """Return this with what a first worker has found out, in which all of them must agree."""
         model = replace(self.model, batch_size=facts.batch_size)
-        return replace(self, model=model, guard_texts=facts.guard_texts, scoring=facts.scoring)
+        texts, scoring, leads = facts.guard_texts, facts.scoring, facts.leads
+        return replace(self, model=model, guard_texts=texts, scoring=scoring, leads=leads, divisions=())
 
     @contextmanager
     def __call__(self, n_threads: int | None = None) -> Iterator[TeacherForcedEvaluator]:
@@ -109,9 +118,14 @@ class EvaluatorSpec:
         """
         make_tasks(self.task)  # what is wrong with it shows at once
         with open_model(replace(self.model, n_threads=n_threads or self.model.n_threads)) as model:
+            rates = {} if model.on_gpu or not self.divisions else measure_rates(model, self.divisions)
+            if rates:
+                alone = {division: rate for division, rate in rates.items() if division.n_workers == 1}
+                model.set_threads(fastest(alone).n_threads)
             texts = (self.guard_texts or self._texts(model)) if self.guarded else None
             task, prefixes = evaluator_parts(model, self.task)
-            yield _Evaluator(model, task, texts, answer_prefix=prefixes, scoring=self.scoring)
+            leads, scoring = self.leads, self.scoring
+            yield _Evaluator(model, task, texts, answer_prefix=prefixes, scoring=scoring, leads=leads, rates=rates)
 
     def _texts(self, model: Model) -> GuardTexts:
         short, long = min(SHORT_TOKENS, model.n_ctx_train // 2), min(LONG_TOKENS, model.n_ctx_train)
@@ -153,7 +167,7 @@ def kept_computing(config: Any) -> tuple[int | None, str | None]:
 class Facts:
     """What only a loaded model can say, and all workers must agree on."""
 
-    leads: tuple[str, ...]
+    leads: tuple[Lead, ...]
     """What the base model writes before a value, in each task."""
     guard_texts: GuardTexts | None
     """None where there is no guard."""
@@ -170,6 +184,14 @@ class Facts:
     """Tokens that are computed at once."""
     scoring: str
     """Who takes log-probabilities from logits."""
+    n_tokens: int
+    """That the first search context of each task takes, on average."""
+    n_ctx_train: int
+    """Tokens of the longest prompt that the model was trained on."""
+    n_threads: int
+    """Of this worker."""
+    rates: Rates
+    """Tokens per second of each division of the cores that was measured."""
 
 
 def find_out(evaluator: Evaluator) -> Facts:
@@ -184,6 +206,10 @@ def find_out(evaluator: Evaluator) -> Facts:
         *evaluator.n_probes,
         evaluator.batch_size,
         evaluator.scoring,
+        evaluator.n_tokens_first,
+        evaluator.n_ctx_train,
+        evaluator.n_threads,
+        evaluator.rates,
     )
 
 

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
-from lrope_gguf.scaling_keys import DYNAMIC
 
 from ..config import CACHE_TYPES
 from ..machine import physical_cores
@@ -69,6 +68,7 @@ class Model:
         on_gpu = n_gpu_layers != 0 and llama.llama_supports_gpu_offload()
         self.n_batch = n_batch or (GPU_BATCH if on_gpu else CPU_BATCH)
         self.n_threads = n_threads or physical_cores()
+        self.on_gpu = bool(on_gpu)
         self._llama_options = dict(llama_options or {})
         of_k, of_v = (str(self._llama_options.get(f"cache_type_{part}", "f16")) for part in "kv")
         self.cache_types = of_k, of_v
@@ -124,27 +124,23 @@ class Model:
             self._llama.llama_model_free(self._model)
         self._context = self._model = None
 
-    def another_context(self) -> Model:
-        """Return the same loaded weights with a llama.cpp context of their own, to be closed before this one."""
+    def another_context(self, n_batch: int | None = None) -> Model:
+        """Return the same loaded weights with a llama.cpp context of their own, to be closed before this one.
+
+        ``n_batch``: tokens that it computes at once; None: as many as this one.
+        """
         other = copy.copy(self)
+        other.n_batch = n_batch or self.n_batch
         other._context = None
         other._owns_model = other._scoring = False
         other.n_ctx = 0
-        other._batch = Batch(self._llama, self.n_batch)
+        other._batch = Batch(self._llama, other.n_batch)
         return other
 
     def _metadata(self, key: str) -> str:
         buffer = ctypes.create_string_buffer(256)
         self._llama.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
         return buffer.value.decode()
-
-    @property
-    def scaling_moves(self) -> bool:
-        """Whether the longest of all sequences decides how each of them rotates: dynamic scaling."""
-        asked = self._llama_options.get("rope_scaling")
-        if asked is not None:
-            return str(asked).startswith("dynamic")
-        return bool(self._metadata(f"{self._metadata('general.architecture')}.{DYNAMIC}"))
 
     # Text
 
@@ -251,13 +247,13 @@ class Model:
             raise LropeError(f"{self.path}: llama.cpp sees {n} layers, the metadata {values.size}")
         return tuple(values[: self.n_layer].tolist())
 
-    def file_factors(self) -> tuple[float, ...] | None:
-        """Return the factors that the file itself holds, None if it holds none."""
-        values = np.empty(self._n_block, np.float32)
-        found = self._llama.llama_model_rope_layer_factors(self._model, pointer(values, ctypes.c_float), values.size)
-        return tuple(values[: self.n_layer].tolist()) if found else None
-
     # Computing
+
+    def set_threads(self, n_threads: int) -> None:
+        """Compute with so many threads from now on."""
+        self.n_threads = n_threads
+        if self._context:
+            self._llama.llama_set_n_threads(self._context, n_threads, n_threads)
 
     def reserve(self, n_ctx: int, n_seq: int = 1, *, swa_full: bool = True) -> None:
         """Make a context of ``n_ctx`` tokens, shared by ``n_seq`` sequences; what an earlier one held is lost.
@@ -299,11 +295,10 @@ class Model:
         self._llama.llama_memory_seq_rm(self._memory, target, -1, -1)
         self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
-    def prefill(self, texts: Sequence[Tokens], sequences: Sequence[int] = (0,)) -> None:
-        """Append each of ``texts`` to its own, empty sequence, without logits."""
-        positions = np.concatenate([np.arange(len(tokens)) for tokens in texts])
-        owners = np.repeat(sequences, [len(tokens) for tokens in texts])
-        for _ in self.decode(np.concatenate(texts), positions, owners, np.zeros(len(owners), np.bool_)):
+    def prefill(self, tokens: Tokens) -> None:
+        """Append ``tokens`` to sequence 0, which is empty, without logits."""
+        n = len(tokens)
+        for _ in self.decode(tokens, np.arange(n), np.zeros(n, np.int64), np.zeros(n, np.bool_)):
             raise AssertionError("no logits were asked for")
 
     def synchronize(self) -> None:

@@ -71,11 +71,6 @@ class Identifiers(Protocol):
         ...
 
     @property
-    def description(self) -> str:
-        """What keys and values look like, in a few words."""
-        ...
-
-    @property
     def wording(self) -> Wording:
         """How a prompt puts them."""
         ...
@@ -89,7 +84,6 @@ class Uuids:
     """Keys and values are random UUIDs (version 4), as in the benchmark."""
 
     most = None
-    description = "36 characters each"
     wording = JSON_WORDING
 
     def pairs(self, generator: np.random.Generator, n: int) -> list[tuple[str, str]]:
@@ -103,7 +97,6 @@ class Numbers:
     """Keys of four digits and values of three, for models too small to copy a UUID."""
 
     most = 9000
-    description = "three and four digits, for small models"
     wording = JSON_WORDING
 
     def pairs(self, generator: np.random.Generator, n: int) -> list[tuple[str, str]]:
@@ -117,7 +110,6 @@ class Words:
     """Words of the embedded model's vocabulary; no other model knows its prompt."""
 
     most = len(KEY_WORDS)
-    description = "one token each, for the embedded model of the demo"
     wording = WordWording()
 
     def pairs(self, generator: np.random.Generator, n: int) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .task import Context, Probe, check_probes, places
 _N_CALIBRATION = 12  # documents of the calibration context
 _CONTEXTS = 4  # of the smallest split, at the least, unless probes are given
 _COMMON = 0.1  # an alias that stands in more than this share of passages is no answer that one could look for
+_KEPT = 64  # contexts: to make one is slow
 _SAMPLE = 200  # passages that are looked through to know
 
 
@@ -126,7 +128,7 @@ class MultiDocumentTask:
                     f"{self._n_documents}; ask for fewer or give more data"
                 )
         self._calibration = splits["search"]
-        self._cache: dict[tuple[str, int], Context] = {}
+        self._made = lru_cache(maxsize=_KEPT)(self._make)
 
     def size(self, split: str) -> int | None:
         """Return how many contexts ``split`` has."""
@@ -141,10 +143,7 @@ class MultiDocumentTask:
         """
         if index >= len(self._contexts[split]):
             raise too_few(self._data, split, index, {s: len(self._contexts[s]) for s in SPLITS})
-        key = (split, index)
-        if key not in self._cache:
-            self._cache[key] = self._made(split, index)
-        return self._cache[key]
+        return self._made(split, index)
 
     def calibration(self) -> Context:
         """Return a context of at most twelve search questions and their documents alone."""
@@ -155,7 +154,7 @@ class MultiDocumentTask:
         where = places("calibration", 0, len(chosen), len(chosen), 0, "even")
         return _context("calibration", 0, chosen, [], where)
 
-    def _made(self, split: str, index: int) -> Context:
+    def _make(self, split: str, index: int) -> Context:
         asked = self._contexts[split][index]
         if self._limit is None:
             n_more = self._n_documents - len(asked)
