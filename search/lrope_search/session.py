@@ -186,7 +186,7 @@ def open_session(
     spec = EvaluatorSpec(model, mix, guard_text, texts, scoring, guarded=purpose == "search")
     if workers.executor == "local" and not _gpus(workers):
         choices = divisions(physical_cores(), workers.n_workers, model.n_threads)
-        spec = replace(spec, divisions=choices if len(choices) > 1 else ())
+        spec = replace(spec, choices=choices if len(choices) > 1 else ())
     free = free_memory()
     with one_interrupt(), ExitStack() as stack:
         of_first = stack.enter_context(ExitStack())

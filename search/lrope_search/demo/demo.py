@@ -18,6 +18,7 @@ from lrope_gguf.plot import plot_factors
 from lrope_gguf.text import command_line, say, sparkline
 
 from ..config import ModelConfig, SearchConfig, TaskConfig
+from ..evaluation.make import fastest_threads
 from ..launch import search
 from ..results.comparison import depth_groups
 from ..study.run import SearchOutcome
@@ -74,6 +75,7 @@ def run_demo(name: str, directory: Path, *, seed: int = 0, model_options: ModelC
     n_questions = demo.n_asked * (task.probes or 0)
     say(f"3. serve and ask: {n_questions} questions of the test over HTTP, of each model")
     contexts = make_task(task)
+    model = replace(model, n_threads=fastest_threads(model))
     asked = {side: _ask(path, contexts, model, task, demo) for side, path in (("base", base), ("written", written))}
     say(f"\n{_table(asked, contexts)}\n")
     if not outcome.verdict.recommended:

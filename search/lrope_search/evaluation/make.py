@@ -19,7 +19,7 @@ from .generation import Generation
 from .lead import Lead
 from .memory import MemoryNeeded, check_cache_types
 from .model import Model
-from .parallel import Parallelism, Rates, fastest, measure_rates
+from .parallel import Parallelism, Rates, divisions, fastest, measure_rates
 from .sample_answer import Sample
 
 
@@ -39,6 +39,19 @@ def open_model(config: ModelConfig) -> Model:
         verbose=config.verbose,
         llama_options=config.llama_options(),
     )
+
+
+def fastest_threads(config: ModelConfig) -> int:
+    """Return how many CPU threads one worker is fastest with here and now; those of the settings if they say.
+
+    Raises:
+        LropeError: see `open_model`.
+    """
+    if config.n_threads is not None:
+        return config.n_threads
+    with open_model(config) as model:
+        choices = tuple(choice for choice in divisions(model.n_threads, None, None) if choice.n_workers == 1)
+        return fastest(measure_rates(model, choices)).n_threads
 
 
 def task_for(model: Model, config: TaskConfig) -> Task:
@@ -91,7 +104,7 @@ class EvaluatorSpec:
         guard_texts: The text itself, once a worker has found out (`find_out`).
         scoring, leads: See `TeacherForcedEvaluator`; None until a worker has found out.
         guarded: Whether there is a guard at all.
-        divisions: Of the cores, to be measured where no layer is on a GPU; the worker takes the fastest for itself.
+        choices: Divisions of the cores, measured where no layer is on a GPU; the worker has the fastest of one worker.
     """
 
     model: ModelConfig
@@ -101,13 +114,13 @@ class EvaluatorSpec:
     scoring: str | None = None
     guarded: bool = True
     leads: tuple[Lead, ...] | None = None
-    divisions: tuple[Parallelism, ...] = ()
+    choices: tuple[Parallelism, ...] = ()
 
     def settled(self, facts: Facts) -> EvaluatorSpec:
         """Return this with what a first worker has found out, in which all of them must agree."""
         model = replace(self.model, batch_size=facts.batch_size)
         texts, scoring, leads = facts.guard_texts, facts.scoring, facts.leads
-        return replace(self, model=model, guard_texts=texts, scoring=scoring, leads=leads, divisions=())
+        return replace(self, model=model, guard_texts=texts, scoring=scoring, leads=leads, choices=())
 
     @contextmanager
     def __call__(self, n_threads: int | None = None) -> Iterator[TeacherForcedEvaluator]:
@@ -118,7 +131,7 @@ class EvaluatorSpec:
         """
         make_tasks(self.task)  # what is wrong with it shows at once
         with open_model(replace(self.model, n_threads=n_threads or self.model.n_threads)) as model:
-            rates = {} if model.on_gpu or not self.divisions else measure_rates(model, self.divisions)
+            rates = {} if model.on_gpu or not self.choices else measure_rates(model, self.choices)
             if rates:
                 alone = {division: rate for division, rate in rates.items() if division.n_workers == 1}
                 model.set_threads(fastest(alone).n_threads)
