@@ -18,7 +18,6 @@ from lrope_gguf.plot import plot_factors
 from lrope_gguf.text import command_line, say, sparkline
 
 from ..config import ModelConfig, SearchConfig, TaskConfig
-from ..evaluation.make import fastest_threads
 from ..launch import search
 from ..results.comparison import depth_groups
 from ..study.run import SearchOutcome
@@ -75,7 +74,6 @@ def run_demo(name: str, directory: Path, *, seed: int = 0, model_options: ModelC
     n_questions = demo.n_asked * (task.probes or 0)
     say(f"3. serve and ask: {n_questions} questions of the test over HTTP, of each model")
     contexts = make_task(task)
-    model = replace(model, n_threads=fastest_threads(model))
     asked = {side: _ask(path, contexts, model, task, demo) for side, path in (("base", base), ("written", written))}
     say(f"\n{_table(asked, contexts)}\n")
     if not outcome.verdict.recommended:
@@ -168,8 +166,9 @@ def _ask(path: Path, task: Task, model: ModelConfig, config: TaskConfig, demo: _
     """Return whether each question's answer, as the server writes it, begins with the value; a row a context."""
     results = []
     lead = task.calibration().lead.removeprefix(config.answer_prefix)
+    # one thread waits for no other, however busy the machine is
     # the full cache of sliding-window layers lets one context's questions share their prefix
-    with LlamaServer(path, 4096, n_threads=model.n_threads, options=["--swa-full"]) as server:
+    with LlamaServer(path, 4096, n_threads=model.n_threads or 1, options=["--swa-full"]) as server:
         for index in range(demo.n_asked):
             context = task.context("test", index)
             answers = [

@@ -19,7 +19,7 @@ from .generation import Generation
 from .lead import Lead
 from .memory import MemoryNeeded, check_cache_types
 from .model import Model
-from .parallel import Parallelism, Rates, divisions, fastest, measure_rates
+from .parallel import Parallelism, Rates, fastest, measure_rates
 from .sample_answer import Sample
 
 
@@ -39,19 +39,6 @@ def open_model(config: ModelConfig) -> Model:
         verbose=config.verbose,
         llama_options=config.llama_options(),
     )
-
-
-def fastest_threads(config: ModelConfig) -> int:
-    """Return how many CPU threads one worker is fastest with here and now; those of the settings if they say.
-
-    Raises:
-        LropeError: see `open_model`.
-    """
-    if config.n_threads is not None:
-        return config.n_threads
-    with open_model(config) as model:
-        choices = tuple(choice for choice in divisions(model.n_threads, None, None) if choice.n_workers == 1)
-        return fastest(measure_rates(model, choices)).n_threads
 
 
 def task_for(model: Model, config: TaskConfig) -> Task:

@@ -1,0 +1,174 @@
+"""What a search and a measurement begin with: silence, the division of the cores, and a dry run that leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.tiny_models import write_readable
+
+from lrope_gguf.errors import LropeError
+from lrope_search import ModelConfig, SearchConfig, TaskConfig, WorkersConfig, estimate, measure, search
+from lrope_search import session as session_module
+from lrope_search.cost import check_memory
+from lrope_search.evaluation import make
+from lrope_search.evaluation.memory import MemoryNeeded
+from lrope_search.evaluation.parallel import Parallelism
+
+pytestmark = pytest.mark.native
+
+TASK = TaskConfig("kv", keys=6, probes=3, identifiers="number")
+SETTINGS = SearchConfig(
+    max_evaluations=6, population=4, search_contexts=2, validation_contexts=1, test_contexts=2, max_kl=100.0
+)
+SIDES = {"other": (1.1,) * 6}
+Lines = list[str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    # trained on so few tokens that a warning is due
+    return ModelConfig(str(write_readable(tmp_path_factory.mktemp("session") / "model.gguf", context_length=32)))
+
+
+def rates_are(patch: pytest.MonkeyPatch, rates: dict[tuple[int, int], float]) -> None:
+    """Let the machine have two cores, and so many tokens a second in each division of them."""
+    patch.setattr(session_module, "physical_cores", lambda: 2)
+    patch.setattr(session_module, "_START_SECONDS", 0.0)
+    measured = {Parallelism(*division): rate for division, rate in rates.items()}
+    patch.setattr(make, "measure_rates", lambda model, choices: {c: measured[c] for c in choices})
+
+
+CALLS: dict[str, Callable[..., object]] = {
+    "search": lambda model, place, **more: search(model, TASK, SETTINGS, place, **more),
+    "estimate": lambda model, place, **more: estimate(model, TASK, SETTINGS, place, **more),
+    "measure": lambda model, place, **more: measure(model, TASK, SIDES, contexts=2, directory=place, **more),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_progress_is_silenced_or_goes_to_a_function(
+    call: Callable[..., object], model: ModelConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of Python, llama.cpp or another process reaches either stream."""
+    call(model, tmp_path / "silent", progress=False, workers=WorkersConfig(2))
+    assert capfd.readouterr() == ("", "")
+    lines: Lines = []
+    call(model, tmp_path / "lines", progress=lines.append)
+    assert capfd.readouterr() == ("", "")
+    assert any("the model was trained on 32" in line for line in lines)
+    call(model, tmp_path / "shown")
+    shown = capfd.readouterr()
+    assert shown.out == "" and "the model was trained on 32" in shown.err
+    log = tmp_path / "lines" / "log.txt"
+    assert all(line in log.read_text() for line in lines) if log.exists() else call is CALLS["estimate"]
+
+
+def test_a_dry_run_is_a_session_that_is_not_continued(model: ModelConfig, tmp_path: Path) -> None:
+    lines: Lines = []
+    estimate(model, TASK, SETTINGS, tmp_path / "s", progress=lines.append)
+    assert not (tmp_path / "s").exists()
+    said = next(line for line in lines if line.startswith("about "))
+    assert re.fullmatch(
+        rf"about \d+ evaluations of \d+ tokens: about \d+ seconds at \d+ tokens/s; results go to {tmp_path}/s", said
+    )
+    search(model, TASK, SETTINGS, tmp_path / "s", progress=False)
+    estimate(model, TASK, SETTINGS, tmp_path / "s", progress=False)  # and one that is there is looked at
+
+
+def test_the_result_is_the_same_however_the_cores_are_divided(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, said = [], []
+    for fast in ((1, 1), (1, 2), (2, 1)):
+        rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0} | {fast: 900.0})
+        lines: Lines = []
+        place = tmp_path / f"{fast}"
+        search(model, TASK, SETTINGS, place, progress=lines.append)
+        found.append([(place / name).read_bytes() for name in ("best.json", "config.json", "candidates.jsonl")])
+        said.append(next(line for line in lines if line.startswith("fastest")).partition(" (")[0])
+    assert found[0] == found[1] == found[2]
+    assert said == [f"fastest here and now: {d}" for d in (
+        "1 worker with 1 thread", "1 worker with 2 threads", "2 workers with 1 thread each")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "measured", "expected"),
+    [
+        (None, 1, False, (1, 1)),
+        (None, 2, False, (1, 2)),
+        (1, None, True, (1, 2)),
+        (2, None, True, (2, 1)),
+        (2, 1, True, (2, 1)),
+        (2, 4, True, (2, 2)),
+        (None, None, True, (2, 1)),
+    ],
+)
+def test_what_the_user_says_stands(
+    model: ModelConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int | None,
+    threads: int | None,
+    measured: bool,
+    expected: tuple[int, int],
+) -> None:
+    rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 150.0, (2, 1): 190.0, (2, 2): 50.0})
+    begun: list[tuple[int, int]] = []
+    divide = session_module.Session.divide
+
+    def watch(self: session_module.Session, n_evaluations: int, most: int) -> float:
+        times = divide(self, n_evaluations, most)
+        begun.append((self._division.n_workers, self._division.n_threads))
+        assert bool(self.facts.rates) == measured
+        return times
+
+    monkeypatch.setattr(session_module.Session, "divide", watch)
+    how = ModelConfig(model.path, n_threads=threads)
+    estimate(how, TASK, SETTINGS, tmp_path / "s", workers=WorkersConfig(workers), progress=False)
+    assert begun == [expected]
+
+
+def test_the_estimate_counts_the_division(model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers of one thread are as fast as was measured, not as one."""
+    rates_are(monkeypatch, {(1, 1): 100.0, (2, 1): 190.0})
+    times: list[float] = []
+    divide = session_module.Session.divide
+    monkeypatch.setattr(
+        session_module.Session, "divide", lambda self, *given: times.append(divide(self, *given)) or times[-1]
+    )
+    how = ModelConfig(model.path, n_threads=1)
+    estimate(how, TASK, SETTINGS, tmp_path / "s", workers=WorkersConfig(2), progress=False)
+    assert times == [pytest.approx(1.9)]
+
+
+def test_more_workers_are_taken_only_where_they_fit(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 110.0, (2, 1): 190.0})
+    monkeypatch.setattr(session_module, "free_memory", lambda: 1 << 20)
+    lines: Lines = []
+    estimate(model, TASK, SETTINGS, tmp_path / "s", progress=lines.append)
+    assert any(line.startswith("fastest here and now: 1 worker with") for line in lines)
+    with pytest.raises(LropeError, match=r"^--workers 2: need \d+ MiB .* but 1 MiB are free; give smaller contexts"):
+        estimate(model, TASK, SETTINGS, tmp_path / "s", workers=WorkersConfig(2), progress=False)
+    with pytest.raises(LropeError, match=r"give at most 3$"):
+        check_memory(MemoryNeeded(weights=100, kv_cache=60, compute=40), 4, 450)
+
+
+def test_all_workers_write_what_the_first_has_heard(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands before a value is found out once, not by each worker with its own number of threads."""
+    search(model, TASK, SETTINGS, tmp_path / "s", progress=False, workers=WorkersConfig(2))
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    spec = make.EvaluatorSpec(model, TASK, guarded=False)
+    with spec() as evaluator:
+        facts = make.find_out(evaluator)
+    assert [str(lead) for lead in facts.leads] == [config["task"]["answer_lead"]]
+    monkeypatch.setattr("lrope_search.evaluation.evaluator.write_answers", lambda *_: pytest.fail("wrote again"))
+    with spec.settled(facts)() as evaluator:
+        assert make.find_out(evaluator).leads == facts.leads
