@@ -109,7 +109,7 @@ class ModelConfig:
 
     Args:
         path: GGUF file; of a split model the first shard.
-        n_threads: CPU threads; None: the physical cores.
+        n_threads: CPU threads of all workers together; None: it is measured how many are fastest.
         n_gpu_layers: Layers to keep on the GPU; None: all that fit.
         batch_size: Tokens that llama.cpp computes at once; None: what a study was begun with, and else 512 on the CPU
             and 2048 where layers go to a GPU.
@@ -536,7 +536,8 @@ class WorkersConfig:
     """Who does the work. The result of a search does not depend on it.
 
     Args:
-        n_workers: Models at work side by side; None: 1, and on a Ray cluster one for each GPU or node.
+        n_workers: Models at work side by side; None: on CPUs it is measured how many are fastest, with GPUs 1, and on a
+            Ray cluster one for each GPU or node.
         gpus: GPUs to hand out to local workers in turn; none: all that are visible.
         executor: One of `EXECUTORS`.
         ray_address: Of the Ray cluster; None: what the environment names, or a new one.

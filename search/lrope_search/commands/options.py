@@ -93,7 +93,7 @@ _MODEL, _TASK, _WORKERS = "Advanced: model", "Advanced: task", "Advanced: worker
 _LLAMA = "Advanced: as llama-server will be run (names and values are llama.cpp's)"
 
 model_options = all_of(
-    option("--threads", metavar="N", type=POSITIVE, heading=_MODEL, help="CPU threads (the physical cores)"),
+    option("--threads", metavar="N", type=POSITIVE, heading=_MODEL, help="CPU threads of all workers together (as many as are fastest here and now)"),
     option("--n-gpu-layers", metavar="N", type=int, heading=_MODEL, help="layers to keep on the GPU (all that fit)"),
     option("--batch-size", metavar="N", type=POSITIVE, heading=_MODEL,
            help="tokens a batch (512 on the CPU, 2048 where layers go to a GPU)"),
@@ -123,7 +123,7 @@ llama_options = all_of(
 
 worker_options = all_of(
     option("--workers", metavar="N", type=POSITIVE,
-           help="models at work side by side (1; with ray one a GPU, or one a node)"),
+           help="models at work side by side (as many as are fastest; with GPUs 1; with ray one a GPU, or one a node)"),
     option("--gpus", metavar="ID,...", type=Names(), default=(), heading=_WORKERS,
            help="GPUs to hand out to local workers in turn (all of CUDA_VISIBLE_DEVICES)"),
     option("--executor", type=click.Choice(EXECUTORS), default="local", heading=_WORKERS,

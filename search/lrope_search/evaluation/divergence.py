@@ -124,7 +124,7 @@ class Guard:
 
     def __init__(self, model: Model, texts: GuardTexts) -> None:
         """Hold ``model``, whose lifetime stays the caller's concern."""
-        self._model = model
+        self._model, self.texts = model, texts
         self._workers = RowWorkers(model.n_threads)
         short = [np.array(text, np.int32) for text in texts.short]
         long = np.array(texts.long, np.int32)

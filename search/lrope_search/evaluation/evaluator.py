@@ -22,6 +22,7 @@ from .lead import Frame, Lead, most_frequent_lead
 from .logits import RowWorkers, gold_scores
 from .memory import MemoryNeeded, memory_needed
 from .model import FactorsRefusedError, Model
+from .parallel import Rates
 from .sample_answer import Sample
 
 KEPT_BYTES = 32 << 20
@@ -42,6 +43,11 @@ class TeacherForcedEvaluator:
     The prefix of a context is computed once; every probe continues a copy of it, as a sequence of its own in one
     KV cache. The gold answer is fed, so that one pass gives the value's log-probability and whether greedy decoding
     would write it.
+
+    Attributes:
+        guard: What measures the `divergence`, if anything does.
+        scoring: One of `SCORINGS`.
+        rates: Of the divisions of the cores, if they were measured on the model.
     """
 
     def __init__(
@@ -72,7 +78,8 @@ class TeacherForcedEvaluator:
                 "lrope-gguf's patches"
             )
         self._task = task
-        self._guard = guard
+        self.guard = guard
+        self.rates: Rates = {}
         self._workers = RowWorkers(model.n_threads)
         self._base = (1.0,) * model.n_layer
         self._encodings: dict[tuple[str, int], Encoding] = {}
@@ -155,9 +162,9 @@ class TeacherForcedEvaluator:
         needed_for = functools.partial(memory_needed, model.path, n_batch=model.n_batch, cache_types=model.cache_types)
         needed = needed_for(model.n_ctx, n_seq=self._n_seq, score_on_device=self.scoring == "device")
         needed = replace(needed, compute=needed.compute + KEPT_BYTES)
-        if self._guard is None:
+        if self.guard is None:
             return needed
-        one = needed_for(self._guard.n_cells, n_seq=self._guard.n_seq)
+        one = needed_for(self.guard.n_cells, n_seq=self.guard.n_seq)
         return replace(needed, kv_cache=needed.kv_cache + 2 * one.kv_cache, compute=needed.compute + 2 * one.compute)
 
     def check(self, factors: Factors) -> None:
@@ -206,9 +213,9 @@ class TeacherForcedEvaluator:
         Inf where llama.cpp refuses the factors. Raises `LropeError` if the evaluator has no guard, or the base model
         gives NaN.
         """
-        if self._guard is None:
+        if self.guard is None:
             raise LropeError("the evaluator was made without a guard; give it one to score ordinary text")
-        return self._guard.score(factors)
+        return self.guard.score(factors)
 
     def generate(self, factors: Factors, split: str, index: int) -> tuple[Generation, ...]:
         """Answer all probes of a context by greedy decoding, side by side.

@@ -60,26 +60,6 @@ def evaluator_parts(model: Model, tasks: Tasks) -> tuple[AnyTask, tuple[str, ...
     return mixed([task_for(model, config) for config in configs]), tuple(config.answer_prefix for config in configs)
 
 
-class _Evaluator(TeacherForcedEvaluator):
-    """An evaluator that remembers the texts of its guard, if it has one, and what was measured before."""
-
-    def __init__(
-        self,
-        model: Model,
-        task: AnyTask,
-        texts: GuardTexts | None,
-        *,
-        answer_prefix: tuple[str, ...],
-        scoring: str | None,
-        leads: Sequence[Lead] | None,
-        rates: Rates,
-    ) -> None:
-        guard = None if texts is None else Guard(model, texts)
-        super().__init__(model, task, answer_prefix=answer_prefix, guard=guard, scoring=scoring, leads=leads)
-        self.guard_texts = texts
-        self.rates = rates
-
-
 @dataclass(frozen=True)
 class EvaluatorSpec:
     """All that a worker needs to make its evaluator (an `EvaluatorFactory`).
@@ -124,8 +104,12 @@ class EvaluatorSpec:
                 model.set_threads(fastest(alone).n_threads)
             texts = (self.guard_texts or self._texts(model)) if self.guarded else None
             task, prefixes = evaluator_parts(model, self.task)
-            leads, scoring = self.leads, self.scoring
-            yield _Evaluator(model, task, texts, answer_prefix=prefixes, scoring=scoring, leads=leads, rates=rates)
+            guard = None if texts is None else Guard(model, texts)
+            evaluator = TeacherForcedEvaluator(
+                model, task, answer_prefix=prefixes, guard=guard, scoring=self.scoring, leads=self.leads
+            )
+            evaluator.rates = rates
+            yield evaluator
 
     def _texts(self, model: Model) -> GuardTexts:
         short, long = min(SHORT_TOKENS, model.n_ctx_train // 2), min(LONG_TOKENS, model.n_ctx_train)
@@ -196,10 +180,10 @@ class Facts:
 
 def find_out(evaluator: Evaluator) -> Facts:
     """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
-    assert isinstance(evaluator, _Evaluator)
+    assert isinstance(evaluator, TeacherForcedEvaluator)
     return Facts(
         evaluator.leads,
-        evaluator.guard_texts,
+        None if evaluator.guard is None else evaluator.guard.texts,
         evaluator.memory_needed(),
         evaluator.longest,
         evaluator.samples,
@@ -219,12 +203,12 @@ def check_factors(sides: Sequence[Factors], evaluator: Evaluator) -> None:
     Raises:
         LropeError: names what is wrong with them.
     """
-    assert isinstance(evaluator, _Evaluator)
+    assert isinstance(evaluator, TeacherForcedEvaluator)
     for factors in sides:
         evaluator.check(factors)
 
 
 def write_job(job: Job, evaluator: Evaluator) -> tuple[Generation, ...]:
     """Let the model write its answers (`TeacherForcedEvaluator.generate`); runs in a worker."""
-    assert isinstance(evaluator, _Evaluator)
+    assert isinstance(evaluator, TeacherForcedEvaluator)
     return evaluator.generate(job.factors, job.split, job.index)

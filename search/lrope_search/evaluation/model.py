@@ -255,8 +255,10 @@ class Model:
         if self._context:
             self._llama.llama_set_n_threads(self._context, n_threads, n_threads)
 
-    def reserve(self, n_ctx: int, n_seq: int = 1, *, swa_full: bool = True) -> None:
+    def reserve(self, n_ctx: int, n_seq: int = 1, *, swa_full: bool = True, max_outputs: int = MAX_OUTPUTS) -> None:
         """Make a context of ``n_ctx`` tokens, shared by ``n_seq`` sequences; what an earlier one held is lost.
+
+        ``max_outputs``: rows of logits that one decode may return, and memory is kept for.
 
         ``swa_full``: keep all tokens of sliding-window layers. A small window cache drops a token only while one
         sequence holds it (``llama_kv_cache::find_slot``): after `copy_sequence` it would be full of the prefix.
@@ -270,7 +272,7 @@ class Model:
         parameters.n_ctx = n_ctx
         parameters.n_batch = parameters.n_ubatch = self.n_batch
         parameters.n_seq_max = n_seq
-        parameters.n_outputs_max = max(MAX_OUTPUTS, n_seq)
+        parameters.n_outputs_max = max(max_outputs, n_seq)
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
         parameters.kv_unified = True
         parameters.swa_full = swa_full

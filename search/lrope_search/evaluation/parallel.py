@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..machine import free_memory
+from .memory import memory_needed
 from .model import CPU_BATCH, Model
 
 _LEAST, _MOST = 3, 7  # rounds
@@ -116,22 +118,21 @@ def measure_rates(model: Model, choices: Sequence[Parallelism]) -> dict[Parallel
     """Compute some tokens in every division of ``choices`` and return the rates, in about a second.
 
     Workers are threads of this process here, each with a context of its own on the loaded model: what they compute and
-    how they disturb each other is the same.
+    how they disturb each other is the same. Divisions whose contexts would take more than half of the free memory are
+    left out.
     """
+    n_tokens, times = _trial_size(model)
+    free = free_memory()
+    if free is not None:
+        needed = memory_needed(model.path, n_tokens, n_seq=1, n_batch=n_tokens, cache_types=model.cache_types)
+        most = free // (2 * max(1, needed.per_worker))
+        choices = [choice for choice in choices if choice.n_workers <= max(1, most)]
     with ExitStack() as stack:
-        contexts: list[Model] = []
-
-        def more(n_workers: int, n_tokens: int) -> list[Model]:
-            while len(contexts) < n_workers:
-                context = stack.enter_context(model.another_context(n_batch=n_tokens))
-                context.reserve(n_tokens)
-                contexts.append(context)
-            return contexts[:n_workers]
-
-        n_tokens, times = _trial_size(model)
+        most = max(choice.n_workers for choice in choices)
+        contexts = [stack.enter_context(_small_context(model, n_tokens)) for _ in range(most)]
 
         def trial(choice: Parallelism) -> float:
-            side_by_side = more(choice.n_workers, n_tokens)
+            side_by_side = contexts[: choice.n_workers]
             for context in side_by_side:
                 context.set_threads(choice.n_threads)
             elapsed = _side_by_side([_computing(context, n_tokens, times) for context in side_by_side])
@@ -147,15 +148,21 @@ def _trial_size(model: Model) -> tuple[int, int]:
     """
     n_tokens, most = 1, min(model.n_batch, CPU_BATCH)
     while True:
-        with model.another_context(n_batch=n_tokens) as context:
-            context.n_threads = 1
-            context.reserve(n_tokens)
+        with _small_context(model, n_tokens) as context:
             compute = _computing(context, n_tokens, 1)
             compute()  # pages of the file, first touches
             elapsed = min(_side_by_side([compute]) for _ in range(2))
         if n_tokens >= most or elapsed > _TRIAL_SECONDS / 2.0:
             return max(n_tokens, min(_FEWEST_TOKENS, most)), max(1, round(_TRIAL_SECONDS / elapsed))
         n_tokens = min(4 * n_tokens, most)
+
+
+def _small_context(model: Model, n_tokens: int) -> Model:
+    """Return a context with room for ``n_tokens``, of one thread."""
+    context = model.another_context(n_batch=n_tokens)
+    context.n_threads = 1
+    context.reserve(n_tokens, max_outputs=1)
+    return context
 
 
 def _computing(context: Model, n_tokens: int, times: int) -> Callable[[], None]:
