@@ -93,7 +93,8 @@ _MODEL, _TASK, _WORKERS = "Advanced: model", "Advanced: task", "Advanced: worker
 _LLAMA = "Advanced: as llama-server will be run (names and values are llama.cpp's)"
 
 model_options = all_of(
-    option("--threads", metavar="N", type=POSITIVE, heading=_MODEL, help="CPU threads of all workers together (as many as are fastest here and now)"),
+    option("--threads", metavar="N", type=POSITIVE, heading=_MODEL,
+           help="CPU threads of all workers together (as many as are fastest here and now)"),
     option("--n-gpu-layers", metavar="N", type=int, heading=_MODEL, help="layers to keep on the GPU (all that fit)"),
     option("--batch-size", metavar="N", type=POSITIVE, heading=_MODEL,
            help="tokens a batch (512 on the CPU, 2048 where layers go to a GPU)"),
