@@ -9,9 +9,10 @@ choice changes the time alone: batches are the same, and llama.cpp computes the 
 from __future__ import annotations
 
 import statistics
-import threading
 import time
+import timeit
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -129,13 +130,14 @@ def measure_rates(model: Model, choices: Sequence[Parallelism]) -> dict[Parallel
         choices = [choice for choice in choices if choice.n_workers <= max(1, most)]
     with ExitStack() as stack:
         most = max(choice.n_workers for choice in choices)
+        pool = stack.enter_context(ThreadPoolExecutor(most))
         contexts = [stack.enter_context(_small_context(model, n_tokens)) for _ in range(most)]
 
         def trial(choice: Parallelism) -> float:
             side_by_side = contexts[: choice.n_workers]
             for context in side_by_side:
                 context.set_threads(choice.n_threads)
-            elapsed = _side_by_side([_computing(context, n_tokens, times) for context in side_by_side])
+            elapsed = _side_by_side(pool, [_computing(context, n_tokens, times) for context in side_by_side])
             return choice.n_workers * times * n_tokens / elapsed
 
         return compare_rates(choices, trial)
@@ -151,7 +153,7 @@ def _trial_size(model: Model) -> tuple[int, int]:
         with _small_context(model, n_tokens) as context:
             compute = _computing(context, n_tokens, 1)
             compute()  # pages of the file, first touches
-            elapsed = min(_side_by_side([compute]) for _ in range(2))
+            elapsed = min(timeit.repeat(compute, number=1, repeat=2))
         if n_tokens >= most or elapsed > _TRIAL_SECONDS / 2.0:
             return max(n_tokens, min(_FEWEST_TOKENS, most)), max(1, round(_TRIAL_SECONDS / elapsed))
         n_tokens = min(4 * n_tokens, most)
@@ -177,14 +179,12 @@ def _computing(context: Model, n_tokens: int, times: int) -> Callable[[], None]:
     return compute
 
 
-def _side_by_side(works: Iterable[Callable[[], None]]) -> float:
+def _side_by_side(pool: Executor, works: Iterable[Callable[[], None]]) -> float:
     """Do all of ``works`` at once and return the seconds until the last is done."""
     first, *others = works
-    threads = [threading.Thread(target=work) for work in others]
     begin = time.perf_counter()
-    for thread in threads:
-        thread.start()
+    waiting = [pool.submit(work) for work in others]
     first()
-    for thread in threads:
-        thread.join()
+    for work in waiting:
+        work.result()
     return max(time.perf_counter() - begin, 1e-9)
