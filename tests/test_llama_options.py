@@ -132,7 +132,7 @@ def test_options_are_what_a_file_that_says_so_is(tmp_path: Path, capsys: pytest.
 
 
 @native
-def test_a_stretched_context_is_trained_length(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stretched_context_is_trained_length(tmp_path: Path) -> None:
     path = write_readable(tmp_path / "short.gguf", context_length=128)
     with Model(path, n_threads=1, llama_options={"rope_scaling": "yarn", "rope_freq_scale": 0.25}) as model:
         model.reserve(300)

@@ -12,6 +12,7 @@ from support.tiny_models import write_readable
 
 from lrope_gguf.errors import LropeError
 from lrope_search import ModelConfig, SearchConfig, TaskConfig, WorkersConfig, estimate, measure, search
+from lrope_search import launch
 from lrope_search import session as session_module
 from lrope_search.cost import check_memory
 from lrope_search.evaluation import make
@@ -51,11 +52,17 @@ CALLS: dict[str, Callable[..., object]] = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_progress_is_silenced_or_goes_to_a_function(
-    call: Callable[..., object], model: ModelConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    call: Callable[..., object],
+    model: ModelConfig,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing of Python, llama.cpp or another process reaches either stream."""
     call(model, tmp_path / "silent", progress=False, workers=WorkersConfig(2))
     assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(launch, "write_report", lambda summary: "nowhere")  # pictures take seconds
+    rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0})
     lines: Lines = []
     call(model, tmp_path / "lines", progress=lines.append)
     assert capfd.readouterr() == ("", "")
@@ -67,7 +74,11 @@ def test_progress_is_silenced_or_goes_to_a_function(
     assert all(line in log.read_text() for line in lines) if log.exists() else call is CALLS["estimate"]
 
 
-def test_a_dry_run_is_a_session_that_is_not_continued(model: ModelConfig, tmp_path: Path) -> None:
+def test_a_dry_run_is_a_session_that_is_not_continued(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0})
+    monkeypatch.setattr(launch, "write_report", lambda summary: "nowhere")
     lines: Lines = []
     estimate(model, TASK, SETTINGS, tmp_path / "s", progress=lines.append)
     assert not (tmp_path / "s").exists()
@@ -82,6 +93,7 @@ def test_a_dry_run_is_a_session_that_is_not_continued(model: ModelConfig, tmp_pa
 def test_the_result_is_the_same_however_the_cores_are_divided(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(launch, "write_report", lambda summary: "nowhere")
     found, said = [], []
     for fast in ((1, 1), (1, 2), (2, 1)):
         rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0} | {fast: 900.0})
@@ -163,7 +175,7 @@ def test_all_workers_write_what_the_first_has_heard(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What stands before a value is found out once, not by each worker with its own number of threads."""
-    search(model, TASK, SETTINGS, tmp_path / "s", progress=False, workers=WorkersConfig(2))
+    measure(model, TASK, SIDES, contexts=1, directory=tmp_path / "s", progress=False, workers=WorkersConfig(1))
     config = json.loads((tmp_path / "s" / "config.json").read_text())
     spec = make.EvaluatorSpec(model, TASK, guarded=False)
     with spec() as evaluator:
