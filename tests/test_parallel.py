@@ -28,7 +28,7 @@ ALONE, ONE_EACH, TOGETHER = Parallelism(1, 1), Parallelism(2, 1), Parallelism(1,
         (8, 2, None, [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4)]),  # and threads are found out
         (8, None, 4, [(1, 4)]),  # what was said stands
         (2, 2, 1, [(1, 1), (2, 1)]),  # measured for the estimate alone
-        (2, 5, None, [(1, 1), (5, 1)]),
+        (2, 5, None, [(1, 1)]),
         (8, 3, 8, [(1, 2), (3, 2)]),
     ],
 )

@@ -11,8 +11,7 @@ import pytest
 from support.tiny_models import write_readable
 
 from lrope_gguf.errors import LropeError
-from lrope_search import ModelConfig, SearchConfig, TaskConfig, WorkersConfig, estimate, measure, search
-from lrope_search import launch
+from lrope_search import ModelConfig, SearchConfig, TaskConfig, WorkersConfig, estimate, launch, measure, search
 from lrope_search import session as session_module
 from lrope_search.cost import check_memory
 from lrope_search.evaluation import make

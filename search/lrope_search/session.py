@@ -111,13 +111,17 @@ class Session:
         else:
             share = max(1, (self.model.n_threads or physical_cores()) // n_workers)
             self._division = Parallelism(n_workers, share)
-        if len(rates) > 1:
+        if len(possible) > 1:
             listed = ", ".join(f"{rate:.0f} by {division}" for division, rate in rates.items())
             self.progress.line(f"fastest here and now: {self._division} (tokens a second: {listed})")
         self.progress.line(memory_text(self.facts.memory, self._division.n_workers))
         if self._division in rates:
             return rates[self._division] / rates[alone]
-        return float(min(n_workers, max(len(gpus), 1)))
+        if gpus:
+            return float(min(n_workers, len(gpus)))
+        if n_workers > physical_cores():
+            self.progress.line(f"{n_workers} workers on {physical_cores()} cores: fewer would be faster (--workers)")
+        return max(1.0, min(n_workers, physical_cores()) / alone.n_threads)
 
     def _may_have(self, division: Parallelism, most: int) -> bool:
         n_workers = division.n_workers

@@ -50,13 +50,15 @@ Rates = Mapping[Parallelism, float]
 def divisions(n_cores: int, n_workers: int | None, n_threads: int | None) -> tuple[Parallelism, ...]:
     """Return the divisions that are worth a trial; what the user has said stands (None: nothing).
 
-    ``n_threads`` are those of all workers together. Among them is always one of a single worker: the first one.
+    ``n_threads`` are those of all workers together. One of a single worker is always among them: every opening begins
+    with one. More workers than cores are not worth a trial.
     """
     if n_threads is not None or n_workers is not None:
         n = n_workers or 1
         most = max(1, (n_threads or n_cores) // n)
         threads = [most] if n_threads is not None else _powers(most)
-        return tuple(dict.fromkeys(Parallelism(w, t) for t in threads for w in (1, n)))
+        workers = (1, n) if n <= n_cores else (1,)
+        return tuple(dict.fromkeys(Parallelism(w, t) for t in threads for w in workers))
     alone = [Parallelism(1, t) for t in (1, max(1, n_cores // 2), n_cores)]
     full = [Parallelism(w, n_cores // w) for w in _powers(n_cores)]
     return tuple(sorted({*alone, *full}))
