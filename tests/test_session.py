@@ -16,6 +16,7 @@ from lrope_search import session as session_module
 from lrope_search.cost import check_memory
 from lrope_search.evaluation import make
 from lrope_search.evaluation.memory import MemoryNeeded
+from lrope_search.evaluation.model import Model
 from lrope_search.evaluation.parallel import Parallelism
 
 pytestmark = pytest.mark.native
@@ -141,6 +142,18 @@ def test_what_the_user_says_stands(
     how = ModelConfig(model.path, n_threads=threads)
     estimate(how, TASK, SETTINGS, tmp_path / "s", workers=WorkersConfig(workers), progress=False)
     assert begun == [expected]
+
+
+def test_the_first_worker_takes_the_threads_that_were_settled(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone it would have been content with one thread; beside two workers, two threads are the better bargain."""
+    rates_are(monkeypatch, {(1, 1): 92.0, (1, 2): 100.0, (2, 1): 105.0})
+    used: list[int] = []
+    set_threads = Model.set_threads
+    monkeypatch.setattr(Model, "set_threads", lambda self, n: used.append(n) or set_threads(self, n))
+    measure(model, TASK, SIDES, contexts=1, progress=False)
+    assert used == [1, 2]
 
 
 def test_the_estimate_counts_the_division(model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

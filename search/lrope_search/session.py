@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -19,7 +20,7 @@ from lrope_gguf.text import command_line
 from .config import ModelConfig, TaskMix, Tasks, WorkersConfig
 from .cost import check_memory, memory_text
 from .evaluation.binding import binding_version
-from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_computing, kept_guard_texts
+from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_computing, kept_guard_texts, use_threads
 from .evaluation.parallel import Parallelism, divisions, fastest
 from .machine import free_memory, physical_cores, visible_gpus
 from .scores import ContextScore, Evaluator, Job
@@ -137,6 +138,8 @@ class Session:
         n_workers, n_threads = self._division.n_workers, self._division.n_threads
         spec, workers = self._spec.settled(self.facts), self._workers
         if workers.executor == "local" and n_workers == 1:
+            if n_threads != self.facts.n_threads:
+                self._first.ask(partial(use_threads, n_threads))
             return self._first
         self._of_first.close()
         if workers.executor == "ray":

@@ -137,6 +137,11 @@ class TeacherForcedEvaluator:
         """CPU threads that compute."""
         return self._model.n_threads
 
+    def use_threads(self, n_threads: int) -> None:
+        """Compute with so many CPU threads from now on."""
+        self._model.set_threads(n_threads)
+        self._workers = RowWorkers(n_threads)
+
     @property
     def n_tokens_first(self) -> int:
         """Tokens that scoring the first search context of each task computes, on average."""

@@ -197,6 +197,12 @@ def find_out(evaluator: Evaluator) -> Facts:
     )
 
 
+def use_threads(n_threads: int, evaluator: Evaluator) -> None:
+    """Let the evaluator compute with so many threads; runs in a worker."""
+    assert isinstance(evaluator, TeacherForcedEvaluator)
+    evaluator.use_threads(n_threads)
+
+
 def check_factors(sides: Sequence[Factors], evaluator: Evaluator) -> None:
     """Refuse factors that llama.cpp refuses, before hours have passed; runs in a worker.
 
