@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from support.tiny_models import write_readable
@@ -13,13 +15,13 @@ from support.tiny_models import write_readable
 from lrope_gguf.errors import LropeError
 from lrope_search import ModelConfig, SearchConfig, TaskConfig, WorkersConfig, estimate, launch, measure, search
 from lrope_search import session as session_module
-from lrope_search.cost import check_memory
 from lrope_search.evaluation import make
 from lrope_search.evaluation.memory import MemoryNeeded
 from lrope_search.evaluation.model import Model
-from lrope_search.evaluation.parallel import Parallelism
+from lrope_search.evaluation.parallel import Parallelism, divisions, fastest
+from lrope_search.session import Session
 
-pytestmark = pytest.mark.native
+native = pytest.mark.native
 
 TASK = TaskConfig("kv", keys=6, probes=3, identifiers="number")
 SETTINGS = SearchConfig(
@@ -50,6 +52,7 @@ CALLS: dict[str, Callable[..., object]] = {
 }
 
 
+@native
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_progress_is_silenced_or_goes_to_a_function(
     call: Callable[..., object],
@@ -74,6 +77,7 @@ def test_progress_is_silenced_or_goes_to_a_function(
     assert all(line in log.read_text() for line in lines) if log.exists() else call is CALLS["estimate"]
 
 
+@native
 def test_a_dry_run_is_a_session_that_is_not_continued(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +94,7 @@ def test_a_dry_run_is_a_session_that_is_not_continued(
     estimate(model, TASK, SETTINGS, tmp_path / "s", progress=False)  # and one that is there is looked at
 
 
+@native
 def test_the_result_is_the_same_however_the_cores_are_divided(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,43 +112,72 @@ def test_the_result_is_the_same_however_the_cores_are_divided(
         "1 worker with 1 thread", "1 worker with 2 threads", "2 workers with 1 thread each")]  # fmt: skip
 
 
+def settled(
+    workers: int | None,
+    threads: int | None,
+    rates: dict[tuple[int, int], float],
+    free: int | None = None,
+    most: int = 9,
+) -> tuple[tuple[int, int], float, Lines]:
+    """How the cores are divided, how many times as fast that is, and what is said, on two cores without a model."""
+    choices = divisions(2, workers, threads)
+    measured = {choice: rates[choice.n_workers, choice.n_threads] for choice in choices} if len(choices) > 1 else {}
+    alone = {choice: rate for choice, rate in measured.items() if choice.n_workers == 1}
+    n_threads = fastest(alone).n_threads if alone else choices[0].n_threads
+    facts = SimpleNamespace(rates=measured, n_threads=n_threads, n_tokens=1000, memory=MemoryNeeded(100, 60, 40))
+    lines: Lines = []
+    parts: list[Any] = [
+        None,
+        ModelConfig("m", n_threads=threads),
+        None,
+        facts,
+        None,
+        SimpleNamespace(line=lines.append),
+    ]
+    session = Session(*parts, WorkersConfig(workers), *cast(list[Any], [None] * 4), free)
+    times = session.divide(1000, most)
+    return (session._division.n_workers, session._division.n_threads), times, lines
+
+
+RATES = {(1, 1): 100.0, (1, 2): 150.0, (2, 1): 190.0, (2, 2): 50.0}
+
+
 @pytest.mark.parametrize(
-    ("workers", "threads", "measured", "expected"),
+    ("workers", "threads", "expected", "times"),
     [
-        (None, 1, False, (1, 1)),
-        (None, 2, False, (1, 2)),
-        (1, None, True, (1, 2)),
-        (2, None, True, (2, 1)),
-        (2, 1, True, (2, 1)),
-        (2, 4, True, (2, 2)),
-        (None, None, True, (2, 1)),
+        (None, None, (2, 1), 190 / 150),
+        (None, 1, (1, 1), 1.0),
+        (None, 2, (1, 2), 1.0),
+        (1, None, (1, 2), 1.0),
+        (2, None, (2, 1), 1.9),
+        (2, 1, (2, 1), 1.9),  # once said to take as long as one worker
+        (2, 4, (2, 2), 50 / 150),
+        (5, None, (5, 1), 2.0),
     ],
 )
 def test_what_the_user_says_stands(
-    model: ModelConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    workers: int | None,
-    threads: int | None,
-    measured: bool,
-    expected: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch, workers: int | None, threads: int | None, expected: tuple[int, int], times: float
 ) -> None:
-    rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 150.0, (2, 1): 190.0, (2, 2): 50.0})
-    begun: list[tuple[int, int]] = []
-    divide = session_module.Session.divide
-
-    def watch(self: session_module.Session, n_evaluations: int, most: int) -> float:
-        times = divide(self, n_evaluations, most)
-        begun.append((self._division.n_workers, self._division.n_threads))
-        assert bool(self.facts.rates) == measured
-        return times
-
-    monkeypatch.setattr(session_module.Session, "divide", watch)
-    how = ModelConfig(model.path, n_threads=threads)
-    estimate(how, TASK, SETTINGS, tmp_path / "s", workers=WorkersConfig(workers), progress=False)
-    assert begun == [expected]
+    monkeypatch.setattr(session_module, "physical_cores", lambda: 2)
+    monkeypatch.setattr(session_module, "visible_gpus", tuple)
+    found, fast, lines = settled(workers, threads, RATES)
+    assert found == expected
+    assert fast == pytest.approx(times)
+    chosen = any(line.startswith("fastest here and now: ") for line in lines)
+    assert chosen == (threads is None and workers in (None, 1))
+    assert ("5 workers on 2 cores: fewer would be faster (--workers)" in lines) == (workers == 5)
 
 
+def test_more_workers_are_taken_only_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "visible_gpus", tuple)
+    assert settled(None, None, RATES, free=300)[0] == (2, 1)
+    assert settled(None, None, RATES, free=299)[0] == (1, 2)
+    assert settled(None, None, RATES, most=1)[0] == (1, 2)  # of so few evaluations that can be out at once
+    with pytest.raises(LropeError, match=r"^--workers 2: need .* are free; give at most 1$"):
+        settled(2, None, RATES, free=299)
+
+
+@native
 def test_the_first_worker_takes_the_threads_that_were_settled(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,33 +190,7 @@ def test_the_first_worker_takes_the_threads_that_were_settled(
     assert used == [1, 2]
 
 
-def test_the_estimate_counts_the_division(model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers of one thread are as fast as was measured, not as one."""
-    rates_are(monkeypatch, {(1, 1): 100.0, (2, 1): 190.0})
-    times: list[float] = []
-    divide = session_module.Session.divide
-    monkeypatch.setattr(
-        session_module.Session, "divide", lambda self, *given: times.append(divide(self, *given)) or times[-1]
-    )
-    how = ModelConfig(model.path, n_threads=1)
-    estimate(how, TASK, SETTINGS, tmp_path / "s", workers=WorkersConfig(2), progress=False)
-    assert times == [pytest.approx(1.9)]
-
-
-def test_more_workers_are_taken_only_where_they_fit(
-    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 110.0, (2, 1): 190.0})
-    monkeypatch.setattr(session_module, "free_memory", lambda: 1 << 20)
-    lines: Lines = []
-    estimate(model, TASK, SETTINGS, tmp_path / "s", progress=lines.append)
-    assert any(line.startswith("fastest here and now: 1 worker with") for line in lines)
-    with pytest.raises(LropeError, match=r"^--workers 2: need \d+ MiB .* but 1 MiB are free; give smaller contexts"):
-        estimate(model, TASK, SETTINGS, tmp_path / "s", workers=WorkersConfig(2), progress=False)
-    with pytest.raises(LropeError, match=r"give at most 3$"):
-        check_memory(MemoryNeeded(weights=100, kv_cache=60, compute=40), 4, 450)
-
-
+@native
 def test_all_workers_write_what_the_first_has_heard(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
