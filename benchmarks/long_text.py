@@ -18,9 +18,10 @@ from options import scaled
 from tables import head, row
 
 from lrope_gguf.errors import LropeError
-from lrope_search.config import ROPE_SCALINGS, ModelConfig
+from lrope_search import ModelConfig
 from lrope_search.evaluation.logits import RowWorkers, gold_scores
 from lrope_search.evaluation.make import open_model
+from lrope_search.evaluation.settings import ROPE_SCALINGS
 from lrope_search.machine import physical_cores
 
 STEP = 8  # every eighth token is scored
