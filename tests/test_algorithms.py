@@ -269,7 +269,7 @@ def test_a_repeated_genome_has_its_first_score() -> None:
 
 
 def test_an_unknown_algorithm_or_option_is_an_error() -> None:
-    with pytest.raises(LropeError, match=r"^--algorithm rando: unknown; did you mean random\?; choose from ga, cma-es"):
+    with pytest.raises(LropeError, match=r"^--algorithm rando: unknown; choose from ga, cma-es"):
         optimizer_config("rando")
     with pytest.raises(LropeError, match=r"^ga.temperature: no such setting; algorithm ga has width, lag"):
         optimizer_config("ga", temperature=1.0)

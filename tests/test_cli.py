@@ -550,7 +550,7 @@ def test_completion_in_bash(bench: Path) -> None:
         (("write", "m", "--curve", ""), files),
         (("write", "m", "--factors", ""), set()),
         (("none", ""), set(COMMANDS)),
-        (("search", "m", "--identifiers", "n"), {"number"}),
+        (("search", "m", "--task", "m"), {"mdqa", "multikey"}),
     ]:
         *found, registered = in_shell(
             bench, "bash", "--norc", "-c", code, "bash", "lrope-gguf", *words
@@ -568,7 +568,7 @@ def test_completion_in_fish(bench: Path) -> None:
     assert complete("lrope-gguf ") == set(COMMANDS)
     assert complete("lrope-gguf show --") == {"--help", "--json", "--plot"}
     assert {"m.gguf", "models/"} <= complete("lrope-gguf show m")
-    assert complete("lrope-gguf search --identifiers ") == {"uuid", "number", "word"}
+    assert complete("lrope-gguf search --task m") == {"mdqa", "multikey"}
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
@@ -620,7 +620,7 @@ def test_completion_without_the_search_extra(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lrope_search", None)  # names are completed without it, options not
     assert completed("", monkeypatch, capsys).split() == [f"plain,{name}" for name in COMMANDS]
-    assert completed("search --id", monkeypatch, capsys).strip() == ""
+    assert completed("search --ke", monkeypatch, capsys).strip() == ""
     assert completed("write m --map", monkeypatch, capsys) == "plain,--mapped-ok\n"
 
 

@@ -32,9 +32,10 @@ TRAINED, LONG = 48, 120  # pairs
 N_LAYER = 4
 BASE = (1.0,) * N_LAYER
 UNIFORM = (0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
-SEARCH = ["--identifiers", "word", "--keys", str(LONG), "--probes", "40", "--width", "0.3", "--max-kl", "100",
-          "--threads", "1", "--max-evaluations", "60", "--search-contexts", "3",
-          "--validation-contexts", "6", "--test-contexts", "12"]  # fmt: skip
+SEARCH = ["--set", "kv.identifiers=word", "--keys", str(LONG), "--set", "kv.probes=40", "--set", "ga.width=0.3",
+          "--max-kl", "100",
+          "--threads", "1", "--max-evaluations", "60", "--set", "search_contexts=3",
+          "--set", "validation_contexts=6", "--set", "test_contexts=12"]  # fmt: skip
 N_UNSEEN = 8
 UNSEEN = 99  # a seed that the search does not have
 

@@ -20,7 +20,7 @@ from lrope_search import ModelConfig, measure, task_config
 
 pytestmark = pytest.mark.native
 
-TASK = ["--identifiers", "number", "--keys", "12", "--probes", "4", "--threads", "1"]
+TASK = ["--set", "kv.identifiers=number", "--keys", "12", "--set", "kv.probes=4", "--threads", "1"]
 FACTORS = "1,1,1.3,0.7,1,1"
 
 
@@ -105,8 +105,9 @@ def test_a_search_and_a_measurement_do_not_share_a_directory(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     searched, measured = str(tmp_path / "searched"), str(tmp_path / "measured")
-    search = ["search", str(model), *TASK, "--max-evaluations", "4", "--population", "4", "--search-contexts", "1",
-              "--validation-contexts", "1", "--test-contexts", "1", "--max-kl", "100",
+    search = ["search", str(model), *TASK, "--max-evaluations", "4", "--set", "ga.population=4",
+              "--set", "search_contexts=1",
+              "--set", "validation_contexts=1", "--set", "test_contexts=1", "--max-kl", "100",
               "--output", str(tmp_path / "best.json"), "--study"]  # fmt: skip
     assert main([*search, searched]) == 0
     capsys.readouterr()

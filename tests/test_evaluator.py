@@ -284,7 +284,7 @@ def test_chat_templates_are_rendered_without_a_second_bos_or_the_date(tmp_path: 
         assert raw.text(raw.tokenize_prompt("Hi <user>")) == "Hi <user>"
         assert USER not in raw.tokenize_prompt("Hi <user>")
     with (
-        pytest.raises(LropeError, match=r"chat template fails .*no system.*--no-chat-template"),
+        pytest.raises(LropeError, match=r"chat template fails .*no system.*--set chat_template=false"),
         Model(write_readable(tmp_path / "bad.gguf", chat_template="{{ raise_exception('no system') }}")) as bad,
     ):
         bad.tokenize_prompt("Hi")
@@ -576,8 +576,19 @@ def test_a_table_of_numbers_that_are_not_finite_is_valid_json() -> None:
 @native
 def test_eval_compares_base_and_factors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_readable(tmp_path / "model.gguf", factors=list(CURVE))
-    command = ["eval", str(path), "--keys", "6", "--probes", "3", "--positions", "even", "--contexts", "2"]
-    command += ["--threads", "1", "--seed", "4"]
+    command = [
+        "eval",
+        str(path),
+        "--keys",
+        "6",
+        "--set",
+        "kv.probes=3",
+        "--set",
+        "kv.positions=even",
+        "--contexts",
+        "2",
+    ]
+    command += ["--contexts", "2", "--threads", "1", "--seed", "4"]
     assert main([*command, "--generate", "--json"]) == 0
     out, err = capsys.readouterr()
     assert any(line.startswith("test context 1: 4/4 evaluations") for line in err.splitlines())
@@ -609,8 +620,20 @@ def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     records = [[[f"k{n}-{i}", f"v{n}-{i}"] for i in range(9)] for n in range(10)]
     data = tmp_path / "kv.jsonl.gz"
     data.write_bytes(gzip.compress("".join(json.dumps({"ordered_kv_records": r}) + "\n" for r in records).encode()))
-    command = ["eval", str(path), "--data", str(data), "--keys", "5", "--probes", "5", "--threads", "1", "--json"]
-    assert main([*command, "--contexts", "3"]) == 0
+    command = [
+        "eval",
+        str(path),
+        "--data",
+        str(data),
+        "--keys",
+        "5",
+        "--set",
+        "kv.probes=5",
+        "--threads",
+        "1",
+        "--json",
+    ]
+    assert main([*command, "--json", "--contexts", "3"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert list(document["factors"]) == ["base"]
     assert document["probes"] == 15
@@ -626,7 +649,7 @@ def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--factors", "1,1,1,0,1,1"], 1, "refused by llama.cpp"),
         (["--factors", "1,a"], 2, "not a list of numbers"),
         (["--keys", "0"], 2, "--keys.: 0 is not in the range x>=1"),
-        (["--keys", "5", "--probes", "11"], 1, "--keys 5: too few for 11 probes"),
+        (["--keys", "5", "--set", "kv.probes=11"], 1, "--keys 5: too few for 11 probes"),
         (["--curve", "none.json"], 1, "none.json"),
     ],
 )

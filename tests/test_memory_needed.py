@@ -106,16 +106,16 @@ def test_prediction_follows_the_types_of_the_cache(
 def test_types_of_the_cache_that_a_model_cannot_have(tmp_path: Path) -> None:
     path = write_readable(tmp_path / "m.gguf", LLAMA)
     check_cache_types(path, ("bf16", "f32"))
-    with pytest.raises(LropeError, match=r"^--cache-type-v q8_0: has blocks of 32 .* m?.*\.gguf have 16; give f16"):
+    with pytest.raises(LropeError, match=r"^cache_type_v q8_0: has blocks of 32 .* m?.*\.gguf have 16; give f16"):
         check_cache_types(path, ("f16", "q8_0"))
     latent = {"attention__key_length": 64, "attention__key_length_mla": 32, "attention__value_length": 64}
     path = header(tmp_path / "latent.gguf", "deepseek2", **COMMON, **latent, attention__head_count=2)
     check_cache_types(path, ("q8_0", "q8_0"))
-    with pytest.raises(LropeError, match=r"--cache-type-k q8_0: .*keeps values in its keys"):
+    with pytest.raises(LropeError, match=r"cache_type_k q8_0: .*keeps values in its keys"):
         check_cache_types(path, ("q8_0", "f16"))
     path = header(tmp_path / "grok.gguf", "grok", **COMMON, attention__head_count=2)
     check_cache_types(path, ("q8_0", "f16"))
-    with pytest.raises(LropeError, match="--cache-type-v q4_0: needs flash attention"):
+    with pytest.raises(LropeError, match="cache_type_v q4_0: needs flash attention"):
         check_cache_types(path, ("f16", "q4_0"))
 
 

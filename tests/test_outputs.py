@@ -31,7 +31,7 @@ CASES = [
     ("search link.gguf --output model.gguf", "is the file that MODEL names"),
     ("search model.gguf --output sub/../model.gguf", "is the file that MODEL names"),
     ("search model.gguf --probes 1 --data data.jsonl --output hard.jsonl", "is the file that --data names"),
-    ("search model.gguf --guard-text text.txt --output text.txt", "is the file that --guard-text names"),
+    ("search model.gguf --set guard_text=text.txt --output text.txt", "is the file that guard_text names"),
     ("search model.gguf --degree 1 --start curve.json --output curve.json", "that --start curve.json names"),
     ("search model.gguf --output sub", "is no name of a file but a folder's"),
     ("search model.gguf --output none/best.json", "its directory does not exist"),

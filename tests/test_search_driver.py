@@ -636,10 +636,10 @@ def test_the_base_model_is_told_in_full_whatever_the_race_makes_of_it(tmp_path: 
     ("option", "value"),
     [
         ("max_evaluations", 0),
+        ("max_evaluations", 1.5),
         ("test_contexts", 0),
-        ("lag", 0),
-        ("population", -1),
         ("max_kl", -0.1),
+        ("max_kl", True),
         ("algorithm", "annealing"),
         ("seed", -1),
         ("max_hours", 0.0),
@@ -647,15 +647,30 @@ def test_the_base_model_is_told_in_full_whatever_the_race_makes_of_it(tmp_path: 
         ("racing_fraction", 1.5),
         ("bounds", (1.1, 2.0)),
         ("bounds", (1.0, 1.0)),
+        ("bounds", (0.5,)),
         ("uniform_factors", (1.1, -1.0)),
-        ("width", math.nan),
         ("middle_weight", math.inf),
         ("confidence", 1.0),
     ],
 )
 def test_settings_out_of_range_are_named(option: str, value: object) -> None:
-    with pytest.raises(LropeError, match=rf"^--{option.replace('_', '-')} "):
+    with pytest.raises(LropeError, match=rf"^({option}|--{option.replace('_', '-')}) "):
         SearchConfig(**{option: value})
+
+
+@pytest.mark.parametrize(("option", "value"), [("lag", 0), ("population", -1), ("width", math.nan), ("width", 0.0)])
+def test_settings_of_an_optimizer_out_of_range_are_named(option: str, value: object) -> None:
+    with pytest.raises(LropeError, match=rf"^ga.{option} "):
+        optimizer_config("ga", **{option: value})
+
+
+def test_racing_is_derived_from_the_contexts_and_a_study_keeps_its_own() -> None:
+    settled = [SearchConfig(search_contexts=n).settled(20) for n in (2, 7, 8, 40)]
+    assert [(s.racing_first, s.racing_fraction) for s in settled] == [(1, 1.0), (1, 1.0), (1, 0.3), (5, 0.3)]
+    assert SearchConfig(search_contexts=16).settled(20, n_tasks=4).racing_fraction == 1.0
+    before = {"search": {"racing_first": 1, "racing_fraction": 0.5}}
+    assert SearchConfig(search_contexts=8).settled(20, kept=before).racing_fraction == 0.5
+    assert SearchConfig(search_contexts=8, racing_fraction=0.25).settled(20, kept=before).racing_fraction == 0.25
 
 
 def context(index: int, *log_probabilities: float) -> ContextScore:

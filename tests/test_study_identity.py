@@ -51,8 +51,9 @@ def records() -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-OPTIONS = ["--probes", "2", "--max-evaluations", "6", "--population", "4", "--search-contexts", "1", "--threads", "1",
-           "--validation-contexts", "1", "--test-contexts", "2", "--max-kl", "100", "--study", "s"]  # fmt: skip
+OPTIONS = ["--set", "kv.probes=2", "--max-evaluations", "6", "--set", "ga.population=4",
+           "--set", "search_contexts=1", "--threads", "1",
+           "--set", "validation_contexts=1", "--set", "test_contexts=2", "--max-kl", "100", "--study", "s"]  # fmt: skip
 
 
 @pytest.mark.native

@@ -230,7 +230,7 @@ def test_settings_travel_as_json_and_by_pickle(data: dict[str, str]) -> None:
         stored = json.loads(json.dumps(value.to_json()))
         back = task_config(**stored) if isinstance(value, TaskConfig) else type(value).from_json(stored)
         assert back.to_json() == value.to_json()
-    with pytest.raises(LropeError, match="depth: no setting of ModelConfig"):
+    with pytest.raises(LropeError, match=r"depth: no setting of ModelConfig"):
         ModelConfig.from_json({"path": "m.gguf", "depth": 3})
-    with pytest.raises(LropeError, match="kv.depth: no such setting; task kv has"):
+    with pytest.raises(LropeError, match=r"kv\.depth: no such setting; task kv has"):
         task_config("kv", depth=3)

@@ -145,9 +145,8 @@ class Setting:
         if not right:
             raise self.error(value, f"wants {self.wanted()}")
         if self.choices and item not in self.choices:
-            raise self.error(
-                value, f"unknown{_nearest(str(item), self.choices)}; choose from {', '.join(self.choices)}"
-            )
+            meant = _nearest(str(item), self.choices)
+            raise self.error(value, f"unknown; choose from {', '.join(self.choices)}{meant}")
         if not number:
             return item
         if self.kind is float and not math.isfinite(item):
@@ -272,12 +271,12 @@ class Registry(Generic[C]):
         """Return the class.
 
         Raises:
-            LropeError: there is none of this name.
+            SettingError: there is none of this name.
         """
         entry = self._entries.get(name)
         if entry is None:
-            choices = ", ".join(self._entries)
-            raise LropeError(f"--{self._what} {name}: unknown{_nearest(name, self._entries)}; choose from {choices}")
+            reason = f"unknown; choose from {', '.join(self._entries)}{_nearest(name, self._entries)}"
+            raise SettingError((self._what,), f"--{self._what} {name}", reason)
         if isinstance(entry, str):
             module, _, attribute = entry.partition(":")
             entry = self._entries[name] = getattr(import_module(module), attribute)
@@ -290,17 +289,19 @@ class Registry(Generic[C]):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return which of ``known`` a mistyped ``name`` may have meant."""
-    known = list(known)
-    last = name.rpartition(".")[2]
-    same = [other for other in known if other.rpartition(".")[2] == last]
-    found = same or difflib.get_close_matches(name, known, 1, 0.6)
-    return found[0] if found else None
+    """Return which of ``known`` dotted names a mistyped one may have meant: in its own section, else in any."""
+    section, _, last = name.rpartition(".")
+    parts = [(*other.rpartition(".")[::2], other) for other in known]
+    for among in ([part for part in parts if part[0] == section], parts):
+        found = difflib.get_close_matches(last, [part[1] for part in among], 1, 0.6)
+        if found:
+            return next(part[2] for part in among if part[1] == found[0])
+    return None
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    found = nearest(name, known)
-    return f"; did you mean {found}?" if found else ""
+    found = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 _KNOWN: dict[type[Settings], tuple[Setting, ...]] = {}

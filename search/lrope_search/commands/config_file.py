@@ -111,6 +111,8 @@ def _dotted(key: str) -> str | None:
         return None
     parts = []
     while isinstance(value, dict):
+        if len(value) != 1:
+            return None
         ((part, value),) = value.items()
         parts.append(part)
     return ".".join(parts)

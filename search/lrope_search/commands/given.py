@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from lrope_gguf.errors import LropeError
 
-from ..settings import Setting, SettingError, Settings
+from ..settings import Registry, Setting, SettingError, Settings
 
 S = TypeVar("S", bound=Settings)
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,21 @@ def made(kind: type[S], given: Mapping[str, Given], *positional: Any, **others: 
     except SettingError as error:
         said = [given[name].shown() for name in error.names if name in given]
         raise LropeError(f"{', '.join(said)}: {error.reason}" if said else str(error)) from None
+
+
+def chosen(registry: Registry[C], name: str, given: Given | None) -> type[C]:
+    """Return what ``given`` chose by its name.
+
+    Raises:
+        LropeError: there is none of this name; says where it was given.
+    """
+    try:
+        return registry[name]
+    except SettingError as error:
+        if given is None:
+            raise
+        where = given.where if given.text else f"{given.where} {name}"
+        raise LropeError(f"{where}: {error.reason}") from None
 
 
 def _toml(value: Any) -> str:

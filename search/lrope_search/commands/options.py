@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from lrope_gguf.commands.options import FILE, Command, Option
 from lrope_gguf.errors import LropeError
@@ -20,7 +21,7 @@ from ..study.settings import SearchConfig
 from ..tasks.settings import TASKS, TaskConfig, TaskMix, check_once, check_owned
 from ..workers.settings import WorkersConfig
 from .config_file import read_config
-from .given import Given, made
+from .given import Given, chosen, made
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 POSITIVE, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
@@ -80,6 +81,20 @@ def _weight(task: str) -> Setting:
     return replace(_WEIGHT, section=task)
 
 
+class Words(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """A text that a shell completes from a list; `Gathered` says what is wrong with it."""
+
+    name = "text"
+
+    def __init__(self, words: Callable[[], Iterable[str]]) -> None:
+        """Take what makes the list."""
+        self._words = words
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the words that begin so."""
+        return [CompletionItem(word) for word in self._words() if word.startswith(incomplete)]
+
+
 class Gathered:
     """All settings that a user gave: of a file, by options and by ``--set``, the later before the earlier.
 
@@ -108,7 +123,7 @@ class Gathered:
         tasks = self.given | said
         self.tasks: tuple[str, ...] = tuple(tasks["task"].read(self._known["task"])) if "task" in tasks else ("kv",)
         for name in self.tasks:
-            TASKS[name]
+            chosen(TASKS, name, tasks.get("task"))
         check_once(self.tasks)
         for name in _task_options():
             for task, given in self._own(name, values.pop(name, ())).items():
@@ -195,10 +210,8 @@ class Gathered:
             LropeError: values that cannot be, or do not go together.
         """
         algorithm = self.given.get("algorithm")
-        try:
-            kind = OPTIMIZERS["ga" if algorithm is None else algorithm.read(self._known["algorithm"])]
-        except LropeError as error:
-            raise LropeError(str(error).replace("--algorithm", "algorithm", 1)) from None
+        name = "ga" if algorithm is None else algorithm.read(self._known["algorithm"])
+        kind = chosen(OPTIMIZERS, name, algorithm)
         search: SearchConfig = self.make(SearchConfig, seed=seed, algorithm=made(kind, self.given))
         return search
 
@@ -263,6 +276,9 @@ def all_of(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
     return declare
 
 
+_WORDS = {"task": Words(lambda: TASKS)}
+
+
 def options_of(*kinds: type[Settings]) -> Callable[[Function], Function]:
     """Declare the options that settings have of their own; `Gathered` takes their values."""
     return all_of(*[_option_of(one) for kind in kinds for one in kind.settings() if one.option])
@@ -277,7 +293,7 @@ def _option_of(one: Setting) -> Callable[[Any], Any]:
         one.flag,
         one.name,
         metavar=one.metavar,
-        type=FILE if one.metavar in ("FILE", "DIR") else click.STRING,
+        type=_WORDS.get(one.name) or (FILE if one.metavar in ("FILE", "DIR") else click.STRING),
         multiple=one.repeated,
         help=f"{text} ({shown})" if shown != "" else text,
     )
@@ -311,6 +327,7 @@ config_options = all_of(
     option(
         "--set",
         metavar="NAME=VALUE",
+        type=Words(lambda: (f"{name}=" for name in known_settings())),
         multiple=True,
         help="any setting that search --print-config lists, such as kv.probes=20 or rope_scaling=yarn; as often as you "
         "like",

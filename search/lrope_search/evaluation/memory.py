@@ -84,12 +84,12 @@ def check_cache_types(path: Path | str, cache_types: tuple[str, str]) -> None:
         of_k, of_v = cache_types
         if (header.latent or header.arch == "deepseek4") and of_k != of_v:
             raise LropeError(
-                f"--cache-type-k {of_k}: {path} keeps values in its keys, and --cache-type-v says {of_v}; "
+                f"cache_type_k {of_k}: {path} keeps values in its keys, and cache_type_v says {of_v}; "
                 "give both the same type"
             )
         if header.arch == "grok" and CACHE_TYPES[of_v][0] > 1:
             raise LropeError(
-                f"--cache-type-v {of_v}: needs flash attention, which llama.cpp lacks for models like {path}; "
+                f"cache_type_v {of_v}: needs flash attention, which llama.cpp lacks for models like {path}; "
                 "give f16, bf16 or f32"
             )
         for part, kind, lengths in (("k", of_k, header.k_lengths), ("v", of_v, header.v_lengths)):

@@ -169,7 +169,7 @@ class Model:
         return formatter
 
     def _template_error(self, error: Exception) -> LropeError:
-        return LropeError(f"{self.path}: its chat template fails ({error}); use --no-chat-template")
+        return LropeError(f"{self.path}: its chat template fails ({error}); use --set chat_template=false")
 
     def prompt_end(self, prompt: str, n_tokens: int = 8) -> str:
         """Return the text of a prompt's last tokens, control tokens too, as the model sees it before it answers."""

@@ -10,12 +10,12 @@ import numpy as np
 from lrope_gguf.errors import LropeError
 
 from .generational import Generational, Generations, minimised
-from .settings import OptimizerConfig, population_setting
+from .settings import BaselineConfig, population_setting
 from .space import Space, Start
 
 
 @dataclass(frozen=True, kw_only=True)
-class CmaEsConfig(OptimizerConfig):
+class CmaEsConfig(BaselineConfig):
     """Settings of `CmaEs`."""
 
     section = "cma-es"
@@ -70,7 +70,7 @@ def _cma_es(space: Space, first: list[Start], seed: int, width: float, populatio
     try:
         from cmaes import CMA
     except ModuleNotFoundError as error:
-        raise LropeError("--algorithm cma-es: cmaes is not installed; run: pip install 'lrope-gguf[cma-es]'") from error
+        raise LropeError("algorithm cma-es: cmaes is not installed; run: pip install 'lrope-gguf[cma-es]'") from error
     scores = yield first
     mean = first[max(range(len(first)), key=lambda i: scores[i])][0]
     box = space.box / space.scale[:, None]

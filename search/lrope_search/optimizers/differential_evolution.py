@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from .generational import Generational, Generations, minimised
 from .protocol import Score
-from .settings import OptimizerConfig, population_setting
+from .settings import BaselineConfig, population_setting
 from .space import Space, Start
 
 
 @dataclass(frozen=True, kw_only=True)
-class DifferentialEvolutionConfig(OptimizerConfig):
+class DifferentialEvolutionConfig(BaselineConfig):
     """Settings of `DifferentialEvolution`."""
 
     section = "de"

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from .generational import Generational, Generations
 from .protocol import Score
-from .settings import OptimizerConfig, parents_setting, population_setting
+from .settings import BaselineConfig, parents_setting, population_setting
 from .space import Genome, Space, Start
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongRopeConfig(OptimizerConfig):
+class LongRopeConfig(BaselineConfig):
     """Settings of `LongRopeEvolution`."""
 
     section = "papers-ga"

@@ -9,7 +9,8 @@ from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 from ..scores import Factors
 from .layers import LayerSpace
 from .protocol import Optimizer
-from .settings import UNIFORM_FACTORS, OptimizerConfig
+from .scan import ScanFirst
+from .settings import UNIFORM_FACTORS, BaselineConfig, OptimizerConfig
 from .space import CurveSpace
 
 
@@ -46,4 +47,7 @@ def make_algorithm(
     if parametrization != "bezier":
         own = range(n_layer) if layers is None else layers
         space = LayerSpace(n_layer, own, curve=curve if parametrization == "both" else None, bounds=bounds)
-    return config.make(space, space.known_good(uniform_factors, curves), seed)
+    start = space.known_good(uniform_factors, curves)
+    if isinstance(config, BaselineConfig) and config.scan and isinstance(space, LayerSpace):
+        return ScanFirst(space, start, lambda left, first: config.make(left, first, seed), width=config.width)
+    return config.make(space, start, seed)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from .protocol import Candidate, Score
-from .settings import LAG, OptimizerConfig, lag_setting
+from .settings import LAG, BaselineConfig, lag_setting
 from .space import Ledger, Space, Start
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomConfig(OptimizerConfig):
+class RandomConfig(BaselineConfig):
     """Settings of `RandomSearch`."""
 
     section = "random"

@@ -50,6 +50,17 @@ class OptimizerConfig(Settings):
         raise NotImplementedError
 
 
+@dataclass(frozen=True, kw_only=True)
+class BaselineConfig(OptimizerConfig):
+    """An optimizer to compare with, which knows nothing of layers; a scan can go before it."""
+
+    scan: bool = setting(False, "scan the layers first, and search among those that matter")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields; ``scan`` only if there is one."""
+        return {key: value for key, value in super().to_json().items() if value is not False}
+
+
 def population_setting(unset: str, text: str = "candidates of a generation") -> Any:
     """Declare ``population``."""
     return setting(None, text, metavar="N", least=1, unset=unset)
