@@ -576,18 +576,7 @@ def test_a_table_of_numbers_that_are_not_finite_is_valid_json() -> None:
 @native
 def test_eval_compares_base_and_factors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_readable(tmp_path / "model.gguf", factors=list(CURVE))
-    command = [
-        "eval",
-        str(path),
-        "--keys",
-        "6",
-        "--set",
-        "kv.probes=3",
-        "--set",
-        "kv.positions=even",
-        "--contexts",
-        "2",
-    ]
+    command = ["eval", str(path), "--keys", "6", "--set", "kv.probes=3", "--set", "kv.positions=even"]
     command += ["--contexts", "2", "--threads", "1", "--seed", "4"]
     assert main([*command, "--generate", "--json"]) == 0
     out, err = capsys.readouterr()

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import pytest
+from support.rope_models import GEMMA3, N_LAYER
 from support.task_files import words, write
 from support.tiny_models import write_readable
 from test_task_jsonl import line as own_line
@@ -211,6 +212,26 @@ def test_eval_of_a_curve_beside_a_uniform_factor(tmp_path: Path, capsys: pytest.
     assert stored["file"]["log_probability"] == pytest.approx(both["uniform 1.2"]["log_probability"])
     assert main(["eval", str(path), *options, "--threads", "1", "--uniform", "0"]) == 1
     assert re.search("refused by llama.cpp", capsys.readouterr().err)
+
+
+@native
+def test_uniform_moves_the_layers_that_a_search_would_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model with sliding windows those without one, as a search's own uniform factors do; not all."""
+    path = write_readable(tmp_path / "model.gguf", GEMMA3)
+    windowed = [i for i in range(N_LAYER) if (i + 1) % 6]  # src/models/gemma3.cpp: every sixth layer is dense
+    options = ["--keys", "20", *sets("kv.probes=2"), "--threads", "1"]
+    assert main(["eval", str(path), *options, "--contexts", "1", "--json", "--uniform", "1.3"]) == 0
+    out, err = capsys.readouterr()
+    moved = json.loads(out)["factors"]["uniform 1.3"]
+    assert moved == [1.0 if i in windowed else 1.3 for i in range(N_LAYER)]
+    assert f"uniform: {N_LAYER - len(windowed)} of {N_LAYER} layers move" in err
+
+    how = ["--max-evaluations", "2", *sets("search_contexts=1", "validation_contexts=1", "test_contexts=1",
+           "uniform_factors=1.3", "parametrization=layers"), "--output", str(tmp_path / "best.json")]  # fmt: skip
+    assert main(["search", str(path), *options, *how]) == 0
+    lines = (tmp_path / "best.study" / "candidates.jsonl").read_text().splitlines()
+    asked = {record["origin"]: record["factors"] for record in map(json.loads, lines)}
+    assert asked["uniform"] == moved
 
 
 def test_settings_travel_as_json_and_by_pickle(data: dict[str, str]) -> None:

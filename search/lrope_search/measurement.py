@@ -154,10 +154,9 @@ def measure(
         study = stack.enter_context(Study(place, config))
         progress = Progress(study.log)
         check_versions(study, first, progress)
-        if uniform and len(layers) < first.n_layer:
-            progress.line(
-                f"uniform: moves the {len(layers)} of {first.n_layer} layers that rotate over the whole context"
-            )
+        if uniform:
+            moved = f"{len(layers)} of {first.n_layer} layers move"
+            progress.line(f"uniform: {moved}, those that rotate over the whole context")
         executor = first if generate else all_workers(workers, spec.settled(facts), first, stack)
         jobs = [Job(factors, split, index) for index in range(contexts) for factors in dict.fromkeys(sides.values())]
         answers = _ask(executor, study, jobs, progress, generate=generate)
