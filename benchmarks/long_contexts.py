@@ -133,7 +133,7 @@ def main() -> None:
             begin = time.perf_counter()
             try:
                 found = searched(
-                    args, model, replace(task, context_tokens=round(multiple * args.trained)), scaling, multiple
+                    args, model, task.but(context_tokens=round(multiple * args.trained)), scaling, multiple
                 )
             except LropeError as error:
                 found = row((f"{multiple:g}x", "", scaling, error, *[""] * 4))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +187,7 @@ def of_model(args: argparse.Namespace) -> Iterator[Length]:
     contexts = CONTEXTS if args.contexts is None else args.contexts
     for share in args.shares:
         tokens = round(share * window)
-        found = measure(model, replace(task, context_tokens=tokens), sides, contexts=contexts)
+        found = measure(model, task.but(context_tokens=tokens), sides, contexts=contexts)
         yield length_of(share, tokens, found.scores)
         each = found.seconds / contexts / len(found.sides)
         print(
