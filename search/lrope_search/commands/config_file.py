@@ -175,12 +175,12 @@ def printed(first: str, shared: Iterable[type[Settings]], tables: Iterable[tuple
 
 def _entry(one: Setting) -> str:
     choices = f" ({', '.join(one.choices)})" if one.choices else ""
-    unset = f"; unset: {one.unset}" if one.unset else ""
+    unset = f"; default: {one.unset}" if one.unset else ""
     comment = _comment(f"{one.text}{choices}{unset}")
-    if one.default is None:
-        example = one.choices[0] if one.choices else one.metavar or "..."
-        return f"{comment}# {one.key} = {example}\n"
-    return f"{comment}{one.key} = {_value(one.default)}\n"
+    if one.default is not None:
+        return f"{comment}{one.key} = {_value(one.default)}\n"
+    example = one.choices[0] if one.choices else one.metavar or "..."
+    return f"{comment}# {one.key} = {_value(example) if one.kind is str else example}\n"
 
 
 def _comment(text: str) -> str:

@@ -33,7 +33,7 @@ class JsonlConfig(TaskConfig):
         None,
         "a line {context, question, answer: text or list of texts, depth: 0 to 1, optional}; may be gzipped",
         metavar="FILE",
-        unset="required",
+        unset="none, it must be given",
         option=True,
     )
     prompt_template: str = setting(

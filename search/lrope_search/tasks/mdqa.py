@@ -39,7 +39,7 @@ class MultiDocumentConfig(SizedTaskConfig):
     size = "documents"
 
     data: str | None = setting(
-        None, "nq-open-*.jsonl[.gz] of the benchmark", metavar="FILE", unset="required", option=True
+        None, "nq-open-*.jsonl[.gz] of the benchmark", metavar="FILE", unset="none, it must be given", option=True
     )
     documents: int | None = setting(None, "documents a context", metavar="N", least=1, unset=str(DEFAULT_DOCUMENTS))
     probes: int | None = probes_setting("questions a context", AS_NEEDED)

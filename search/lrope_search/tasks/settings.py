@@ -96,7 +96,7 @@ class TaskConfig(Settings):
 
 def tokens_setting(text: str) -> Any:
     """Declare ``context_tokens``, with which a size is given in tokens."""
-    return setting(None, text, metavar="N", least=1, unset="by number", option=True)
+    return setting(None, text, metavar="N", least=1, unset="a number of them", option=True)
 
 
 def probes_setting(text: str, unset: str) -> Any:
