@@ -36,7 +36,7 @@ from lrope_search.optimizers.settings import OPTIMIZERS, optimizer_config
 from lrope_search.optimizers.space import CurveSpace, Ledger
 
 pytest.importorskip("cmaes")
-NAMES = pytest.mark.parametrize("name", OPTIMIZERS)
+NAMES = pytest.mark.parametrize("name", list(OPTIMIZERS))
 BOUNDS = [(0.5, 4.0), (0.98, 1.02), (1.0, 1.3), (0.7, 1.0), (0.123456, 1.00001)]
 
 

@@ -319,7 +319,9 @@ def test_the_other_algorithms_search_too(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_the_algorithm_lacks_is_refused() -> None:
-    with pytest.raises(LropeError, match=r"^random.population: no such setting; algorithm random has width, lag$"):
+    with pytest.raises(
+        LropeError, match=r"^random.population: no such setting; algorithm random has width, scan, lag$"
+    ):
         optimizer_config("random", population=12)
     assert make_optimizer(SearchConfig(algorithm=optimizer_config("ga", population=12)), 4).lag == 8
 

@@ -268,9 +268,9 @@ def test_mistakes_are_named_before_a_model_is_loaded(
 
 def test_tokens_that_hold_no_context() -> None:
     for name, message in (
-        ("vt", r"^--context-tokens 60: a chain of 5 lines alone takes \d+; ask for more tokens$"),
-        ("cwe", r"^--context-tokens 60: a list with 10 common words alone takes"),
-        ("fwe", r"^--context-tokens 60: a text in which 3 words are the most frequent alone takes"),
+        ("vt", r"^--context-tokens 60: a chain of 5 lines takes \d+ tokens already; ask for more$"),
+        ("cwe", r"^--context-tokens 60: a list with 10 common words takes"),
+        ("fwe", r"^--context-tokens 60: a text in which 3 words are the most frequent takes"),
         ("multikey", r"^--context-tokens 20: one pair alone takes"),
     ):
         with pytest.raises(LropeError, match=message):

@@ -181,7 +181,7 @@ def test_a_bad_record_is_named_by_its_line(tmp_path: Path, line: Any, message: s
 def test_unusable_files_and_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LropeError, match="No such file"):
         KeyValueTask(data=tmp_path / "none.jsonl")
-    with pytest.raises(LropeError, match="holds no records"):
+    with pytest.raises(LropeError, match="has no records"):
         KeyValueTask(data=write(tmp_path / "empty.jsonl", []))
     (tmp_path / "latin.jsonl").write_bytes(b'{"\xe9": 1}\n')
     with pytest.raises(LropeError, match=r"latin\.jsonl: cannot read"):

@@ -145,7 +145,7 @@ class Gathered:
         said[key] = given
 
     def _own(self, name: str, texts: Sequence[str]) -> dict[str, Given]:
-        """Return what an option says of each task: of all that take it, or of one (``TASK=VALUE``); the last wins."""
+        """Return what an option gives to each task: to all that take it, or to one (``TASK=VALUE``); the last wins."""
         flag = f"--{name.replace('_', '-')}"
         takers = [task for task in self.tasks if any(one.name == name for one in TASKS[task].settings())]
         found: dict[str, Given] = {}
@@ -323,7 +323,7 @@ task_options = all_of(*[_task_option(settings) for settings in _task_options().v
 """The options of tasks; `Gathered` takes their values."""
 
 config_options = all_of(
-    option("--config", metavar="FILE", type=FILE, help="settings of a TOML file; options and --set go before it"),
+    option("--config", metavar="FILE", type=FILE, help="read settings from a TOML file; options and --set override it"),
     option(
         "--set",
         metavar="NAME=VALUE",

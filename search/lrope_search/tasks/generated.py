@@ -83,7 +83,7 @@ class GeneratedTask(ABC):
         size, n_tokens = limit.largest(prompt, self._least, most)
         if not size:
             raise LropeError(
-                f"--context-tokens {limit.tokens}: {self._least_is()} alone takes {n_tokens}; ask for more tokens"
+                f"--context-tokens {limit.tokens}: {self._least_is()} takes {n_tokens} tokens already; ask for more"
             )
         if size == self._most and limit.tokens - n_tokens > n_tokens / size:
             raise LropeError(
