@@ -185,11 +185,11 @@ def test_as_many_documents_as_fit_into_the_tokens(tmp_path: Path, tokens: int) -
 
 def test_sizes_that_cannot_be(tmp_path: Path) -> None:
     data = write(tmp_path / "qa.jsonl", [line(n) for n in range(30)])
-    with pytest.raises(LropeError, match="--documents 10: too few for 11 probes"):
+    with pytest.raises(LropeError, match=r"mdqa\.documents 10: too few for 11 probes"):
         MultiDocumentTask(data, 10, probes=11)
-    with pytest.raises(LropeError, match="--probes 0"):
+    with pytest.raises(LropeError, match="probes 0"):
         MultiDocumentTask(data, probes=0)
-    with pytest.raises(LropeError, match=r"qa\.jsonl: 6 passages are for validation, fewer than --documents 7"):
+    with pytest.raises(LropeError, match=r"qa\.jsonl: 6 passages are for validation, fewer than mdqa\.documents 7"):
         MultiDocumentTask(data, 7, probes=2)
     with pytest.raises(LropeError, match="--context-tokens 30: the documents of 2 questions alone take"):
         MultiDocumentTask(data, probes=2, limit=TokenLimit(30, words)).context("test", 0)

@@ -129,7 +129,7 @@ def test_numbers_as_identifiers(n_pairs: int, seed: int) -> None:
 def test_identifiers_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
     data = write(tmp_path / "kv.jsonl", [record(n) for n in range(10)])
     for options in ({"identifiers": "words"}, {"identifiers": "number", "data": data}):
-        with pytest.raises(LropeError, match="--identifiers"):
+        with pytest.raises(LropeError, match=r"kv\.identifiers"):
             KeyValueTask(12, **options)
     with pytest.raises(LropeError, match="--keys 9001"):
         KeyValueTask(9001, identifiers="number")
@@ -193,11 +193,11 @@ def test_unusable_files_and_numbers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl.gz").write_bytes(zipped[:100] + bytes(100) + zipped[200:])
     with pytest.raises(LropeError, match=r"bad\.jsonl\.gz: cannot read"):
         KeyValueTask(data=tmp_path / "bad.jsonl.gz")
-    with pytest.raises(LropeError, match="fewer pairs than the 11 probes"):
+    with pytest.raises(LropeError, match=r"fewer pairs than kv\.probes 11"):
         KeyValueTask(data=write(tmp_path / "short.jsonl", [record(0, 8)]), probes=11)
     with pytest.raises(LropeError, match="--keys 10: too few for 11 probes"):
         KeyValueTask(10, probes=11)
-    with pytest.raises(LropeError, match="--probes 0"):
+    with pytest.raises(LropeError, match="probes 0"):
         KeyValueTask(10, probes=0)
 
 
@@ -224,12 +224,12 @@ def test_number_identifiers_have_limits(tmp_path: Path) -> None:
         KeyValueTask(9001, identifiers="number")
     with pytest.raises(LropeError, match="without --data"):
         KeyValueTask(10, probes=1, identifiers="number", data=tmp_path / "x.jsonl")
-    with pytest.raises(LropeError, match="--identifiers words"):
+    with pytest.raises(LropeError, match=r"kv\.identifiers words"):
         KeyValueTask(20, identifiers="words")
 
 
 def test_a_file_is_refused_that_splits_cannot_share(tmp_path: Path) -> None:
-    with pytest.raises(LropeError, match=r"kv\.jsonl: holds 2 contexts .* one each"):
+    with pytest.raises(LropeError, match=r"kv\.jsonl: has only 2 contexts .* one each"):
         KeyValueTask(data=write(tmp_path / "kv.jsonl", [record(0), record(1)]))
     task = KeyValueTask(data=write(tmp_path / "kv.jsonl", [record(n) for n in range(3)]))
     assert [task.size(split) for split in SPLITS] == [1, 1, 1]
