@@ -238,6 +238,11 @@ def test_each_old_option_is_still_there_or_says_where_it_went(
     assert name in known_settings() or name == "TASK.weight"
 
 
+def test_what_demo_takes_no_more_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--batch-size", "64"]) == 1
+    assert capsys.readouterr().err == "lrope-gguf: --batch-size: means nothing to demo any more; leave it out\n"
+
+
 def test_eval_reads_the_same_file_and_refuses_what_is_for_a_search(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,11 +26,6 @@ from .given import Given, chosen, made
 Function = TypeVar("Function", bound=Callable[..., Any])
 POSITIVE, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
 
-_WEIGHT = Setting(
-    "weight", "weight", "", float, False, False, 1.0, "how much this task counts beside others", "W", (), None, 0.0,
-    None, "", False,
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class RunConfig(Settings):
@@ -58,6 +53,13 @@ class SearchRun(RunConfig):
     algorithm: str = setting("ga", f"what proposes candidates: {', '.join(OPTIMIZERS)}", metavar="NAME")
 
 
+@dataclass(frozen=True)
+class Weighted(Settings):
+    """What each of several tasks has beside its own settings."""
+
+    weight: float = setting(1.0, "how much this task counts beside others", metavar="W", above=0.0)
+
+
 SHARED: tuple[type[Settings], ...] = (SearchRun, SearchConfig, ModelConfig, WorkersConfig)
 """Settings that stand before all tables of a ``--config`` file."""
 
@@ -78,7 +80,8 @@ def known_settings() -> dict[str, Setting]:
 
 
 def _weight(task: str) -> Setting:
-    return replace(_WEIGHT, section=task)
+    """Return what a task's table holds beside the task's own settings."""
+    return replace(Weighted.settings()[0], section=task)
 
 
 class Words(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
@@ -230,6 +233,8 @@ class SettingsCommand(Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             moved = where_it_went(error.option_name, words)
+            if moved and not any(param.name == "set" for param in self.params):
+                moved = f"means nothing to {ctx.info_name} any more; leave it out"
             if moved is None or ctx.resilient_parsing:
                 raise
             raise LropeError(f"{error.option_name}: {moved}") from None
