@@ -101,6 +101,12 @@ def test_settings_of_all_sources_combine(made: Any, capsys: pytest.CaptureFixtur
     assert settings.optimizer.to_json() == {"width": 0.3, "population": 7}
 
 
+def test_what_a_file_and_an_option_say_may_not_go_together(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("c.toml").write_text("[kv]\n\nkeys = 30\n")
+    said = made("--config", "c.toml", "--context-tokens", "900", capsys=capsys)
+    assert said == ("c.toml:3: kv.keys = 30, --context-tokens 900: both give a context's size; leave out one of them")
+
+
 BAD_FILES = [
     ("max_evaluation = 3", "c.toml:1: max_evaluation: no such setting; did you mean max_evaluations?"),
     ("\n# a\n[kv]\nkey = 3", "c.toml:4: kv.key: no such setting; did you mean kv.keys?"),

@@ -11,8 +11,8 @@ from typing import Any
 
 from lrope_gguf.errors import LropeError
 
-from ..settings import Setting, Settings, nearest
-from .given import Given
+from ..settings import Setting, Settings
+from .given import Given, no_such
 
 _STRINGS = ('"""', "'''", '"', "'")
 _LINE_AT = re.compile(r"\(at line (\d+), column \d+\)$")
@@ -151,9 +151,7 @@ def _given(path: str, lines: Mapping[str, int], key: str, value: Any, known: Map
             line = lines.get(above, lines.get(f"{above}."))
     where = f"{path}:{line or 1}: {key}"
     if key not in known:
-        found = nearest(key, known)
-        hint = f"did you mean {found}?" if found else "lrope-gguf search --print-config has all of them"
-        raise LropeError(f"{where}: no such setting; {hint}")
+        raise no_such(where, key, known)
     return Given(where, value)
 
 

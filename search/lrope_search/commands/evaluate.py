@@ -70,7 +70,7 @@ def command(
     if curve and factors is not None:
         raise click.UsageError("argument --factors: not allowed with argument --curve")
     gathered = Gathered(values, (RunConfig, ModelConfig, WorkersConfig), "eval")
-    run: RunConfig = gathered.make(RunConfig)
+    run = gathered.make(RunConfig)
     workers, how, what = gathered.make(WorkersConfig), gathered.make(ModelConfig, model), gathered.task(run.seed)
     if study is not None:
         check_study(study)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lrope_gguf.errors import LropeError
 
-from ..settings import Registry, Setting, SettingError, Settings
+from ..settings import Registry, Setting, SettingError, Settings, nearest
 
 S = TypeVar("S", bound=Settings)
 C = TypeVar("C")
@@ -62,6 +62,13 @@ def made(kind: type[S], given: Mapping[str, Given], *positional: Any, **others: 
     except SettingError as error:
         said = [given[name].shown() for name in error.names if name in given]
         raise LropeError(f"{', '.join(said)}: {error.reason}" if said else str(error)) from None
+
+
+def no_such(where: str, key: str, known: Iterable[str]) -> LropeError:
+    """Return the error of a name that no setting has."""
+    found = nearest(key, known)
+    hint = f"did you mean {found}?" if found else "lrope-gguf search --print-config has all of them"
+    return LropeError(f"{where}: no such setting; {hint}")
 
 
 def chosen(registry: Registry[C], name: str, given: Given | None) -> type[C]:

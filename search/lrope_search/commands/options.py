@@ -16,12 +16,12 @@ from lrope_gguf.errors import LropeError
 
 from ..evaluation.settings import ModelConfig
 from ..optimizers.settings import OPTIMIZERS
-from ..settings import Setting, Settings, nearest, setting
+from ..settings import Setting, Settings, setting
 from ..study.settings import SearchConfig
 from ..tasks.settings import TASKS, TaskConfig, TaskMix, check_once, check_owned
 from ..workers.settings import WorkersConfig
 from .config_file import read_config
-from .given import Given, chosen, made
+from .given import Given, S, chosen, made, no_such
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 POSITIVE, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
@@ -115,7 +115,9 @@ class Gathered:
             key, equals, value = text.partition("=")
             if not equals:
                 raise LropeError(f"--set {text}: is no NAME=VALUE, such as kv.probes=20")
-            self._say(said, self._found(key.strip(), text), Given(f"--set {text}", value, text=True))
+            if key not in self._known:
+                raise no_such(f"--set {text}", key, self._known)
+            self._say(said, key, Given(f"--set {text}", value, text=True))
         shared = {one.name: one for kind in used for one in kind.settings() if one.option}
         for name, one in shared.items():
             value = values.pop(name, None)
@@ -133,13 +135,6 @@ class Gathered:
                 self._say(said, f"{task}.{name}", given)
         self._check_used(said, used, command)
         self.given |= said
-
-    def _found(self, key: str, text: str) -> str:
-        if key in self._known:
-            return key
-        found = nearest(key, self._known)
-        hint = f"did you mean {found}?" if found else "lrope-gguf search --print-config has all of them"
-        raise LropeError(f"--set {text}: no such setting; {hint}")
 
     @staticmethod
     def _say(said: dict[str, Given], key: str, given: Given) -> None:
@@ -187,7 +182,7 @@ class Gathered:
             elif section in OPTIMIZERS and section != name:
                 raise LropeError(f"{given.where}: means nothing to algorithm {name}; leave it out, or set algorithm")
 
-    def make(self, kind: type[Any], *positional: Any, **others: Any) -> Any:
+    def make(self, kind: type[S], *positional: Any, **others: Any) -> S:
         """Return settings of ``kind``; see `made`."""
         return made(kind, self.given, *positional, **others)
 
@@ -215,8 +210,7 @@ class Gathered:
         algorithm = self.given.get("algorithm")
         name = "ga" if algorithm is None else algorithm.read(self._known["algorithm"])
         kind = chosen(OPTIMIZERS, name, algorithm)
-        search: SearchConfig = self.make(SearchConfig, seed=seed, algorithm=made(kind, self.given))
-        return search
+        return self.make(SearchConfig, seed=seed, algorithm=made(kind, self.given))
 
 
 class SettingsCommand(Command):

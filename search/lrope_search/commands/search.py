@@ -61,7 +61,7 @@ def _print_config(ctx: click.Context, param: click.Parameter, value: bool) -> No
 def command(model: str, dry_run: bool, require_gain: bool, **values: Any) -> int:
     """Search the layer factors with which MODEL answers best from a long context."""
     gathered = Gathered(values, SHARED, "search")
-    run: SearchRun = gathered.make(SearchRun)
+    run = gathered.make(SearchRun)
     path = Path(run.output)
     directory = Path(run.study) if run.study else path.with_name(f"{path.stem}.study")
     workers, how, task = gathered.make(WorkersConfig), gathered.make(ModelConfig, model), gathered.task(run.seed)
