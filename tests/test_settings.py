@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ from lrope_search.commands.config_file import key_lines
 from lrope_search.commands.options import known_settings
 from lrope_search.optimizers.settings import OPTIMIZERS
 from lrope_search.settings import Settings, setting
-from lrope_search.tasks import KeyValueTask, task_identity
+from lrope_search.tasks import IDENTIFIERS, KeyValueTask, task_identity
 from lrope_search.tasks.settings import TASKS, Count
 
 Made = tuple[ModelConfig, Any, SearchConfig, WorkersConfig | None]
@@ -356,6 +357,12 @@ def test_settings_say_what_they_are() -> None:
         WorkersConfig(n_workers=0)
     with pytest.raises(LropeError, match=r"^executor far: unknown; choose from local, ray$"):
         WorkersConfig(executor="far")
+
+
+def test_what_numbers_are_is_what_their_setting_says() -> None:
+    ((key, value),) = IDENTIFIERS["number"].pairs(np.random.default_rng(0), 1)
+    said = known_settings()["kv.identifiers"].text
+    assert f"number: keys of {len(key)} digits and values of {len(value)}" in said
 
 
 @dataclass(frozen=True)

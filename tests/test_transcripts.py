@@ -20,7 +20,6 @@ ASK = "--keys 120 --set kv.identifiers=word --set kv.probes=10 --threads 1"
 SMALL = "--max-evaluations 12 --max-kl 100 --set search_contexts=1 --set validation_contexts=2 --set test_contexts=6"
 COMMANDS = {
     "help": ["search --help", "eval --help"],
-    "config": ["search --print-config"],
     "search": [
         f"search model.gguf {ASK} {SMALL} --dry-run",
         f"search model.gguf {ASK} {SMALL} --set ga.width=0.3",
@@ -32,7 +31,7 @@ COMMANDS = {
         f"eval model.gguf {ASK} --contexts 1 --uniform 1.2 --factors 1,1.2,1",
     ],
 }
-NEEDS_NO_MODEL = ("help", "config")
+NEEDS_NO_MODEL = ("help",)
 """Of these, numbers stay."""
 
 
