@@ -609,19 +609,7 @@ def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     records = [[[f"k{n}-{i}", f"v{n}-{i}"] for i in range(9)] for n in range(10)]
     data = tmp_path / "kv.jsonl.gz"
     data.write_bytes(gzip.compress("".join(json.dumps({"ordered_kv_records": r}) + "\n" for r in records).encode()))
-    command = [
-        "eval",
-        str(path),
-        "--data",
-        str(data),
-        "--keys",
-        "5",
-        "--set",
-        "kv.probes=5",
-        "--threads",
-        "1",
-        "--json",
-    ]
+    command = ["eval", str(path), "--data", str(data), "--keys", "5", "--set", "kv.probes=5", "--threads", "1"]
     assert main([*command, "--json", "--contexts", "3"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert list(document["factors"]) == ["base"]
@@ -637,7 +625,7 @@ def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--factors", "1,1,1"], 1, "--factors: .*: 3 factors for a model of 6 layers"),
         (["--factors", "1,1,1,0,1,1"], 1, "refused by llama.cpp"),
         (["--factors", "1,a"], 2, "not a list of numbers"),
-        (["--keys", "0"], 2, "--keys.: 0 is not in the range x>=1"),
+        (["--keys", "0"], 1, "--keys 0: too small; give at least 1"),
         (["--keys", "5", "--set", "kv.probes=11"], 1, "--keys 5: too few for 11 probes"),
         (["--curve", "none.json"], 1, "none.json"),
     ],
