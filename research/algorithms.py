@@ -3,10 +3,10 @@
 Every algorithm is driven as the search drives it (steady state, each with its own lag), sees the same few search
 contexts, and is judged by what its best candidate so far is worth on contexts that it never saw. Usage:
 
-    python benchmarks/algorithms.py synthetic [--kinds wave,step,far] [--first-seed 1000] [--seeds 10]
-    python benchmarks/algorithms.py model MODEL [--keys N ...] [--cache FILE] [--first-seed 0] [--seeds 10]
-    python benchmarks/algorithms.py racing [MODEL ...]
-    python benchmarks/algorithms.py fidelity MODEL [--keys N] [--short-keys N] [--contexts 8]
+    python research/algorithms.py synthetic [--kinds wave,step,far] [--first-seed 1000] [--seeds 10]
+    python research/algorithms.py model MODEL [--keys N ...] [--cache FILE] [--first-seed 0] [--seeds 10]
+    python research/algorithms.py racing [MODEL ...]
+    python research/algorithms.py fidelity MODEL [--keys N] [--short-keys N] [--contexts 8]
 
 `synthetic` needs no model; kinds and seeds of its default were never tuned on (see landscapes.py). `racing` compares
 numbers of contexts and rates of successive halving at equal cost. `fidelity` tells whether shorter contexts rank

@@ -135,7 +135,7 @@ class OptunaSampler:
 
 
 def _optuna(sampler: str) -> Any:
-    hint = {"optuna": "'lrope-gguf[benchmarks]'", "torch": "torch"}
+    hint = {"optuna": "'lrope-gguf[research]'", "torch": "torch"}
     for name in ("optuna", "torch") if sampler == "gp" else ("optuna",):
         try:
             __import__(name)

@@ -1,11 +1,11 @@
-"""Make the embedded model's evidence again, and say where it differs from what the documents show.
+"""Make the embedded model's evidence again, and say where it differs from what the pages show.
 
-A command in docs/ that is marked `<!-- again: N minutes -->` is run as it stands there. Each row of the tables and each
-line of the output that follow it, up to the next heading or command, is looked for in what the command prints,
-which is kept in --output. Another CPU rounds otherwise, so that a search may take another path there: figures then
-differ, and verdicts should not. Exit status 1 if a line differs, with --check only. Usage:
+A command in docs/ or research/ that is marked `<!-- again: N minutes -->` is run as it stands there. Each row of the
+tables and each line of the output that follow it, up to the next heading or command, is looked for in what the command
+prints, which is kept in --output. Another CPU rounds otherwise, so that a search may take another path there: figures
+then differ, and verdicts should not. Exit status 1 if a line differs, with --check only. Usage:
 
-    python benchmarks/evidence.py [--list] [--only TEXT] [--jobs 2] [--with NAME] [--check]
+    python research/evidence.py [--list] [--only TEXT] [--jobs 2] [--with NAME] [--check]
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ class Outcome:
     output: str
     error: str
     differs: tuple[tuple[str, str], ...]
+
+
+def pages() -> list[Path]:
+    """The pages that may hold marked commands."""
+    return sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "research").glob("*.md"))
 
 
 def claims(path: Path) -> list[Claim]:
@@ -151,7 +156,7 @@ def main() -> None:
                         help="what is installed: commands that need anything else are left out")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="exit status 1 if a line differs")
     args = parser.parse_args()
-    found = [claim for path in sorted((ROOT / "docs").glob("*.md")) for claim in claims(path)]
+    found = [claim for path in pages() for claim in claims(path)]
     found = [claim for claim in found if args.only in f"{claim.document} {claim.title} {' '.join(claim.commands)}"]
     if not found:
         parser.exit(1, f"no marked command has {args.only!r}\n")

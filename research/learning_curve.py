@@ -3,11 +3,11 @@
 Asks a large pool of contexts that no search saw, without factors, under the best uniform factor, under the searched
 curve, and, for small gains, at shares of the way (`--towards`) from either of the first two to the curve, in the
 factors' logarithms. Then draws samples from the pool, without replacement, and tells of each number of contexts and
-questions how wide the 95 % interval is, how often it excludes zero, and what the variance components (docs/sample.md)
+questions how wide the 95 % interval is, how often it excludes zero, and what the variance components (sample.md)
 lead one to expect. Usage:
 
-    python benchmarks/learning_curve.py MODEL [--curve FILE] [--pool 200] [task, search and model options as of search]
-    python benchmarks/learning_curve.py --study DIR [--contexts 6 8 12 15] [--questions 5 11]
+    python research/learning_curve.py MODEL [--curve FILE] [--pool 200] [task, search and model options as of search]
+    python research/learning_curve.py --study DIR [--contexts 6 8 12 15] [--questions 5 11]
 
 Without `--curve` a search with `--search-seed` finds one first. The best uniform factor is the one of
 `--uniform-factors` with the highest log-probability on validation contexts. `--study` takes the answers of a kept
@@ -27,9 +27,8 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from options import add_model_options, add_search_options, add_task_options, model_of, search_of, task_of
+from options import add_model_options, add_search_options, add_task_options, head, model_of, row, search_of, task_of
 from scipy import stats
-from tables import head, row
 
 from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError

@@ -6,8 +6,8 @@ factor adds and what searched layer factors add. A static scaling gets the facto
 its best case; what it costs on short text is in the last column, the divergence from the model without scaling. With
 `--short-only`, that column alone, for factors instead of lengths: it needs no search and is quick on any model. Usage:
 
-    python benchmarks/long_contexts.py MODEL --trained N [--multiples 1 2 4] [--task-options as of search]
-    python benchmarks/long_contexts.py MODEL --trained N --short-only [--multiples 2 4]
+    python research/long_contexts.py MODEL --trained N [--multiples 1 2 4] [--task-options as of search]
+    python research/long_contexts.py MODEL --trained N --short-only [--multiples 2 4]
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from options import (
     add_search_options,
     add_task_options,
     gain_text,
+    head,
     model_of,
+    row,
     scaled,
     search_of,
     task_of,
 )
-from tables import head, row
 
 from lrope_gguf.errors import LropeError
 from lrope_search import search

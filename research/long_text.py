@@ -3,7 +3,7 @@
 One pass over a long text a scaling, which shows all lengths at once: the loss of tokens at some place of it depends on
 what went before alone. Of every thousand tokens some are scored. Usage:
 
-    python benchmarks/long_text.py MODEL TEXT... --trained N [--multiple 2] [--threads N]
+    python research/long_text.py MODEL TEXT... --trained N [--multiple 2] [--threads N]
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from options import scaled
-from tables import head, row
+from options import head, row, scaled
 
 from lrope_gguf.errors import LropeError
 from lrope_search.config import ROPE_SCALINGS, ModelConfig

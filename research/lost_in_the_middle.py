@@ -6,9 +6,9 @@ share: strongest up to half of the window, then the beginning is lost and the en
 its 95 % interval over contexts, tell a U from a slope: the first bin of ten less the middle four, the last bin less
 the middle four, and the mean of both, which is above zero where the middle is lost. Usage:
 
-    python benchmarks/lost_in_the_middle.py MODEL [--window N] [--shares 0.25 0.5 1 2] [--curve FILE] [--output PNG]
+    python research/lost_in_the_middle.py MODEL [--window N] [--shares 0.25 0.5 1 2] [--curve FILE] [--output PNG]
         [task and model options as of search]
-    python benchmarks/lost_in_the_middle.py --study DIR --window N --shares S [--output PNG]
+    python research/lost_in_the_middle.py --study DIR --window N --shares S [--output PNG]
 
 `--study` takes the answers of a kept study's test, or those of `eval --study`, in place of a model's: the one length
 that S says.
@@ -25,8 +25,7 @@ from pathlib import Path
 import numpy as np
 from learning_curve import MEASURES, kept, over_contexts
 from numpy.typing import NDArray
-from options import add_model_options, add_task_options, model_of, task_of
-from tables import head, row
+from options import add_model_options, add_task_options, head, model_of, row, task_of
 
 from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError

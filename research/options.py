@@ -1,11 +1,19 @@
-"""Options that the benchmarks share, as the settings that the package takes."""
+"""Options that the studies here share, as the settings that the package takes."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from tables import head as head
+from tables import row as row
+from tables import table as table
 
 from lrope_gguf.errors import LropeError
 from lrope_search.config import (
@@ -87,7 +95,7 @@ def scaled(model: ModelConfig, scaling: str, multiple: float, trained: int) -> M
 
 
 def gain_text(gain: Interval, enough: bool, scale: float, digits: int) -> str:
-    """A gain with its interval if there are ``enough`` contexts for one, as the tables of docs/ have it."""
+    """A gain with its interval if there are ``enough`` contexts for one, as the pages have it."""
     ends = f" [{scale * gain.low:.{digits}f}, {scale * gain.high:.{digits}f}]" if enough else ""
     return f"{scale * gain.mean:+.{digits}f}{ends}"
 

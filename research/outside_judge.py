@@ -6,8 +6,8 @@ stands, from the samples that it logs, the difference of both models with a 95 %
 contexts. `kv` exports our key-value contexts as a task of lm-eval, and asks our own `measure` the very same questions.
 `ruler` takes lm-eval's own RULER tasks (Hsieh et al., arXiv 2404.06654), those that need no download. Usage:
 
-    python benchmarks/outside_judge.py kv MODEL --curve CURVE [--contexts 20] [task and model options as of eval]
-    python benchmarks/outside_judge.py ruler MODEL --curve CURVE [--tasks ruler_vt] [--length 4096] [--limit 20]
+    python research/outside_judge.py kv MODEL --curve CURVE [--contexts 20] [task and model options as of eval]
+    python research/outside_judge.py ruler MODEL --curve CURVE [--tasks ruler_vt] [--length 4096] [--limit 20]
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from options import add_model_options, add_task_options, dispatch, model_of, task_of
-from tables import table
+from options import add_model_options, add_task_options, dispatch, model_of, table, task_of
 
 from lrope_gguf import write_factors
 from lrope_gguf.commands.write import curve_for

@@ -4,9 +4,9 @@ Searches on every setting, then asks every winner on every setting, in contexts 
 searched, a column what was asked; gains over the base model with 95 % intervals. Settings differ in the length of the
 contexts, the quantization of the model, or the task. Usage:
 
-    python benchmarks/transfer.py lengths MODEL --lengths 72 98 147 [--search-seeds 0 1] [options as of search]
-    python benchmarks/transfer.py quantizations MODEL --quantizations F16 Q8_0 Q4_0 [the same]
-    python benchmarks/transfer.py tasks MODEL --tasks kv:keys=40 multikey vt:lines=60 mdqa:data=FILE [the same]
+    python research/transfer.py lengths MODEL --lengths 72 98 147 [--search-seeds 0 1] [options as of search]
+    python research/transfer.py quantizations MODEL --quantizations F16 Q8_0 Q4_0 [the same]
+    python research/transfer.py tasks MODEL --tasks kv:keys=40 multikey vt:lines=60 mdqa:data=FILE [the same]
 
 Quantizations are made of MODEL by our llama-quantize, in a temporary folder; COPY is MODEL as it is. With `--curves`
 the rows are curves that there are already, and nothing is searched.
@@ -32,10 +32,10 @@ from options import (
     gain_text,
     model_of,
     search_of,
+    table,
     task_of,
     tasks_of,
 )
-from tables import table
 
 from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError

@@ -4,8 +4,8 @@ The search is the real one (`run_search`), its workers are virtual: an evaluatio
 log-normal distribution of mean 1 whose spread (the standard deviation of the logarithm) is 0 where all take the same
 time, and 1 where one in twenty takes five times the median and more.
 
-    python benchmarks/utilisation.py busy --picture docs/utilisation.png
-    python benchmarks/utilisation.py target
+    python research/utilisation.py busy --picture build/utilisation.png
+    python research/utilisation.py target
 
 `busy`: share of the workers' time that they are at work until the last candidate is begun, by lag in multiples of the
 workers; candidates are worth a random number, which is what racing sees at its most even. `target`: evaluations and

@@ -1,9 +1,9 @@
 """What the search is held against, at equal tokens: other parametrizations, CMA-ES, Optuna's samplers, chance.
 
-    python benchmarks/yardsticks.py landscapes [--kinds sparse] [--seeds 30] [--probes 60] [--contexts 1] [--jobs 2]
-    python benchmarks/yardsticks.py model MODEL [--keys N ...] [--cache FILE] [--study DIR] [--seeds 10]
-    python benchmarks/yardsticks.py probes [--token-budgets N,...]
-    python benchmarks/yardsticks.py fit
+    python research/yardsticks.py landscapes [--kinds sparse] [--seeds 30] [--probes 60] [--contexts 1] [--jobs 2]
+    python research/yardsticks.py model MODEL [--keys N ...] [--cache FILE] [--study DIR] [--seeds 10]
+    python research/yardsticks.py probes [--token-budgets N,...]
+    python research/yardsticks.py fit
 
 `landscapes` needs no model; an instance is a landscape of its own (`landscapes.py`), and seeds from 1000 on were never
 tuned on. `model` runs the same contenders on a real one; with `--cache` nothing is computed twice, so that a run can be

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 PAGE = """# A page
 
@@ -78,7 +78,7 @@ def test_what_differs_is_named_with_the_nearest_line(evidence: Any) -> None:
 
 
 def test_the_documents_commands_exist(evidence: Any) -> None:
-    found = [claim for path in sorted((ROOT / "docs").glob("*.md")) for claim in evidence.claims(path)]
+    found = [claim for path in evidence.pages() for claim in evidence.claims(path)]
     assert found
     for claim in found:
         for command in claim.commands:
@@ -91,11 +91,12 @@ def test_a_run_reports_and_keeps_the_output(
     evidence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "docs").mkdir()
+    (tmp_path / "research").mkdir()
     page = "## T\n<!-- again: 1 minute -->\n```\npython -c \"print('| a | 1 |')\"\n```\n| a | 1 |\n| b | 2 |\n"
     (tmp_path / "docs" / "page.md").write_text(page)
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
     page = "<!-- again: 9 minutes; needs lm-eval -->\n```\nno-such-program\n```\n"
-    (tmp_path / "docs" / "other.md").write_text(page)
+    (tmp_path / "research" / "other.md").write_text(page)
     monkeypatch.setattr(sys, "argv", ["evidence.py", "--check", "--output", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as left:
         evidence.main()

@@ -1,4 +1,4 @@
-"""Two benchmarks' own parts: samples of a pool and their power, and contrasts by depth, on made-up scores."""
+"""Two studies' own parts: samples of a pool and their power, and contrasts by depth, on made-up scores."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lrope_search.sample import Components
 from lrope_search.scores import ContextScore, Job, ProbeScore
 from lrope_search.study.store import Study
 
-ROOT = Path(__file__).parent.parent
-STUDY = ROOT / "docs" / "studies" / "qwen2.5-coder-0.5b-100-keys"
+ROOT = Path(__file__).parents[2]
+STUDY = "qwen2.5-coder-0.5b-100-keys"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _benchmarks() -> None:
-    """Benchmarks are scripts beside each other, no package."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+def _scripts() -> None:
+    """They stand beside each other and are no package."""
+    sys.path.insert(0, str(ROOT / "research"))
 
 
 def curve() -> ModuleType:
@@ -224,9 +224,9 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_kept_study_has_its_learning_curve() -> None:
-    where, scores, pairs = curve().kept(STUDY)
-    assert where == str(STUDY) and pairs == [("curve", "base"), ("curve", "uniform 1.05")]
+def test_a_kept_study_has_its_learning_curve(studies: Path) -> None:
+    where, scores, pairs = curve().kept(studies / STUDY)
+    assert where == str(studies / STUDY) and pairs == [("curve", "base"), ("curve", "uniform 1.05")]
     assert {name: len(side) for name, side in scores.items()} == {"base": 30, "uniform 1.05": 30, "curve": 30}
     gain = curve().gain_over("", scores["base"], scores["curve"])
     assert gain.differences.shape == (2, 30, 11)
@@ -235,7 +235,7 @@ def test_a_kept_study_has_its_learning_curve() -> None:
         7.6,
         2.1,
         13.0,
-    ]  # docs/results.md
+    ]  # research/results.md
     lines = list(curve().tables(gain, [(6, 5), (20, 11)], [11, 53], 5, 0))
     assert "- accuracy, 53 questions a context: more than there are, expected 9" in lines
     assert any(line.startswith("| 6 x 5 |") for line in lines) and any(
@@ -265,9 +265,9 @@ def test_answers_that_eval_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["config.json", "evaluations.jsonl"])
-def test_a_study_without_a_test_is_refused(tmp_path: Path, missing: str) -> None:
+def test_a_study_without_a_test_is_refused(studies: Path, tmp_path: Path, missing: str) -> None:
     study = tmp_path / "study"
-    shutil.copytree(STUDY, study)
+    shutil.copytree(studies / STUDY, study)
     (study / missing).unlink()
     with pytest.raises(LropeError, match="study"):
         curve().kept(study)
@@ -276,13 +276,13 @@ def test_a_study_without_a_test_is_refused(tmp_path: Path, missing: str) -> None
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["learning_curve.py", "--study", str(STUDY), "--contexts", "5"], "--contexts 5: too few"),
-        (["learning_curve.py", "--study", str(STUDY), "--contexts", "31"], "the pool has 30 x 11"),
-        (["learning_curve.py", "--study", str(STUDY), "--draws", "0"], "give at least 1"),
+        (["learning_curve.py", "--study", STUDY, "--contexts", "5"], "--contexts 5: too few"),
+        (["learning_curve.py", "--study", STUDY, "--contexts", "31"], "the pool has 30 x 11"),
+        (["learning_curve.py", "--study", STUDY, "--draws", "0"], "give at least 1"),
         (["learning_curve.py", "--study", "nowhere"], "nowhere: no config.json"),
         (["learning_curve.py"], "give either MODEL or --study"),
         (["lost_in_the_middle.py"], "give either MODEL or --study"),
-        (["lost_in_the_middle.py", "--study", str(STUDY)], "needs --window"),
+        (["lost_in_the_middle.py", "--study", STUDY], "needs --window"),
         (["lost_in_the_middle.py", "model.gguf", "--shares", "-1"], "give numbers above 0"),
         (["lost_in_the_middle.py", "model.gguf", "--window", "0"], "give numbers above 0"),
         (["lost_in_the_middle.py", "model.gguf", "--contexts", "0"], "give numbers above 0"),
@@ -291,10 +291,10 @@ def test_a_study_without_a_test_is_refused(tmp_path: Path, missing: str) -> None
     ],
 )
 def test_mistakes_are_said_in_a_line(
-    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    studies: Path, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script, *rest = arguments
-    monkeypatch.setattr(sys, "argv", [script, *rest])
+    monkeypatch.setattr(sys, "argv", [script, *(str(studies / STUDY) if word == STUDY else word for word in rest)])
     with pytest.raises(SystemExit) as end:
         importlib.import_module(script.removesuffix(".py")).main()
     assert end.value.code not in (0, None)

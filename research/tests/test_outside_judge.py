@@ -1,4 +1,4 @@
-"""benchmarks/outside_judge.py without lm-eval: what it is given, what it writes, and what becomes of that."""
+"""research/outside_judge.py without lm-eval: what it is given, what it writes, and what becomes of that."""
 
 from __future__ import annotations
 

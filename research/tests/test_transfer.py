@@ -1,4 +1,4 @@
-"""benchmarks/transfer.py: what its settings are read as, its tables, and what it refuses."""
+"""research/transfer.py: what its settings are read as, its tables, and what it refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lrope_search.config import ModelConfig, TaskConfig
 from lrope_search.results.table import depth_table
 from lrope_search.scores import ContextScore, ProbeScore
 
-MODEL = str(Path(__file__).parent.parent / "models/lrope-kv.gguf")
+MODEL = str(Path(__file__).parents[2] / "models/lrope-kv.gguf")
 
 
 def parse(benchmark: Callable[[str], Any], *given: str) -> dict[str, TaskConfig]:

@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: sparse landscapes, contenders, and a model run that computes nothing twice."""
+"""The studies' own parts: sparse landscapes, contenders, and a model run that computes nothing twice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.optimizers.protocol import Optimizer
 from lrope_search.study.racing import Racing
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def alone(n_layer: int, layers: Sequence[int], factor: float) -> tuple[float, ...]:
@@ -114,7 +114,7 @@ def test_a_missing_package_or_contender_is_said_in_words(
     for name in ("optuna", "torch"):
         monkeypatch.setitem(sys.modules, name, None)
     assert benchmark("yardsticks").available(["ga-both", "tpe-layers", "gp-layers"]) == ["ga-both"]
-    assert "pip install 'lrope-gguf[benchmarks]'" in capsys.readouterr().err
+    assert "pip install 'lrope-gguf[research]'" in capsys.readouterr().err
     with pytest.raises(LropeError, match="--contenders simulated-annealing: unknown"):
         benchmark("yardsticks").available(["simulated-annealing"])
 

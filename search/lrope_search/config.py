@@ -379,7 +379,7 @@ class SearchConfig:
             that a gain worth finding shows (`default_contexts`), or all that the data has.
         finalists: Candidates, best by search, that go on to validation beside the base model and the best
             uniform factor.
-        racing_first, racing_fraction: See `Racing`; by default there is none (docs/algorithms.md has the figures).
+        racing_first, racing_fraction: See `Racing`; by default there is none (research/algorithms.md has the figures).
         middle_weight: See `Objective`.
         algorithm: One of `ALGORITHM_FIELDS`.
         parametrization: One of `PARAMETRIZATIONS`.

@@ -35,7 +35,7 @@ SCORINGS = ("host", "device")
 
 
 def default_scoring(model: Model) -> str:
-    """Return the faster one of `SCORINGS`: on a CPU no logits travel, and NumPy is (docs/evaluator.md)."""
+    """Return the faster one of `SCORINGS`: on a CPU no logits travel, and NumPy is (research/evaluator.md)."""
     return "device" if model.can_score and model.logits_on_gpu else "host"
 
 

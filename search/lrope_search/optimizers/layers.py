@@ -1,7 +1,7 @@
 """Factors of layers' own, beside a curve or without one; and the scan that finds the few layers that matter.
 
 On a real model one layer can carry more than the best smooth curve, its neighbours can tolerate nothing, and most do
-nothing at all (docs/results.md). A curve of few control points cannot say that.
+nothing at all (research/results.md). A curve of few control points cannot say that.
 """
 
 from __future__ import annotations
