@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lrope_gguf.errors import LropeError
     from lrope_gguf.metadata import WritePlan, WriteResult, plan_remove, plan_write, remove_factors, write_factors
     from lrope_gguf.model_info import ModelInfo, read_factors, read_model
-    from lrope_gguf.scaling_keys import Scaling
+    from lrope_gguf.rope_scaling import Scaling
 
     __version__: str
 
@@ -39,7 +39,7 @@ __all__ = [
     "write_factors",
 ]
 
-_MODULES = ("errors", "scaling_keys", "curve", "model_info", "metadata")  # each imports those before it only
+_MODULES = ("errors", "curve", "rope_scaling", "model_info", "metadata")  # each imports those before it only
 
 
 def __getattr__(name: str) -> Any:

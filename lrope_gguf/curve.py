@@ -10,12 +10,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lrope_gguf.bezier import height, layer_positions
 from lrope_gguf.errors import LropeError
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Point = tuple[float, float]
+Number = TypeVar("Number", bound=Any)
+"""A float, or float64 arrays whose shapes broadcast."""
 
 FORMAT = "lrope-curve"
 VERSION = 1
@@ -31,9 +33,45 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_CONTAINERS = 1 << 16
 MAX_POINTS = 64
+_BISECTIONS = 54  # t is then as near as float64 can tell
 _LIGHT = 1 << 14  # control points, squared, times layers: about 0.05 s without NumPy, which takes longer to load
 AGREEMENT = 1e-5
 """How far `layer_factors` may lie from the curve of `control_points` in the same file."""
+
+
+def evaluate(coefficients: Sequence[Number], t: Number) -> Number:
+    """One coordinate of a curve at parameter `t`, by de Casteljau's construction.
+
+    Args:
+        coefficients: that coordinate of the control points.
+        t: from 0 to 1.
+    """
+    row = list(coefficients)
+    while len(row) > 1:
+        row = [a + t * (b - a) for a, b in pairwise(row)]
+    return row[0]
+
+
+def height(xs: Sequence[Number], ys: Sequence[Number], x: Number) -> Number:
+    """The curve's y where its x is `x`, by bisection.
+
+    Args:
+        xs: x of the control points, from 0 to 1 without a step back, so that the curve is a function of x.
+        ys: y of the control points.
+        x: from 0 to 1; at both ends y is that of the end points, exactly, where rounding would keep t from them.
+    """
+    t: Any = 0.5 + 0.0 * x
+    step = 0.25
+    for _ in range(_BISECTIONS):
+        t = t + step * (2.0 * (evaluate(xs, t) < x) - 1.0)
+        step /= 2.0
+    y: Number = evaluate(ys, t) * ((x > 0.0) & (x < 1.0)) + ys[0] * (x <= 0.0) + ys[-1] * (x >= 1.0)
+    return y
+
+
+def layer_positions(n_layer: int) -> list[float]:
+    """The x of each layer: `l / (n_layer - 1)`, and 0 for a single one."""
+    return [layer / max(n_layer - 1, 1) for layer in range(n_layer)]
 
 
 def _number(value: Any, what: str) -> float:

@@ -31,10 +31,10 @@ from lrope_gguf.files import (
     write_all,
     write_error,
 )
-from lrope_gguf.gguf_scan import ARRAY, FLOAT32, STRING, GGUFFile
-from lrope_gguf.gguf_values import Value, string
+from lrope_gguf.gguf_file import ARRAY, FLOAT32, STRING, GGUFFile, Value, string
 from lrope_gguf.layout import (
     CURVE_KEY,
+    ORIGINAL_KEY,
     Base,
     Block,
     Part,
@@ -46,13 +46,11 @@ from lrope_gguf.layout import (
     parts_in_place,
     pieces_of,
 )
-from lrope_gguf.model_info import SHARD, ModelInfo, info_of, shortest
+from lrope_gguf.model_info import SHARD, ModelInfo, has_long_factors, info_of
 from lrope_gguf.model_info import read_factors as read_factors
 from lrope_gguf.model_info import read_model as read_model
-from lrope_gguf.originals import ORIGINAL_KEY
-from lrope_gguf.rescale import KeyChange, Rescaled, raw_part, rescaled, restored
-from lrope_gguf.rope_scaling import RopeScaling, single
-from lrope_gguf.scaling_keys import Recipe, Scaling
+from lrope_gguf.rescale import KeyChange, Rescaled, rescaled, restored
+from lrope_gguf.rope_scaling import Recipe, RopeScaling, Scaling, long_factors_error, shortest, single
 from lrope_gguf.stores import check_changeable
 
 _LINKS = "{path} had {links} names (hard links); only this one has the new content, the others keep the old"
@@ -173,7 +171,7 @@ def plan_scaling(path: str | os.PathLike[str], scaling: Scaling) -> tuple[RopeSc
     """
     with GGUFFile(path) as gguf:
         _check_rotates(info_of(gguf))
-        planned = rescaled(Base(gguf), scaling)
+        planned = _rescaled(Base(gguf), scaling)
         return planned.rope, planned.recipe
 
 
@@ -279,7 +277,7 @@ def _plan_write(
         raise LropeError(f"{path}: nothing to write; give factors or a scaling")
     _check_rotates(info)
     base = Base(gguf)
-    scaled = rescaled(base, scaling)
+    scaled = _rescaled(base, scaling)
     if factors is None:
         stored = info.factors or ()
         _check_factors(info, stored, scaled.rope)
@@ -332,7 +330,7 @@ def _factor_parts(
 def _as_they_are(base: Base) -> tuple[tuple[Part, ...], bytes | None]:
     """The entry of the factors that the file has, and the curve's document; empty and None where there is none."""
     key, gguf = factors_key(base.architecture), base.gguf
-    parts = (raw_part(base, key),) if key in base.ours else ()
+    parts = (base.part(key),) if key in base.ours else ()
     curve = base.ours.get(CURVE_KEY)
     if curve is None:
         return parts, None
@@ -410,6 +408,14 @@ def _check_rotates(info: ModelInfo) -> None:
         )
     if info.kind == "adapter":
         raise LropeError(f"{info.path}: is a LoRA adapter; write to its base model")
+
+
+def _rescaled(base: Base, scaling: Scaling | None) -> Rescaled:
+    """As `rescaled`, which does not look into other shards."""
+    result = rescaled(base, scaling)
+    if result.recipe is not None and has_long_factors(base.gguf):
+        raise long_factors_error(base.gguf.path)
+    return result
 
 
 def _check_factors(info: ModelInfo, factors: Sequence[float], rope: RopeScaling) -> None:

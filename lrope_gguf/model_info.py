@@ -6,14 +6,14 @@ import math
 import os
 import re
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lrope_gguf.errors import LropeError
-from lrope_gguf.gguf_scan import ARRAY, FLOAT32, GGUFFile
-from lrope_gguf.layout import CURVE_KEY, PAGE, Base, factors_key
-from lrope_gguf.originals import ORIGINAL_KEY
+from lrope_gguf.gguf_file import ARRAY, FLOAT32, GGUFFile
+from lrope_gguf.layout import CURVE_KEY, ORIGINAL_KEY, PAGE, Base, factors_key
 from lrope_gguf.reach import has_rope, rope_reach
 from lrope_gguf.rope_scaling import RopeScaling
 
@@ -21,22 +21,10 @@ MAX_LAYERS = 4096
 _MAX_CURVE_BYTES = 4 << 20
 _BUFFER = 1 << 20
 _SAMPLES = 64
+_NO_WINDOW = frozenset(("llama", "phi3", "exaone4"))  # where llama.cpp 0c1e570 passes over a window (src/models/*.cpp)
 
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 """The name of a split model's file: its beginning, its number from 1 on, and how many there are."""
-
-
-def shortest(value: float) -> float:
-    """The float64 with the fewest decimal digits that is `value` in float32."""
-    try:
-        single = struct.pack("<f", value)
-    except OverflowError:
-        return value  # no float32 at all, which `write_factors` refuses
-    for digits in range(1, 9):
-        candidate = float(f"{value:.{digits}g}")
-        if struct.pack("<f", candidate) == single:
-            return candidate
-    return float(f"{value:.9g}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +37,7 @@ class ModelInfo:
         context_length: trained length in tokens.
         has_rope: whether it uses RoPE, as far as its metadata tells; an unknown architecture is taken to.
         rope_reach: of the layers that a curve shapes, how many tokens their rotation reaches (`lrope_gguf.reach`).
+        reach_error: why the header does not tell that, as a sentence's end.
         rope: how llama.cpp rotates without further options.
         rope_freq_base, rope_dimension_count, rope_scaling_type, rope_scaling_factor, rope_dynamic_factor,
             rope_original_context_length: what the RoPE keys say.
@@ -72,6 +61,7 @@ class ModelInfo:
     context_length: int | None
     has_rope: bool
     rope_reach: tuple[int | None, ...]
+    reach_error: str | None
     rope: RopeScaling
     rope_freq_base: float | None
     rope_dimension_count: int | None
@@ -115,6 +105,27 @@ class ModelInfo:
     def layers_reaching(self, n_tokens: int) -> tuple[int, ...]:
         """The layers that rotate over the whole of a context of ``n_tokens`` tokens, as far as the header tells."""
         return tuple(i for i, reach in enumerate(self.rope_reach) if reach is None or reach >= n_tokens)
+
+    @property
+    def whole_context_layers(self) -> tuple[int, ...]:
+        """The layers that rotate over the whole context that the model was trained on, as far as the header tells."""
+        return self.layers_reaching(self.context_length or sys.maxsize)
+
+    def uniform(self, factor: float) -> tuple[float, ...]:
+        """`factor` for the `whole_context_layers`, 1 for the others: what a search calls a uniform factor.
+
+        Raises:
+            LropeError: the header does not tell which layers these are, or there is none.
+        """
+        ask = "give one factor a layer with --factors"
+        if self.reach_error is not None:
+            raise LropeError(f"{self.path}: {self.reach_error}; {ask}")
+        layers = self.whole_context_layers
+        if self.n_layer and self.has_rope and not layers:
+            raise LropeError(
+                f"{self.path}: no layer rotates over the whole context (sliding windows, layers without RoPE); {ask}"
+            )
+        return tuple(factor if layer in layers else 1.0 for layer in range(self.n_layer or 1))
 
     def fingerprint(self) -> str:
         """Identity of the base model: SHA-256 in hex, the same before and after `write_factors`.
@@ -186,6 +197,8 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         raise LropeError(f"{gguf.path}: {of('nextn_predict_layers')} is {nextn} (byte {at}); the file is damaged")
     if architecture == "deepseek4" and not _has_head(gguf, (block_count or 0) - nextn, shards):
         nextn = 0
+    n_layer = block_count - nextn if block_count else 0
+    reach = rope_reach(gguf, str(architecture), n_layer)
     factor = real("rope.scaling.factor")
     factors, factors_error = _stored_factors(gguf, factors_key(str(architecture)), block_count)
     curve = gguf.text(CURVE_KEY, _MAX_CURVE_BYTES)
@@ -202,7 +215,8 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         nextn_predict_layers=nextn,
         context_length=gguf.integer(of("context_length")),
         has_rope=has_rope(gguf, str(architecture), block_count),
-        rope_reach=rope_reach(gguf, str(architecture), (block_count or 0) - nextn if block_count else 0),
+        rope_reach=reach,
+        reach_error=_reach_error(gguf, str(architecture), reach),
         rope=RopeScaling.of(gguf, str(architecture)),
         rope_freq_base=real("rope.freq_base"),
         rope_dimension_count=gguf.integer(of("rope.dimension_count")),
@@ -218,6 +232,15 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         curve_json=None if curve is None else curve.rstrip(" "),
         shards=shards,
     )
+
+
+def _reach_error(gguf: GGUFFile, architecture: str, reach: Sequence[int | None]) -> str | None:
+    """What is wrong where the header names a sliding window, but nothing says which layers have it."""
+    key = f"{architecture}.attention.sliding_window"
+    told = gguf.has(f"{key}_pattern") or architecture in _NO_WINDOW or any(tokens is not None for tokens in reach)
+    if told or not gguf.integer(key):
+        return None
+    return f"its header does not tell which layers of {architecture!r} have the sliding window of {key}"
 
 
 def _before(gguf: GGUFFile) -> tuple[RopeScaling | None, int | None, str | None]:

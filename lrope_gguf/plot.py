@@ -10,8 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrope_gguf.bezier import evaluate
-from lrope_gguf.curve import Point
+from lrope_gguf.curve import Point, evaluate
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import atomic_write_bytes
 from lrope_gguf.text import printable

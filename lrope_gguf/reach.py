@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lrope_gguf.gguf_scan import INTEGERS, GGUFFile
+from lrope_gguf.gguf_file import INTEGERS, GGUFFile
 
 _BOOL = 7  # GGUF_TYPE_BOOL, gguf.h
 

@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lrope_gguf.errors import LropeError
-from lrope_gguf.gguf_values import Value, value_of
-from lrope_gguf.layout import Base, Part
-from lrope_gguf.model_info import has_long_factors, shortest
-from lrope_gguf.originals import ORIGINAL_KEY, Kept, Originals
-from lrope_gguf.rope_scaling import RopeScaling
-from lrope_gguf.scaling_keys import NAMES, Recipe, Scaling, long_factors_error, recipe
-
-_MAX_ENTRY = 1 << 16
+from lrope_gguf.gguf_file import MAX_TEXT, Value
+from lrope_gguf.layout import ORIGINAL_KEY, Base, Kept, Originals, Part
+from lrope_gguf.rope_scaling import NAMES, Recipe, RopeScaling, Scaling, recipe, shortest
 
 
 @dataclass(frozen=True)
@@ -61,14 +56,12 @@ def rescaled(base: Base, scaling: Scaling | None) -> Rescaled:
     """
     gguf, order = base.gguf, base.gguf.order
     if scaling is None:
-        parts = tuple(raw_part(base, key) for key in base.scaling)
+        parts = tuple(base.part(key) for key in base.scaling)
         return Rescaled(parts, None, None, RopeScaling.of(gguf, base.architecture))
     if scaling.kind == "none":
         rope = RopeScaling.of(base.values, base.architecture)
         return Rescaled((), Originals(), None, rope, _changes(base, {}, Originals()))
     made = recipe(scaling, base.values, base.architecture, gguf.path)
-    if has_long_factors(gguf):
-        raise long_factors_error(gguf.path)
     wanted = made.values(order)
     new = {name: value for name, value in wanted.items() if _before(base, name) != value}
     replaced = tuple(
@@ -81,17 +74,15 @@ def rescaled(base: Base, scaling: Scaling | None) -> Rescaled:
     return Rescaled(parts, originals, made, rope, _changes(base, wanted, originals))
 
 
-def raw_part(base: Base, key: str) -> Part:
-    """One of our entries as it stands in the file."""
-    entry = base.ours[key]
-    if entry.end - entry.start > _MAX_ENTRY:
-        raise LropeError(f"{base.gguf.path}: {key} has {entry.end - entry.start} bytes; take it out with remove")
-    return Part(key, base.gguf.read(entry.start, entry.end))
-
-
 def restored(base: Base) -> tuple[KeyChange, ...]:
     """The entries that a removal puts back."""
     return tuple(change for change in _changes(base, {}, Originals()) if change.action == "restore")
+
+
+def _single(base: Base, key: str) -> Value | None:
+    """A key's number or short string; None where there is none."""
+    value = base.gguf.value(key, MAX_TEXT + 1)
+    return None if value is None or len(value.data) > MAX_TEXT else value
 
 
 def _places(base: Base, wanted: str) -> list[int]:
@@ -104,7 +95,7 @@ def _before(base: Base, name: str) -> Value | None:
     for kept in base.originals.replaced:
         if kept.name == name:
             return kept.value
-    return None if key in base.ours or key not in base.gguf.entries else value_of(base.gguf, key)
+    return None if key in base.ours else _single(base, key)
 
 
 def _replaceable(base: Base, name: str) -> Value:
@@ -124,7 +115,7 @@ def _changes(base: Base, wanted: Mapping[str, Value], originals: Originals) -> t
     for name in NAMES:
         key, before = base.key(name), _before(base, name)
         has = key in gguf.entries
-        now = value_of(gguf, key) if has else None
+        now = _single(base, key)
         then = wanted.get(name, before)
         shown = "" if then is None else _text(then, order)
         was = _text(now, order) if now is not None else "an array" if has else None

@@ -33,7 +33,7 @@ from options import add_model_options, add_task_options, dispatch, model_of, tab
 from lrope_gguf import write_factors
 from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
-from lrope_gguf.gguf_scan import GGUFFile
+from lrope_gguf.gguf_file import GGUFFile
 from lrope_gguf.model_info import read_model
 from lrope_search import measure
 from lrope_search.config import ModelConfig, TaskConfig, TaskMix

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from scipy.interpolate import BPoly
 from scipy.optimize import brentq
 
-from lrope_gguf.bezier import evaluate, height, layer_positions
-from lrope_gguf.curve import Curve
+from lrope_gguf.curve import Curve, evaluate, height, layer_positions
 
 ys = st.lists(st.floats(0.5, 4), min_size=2, max_size=8)
 

@@ -21,7 +21,7 @@ from support import hostile_gguf
 from support.gguf_fixtures import header, number_pair, string, text_pair, u64, write_model
 
 from lrope_gguf import LropeError, read_factors, read_model, remove_factors, write_factors
-from lrope_gguf.gguf_scan import GGUFFile
+from lrope_gguf.gguf_file import GGUFFile
 
 MIB = 1 << 20
 

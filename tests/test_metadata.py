@@ -36,8 +36,8 @@ from lrope_gguf import CurveFile, LropeError, plan_remove, read_factors, read_mo
 from lrope_gguf import metadata as metadata_module
 from lrope_gguf.cli import main
 from lrope_gguf.curve import Curve
-from lrope_gguf.gguf_scan import GGUFFile
-from lrope_gguf.model_info import shortest
+from lrope_gguf.gguf_file import GGUFFile
+from lrope_gguf.rope_scaling import shortest
 
 KEY = "llama.rope.scaling.layer_factors"
 FACTORS = (1.0, 1.25, 0.75, 1.1)
@@ -705,7 +705,7 @@ def test_complete_data_is_enough(tmp_path: Path) -> None:
 def test_block_sizes_are_ggmls() -> None:
     from gguf.constants import GGML_QUANT_SIZES
 
-    from lrope_gguf.gguf_scan import _BLOCKS
+    from lrope_gguf.gguf_file import _BLOCKS
 
     known = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
     assert {kind: _BLOCKS[kind] for kind in known} == known

@@ -14,7 +14,7 @@ from support.tiny_models import readable, write_readable
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import remove_factors, write_factors
 from lrope_gguf.native import tool_path
-from lrope_gguf.scaling_keys import Scaling
+from lrope_gguf.rope_scaling import Scaling
 from lrope_search.demo.server import LlamaServer
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.model import Model

@@ -20,9 +20,8 @@ from support.gguf_fixtures import LAYERS, header, names, number_pair, read_keys,
 from lrope_gguf import LropeError, Scaling, plan_remove, plan_write, read_factors, read_model, remove_factors
 from lrope_gguf import write_factors as write
 from lrope_gguf.cli import main
-from lrope_gguf.gguf_scan import GGUFFile
-from lrope_gguf.gguf_values import Value
-from lrope_gguf.originals import Kept, Originals, originals_of
+from lrope_gguf.gguf_file import GGUFFile, Value
+from lrope_gguf.layout import Kept, Originals, originals_of
 from lrope_gguf.rope_scaling import RopeScaling, differences
 
 TYPE, FACTOR, ORIGINAL, DYNAMIC = (

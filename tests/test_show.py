@@ -26,7 +26,7 @@ POINTS = ((0.0, 1.0), (0.3, 1.4), (1.0, 1.1))
 KEYS = [
     "path", "file_size", "version", "n_tensors", "name", "kind", "architecture", "block_count",
     "nextn_predict_layers", "context_length",
-    "rope_reach", "rope_freq_base", "rope_dimension_count", "rope_scaling_type",
+    "rope_reach", "reach_error", "rope_freq_base", "rope_dimension_count", "rope_scaling_type",
     "rope_scaling_factor", "rope_dynamic_factor", "rope_original_context_length", "rope_before",
     "context_length_before", "scaling_error", "factors", "factors_error", "shards", "n_layer", "has_rope", "rope",
     "factors_key", "curve",

@@ -698,7 +698,7 @@ def test_plan_is_what_is_done_and_writes_nothing(model: Path) -> None:
 
 def test_the_array_lies_inside_a_page(tmp_path: Path) -> None:
     """So that no change in place can be seen half done, wherever the keys before it end."""
-    from lrope_gguf.gguf_scan import GGUFFile
+    from lrope_gguf.gguf_file import GGUFFile
 
     first = set()
     for length in range(0, 4096, 128):

@@ -17,7 +17,8 @@ from lrope_gguf.curve import AGREEMENT, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.layout import factors_key
-from lrope_gguf.model_info import ModelInfo, read_model, shortest
+from lrope_gguf.model_info import ModelInfo, read_model
+from lrope_gguf.rope_scaling import shortest
 from lrope_gguf.text import printable, shown_in, sparkline
 
 _LABEL = 16
@@ -153,7 +154,18 @@ def _layers(info: ModelInfo) -> str:
     if info.block_count is None:
         return "not given"
     head = f" ({info.nextn_predict_layers} of them multi-token prediction)" if info.nextn_predict_layers else ""
-    return f"{info.block_count}{head}"
+    return f"{info.block_count}{head}{_whole_context(info)}"
+
+
+def _whole_context(info: ModelInfo) -> str:
+    """Which layers rotate over the whole context, where not all do."""
+    if info.reach_error is not None:
+        return f"; {info.reach_error}"
+    layers = info.whole_context_layers
+    if not info.has_rope or len(layers) == info.n_layer:
+        return ""
+    listed = f": {', '.join(map(str, layers))}" if layers else ""
+    return f"; {len(layers) or 'none'} of them rotate over the whole context{listed}"
 
 
 def _scaling(info: ModelInfo) -> str | None:
@@ -191,7 +203,9 @@ def _factors_line(info: ModelInfo, width: int | None) -> str | None:
     if width is not None:  # break it where it is longer than the terminal is wide
         room = max(width, _LEAST) - _LABEL
         line = " ".join(line[i : i + room] for i in range(0, len(line), room))
-    return f"{line}  {shortest(low)} to {shortest(high)}"
+    moved = sum(factor != 1 for factor in info.factors)
+    others = "" if moved == len(info.factors) else f", in {moved} of {len(info.factors)} layers other than 1"
+    return f"{line}  {shortest(low)} to {shortest(high)}{others}"
 
 
 def _curve_line(document: CurveFile | None, error: str | None, agreement: bool | None) -> str | None:

@@ -17,11 +17,10 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.layout import CURVE_KEY, factors_key
 from lrope_gguf.metadata import WritePlan, WriteResult, plan_scaling, plan_write, storable_factors, write_factors
-from lrope_gguf.model_info import ModelInfo, read_model, shortest
+from lrope_gguf.model_info import ModelInfo, read_model
 from lrope_gguf.presets import CONTEXT, FACTORS, MODEL, SCALING, plan_preset, write_preset
 from lrope_gguf.rescale import KeyChange
-from lrope_gguf.rope_scaling import RopeScaling, differences
-from lrope_gguf.scaling_keys import KINDS, Recipe, Scaling
+from lrope_gguf.rope_scaling import KINDS, Recipe, RopeScaling, Scaling, differences, shortest
 from lrope_gguf.stores import model_name, reference
 from lrope_gguf.text import command_line, printable, say
 
@@ -34,7 +33,12 @@ _TYPE = re.compile(r"[a-z0-9_]{1,16}")
     "--curve", type=FILE, metavar="FILE", help="curve file, such as a search's best.json, or the name of one of ours"
 )
 @click.option("--factors", type=Numbers(), metavar="F0,F1,...", help="one factor a layer")
-@click.option("--uniform", type=float, metavar="S", help="the same factor for all layers")
+@click.option(
+    "--uniform",
+    type=float,
+    metavar="S",
+    help="this factor for the layers that rotate over the whole context, 1 for the others",
+)
 @click.option(
     "--rope-scaling", type=click.Choice(KINDS),
     help="make MODEL scale RoPE so without an option of the server; none takes that away again",
@@ -97,7 +101,7 @@ def command(
         curve_json = document.dumps(compact=True)
         served = _served(document, info, rope, scaling is not None)
     elif uniform is not None:
-        factors = (uniform,) * (info.n_layer or 1)
+        factors = info.uniform(uniform)
     if preset is not None:
         check_output("--preset", preset, {"MODEL": model, "--curve": curve})
         asked = _Asked(model, info, factors, scaling, recipe, rope)
@@ -106,7 +110,7 @@ def command(
     notes = [*served.notes, *_own_scaling(info, scaling, rope)]
     if dry_run:
         plan = plan_write(model, factors, curve_json=curve_json, scaling=scaling, output=output, mapped_ok=mapped_ok)
-        report((*notes, *plan.notes), [] if quiet else _plan_lines(plan, info, factors is None))
+        report((*notes, *plan.notes), [] if quiet else _plan_lines(plan, info, factors is None, uniform))
         return
     with CopyProgress(quiet=quiet) as progress:
         result = write_factors(
@@ -125,7 +129,7 @@ def command(
     }[result.how]
     said = [f"{result.path}: {done}"]
     if result.factors:
-        said.append(_factors(result.factors))
+        said.append(_factors(result.factors, info, uniform))
     if scaling is not None:
         said.append(f"RoPE scaling {rope.words().replace('; ', ', ')}")
     said.append(f"next: {command_line(['llama-server', '-m', str(result.path), *served.options])}")
@@ -280,7 +284,7 @@ def plan_line(plan: WritePlan) -> str:
     return f"{plan.path}: would be a new file of {plan.bytes_written} bytes, {data}"
 
 
-def _plan_lines(plan: WritePlan, info: ModelInfo, keeps_factors: bool) -> list[str]:
+def _plan_lines(plan: WritePlan, info: ModelInfo, keeps_factors: bool, uniform: float | None) -> list[str]:
     changes = [f"  {change_line(change)}" for change in plan.changes]
     if keeps_factors and not plan.factors:
         return [plan_line(plan), *(changes or ["  nothing: it holds no scaling that write has added"])]
@@ -288,7 +292,7 @@ def _plan_lines(plan: WritePlan, info: ModelInfo, keeps_factors: bool) -> list[s
     key = factors_key(info.architecture or "")
     had_array = info.factors is not None or info.factors_error is not None
     for name, had, what in (
-        (key, had_array, _factors(plan.factors)),
+        (key, had_array, _factors(plan.factors, info, uniform)),
         (CURVE_KEY, info.curve_json is not None, "where the factors come from"),
     ):
         kept = keeps_factors or plan.how == "unchanged" or (name == key and info.factors == plan.factors)
@@ -302,8 +306,13 @@ def change_line(change: KeyChange) -> str:
     return f"{change.action} {change.key}{value}" + (f" (was {change.was})" if change.was is not None else "")
 
 
-def _factors(factors: tuple[float, ...]) -> str:
-    return f"{len(factors)} layer factors from {shortest(min(factors))} to {shortest(max(factors))}"
+def _factors(factors: tuple[float, ...], info: ModelInfo, uniform: float | None) -> str:
+    if uniform is None:
+        return f"{len(factors)} layer factors from {shortest(min(factors))} to {shortest(max(factors))}"
+    moved, all_layers = len(info.whole_context_layers), len(factors)
+    if moved == all_layers:
+        return f"layer factor {uniform:g} in all {moved} layers"
+    return f"layer factor {uniform:g} in {moved} of {all_layers} layers, those that rotate over the whole context"
 
 
 def curve_for(path: str | Path, info: ModelInfo) -> tuple[CurveFile, tuple[float, ...]]:

@@ -14,8 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, Point
 from lrope_gguf.errors import LropeError
-from lrope_gguf.rope_scaling import MAX_FACTOR
-from lrope_gguf.scaling_keys import KINDS
+from lrope_gguf.rope_scaling import KINDS, MAX_FACTOR
 
 from .sample import default_contexts, default_probes
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrope_gguf.errors import LropeError
-from lrope_gguf.gguf_scan import GGUFFile
+from lrope_gguf.gguf_file import GGUFFile
 
 from ..config import CACHE_TYPES, option
 from .model import MAX_OUTPUTS

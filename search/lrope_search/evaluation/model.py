@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
-from lrope_gguf.scaling_keys import DYNAMIC
+from lrope_gguf.rope_scaling import DYNAMIC
 
 from ..config import CACHE_TYPES
 from ..machine import physical_cores

@@ -10,8 +10,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lrope_gguf.bezier import evaluate
-from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
+from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, evaluate
 
 from ..config import UNIFORM_FACTORS
 from ..scores import Factors

@@ -1,9 +1,9 @@
-"""Reading a GGUF file's header: where keys, values and tensor data stand, without building what they hold.
+"""A GGUF file's header: where keys, values and tensor data stand, and what single keys say.
 
 The layout is ggml's (docs/gguf.md there; `gguf_init_from_reader` in ggml/src/gguf.cpp). Versions 2 and 3 and both byte
-orders are read. Arrays of fixed-size items are stepped over by arithmetic, strings in one pass over their lengths. The
-file is read through a window, every count is checked against what the file can hold, and the work that strings, nested
-arrays and windows cost is bounded, so that neither memory nor time depends on what a damaged file claims.
+orders are read. The scan builds no arrays: it steps over items of fixed size by arithmetic, and over strings in one
+pass over their lengths. It reads the file through a window, checks every count against the file's size, and bounds the
+work that strings, nested arrays and windows cost. So neither memory nor time depends on what a damaged file claims.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from io import FileIO
 from itertools import repeat
 from operator import length_hint
@@ -26,6 +26,7 @@ UINT32 = 4
 FLOAT32 = 6
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 INTEGERS = frozenset((0, 1, 2, 3, 4, 5, 10, 11))
+MAX_TEXT = 4096
 _SIZES = {kind: struct.calcsize("<" + code) for kind, code in SCALARS.items()}
 
 _WINDOW = 1 << 18
@@ -68,7 +69,93 @@ class Entry(NamedTuple):
     length: int
 
 
-class GGUFFile:
+class Value(NamedTuple):
+    """A number or a string: its GGUF type, and its bytes in the file's order; of a string those of the text alone."""
+
+    kind: int
+    data: bytes
+
+    @classmethod
+    def of(cls, order: str, value: str | int | float) -> Value:
+        """A string, uint32 or float32, as `value` is a str, int or float."""
+        if isinstance(value, str):
+            return cls(STRING, value.encode())
+        if isinstance(value, int):
+            return cls(UINT32, struct.pack(order + "I", value))
+        return cls(FLOAT32, struct.pack(order + "f", value))
+
+    def python(self, order: str) -> str | int | float | bool:
+        """The value; a string with replacement characters where it is not UTF-8."""
+        if self.kind == STRING:
+            return self.data.decode(errors="replace")
+        value: int | float | bool = struct.unpack(order + SCALARS[self.kind], self.data)[0]
+        return value
+
+    def swapped(self) -> Value:
+        """The same value in the other byte order."""
+        return self if self.kind == STRING else Value(self.kind, self.data[::-1])
+
+    def entry(self, order: str, key: str) -> bytes:
+        """The bytes of a key with this value in a file."""
+        data = string(order, self.data) if self.kind == STRING else self.data
+        return string(order, key.encode(errors="surrogateescape")) + struct.pack(order + "I", self.kind) + data
+
+
+def string(order: str, data: bytes) -> bytes:
+    """A GGUF string."""
+    return struct.pack(order + "Q", len(data)) + data
+
+
+class Values:
+    """What a header says, key by key; how, is up to `has` and `value`."""
+
+    order: str
+
+    def has(self, key: str) -> bool:
+        """Whether there is such a key, of whatever type."""
+        raise NotImplementedError
+
+    def value(self, key: str, limit: int = MAX_TEXT) -> Value | None:
+        """The value of `key`, at most `limit` bytes of a string; None where it is absent or an array."""
+        raise NotImplementedError
+
+    def scalar(self, key: str) -> int | float | bool | None:
+        """The number of `key`; None where it is absent or no number."""
+        value = self.value(key)
+        number = None if value is None else value.python(self.order)
+        return None if isinstance(number, str) else number
+
+    def integer(self, key: str) -> int | None:
+        """The number of `key` where it has an integer type, else None."""
+        value = self.value(key)
+        return None if value is None or value.kind not in INTEGERS else int(value.python(self.order))
+
+    def text(self, key: str, limit: int = MAX_TEXT) -> str | None:
+        """The string of `key`, at most `limit` bytes of it; None where it is absent or no string."""
+        value = self.value(key, limit)
+        return None if value is None or value.kind != STRING else str(value.python(self.order))
+
+
+class Changed(Values):
+    """The values of a file with others for some keys; None stands for a key that is taken away."""
+
+    def __init__(self, gguf: GGUFFile, values: Mapping[str, Value | None]) -> None:
+        self.order, self._gguf, self._values = gguf.order, gguf, values
+
+    def with_values(self, values: Mapping[str, Value | None]) -> Changed:
+        """The same with these values besides."""
+        return Changed(self._gguf, {**self._values, **values})
+
+    def has(self, key: str) -> bool:
+        """As in `Values`."""
+        return self._values[key] is not None if key in self._values else self._gguf.has(key)
+
+    def value(self, key: str, limit: int = MAX_TEXT) -> Value | None:
+        """As in `Values`."""
+        return self._values[key] if key in self._values else self._gguf.value(key, limit)
+
+
+class GGUFFile(Values):
     """An open GGUF file and what its header says. A context manager.
 
     Attributes:
@@ -113,23 +200,15 @@ class GGUFFile:
     # Values
 
     def has(self, key: str) -> bool:
-        """Whether there is such a key, of whatever type."""
+        """As in `Values`."""
         return key in self.entries
 
-    def scalar(self, key: str) -> int | float | bool | None:
-        """The number of `key`; None where it is absent or no number."""
+    def value(self, key: str, limit: int = MAX_TEXT) -> Value | None:
+        """As in `Values`."""
         entry = self.entries.get(key)
-        if entry is None or entry.kind not in SCALARS:
+        if entry is None or entry.kind == ARRAY:
             return None
-        value: int | float | bool = struct.unpack(self.order + SCALARS[entry.kind], self.read(entry.value, entry.end))[
-            0
-        ]
-        return value
-
-    def integer(self, key: str) -> int | None:
-        """The number of `key` where it has an integer type, else None."""
-        entry = self.entries.get(key)
-        return int(self.scalar(key) or 0) if entry is not None and entry.kind in INTEGERS else None
+        return Value(entry.kind, self.read(entry.value, min(entry.end, entry.value + limit)))
 
     def integers(self, key: str, n: int, kinds: Collection[int] = INTEGERS) -> tuple[int, ...] | None:
         """The first `n` values of the array of `key`; None where it has no array of `kinds` that is so long."""
@@ -138,13 +217,6 @@ class GGUFFile:
             return None
         code = f"{self.order}{n}{SCALARS[entry.item]}"
         return struct.unpack(code, self.read(entry.value, entry.value + struct.calcsize(code)))
-
-    def text(self, key: str, limit: int = 4096) -> str | None:
-        """The string of `key`, at most `limit` bytes of it; None where it is absent or no string."""
-        entry = self.entries.get(key)
-        if entry is None or entry.kind != STRING:
-            return None
-        return self.read(entry.value, min(entry.end, entry.value + limit)).decode(errors="replace")
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes from `start` to `end`, which the scan has found inside the file."""
