@@ -23,6 +23,14 @@ static const float LLAMA_ROPE_LAYER_FACTOR_MAX = 1024.0f;
 // largest gain of the YaRN ramp, bounds the cancellation when s is close to freq_scale
 static const float LLAMA_ROPE_LAYER_EXT_GAIN_MAX = 32.0f;
 
+llama_rope_params llama_rope_params_get(const llama_cparams & cparams) {
+    return { cparams.rope_freq_base, cparams.rope_freq_scale, cparams.yarn_ext_factor, cparams.yarn_attn_factor };
+}
+
+std::vector<llama_rope_params> llama_rope_params_all(const llama_cparams & cparams) {
+    return cparams.rope_levels.empty() ? std::vector<llama_rope_params>{ llama_rope_params_get(cparams) } : cparams.rope_levels;
+}
+
 // throws if the factors do not fit the model
 static void llama_rope_layer_check(const char * name, const float * factors, size_t n, size_t n_layer) {
     if (n != n_layer) {
@@ -143,7 +151,7 @@ llama_rope_layer_factors llama_rope_layer_init(const llama_model & model, const 
         throw std::runtime_error("this model has no RoPE, so it cannot use RoPE factors");
     }
 
-    for (const auto & params : llama_rope_dynamic_levels(cparams)) {
+    for (const auto & params : llama_rope_params_all(cparams)) {
         for (uint32_t il = 0; params.ext_factor != 0.0f && il < model.layers.size(); ++il) {
             const float s = result[il];
 
@@ -225,6 +233,59 @@ int32_t llama_context::set_rope_layer_factors(const float * factors, size_t n) {
     }
 
     return 0;
+}
+
+// the parameters of the rotations of a graph
+static std::vector<int32_t> llama_rope_layer_ops(ggml_cgraph * gf) {
+    std::vector<int32_t> result;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * node = ggml_graph_node(gf, i);
+        if (node->op == GGML_OP_ROPE || node->op == GGML_OP_ROPE_BACK) {
+            result.insert(result.end(), std::begin(node->op_params), std::end(node->op_params));
+        }
+    }
+    return result;
+}
+
+// a layer counts if its factor changes the graph
+int32_t llama_context::rope_layers(uint32_t n_tokens, bool * out, size_t n) {
+    const auto & hparams = model.hparams;
+
+    const size_t n_layer = hparams.n_rope_layer_factors;
+    if (n < n_layer) {
+        return (int32_t) n_layer;
+    }
+
+    const auto active = cparams.rope_layer_factors;
+    const auto mctx   = memory ? memory->init_full() : nullptr;
+
+    const auto ops_with = [&](llama_rope_layer_factors factors) {
+        cparams.rope_layer_factors = std::move(factors);
+        return llama_rope_layer_ops(graph_reserve(cparams.n_seq_max, cparams.n_seq_max, cparams.n_seq_max, mctx.get(), true));
+    };
+
+    try {
+        const auto stock = ops_with(nullptr);
+
+        std::vector<float> factors(n_layer, 1.0f);
+        for (size_t il = 0; il < n_layer; ++il) {
+            const bool is_short = hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(il) && hparams.n_swa < n_tokens;
+
+            factors[il] = 2.0f;
+            out[il] = !is_short && ops_with(llama_rope_layer_init(model, cparams, factors.data())) != stock;
+            factors[il] = 1.0f;
+        }
+    } catch (const std::exception &) {
+        std::fill_n(out, n_layer, false); // the model has no factors of its own
+    }
+
+    cparams.rope_layer_factors = active;
+
+    return (int32_t) n_layer;
+}
+
+int32_t llama_rope_layers(llama_context * ctx, uint32_t n_tokens, bool * out, size_t n) {
+    return ctx->rope_layers(n_tokens, out, n);
 }
 
 int32_t llama_set_rope_layer_factors(llama_context * ctx, const float * factors, size_t n) {

@@ -2,6 +2,8 @@
 
 #include "llama.h"
 
+#include "llama-rope-layer.h"
+
 #include <cstdint>
 #include <vector>
 
@@ -18,21 +20,6 @@ struct llama_memory_i;
 struct llama_model;
 struct llama_model_loader;
 
-// what a level changes
-struct llama_rope_params {
-    float freq_base;
-    float freq_scale;
-    float ext_factor;
-    float attn_factor;
-
-    bool operator==(const llama_rope_params & other) const {
-        return freq_base   == other.freq_base   &&
-               freq_scale  == other.freq_scale  &&
-               ext_factor  == other.ext_factor  &&
-               attn_factor == other.attn_factor;
-    }
-};
-
 // part of llama_cparams, which has the parameters of the current level
 struct llama_rope_dynamic {
     bool enabled = false;
@@ -44,6 +31,7 @@ struct llama_rope_dynamic {
     int32_t n_per_octave = 2; // levels while the length doubles
 
     uint32_t n_train = 0;
+    uint32_t n_ctx   = 0;    // the longest sequence that the scaling is for
     uint32_t n_rot   = 0;    // rotated dimensions of the layers that are scaled
 
     float factor      = 1.0f;
@@ -56,9 +44,6 @@ struct llama_rope_dynamic {
     int32_t level_of(llama_pos pos) const;
 
     llama_rope_params params(int32_t level) const;
-
-    // the longest sequence that the scaling is for, at most n_ctx
-    uint32_t n_ctx_max(uint32_t n_ctx) const;
 };
 
 // read {arch}.rope.scaling.dynamic_factor into the hparams, throws if it is not usable
@@ -67,11 +52,7 @@ void llama_rope_dynamic_load(llama_model_loader & ml, llama_hparams & hparams);
 // set up dynamic scaling if the parameters or the model ask for it, throws if the model cannot use it
 void llama_rope_dynamic_init(const llama_model & model, const llama_context_params & params, llama_cparams & cparams);
 
-llama_rope_params llama_rope_params_get(const llama_cparams & cparams);
-void              llama_rope_params_set(llama_cparams & cparams, const llama_rope_params & params);
+void llama_rope_params_set(llama_cparams & cparams, const llama_rope_params & params);
 
 // a shift turns keys that have the magnitude of their level already
 void llama_rope_dynamic_shift(const llama_cparams & cparams, float freq_scale, float ext_factor, float & attn_factor);
-
-// the parameters that the levels of a context have, one element if the scaling is not dynamic
-std::vector<llama_rope_params> llama_rope_dynamic_levels(const llama_cparams & cparams);

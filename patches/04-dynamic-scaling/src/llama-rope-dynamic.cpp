@@ -60,33 +60,11 @@ llama_rope_params llama_rope_dynamic::params(int32_t level) const {
     return result;
 }
 
-uint32_t llama_rope_dynamic::n_ctx_max(uint32_t n_ctx) const {
-    return yarn && factor > 1.0f ? std::min<uint32_t>(n_ctx, n_train*factor) : n_ctx;
-}
-
-llama_rope_params llama_rope_params_get(const llama_cparams & cparams) {
-    return { cparams.rope_freq_base, cparams.rope_freq_scale, cparams.yarn_ext_factor, cparams.yarn_attn_factor };
-}
-
 void llama_rope_params_set(llama_cparams & cparams, const llama_rope_params & params) {
     cparams.rope_freq_base   = params.freq_base;
     cparams.rope_freq_scale  = params.freq_scale;
     cparams.yarn_ext_factor  = params.ext_factor;
     cparams.yarn_attn_factor = params.attn_factor;
-}
-
-std::vector<llama_rope_params> llama_rope_dynamic_levels(const llama_cparams & cparams) {
-    const auto & dynamic = cparams.rope_dynamic;
-
-    if (!dynamic.enabled) {
-        return { llama_rope_params_get(cparams) };
-    }
-
-    std::vector<llama_rope_params> result;
-    for (int32_t level = 0; level < dynamic.n_level; ++level) {
-        result.push_back(dynamic.params(level));
-    }
-    return result;
 }
 
 void llama_rope_dynamic_shift(const llama_cparams & cparams, float freq_scale, float ext_factor, float & attn_factor) {
@@ -172,7 +150,13 @@ void llama_rope_dynamic_init(const llama_model & model, const llama_context_para
 
     // every level rounds the keys of a quantized cache once more
     dynamic.n_per_octave = ggml_is_quantized(params.type_k) ? 1 : 2;
-    dynamic.n_level      = dynamic.level_of(cparams.n_ctx - 1) + 1;
+    dynamic.n_level      = dynamic.level_of(GGML_PAD(cparams.n_ctx, 256) - 1) + 1;
+
+    // the tools allow no longer sequence, see llama_rope_n_ctx()
+    dynamic.n_ctx = cparams.n_ctx;
+    if (dynamic.yarn && dynamic.factor > 1.0f) {
+        dynamic.n_ctx = std::min<uint32_t>(dynamic.n_ctx, dynamic.n_train*dynamic.factor);
+    }
 
     dynamic.ext_factor  = hparams.yarn_ext_factor > 0.0f ? hparams.yarn_ext_factor : 1.0f;
     dynamic.attn_factor = hparams.rope_attn_factor;
@@ -181,9 +165,9 @@ void llama_rope_dynamic_init(const llama_model & model, const llama_context_para
     dynamic.stock = { cparams.rope_freq_base, 1.0f, 0.0f, hparams.yarn_attn_factor*hparams.rope_attn_factor };
     llama_rope_params_set(cparams, dynamic.stock);
 
-    // the tools allow no context beyond it, llama_init_from_model() does the same for YaRN
-    uint32_t & n_ctx_train = const_cast<llama_model &>(model).hparams.n_ctx_train;
-    n_ctx_train = std::max(n_ctx_train, dynamic.n_ctx_max(cparams.n_ctx));
+    for (int32_t level = 0; level < dynamic.n_level; ++level) {
+        cparams.rope_levels.push_back(dynamic.params(level));
+    }
 
     if (dynamic.n_level > 1) {
         LLAMA_LOG_INFO("%s: RoPE is not scaled up to %u tokens, then by dynamic %s in %d levels\n", __func__,
@@ -739,8 +723,16 @@ void llama_batch_allocr::rope_dynamic_cut(std::vector<int32_t> * idxs, size_t n)
     }
 }
 
+//
+// interface implementation
+//
+
 int32_t llama_rope_dynamic_level(const llama_context * ctx) {
     const auto & dynamic = ctx->get_cparams().rope_dynamic;
 
     return dynamic.enabled ? dynamic.level : -1;
+}
+
+int32_t llama_rope_n_ctx(const llama_context * ctx) {
+    return std::max(ctx->get_model().hparams.n_ctx_train, ctx->get_cparams().rope_dynamic.n_ctx);
 }

@@ -67,7 +67,7 @@ static void llama_rope_state_adopt(
         }
     }
 
-    const auto levels = llama_rope_dynamic_levels(cparams);
+    const auto levels = llama_rope_params_all(cparams);
     const auto it     = std::find(levels.begin(), levels.end(), params);
 
     if (it == levels.end() || (params.ext_factor != 0.0f && !(yarn == llama_rope_state_yarn(cparams)))) {

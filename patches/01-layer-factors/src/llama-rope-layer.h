@@ -14,6 +14,26 @@ struct llama_hparams;
 struct llama_model;
 struct llama_model_loader;
 
+// what a rotation is computed with, besides the position and the dimension
+struct llama_rope_params {
+    float freq_base;
+    float freq_scale;
+    float ext_factor;
+    float attn_factor;
+
+    bool operator==(const llama_rope_params & other) const {
+        return freq_base   == other.freq_base   &&
+               freq_scale  == other.freq_scale  &&
+               ext_factor  == other.ext_factor  &&
+               attn_factor == other.attn_factor;
+    }
+};
+
+llama_rope_params llama_rope_params_get(const llama_cparams & cparams);
+
+// all that the rotations of a context can have in turn
+std::vector<llama_rope_params> llama_rope_params_all(const llama_cparams & cparams);
+
 // [n_layer_all] the factor of each layer, nullptr if every layer uses the stock rotation
 // note: shared so that a graph that was built with older factors can be recognized by comparing the pointers
 using llama_rope_layer_factors = std::shared_ptr<const std::vector<float>>;
