@@ -35,7 +35,8 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 from lrope_search import measure, search
 from lrope_search.report.reading import read_study
-from lrope_search.results.comparison import Comparison, Interval, compare, contexts_needed
+from lrope_search.results.comparison import Comparison, compare, contexts_needed
+from lrope_search.results.intervals import Interval
 from lrope_search.results.variation import components
 from lrope_search.sample import Components
 from lrope_search.scores import ContextScore, Factors, ProbeScore

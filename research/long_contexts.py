@@ -39,7 +39,7 @@ from lrope_search.config import ROPE_SCALINGS, ModelConfig, TaskConfig
 from lrope_search.evaluation.logits import RowWorkers, kl_divergences
 from lrope_search.evaluation.make import open_model
 from lrope_search.machine import physical_cores
-from lrope_search.results.comparison import Interval
+from lrope_search.results.intervals import Interval
 
 README = Path(__file__).parent.parent / "README.md"
 HEADER = head(

@@ -33,8 +33,8 @@ from lrope_gguf.files import atomic_write_bytes
 from lrope_gguf.model_info import read_model
 from lrope_gguf.plot import COLOURS, drawing, picture_kind, rendered
 from lrope_search import measure
-from lrope_search.report.pictures import wilson
 from lrope_search.results.comparison import Comparison
+from lrope_search.results.intervals import wilson
 from lrope_search.results.table import with_interval
 from lrope_search.scores import ContextScore
 

@@ -27,7 +27,7 @@ from lrope_search.config import (
     TaskConfig,
     option,
 )
-from lrope_search.results.comparison import Interval
+from lrope_search.results.intervals import Interval
 
 _SIZES = (*SIZES, "context_tokens")
 _COUNTS = (*_SIZES, "probes")

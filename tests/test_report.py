@@ -20,11 +20,12 @@ from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
 from lrope_gguf.plot import PlotUnavailableError
 from lrope_search.report.page import page_text, write_report
-from lrope_search.report.pictures import draw_pictures, wilson
+from lrope_search.report.pictures import draw_pictures
 from lrope_search.report.reading import read_study
 from lrope_search.report.text import scan_words, summary_lines
 from lrope_search.results import table
 from lrope_search.results.comparison import Comparison, compare
+from lrope_search.results.intervals import wilson
 from lrope_search.results.summary import LayerEffect, StudySummary
 from lrope_search.results.table import depth_table
 from lrope_search.scores import ContextScore, Job

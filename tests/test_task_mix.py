@@ -299,7 +299,7 @@ def test_a_search_over_two_tasks_reports_both(tmp_path: Path) -> None:
     weighted = sum(WEIGHTS[name] * gain.accuracy_gain.mean for name, gain in gains.items()) / 4.0
     assert table.comparisons["curve"].accuracy_gain.mean == pytest.approx(weighted)
     stored = json.loads((tmp_path / "best.json").read_text())["provenance"]["results"]["test"]
-    assert stored["tasks"] == {name: {"weight": WEIGHTS[name], **gain.json()} for name, gain in gains.items()}
+    assert stored["tasks"] == {name: {"weight": WEIGHTS[name], **gain.to_json()} for name, gain in gains.items()}
     assert "(kv " in outcome.verdict.text and ", mdqa " in outcome.verdict.text
 
     # the fitness is the weighted one, whatever the weights of the same evaluations

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lrope_gguf import LropeError
-from lrope_search.results.comparison import Interval, compare
+from lrope_search.results.comparison import compare
+from lrope_search.results.intervals import Interval
 from lrope_search.sample import Components
 from lrope_search.scores import ContextScore, Job, ProbeScore
 from lrope_search.study.store import Study

@@ -63,7 +63,7 @@ class Measurement:
             "task": self.asked,
             "factors": self.sides,
             **self.table.json(),
-            **({"beside": {name: one.json() for name, one in self.beside.items()}} if self.beside else {}),
+            **({"beside": {name: one.to_json() for name, one in self.beside.items()}} if self.beside else {}),
             "tokens": self.n_tokens,
             "tokens_per_second": self.n_tokens / self.seconds,
         }

@@ -13,7 +13,8 @@ from lrope_gguf.files import atomic_write_bytes, atomic_write_text
 from lrope_gguf.plot import require_matplotlib
 from lrope_gguf.text import printable
 
-from ..results.comparison import Comparison, Interval
+from ..results.comparison import Comparison
+from ..results.intervals import Interval
 from ..results.summary import StudySummary
 from .pictures import Picture, draw_pictures, drawn
 from .text import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..scores import Factors
-from .comparison import finite
+from .intervals import finite
 
 
 @dataclass(frozen=True)

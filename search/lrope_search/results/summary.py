@@ -11,9 +11,9 @@ from typing import Any
 from lrope_gguf.curve import CurveFile, Point
 
 from ..scores import LAYER_SCAN, ContextScore, DivergenceScore, Evaluation, Factors, Job
-from .comparison import finite
 from .front import Front, FrontPoint
 from .guard import divergences_by_length
+from .intervals import finite
 from .objective import Objective
 from .table import DepthTable, depth_table
 from .variation import components

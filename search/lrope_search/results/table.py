@@ -11,15 +11,17 @@ import numpy as np
 from lrope_gguf.text import sparkline
 
 from ..scores import ContextScore
-from .comparison import Comparison, Interval, Strata, compare, depth_groups, finite
+from .comparison import Comparison, compare, depth_groups
+from .intervals import Interval, Strata, finite, share_interval
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Means over probes: accuracy 0 to 1, log-probability in nats per token of the value."""
+    """Means over probes: accuracy 0 to 1 with its interval, log-probability in nats per token of the value."""
 
     accuracy: float
     log_probability: float
+    interval: Interval
 
 
 @dataclass(frozen=True)
@@ -162,18 +164,25 @@ def depth_table(
     strata = Strata(np.array([tasks.index(score.task) for score in base]), np.array(list(weights.values())))
     context = np.repeat(np.arange(len(base)), [len(score.probes) for score in base])
     depths, row = depth_groups([probe.depth for score in base for probe in score.probes])
+    every = np.ones(len(row), bool)
     cells, totals = {}, {}
     for name, scores in sides.items():
         correct = np.array([probe.correct for score in scores for probe in score.probes], np.float64)
         log_p = np.array([probe.log_probability for score in scores for probe in score.probes])
-        here = [row == i for i in range(len(depths))]
-        cells[name] = tuple(
-            Cell(strata.mean(correct[at], context[at]), strata.mean(log_p[at], context[at])) for at in here
-        )
+        found = [
+            Cell(
+                strata.mean(correct[at], context[at]),
+                strata.mean(log_p[at], context[at]),
+                share_interval(correct[at], context[at], confidence, strata),
+            )
+            for at in (*(row == i for i in range(len(depths))), every)
+        ]
         each = np.arange(len(base))
+        cells[name] = tuple(found[:-1])
         totals[name] = Cell(
             strata.mean([score.accuracy for score in scores], each),
             strata.mean([score.log_probability for score in scores], each),
+            found[-1].interval,
         )
     return DepthTable(
         n_contexts=len(base),

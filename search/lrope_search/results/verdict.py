@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .comparison import Comparison, Interval, contexts_needed
+from .comparison import Comparison, contexts_needed
+from .intervals import Interval
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any
 from lrope_gguf.curve import CurveFile
 
 from ..optimizers.protocol import Candidate, Score
-from ..results.comparison import Comparison, compare, finite
+from ..results.comparison import Comparison, compare
 from ..results.front import Front, FrontPoint
 from ..results.guard import divergences_by_length
+from ..results.intervals import finite
 from ..results.objective import Objective
 from ..results.summary import StudySummary, Trial, summarise
 from ..results.table import DepthTable, depth_table
@@ -241,17 +242,19 @@ def _results(run: Run, choice: _Choice, test: _Test, judgement: Verdict, stopped
             "contexts": settings.n_contexts("validation"),
             "fitness": finite(choice.fitness.get(best, 0.0), 6),
         },
-        "test": base_alone if test.curve is None else test.curve.json(),
+        "test": base_alone if test.curve is None else test.curve.to_json(),
         "recommended": judgement.recommended,
         "verdict": judgement.text,
     }
     if test.tasks:
         weights = run.weights
-        results["test"]["tasks"] = {name: {"weight": weights[name], **gain.json()} for name, gain in test.tasks.items()}
+        results["test"]["tasks"] = {
+            name: {"weight": weights[name], **gain.to_json()} for name, gain in test.tasks.items()
+        }
     if test.uniform is not None:
-        results["best_uniform"] = {"factor": test.uniform[0], "test": test.uniform[1].json()}
+        results["best_uniform"] = {"factor": test.uniform[0], "test": test.uniform[1].to_json()}
     if test.over_uniform is not None:
-        results["over_uniform"] = test.over_uniform.json()
+        results["over_uniform"] = test.over_uniform.to_json()
     if choice.front is not None and (choice.winner is not None or choice.front.passed_over):
         results["guard"] = {"max_kl": settings.max_kl, "passed_over": len(choice.front.passed_over)}
         if (point := choice.kl(choice.winner)) is not None:

@@ -10,7 +10,7 @@ from collections import deque
 from lrope_gguf.errors import LropeError
 
 from ..optimizers.protocol import Candidate, Optimizer, rank
-from ..results.comparison import finite
+from ..results.intervals import finite
 from ..results.objective import Objective
 from ..results.variation import typical, variation_text
 from ..scores import Factors
