@@ -35,11 +35,12 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 from lrope_search import measure, search
 from lrope_search.report.reading import read_study
-from lrope_search.results.comparison import Comparison, compare, contexts_needed
-from lrope_search.results.intervals import Interval
+from lrope_search.results.comparison import contexts_needed
+from lrope_search.results.intervals import Interval, Strata, mean_interval
+from lrope_search.results.intervals import draws as resampled
 from lrope_search.results.variation import components
 from lrope_search.sample import Components
-from lrope_search.scores import ContextScore, Factors, ProbeScore
+from lrope_search.scores import ContextScore, Factors
 from lrope_search.study.store import Study, holds_search, parse_evaluations
 
 Scores: TypeAlias = dict[str, Sequence[ContextScore]]
@@ -135,16 +136,16 @@ def draw(
     return which, rng.integers(edges[:-1], edges[1:], size=(contexts, questions))
 
 
-def over_contexts(values: NDArray[np.float64], seed: int = 0, resamples: int = 10_000) -> Comparison:
+def over_contexts(values: NDArray[np.float64], seed: int = 0, resamples: int = 10_000) -> tuple[Interval, Interval]:
     """Return the intervals of the means of one accuracy and one log-probability a context, shape (2, contexts).
 
-    They are those that `compare` gives: contexts are resampled.
+    Contexts are resampled (`mean_interval`): what `compare` does where enough answers differ.
     """
-    sides = [
-        [ContextScore("test", i, (ProbeScore(0.5, log_p, correct),), 0, 0.0) for i, (correct, log_p) in enumerate(side)]
-        for side in (np.zeros_like(values).T.tolist(), values.T.tolist())
-    ]
-    return compare(sides[0], sides[1], seed=seed, resamples=resamples, confidence=CONFIDENCE)
+    contexts = np.arange(values.shape[1])
+    strata = Strata(np.zeros_like(contexts), np.ones(1))
+    counts = resampled(strata, seed, resamples)
+    accuracy, log_p = (mean_interval(side, contexts, counts, CONFIDENCE, strata) for side in values)
+    return accuracy, log_p
 
 
 def excludes_zero(interval: Interval) -> bool:
@@ -166,8 +167,7 @@ def sampled(gain: Gain, contexts: int, questions: int, draws: int, seed: int) ->
     found: list[tuple[Interval, Interval]] = []
     for number in range(draws):
         which, places = draw(rng, gain.differences.shape[1:], contexts, questions)
-        one = over_contexts(gain.differences[:, which, places].mean(axis=2), number, _RESAMPLES)
-        found.append((one.accuracy_gain, one.log_probability_gain))
+        found.append(over_contexts(gain.differences[:, which, places].mean(axis=2), number, _RESAMPLES))
     accuracy, log_p = zip(*found, strict=True)
     return _summary(accuracy), _summary(log_p)
 
@@ -281,8 +281,7 @@ def _names(sides: Iterable[Factors]) -> dict[Factors, str]:
 def tables(gain: Gain, sizes: Sequence[tuple[int, int]], asked: Sequence[int], draws: int, seed: int) -> Iterator[str]:
     """Yield the lines of a gain's table of these sizes, and what 80 % power takes with so many ``asked`` a context."""
     n, most = gain.differences.shape[1:]
-    whole = over_contexts(gain.differences.mean(axis=2))
-    intervals = (whole.accuracy_gain, whole.log_probability_gain)
+    intervals = over_contexts(gain.differences.mean(axis=2))
     yield f"## {gain.name}\n"
     left = without_depth(gain.differences)
     for (name, (scale, unit, digits)), one, varies, rest in zip(

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from learning_curve import MEASURES, kept, over_contexts
+from learning_curve import LEAST, MEASURES, kept, over_contexts
 from numpy.typing import NDArray
 from options import add_model_options, add_task_options, head, model_of, row, task_of
 
@@ -33,9 +33,7 @@ from lrope_gguf.files import atomic_write_bytes
 from lrope_gguf.model_info import read_model
 from lrope_gguf.plot import COLOURS, drawing, picture_kind, rendered
 from lrope_search import measure
-from lrope_search.results.comparison import Comparison
-from lrope_search.results.intervals import wilson
-from lrope_search.results.table import with_interval
+from lrope_search.results.intervals import Interval, wilson
 from lrope_search.scores import ContextScore
 
 BINS = 10
@@ -90,16 +88,18 @@ def contrasts(of_parts: NDArray[np.float64]) -> NDArray[np.float64]:
 class Length:
     """What was asked at one length, by side: means by bin and over all, and contrasts with their intervals.
 
+    ``asked``: the questions in each bin.
     ``changes``: of each side but the base, how much larger its U is, and how much better its middle.
     """
 
     share: float
     tokens: int
     n_contexts: int
+    asked: NDArray[np.int_]
     profiles: Mapping[str, NDArray[np.float64]]
     totals: Mapping[str, NDArray[np.float64]]
-    contrasts: Mapping[str, Sequence[Comparison]]
-    changes: Mapping[str, Sequence[Comparison]]
+    contrasts: Mapping[str, Sequence[tuple[Interval, Interval]]]
+    changes: Mapping[str, Sequence[tuple[Interval, Interval]]]
 
 
 def length_of(share: float, tokens: int, scores: Mapping[str, Sequence[ContextScore]]) -> Length:
@@ -111,6 +111,7 @@ def length_of(share: float, tokens: int, scores: Mapping[str, Sequence[ContextSc
         share,
         tokens,
         len(scores[base]),
+        np.bincount(bins([probe.depth for score in scores[base] for probe in score.probes]), minlength=BINS),
         {name: profile(side) for name, side in scores.items()},
         {name: np.mean([answers(one).mean(axis=1) for one in side], axis=0) for name, side in scores.items()},
         {name: [over_contexts(one) for one in contrasts(side)] for name, side in found.items()},
@@ -127,17 +128,21 @@ def rows(length: Length, index: int) -> list[str]:
         cells += [f"{scale * value:.{digits if index else 0}f}" for value in profiles[index]]
         cells.append(f"{scale * length.totals[name][index]:.{digits}f}")
         told = [*length.contrasts[name], *length.changes.get(name, ())]
-        gains = [(one.accuracy_gain, one.log_probability_gain)[index] for one in told]
-        cells += [with_interval(one, gain, scale, digits) for one, gain in zip(told, gains, strict=True)]
+        cells += [_gain(one[index], length.n_contexts >= LEAST, scale, digits) for one in told]
         cells += [""] * (0 if name in length.changes else len(CHANGES))
         lines.append(row(cells))
     return lines
 
 
+def _gain(gain: Interval, enough: bool, scale: float, digits: int) -> str:
+    ends = f" [{scale * gain.low:+.{digits}f}, {scale * gain.high:+.{digits}f}]" if enough else ""
+    return f"{scale * gain.mean:+.{digits}f}{ends}"
+
+
 def draw(path: str, lengths: Sequence[Length], title: str) -> None:
     """Draw accuracy by depth into a PNG or SVG file.
 
-    A panel a length, with each bin's 95 % interval: Wilson's, of one question a context.
+    A panel a length, with each bin's 95 % interval: Wilson's, of the questions in it.
     """
     kind = picture_kind(path)
     from matplotlib.figure import Figure
@@ -150,7 +155,9 @@ def draw(path: str, lengths: Sequence[Length], title: str) -> None:
         middles = (np.arange(BINS) + 0.5) / BINS
         for axes, length in zip(panels, lengths, strict=False):
             for name, profiles in length.profiles.items():
-                ends = [wilson(float(share), length.n_contexts) for share in profiles[0]]
+                ends = [
+                    wilson(float(share), max(int(n), 1)) for share, n in zip(profiles[0], length.asked, strict=True)
+                ]
                 low, high = (
                     [100.0 * end for end in side] for side in zip(*((e.low, e.high) for e in ends), strict=True)
                 )
