@@ -26,11 +26,12 @@ from lrope_gguf.errors import LropeError
 from lrope_search import optimizers
 from lrope_search.optimizers.generational import Generational, Generations, minimised
 from lrope_search.optimizers.protocol import Candidate, Optimizer, Score, rank
-from lrope_search.optimizers.registry import ALGORITHMS, make_algorithm
+from lrope_search.optimizers.make import make_algorithm
+from lrope_search.optimizers.settings import OPTIMIZERS, optimizer
 from lrope_search.optimizers.space import CurveSpace, Ledger
 
 pytest.importorskip("cmaes")
-NAMES = pytest.mark.parametrize("name", ALGORITHMS)
+NAMES = pytest.mark.parametrize("name", OPTIMIZERS)
 BOUNDS = [(0.5, 4.0), (0.98, 1.02), (1.0, 1.3), (0.7, 1.0), (0.123456, 1.00001)]
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support.task_files import write
 
 from lrope_gguf.errors import LropeError
-from lrope_search.tasks import SPLITS, JsonlTask
+from lrope_search.sample import SPLITS
+from lrope_search.tasks import JsonlTask
 
 
 def line(n: int, **changes: Any) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support.task_files import words, write
 
 from lrope_gguf.errors import LropeError
-from lrope_search.tasks import SPLITS, MultiDocumentTask, TokenLimit
+from lrope_search.sample import SPLITS
+from lrope_search.tasks import MultiDocumentTask, TokenLimit
 from lrope_search.tasks.answers import holds
 from lrope_search.tasks.task import Context
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from support.task_files import words, write
 
 from lrope_gguf.errors import LropeError
-from lrope_search.tasks import SPLITS, KeyValueTask, TokenLimit
+from lrope_search.sample import SPLITS
+from lrope_search.tasks import KeyValueTask, TokenLimit
 from lrope_search.tasks.task import Context, places
 
 

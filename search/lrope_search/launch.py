@@ -11,23 +11,27 @@ from pathlib import Path
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import ModelInfo, read_model
 
-from .config import ModelConfig, SearchConfig, TaskMix, Tasks, WorkersConfig, option
 from .cost import check_memory, duration, memory_text, precision
 from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_computing, kept_guard_texts
+from .evaluation.settings import ModelConfig
 from .machine import free_memory, physical_cores, visible_gpus
 from .optimizers.protocol import Optimizer
 from .report.page import write_report
 from .results.summary import StudySummary
 from .results.variation import components
+from .sample import SPLITS
 from .scores import ContextScore, Job
 from .start import all_workers, check_versions, first_worker, identity
 from .study.interrupt import one_interrupt
 from .study.plan import make_optimizer, planned_evaluations
 from .study.progress import Progress
 from .study.run import SearchOutcome, run_search
+from .study.settings import SearchConfig
 from .study.store import Study
-from .tasks import SPLITS, file_identity, make_tasks
+from .tasks.make import file_identity, make_tasks
+from .tasks.settings import TaskMix, Tasks
 from .workers.protocol import Executor
+from .workers.settings import WorkersConfig
 
 
 def search(
@@ -43,9 +47,9 @@ def search(
     Progress goes to the standard error, and with everything else into ``directory``.
 
     Example:
-        >>> from lrope_search import ModelConfig, SearchConfig, TaskConfig, search
+        >>> from lrope_search import ModelConfig, SearchConfig, search, task
         >>> outcome = search(
-        ...     ModelConfig("model.gguf"), TaskConfig("kv", keys=100), SearchConfig(max_evaluations=80), "my.study"
+        ...     ModelConfig("model.gguf"), task("kv", keys=100), SearchConfig(max_evaluations=80), "my.study"
         ... )  # doctest: +SKIP
         >>> outcome.best.save("best.json")  # doctest: +SKIP
 
@@ -102,13 +106,14 @@ def _launch(
         wanted = getattr(settings, f"{split}_contexts")
         if wanted is None:
             continue
-        mix.check_contexts(option(f"{split}_contexts"), wanted)
+        mix.check_contexts(f"{split}_contexts", wanted)
         if size is not None and wanted > size:
-            raise LropeError(f"--{split}-contexts {wanted}: the data has {size} for this; ask for fewer")
+            raise LropeError(f"{split}_contexts {wanted}: the data has {size} for this; ask for fewer")
     guard = {"text": None if settings.guard_text is None else file_identity(settings.guard_text)}
     free = free_memory()
     texts = kept_guard_texts(Study.kept(directory, "guard"), directory)
-    batch_size, scoring = kept_computing(Study.kept(directory, "config"))
+    kept = Study.kept(directory, "config")
+    batch_size, scoring = kept_computing(kept)
     if model.batch_size is None:  # the default may have been another one, or another machine's
         model = dataclasses.replace(model, batch_size=batch_size)
     spec = EvaluatorSpec(model, mix, settings.guard_text, texts, scoring)
@@ -116,7 +121,7 @@ def _launch(
         first = first_worker(workers, spec, stack)
         facts = first.ask(find_out)
         layers = _layers(info, facts.longest)
-        settings = settings.settled(facts.n_probes, sizes, len(mix.parts))
+        settings = settings.settled(facts.n_probes, sizes, len(mix.parts), kept)
         config = identity(info, model, mix, facts) | {"search": settings.identity(), "guard": guard}
         place = directory
         if dry_run and not (directory / "config.json").exists():  # no trace that would bind a later run
@@ -241,4 +246,7 @@ def _say_cost(
     if workers.executor == "local" and not gpus and n_workers > physical_cores():
         progress.line(f"{n_workers} workers on {physical_cores()} processors: fewer would be faster (--workers)")
     if n_workers > optimizer.lag:
-        progress.line(f"{n_workers} workers, but only {optimizer.lag} candidates out at once: some will idle (--lag)")
+        progress.line(
+            f"{n_workers} workers, but only {optimizer.lag} candidates out at once: some may idle; another lag "
+            f"(--set {settings.optimizer.name}.lag={2 * n_workers}) keeps them busy, and finds another result"
+        )

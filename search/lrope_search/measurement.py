@@ -15,10 +15,10 @@ from typing import Any
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 
-from .config import ModelConfig, TaskMix, Tasks, WorkersConfig
 from .cost import check_memory
 from .evaluation.generation import Generation
 from .evaluation.make import EvaluatorSpec, check_factors, find_out, kept_computing, write_job
+from .evaluation.settings import ModelConfig
 from .machine import free_memory, visible_gpus
 from .results.comparison import Comparison, compare
 from .results.table import DepthTable, depth_table, with_interval
@@ -27,8 +27,10 @@ from .start import all_workers, check_versions, first_worker, identity
 from .study.interrupt import one_interrupt
 from .study.progress import Progress
 from .study.store import Study, holds_search
-from .tasks import make_tasks
+from .tasks.make import make_tasks
+from .tasks.settings import TaskMix, Tasks
 from .workers.protocol import Executor
+from .workers.settings import WorkersConfig
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def measure(
     task: Tasks,
     sides: Mapping[str, Factors],
     *,
+    uniform: Sequence[float] = (),
     contexts: int = 8,
     split: str = "test",
     generate: bool = False,
@@ -101,14 +104,15 @@ def measure(
     Progress goes to the standard error.
 
     Example:
-        >>> from lrope_search import ModelConfig, TaskConfig, measure
+        >>> from lrope_search import ModelConfig, measure, task
         >>> model, factors = ModelConfig("model.gguf"), (1.0,) * 8 + (1.2,) + (1.0,) * 15
-        >>> print(measure(model, TaskConfig("kv", keys=100), {"layer 8": factors}))  # doctest: +SKIP
+        >>> print(measure(model, task("kv", keys=100), {"layer 8": factors}))  # doctest: +SKIP
 
     Args:
         model: The model and how it is run.
         task: What it is asked; several tasks take turns, and their weights (`TaskMix`) are those of the means.
         sides: Factors by name, one for each layer; ``base`` comes of itself, whatever the file holds.
+        uniform: Further sides: the same factor for all layers that rotate over the whole context, as a search tries it.
         contexts: How many.
         split: Which: ``search``, ``validation`` or ``test``.
         generate: Also let the model write its answers, and score these; they are not kept, and one worker writes them.
@@ -138,6 +142,9 @@ def measure(
         first = first_worker(workers, spec, stack)
         facts = first.ask(find_out)
         sides = {"base": (1.0,) * first.n_layer, **sides}
+        layers = info.layers_reaching(facts.longest)
+        for factor in uniform:
+            sides[f"uniform {factor:g}"] = tuple(factor if i in layers else 1.0 for i in range(first.n_layer))
         first.ask(partial(check_factors, tuple(sides.values())))
         if workers.executor == "local" and not (workers.gpus or visible_gpus()):
             check_memory(facts.memory, workers.n_workers or 1, free)
@@ -147,6 +154,10 @@ def measure(
         study = stack.enter_context(Study(place, config))
         progress = Progress(study.log)
         check_versions(study, first, progress)
+        if uniform and len(layers) < first.n_layer:
+            progress.line(
+                f"uniform: moves the {len(layers)} of {first.n_layer} layers that rotate over the whole context"
+            )
         executor = first if generate else all_workers(workers, spec.settled(facts), first, stack)
         jobs = [Job(factors, split, index) for index in range(contexts) for factors in dict.fromkeys(sides.values())]
         answers = _ask(executor, study, jobs, progress, generate=generate)

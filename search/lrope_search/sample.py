@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+SPLITS = ("search", "validation", "test")
+"""To compare candidates, to choose the winner, to measure it."""
+
 SPREAD = 2.9
 """Standard deviation of candidate minus base over the questions of a context, in units of a gain worth finding."""
 ERRORS: Mapping[str, float] = MappingProxyType({"search": 0.4, "validation": 0.2, "test": 0.14})

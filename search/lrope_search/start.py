@@ -11,17 +11,19 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import ModelInfo
 from lrope_gguf.text import command_line
 
-from .config import ModelConfig, TaskMix, WorkersConfig
 from .evaluation.binding import binding_version
 from .evaluation.make import EvaluatorSpec, Facts
+from .evaluation.settings import ModelConfig
 from .machine import physical_cores, visible_gpus
 from .scores import ContextScore
 from .study.progress import Progress
 from .study.store import Study
-from .tasks import task_identity
+from .tasks.make import task_identity
+from .tasks.settings import TaskMix
 from .workers.processes import ProcessExecutor
 from .workers.protocol import Executor, LocalExecutor
 from .workers.ray_cluster import RayExecutor
+from .workers.settings import WorkersConfig
 
 _SAME = 1e-3  # nats: a result that differs by less from another version's is the same
 

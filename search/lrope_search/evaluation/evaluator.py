@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
 
+from ..sample import SPLITS
 from ..scores import ContextScore, DivergenceScore, Factors, ProbeScore
-from ..tasks import SPLITS, AnyTask, Task, parts_of
-from ..tasks.task import Context
+from ..tasks.mix import AnyTask, parts_of
+from ..tasks.task import Context, Task
 from .batch import MAX_SEQUENCES, Part
 from .divergence import Guard
 from .encoding import Encoder, Encoding

@@ -10,15 +10,18 @@ from typing import Any
 
 from lrope_gguf.errors import LropeError
 
-from ..config import ModelConfig, TaskConfig, TaskMix, Tasks
 from ..scores import Evaluator, Factors, Job
-from ..tasks import AnyTask, Task, make_task, make_tasks, mixed
+from ..tasks.make import make_task, make_tasks
+from ..tasks.mix import AnyTask, mixed
+from ..tasks.settings import TaskConfig, TaskMix, Tasks
+from ..tasks.task import Task
 from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
 from .evaluator import SCORINGS, TeacherForcedEvaluator
 from .generation import Generation
 from .memory import MemoryNeeded, check_cache_types
 from .model import Model
 from .sample_answer import Sample
+from .settings import ModelConfig
 
 
 def open_model(config: ModelConfig) -> Model:

@@ -8,8 +8,8 @@ from pathlib import Path
 from lrope_gguf.errors import LropeError
 from lrope_gguf.gguf_file import GGUFFile
 
-from ..config import CACHE_TYPES, option
 from .model import MAX_OUTPUTS
+from .settings import CACHE_TYPES
 
 _F16, _F32 = 2, 4  # bytes: of masks, and of all that is computed
 _CELLS = 256  # llama_context pads a context to as many
@@ -97,7 +97,7 @@ def check_cache_types(path: Path | str, cache_types: tuple[str, str]) -> None:
             for length in lengths:
                 if length % block and header.arch != "grok":
                     raise LropeError(
-                        f"{option(f'cache_type_{part}')} {kind}: has blocks of {block} numbers, but the heads of "
+                        f"cache_type_{part} {kind}: has blocks of {block} numbers, but the heads of "
                         f"{path} have {length}; give f16, bf16 or f32"
                     )
 

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from lrope_gguf.errors import LropeError
 from lrope_gguf.rope_scaling import DYNAMIC
 
-from ..config import CACHE_TYPES
 from ..machine import physical_cores
 from .batch import Batch, Part, Rows, Scores, Tokens
 from .binding import can_score, chat_formatter, llama_library, log, pointer, set_options
+from .settings import CACHE_TYPES
 
 _ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
 _REFUSED = -2  # llama_set_rope_layer_factors, patches/src/src/llama-rope-layer.cpp

@@ -14,7 +14,7 @@ from ..results.intervals import finite
 from ..results.objective import Objective
 from ..results.variation import typical, variation_text
 from ..scores import Factors
-from .plan import planned_evaluations, racing
+from .plan import planned_evaluations
 from .racing import Race
 from .scheduler import Urgency
 from .state import Run
@@ -35,7 +35,7 @@ class Exploration:
 
     def search(self, algorithm: Optimizer) -> str:
         """Ask, evaluate and tell, candidate by candidate; return what ended it."""
-        run, race = self._run, Race(racing(self._run.settings, self._run.n_tasks))
+        run, race = self._run, Race(self._run.settings.racing(self._run.n_tasks))
         asked: list[Candidate] = []
         pending: deque[Candidate] = deque()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import SearchConfig
 from ..optimizers.protocol import Optimizer
 from ..workers.protocol import Executor
 from .conclude import SearchOutcome, conclude
@@ -13,6 +12,7 @@ from .explore import Exploration
 from .plan import make_optimizer, planned_evaluations
 from .progress import Progress
 from .scheduler import Urgency
+from .settings import SearchConfig
 from .state import Run
 from .store import Study
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from lrope_gguf.curve import Curve, CurveFile
 
-from ..config import SearchConfig
 from ..optimizers.protocol import Candidate, Score
 from ..results.objective import Objective
 from ..results.summary import task_weights
@@ -17,6 +16,7 @@ from ..scores import ContextScore, Factors, Job
 from ..workers.protocol import Executor
 from .progress import Progress
 from .scheduler import Pipeline
+from .settings import SearchConfig
 from .store import Study
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from lrope_gguf.errors import LropeError
 
-from ..config import SPLITS
+from ..sample import SPLITS
 
 _SHARES = (0.5, 0.2, 0.3)  # of a file's records, in the order of SPLITS
 
