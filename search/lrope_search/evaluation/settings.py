@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from lrope_gguf.rope_scaling import MAX_FACTOR
-from lrope_gguf.scaling_keys import KINDS
+from lrope_gguf.rope_scaling import KINDS, MAX_FACTOR
 
 from ..settings import SettingError, Settings, setting
 

@@ -21,7 +21,7 @@ Start: TypeAlias = ControlPoints | tuple[float, ...]
 
 _AS_NEEDED = "as many as show a gain worth finding, by the questions of a context"
 _MANY = 8
-"""Search contexts of a task from which on racing pays (docs/algorithms.md)."""
+"""Search contexts of a task from which on racing pays (research/algorithms.md)."""
 _GOES_ON = 0.3
 """Share of the candidates that sees more contexts then."""
 
