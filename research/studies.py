@@ -3,14 +3,17 @@
     python research/studies.py list
     python research/studies.py unpack [NAME ...] [--to build/studies]
     python research/studies.py pack FOLDER ... [--to research/studies]
+    python research/studies.py pictures
 
 An unpacked study is a folder that `lrope-gguf report` and `search --study` open like any other. Packing leaves out what
-`report` makes (pages, pictures, logs), and the same folder always gives the same bytes.
+`report` makes (pages, pictures, logs), and the same folder always gives the same bytes. `pictures` makes those pictures
+of studies again that a page shows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import lzma
 import shutil
@@ -19,6 +22,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from lrope_gguf import cli
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import atomic_write_bytes
 
@@ -27,6 +31,13 @@ ARCHIVES = ROOT / "research" / "studies"
 UNPACKED = ROOT / "build" / "studies"
 ENDING = ".tar.xz"
 KEPT = (".json", ".jsonl")
+PICTURES = {
+    "docs/accuracy-by-depth.png": ("qwen2.5-coder-0.5b-100-keys-layers", "report-accuracy.png"),
+    "research/pictures/qwen2.5-coder-0.5b-scan.png": ("qwen2.5-coder-0.5b-layers-unfinished", "report-scan.png"),
+    "research/pictures/smollm2-135m-accuracy.png": ("smollm2-135m-240-words-layers", "report-accuracy.png"),
+    "research/pictures/smollm2-135m-scan.png": ("smollm2-135m-240-words-layers", "report-scan.png"),
+}
+"""What the pages show, of which study, and which picture of its report."""
 LARGEST = 64 << 20
 """Bytes of an unpacked study, above which an archive is refused."""
 
@@ -90,6 +101,26 @@ def unpack(archive: Path, to: Path = UNPACKED) -> Path:
     return folder
 
 
+def draw(name: str, picture: str, target: Path) -> None:
+    """Make a picture of a kept study's report, in few colours, which take a quarter of the bytes.
+
+    Raises:
+        LropeError: the study has no such picture.
+    """
+    from PIL import Image  # comes with matplotlib
+
+    with tempfile.TemporaryDirectory() as folder:
+        study = unpack(archived()[name], Path(folder))
+        with contextlib.redirect_stdout(io.StringIO()):
+            status = cli.main(["report", str(study)])
+        if status or not (study / picture).is_file():
+            raise LropeError(f"{name}: its report has no {picture}")
+        few = Image.open(study / picture).convert("RGB").quantize(24, dither=Image.Dither.NONE)
+        buffer = io.BytesIO()
+        few.save(buffer, "PNG", optimize=True)
+    atomic_write_bytes(target, buffer.getvalue())
+
+
 def main(arguments: list[str] | None = None) -> None:
     """List, unpack or pack."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,6 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     kept = parts.add_parser("pack", help="folders of studies")
     kept.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     kept.add_argument("--to", type=Path, default=ARCHIVES, metavar="FOLDER")
+    parts.add_parser("pictures", help="make the pictures of the pages")
     args = parser.parse_args(arguments)
     there = archived()
     try:
@@ -112,6 +144,10 @@ def main(arguments: list[str] | None = None) -> None:
                 if name not in there:
                     raise LropeError(f"{name}: no kept study has this name; there are {', '.join(there)}")
                 print(unpack(there[name], args.to))
+        elif args.part == "pictures":
+            for target, (name, picture) in PICTURES.items():
+                draw(name, picture, ROOT / target)
+                print(target)
         else:
             args.to.mkdir(parents=True, exist_ok=True)
             for folder in args.folders:
