@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from tables import head, row
 
 from lrope_gguf.errors import LropeError
-from lrope_search.config import CACHE_TYPES
 from lrope_search.evaluation.logits import RowWorkers, kl_divergences
 from lrope_search.evaluation.memory import memory_needed
 from lrope_search.evaluation.model import Model
+from lrope_search.evaluation.settings import CACHE_TYPES
 from lrope_search.machine import physical_cores
 
 README = Path(__file__).parent.parent / "README.md"

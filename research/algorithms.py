@@ -36,8 +36,9 @@ from scipy.stats import spearmanr
 from lrope_gguf import LropeError
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.make import open_model, task_for
+from lrope_search.optimizers.make import make_algorithm
 from lrope_search.optimizers.protocol import Candidate, Optimizer, Score
-from lrope_search.optimizers.registry import ALGORITHMS, make_algorithm
+from lrope_search.optimizers.settings import OPTIMIZERS, optimizer_config
 from lrope_search.optimizers.space import CurveSpace
 from lrope_search.study.racing import Race, Racing
 from lrope_search.tasks import task_identity
@@ -208,7 +209,7 @@ def run(problem: Problem, algorithm: Optimizer, racing: Racing, budget: int, max
 def synthetic_run(kind: str, seed: int, name: str, racing: Racing, budget: int, max_cost: float) -> tuple[Run, float]:
     """A run on a landscape, and what its optimum is worth."""
     landscape = Landscape(kind, seed)
-    algorithm = make_algorithm(name, landscape.n_layer, seed=seed)
+    algorithm = make_algorithm(optimizer_config(name), landscape.n_layer, seed=seed)
     optimum = landscape.true_gain(landscape.optimum())
     return run(landscape, algorithm, racing, budget, max_cost), optimum
 
@@ -251,7 +252,8 @@ def seeds(args: argparse.Namespace) -> range:
 def make(args: argparse.Namespace, name: str, problem: Problem, seed: int) -> Optimizer:
     """An algorithm for a model, all with the same first curves and widths."""
     uniform = args.uniform_factors
-    return make_algorithm(name, problem.n_layer, seed=seed, width=args.width, uniform_factors=uniform)
+    config = optimizer_config(name, width=args.width)
+    return make_algorithm(config, problem.n_layer, seed=seed, uniform_factors=uniform)
 
 
 def model(args: argparse.Namespace) -> None:
@@ -360,7 +362,7 @@ def main() -> None:
     for name, function in functions.items():
         command = commands.add_parser(name, help=(function.__doc__ or "").rstrip("."))
         command.add_argument("--seeds", metavar="N", type=int, default=10, help="runs (%(default)s)")
-        command.add_argument("--algorithms", metavar="NAME,...", type=words, default=list(ALGORITHMS))
+        command.add_argument("--algorithms", metavar="NAME,...", type=words, default=list(OPTIMIZERS))
         command.add_argument("--budgets", metavar="N,...", type=numbers, default=[50, 100, 200, 400])
         command.add_argument("--context-budgets", metavar="N,...", type=numbers, default=[100, 200, 400, 800])
         command.add_argument("--contexts", metavar="N", type=int, default=2, help="search contexts (%(default)s)")

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from lrope_gguf import LropeError
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
-from lrope_search.config import UNIFORM_FACTORS
 from lrope_search.optimizers.cma_es import CmaEs
 from lrope_search.optimizers.layers import LayerSpace
+from lrope_search.optimizers.make import make_algorithm
 from lrope_search.optimizers.protocol import Candidate, Optimizer, Score
 from lrope_search.optimizers.random_search import RandomSearch
-from lrope_search.optimizers.registry import make_algorithm
+from lrope_search.optimizers.settings import UNIFORM_FACTORS, optimizer_config
 from lrope_search.optimizers.space import CurveSpace, Genome, Ledger, Space, Start, rounded
 from lrope_search.scores import Factors
 
@@ -208,7 +208,7 @@ def make_contender(
         raise LropeError(f"--contenders {name}: unknown; choose of {', '.join(CONTENDERS)}")
     method, space_name = name.rsplit("-", 1)
     if method == "ga":
-        return make_algorithm("ga", n_layer, parametrization=space_name, seed=seed, width=width,
+        return make_algorithm(optimizer_config("ga", width=width), n_layer, parametrization=space_name, seed=seed,
                               uniform_factors=uniform_factors)  # fmt: skip
     space = make_space(space_name, n_layer)
     start = space.known_good(uniform_factors)

@@ -34,10 +34,10 @@ from options import (
 )
 
 from lrope_gguf.errors import LropeError
-from lrope_search import search
-from lrope_search.config import ROPE_SCALINGS, ModelConfig, TaskConfig
+from lrope_search import ModelConfig, TaskConfig, search
 from lrope_search.evaluation.logits import RowWorkers, kl_divergences
 from lrope_search.evaluation.make import open_model
+from lrope_search.evaluation.settings import ROPE_SCALINGS
 from lrope_search.machine import physical_cores
 from lrope_search.results.intervals import Interval
 

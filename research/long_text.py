@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from options import head, row, scaled
 
 from lrope_gguf.errors import LropeError
-from lrope_search.config import ROPE_SCALINGS, ModelConfig
+from lrope_search import ModelConfig
 from lrope_search.evaluation.logits import RowWorkers, gold_scores
 from lrope_search.evaluation.make import open_model
+from lrope_search.evaluation.settings import ROPE_SCALINGS
 from lrope_search.machine import physical_cores
 
 STEP = 8  # every eighth token is scored

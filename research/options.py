@@ -16,20 +16,13 @@ from tables import row as row
 from tables import table as table
 
 from lrope_gguf.errors import LropeError
-from lrope_search.config import (
-    IDENTIFIER_KINDS,
-    POSITIONS,
-    SIZES,
-    TASK_FIELDS,
-    UNIFORM_FACTORS,
-    ModelConfig,
-    SearchConfig,
-    TaskConfig,
-    option,
-)
+from lrope_search import ModelConfig, SearchConfig, TaskConfig, optimizer_config, task_config
+from lrope_search.optimizers.settings import UNIFORM_FACTORS
 from lrope_search.results.intervals import Interval
+from lrope_search.tasks.identifiers import IDENTIFIERS
+from lrope_search.tasks.settings import POSITIONS, TASKS
 
-_SIZES = (*SIZES, "context_tokens")
+_SIZES = ("keys", "documents", "lines", "words", "context_tokens")
 _COUNTS = (*_SIZES, "probes")
 _OWN = ("data", *_COUNTS, "identifiers", "positions", "prompt_template", "answer_prefix")
 
@@ -47,12 +40,12 @@ def add_task_options(parser: argparse.ArgumentParser, *, several: bool = False) 
     """Declare the task, or several; what is one's own stands behind its name then (`tasks_of`)."""
     if several:
         parser.add_argument("--tasks", metavar="TASK[:OPTION=VALUE,...]", nargs="+", required=True,
-                            help=f"of {', '.join(TASK_FIELDS)}, such as vt:lines=60,probes=2")  # fmt: skip
+                            help=f"of {', '.join(TASKS)}, such as vt:lines=60,probes=2")  # fmt: skip
     else:
-        parser.add_argument("--task", choices=list(TASK_FIELDS), default="kv")
-    parser.add_argument("--identifiers", choices=IDENTIFIER_KINDS)
+        parser.add_argument("--task", choices=list(TASKS), default="kv")
+    parser.add_argument("--identifiers", choices=list(IDENTIFIERS))
     for name in _COUNTS:
-        parser.add_argument(option(name), metavar="N", type=int)
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="N", type=int)
     parser.add_argument("--positions", choices=POSITIONS)
     parser.add_argument("--data", metavar="FILE")
     parser.add_argument("--prompt-template", metavar="TEXT")
@@ -82,8 +75,10 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
 
 def search_of(args: argparse.Namespace, seed: int) -> SearchConfig:
     """Return the settings of that search, with no bound on what ordinary text suffers."""
-    names = ("max_evaluations", "search_contexts", "validation_contexts", "test_contexts", "width", "uniform_factors")
-    return SearchConfig(seed=seed, racing_fraction=0.5, max_kl=100.0, **{name: getattr(args, name) for name in names})
+    names = ("max_evaluations", "search_contexts", "validation_contexts", "test_contexts", "uniform_factors")
+    values = {name: getattr(args, name) for name in names}
+    algorithm = optimizer_config("ga", width=args.width)
+    return SearchConfig(seed=seed, racing_first=1, racing_fraction=0.5, max_kl=100.0, algorithm=algorithm, **values)
 
 
 def scaled(model: ModelConfig, scaling: str, multiple: float, trained: int) -> ModelConfig:
@@ -123,7 +118,7 @@ def model_of(args: argparse.Namespace) -> ModelConfig:
 
 def task_of(args: argparse.Namespace) -> TaskConfig:
     """Return the task's settings."""
-    return TaskConfig(args.task, **{name: getattr(args, name) for name in (*_OWN, "seed")})
+    return task_config(args.task, **{name: getattr(args, name) for name in (*_OWN, "seed")})
 
 
 def tasks_of(args: argparse.Namespace) -> dict[str, TaskConfig]:
@@ -138,24 +133,29 @@ def tasks_of(args: argparse.Namespace) -> dict[str, TaskConfig]:
     names = {text: text.partition(":")[0] for text in own}
     for field in _OWN:
         value = getattr(args, field)
-        takers = [text for text, name in names.items() if field == "answer_prefix" or field in TASK_FIELDS[name]]
+        takers = [text for text, name in names.items() if field == "answer_prefix" or field in _fields(name)]
         for text in takers or own if value else ():  # a task that does not take it refuses it
             if not (field in _SIZES and own[text].keys() & set(_SIZES)):
                 own[text].setdefault(field, value)
-    return {text: TaskConfig(names[text], seed=args.seed, **values) for text, values in own.items()}
+    return {text: task_config(names[text], seed=args.seed, **values) for text, values in own.items()}
+
+
+def _fields(task: str) -> set[str]:
+    """Return the names of a task's own settings."""
+    return {one.name for one in TASKS[task].settings()} - {"answer_prefix"}
 
 
 def _own(text: str) -> dict[str, Any]:
     """Return the options in ``TASK[:OPTION=VALUE,...]``."""
     name, _, given = text.partition(":")
-    if name not in TASK_FIELDS:
-        raise LropeError(f"--tasks {text}: no such task; choose from {', '.join(TASK_FIELDS)}")
+    if name not in TASKS:
+        raise LropeError(f"--tasks {text}: no such task; choose from {', '.join(TASKS)}")
     values: dict[str, Any] = {}
     for part in filter(None, given.split(",")):
         key, _, value = part.partition("=")
         field = key.replace("-", "_")
         if field not in _OWN or not value:
-            known = ", ".join(sorted(TASK_FIELDS[name])).replace("_", "-")
+            known = ", ".join(sorted(_fields(name))).replace("_", "-")
             raise LropeError(f"--tasks {text}: {part!r} is no option with a value; {name} has {known}")
         if field in _COUNTS and not value.isdecimal():
             raise LropeError(f"--tasks {text}: {value!r} is no whole number")

@@ -35,8 +35,7 @@ from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
 from lrope_gguf.gguf_file import GGUFFile
 from lrope_gguf.model_info import read_model
-from lrope_search import measure
-from lrope_search.config import ModelConfig, TaskConfig, TaskMix
+from lrope_search import ModelConfig, TaskConfig, TaskMix, measure
 from lrope_search.demo.server import LlamaServer
 from lrope_search.results.comparison import Comparison, compare
 from lrope_search.results.table import DepthTable, with_interval

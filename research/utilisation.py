@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.virtual_workers import VirtualExecutor
 
 from lrope_gguf.curve import Curve, CurveFile
-from lrope_search.config import SearchConfig
+from lrope_search import SearchConfig, optimizer_config
 from lrope_search.optimizers.protocol import Candidate, Score
 from lrope_search.scores import ContextScore, DivergenceScore, Evaluation, Job, ProbeScore
 from lrope_search.study.progress import Progress
@@ -119,7 +119,8 @@ class Usage:
 
 def usage(n_workers: int, lag: int, spread: float, rounds: int) -> Usage:
     """Search with ``rounds`` candidates a worker."""
-    settings = SearchConfig(max_evaluations=rounds * n_workers, search_contexts=CONTEXTS, racing_fraction=0.5, lag=lag)
+    settings = SearchConfig(max_evaluations=rounds * n_workers, search_contexts=CONTEXTS, racing_fraction=0.5,
+                            algorithm=optimizer_config("ga", lag=lag))  # fmt: skip
     executor = VirtualExecutor(RandomWorth(), n_workers, lambda job: duration(job, spread))
     with tempfile.TemporaryDirectory() as directory, PaperStudy(Path(directory), {}) as study:
         run_search(executor, study, settings, Progress(quiet=True), algorithm=Anything(lag))
@@ -219,7 +220,8 @@ def run_to_target(kind: str, seed: int, n_workers: int, lag: int, budget: int, s
     """One search with the genetic algorithm."""
     landscape = Landscape(kind, seed)
     executor = VirtualExecutor(OnLandscape(landscape), n_workers, lambda job: duration(job, 0.25))
-    settings = SearchConfig(seed=seed, max_evaluations=budget, search_contexts=CONTEXTS, racing_fraction=0.5, lag=lag)
+    settings = SearchConfig(seed=seed, max_evaluations=budget, search_contexts=CONTEXTS, racing_fraction=0.5,
+                            algorithm=optimizer_config("ga", lag=lag))  # fmt: skip
     with (
         tempfile.TemporaryDirectory() as directory,
         Watch(Path(directory), landscape, executor, share) as study,

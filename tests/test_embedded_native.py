@@ -18,7 +18,7 @@ from support.rope_reference import Config, Reference, Rope, rms_error
 from lrope_gguf import read_factors, write_factors
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.native import tool_path
-from lrope_search import ModelConfig, SearchConfig, TaskConfig, search
+from lrope_search import ModelConfig, SearchConfig, optimizer_config, search, task_config
 from lrope_search.demo.model import embedded_model
 from lrope_search.demo.server import LlamaServer
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
@@ -68,9 +68,14 @@ def written(base: Path, curve: CurveFile, folder: Path) -> Path:
 def test_a_python_call_is_the_same_search(base: Path, curve: CurveFile, folder: Path) -> None:
     outcome = search(
         ModelConfig(str(base), n_threads=1),
-        TaskConfig("kv", identifiers="word", keys=LONG, probes=40),
+        task_config("kv", identifiers="word", keys=LONG, probes=40),
         SearchConfig(
-            width=0.3, max_kl=100.0, max_evaluations=60, search_contexts=3, validation_contexts=6, test_contexts=12
+            algorithm=optimizer_config("ga", width=0.3),
+            max_kl=100.0,
+            max_evaluations=60,
+            search_contexts=3,
+            validation_contexts=6,
+            test_contexts=12,
         ),
         folder / "python.study",
     )

@@ -16,7 +16,7 @@ import pytest
 from support.tiny_models import write_readable
 
 from lrope_gguf.cli import main
-from lrope_search import ModelConfig, TaskConfig, measure
+from lrope_search import ModelConfig, measure, task_config
 
 pytestmark = pytest.mark.native
 
@@ -87,7 +87,7 @@ def test_the_first_side_stands_beside_the_others(
     assert "curve one over uniform 1.1: accuracy " in said
 
     sides = {"one": (1.3,) * 6, "two": (0.8,) * 6}
-    task = TaskConfig(identifiers="number", keys=12, probes=4)
+    task = task_config(identifiers="number", keys=12, probes=4)
     found = measure(ModelConfig(str(model), n_threads=1), task, sides, contexts=3)
     means = {
         name: sum(probe.log_probability for score in scores for probe in score.probes) / 12

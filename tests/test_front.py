@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.synthetic import Landscape
 from test_search_driver import Recorder, search
 
-from lrope_search.config import SearchConfig
+from lrope_search import SearchConfig
 from lrope_search.report.page import write_report
 from lrope_search.report.pictures import draw_pictures
 from lrope_search.report.reading import read_study

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lrope_search.optimizers.genetic import GeneticAlgorithm
 from lrope_search.optimizers.layers import LayerSpace
-from lrope_search.optimizers.scan import LayerScan
 from lrope_search.optimizers.protocol import Candidate, Score
+from lrope_search.optimizers.scan import LayerScan
 from lrope_search.optimizers.space import CurveSpace
 
 N_LAYER = 24

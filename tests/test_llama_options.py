@@ -16,10 +16,11 @@ from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 from lrope_gguf.rope_scaling import RopeScaling, differences
-from lrope_search.config import CACHE_TYPES, ModelConfig
+from lrope_search import ModelConfig
 from lrope_search.evaluation.binding import llama_library
 from lrope_search.evaluation.make import open_model
 from lrope_search.evaluation.model import Model
+from lrope_search.evaluation.settings import CACHE_TYPES
 
 native = pytest.mark.native
 YARN_OPTIONS = {"rope_scaling": "yarn", "rope_scale": 4.0, "yarn_orig_ctx": 256}  # what the file of YARN says

@@ -23,11 +23,11 @@ from support.rope_models import (
 from support.tiny_models import write_readable
 
 from lrope_gguf.errors import LropeError
-from lrope_search.config import CACHE_TYPES
 from lrope_search.evaluation import binding as binding_module
 from lrope_search.evaluation import model as model_module
 from lrope_search.evaluation.memory import MemoryNeeded, check_cache_types, memory_needed
 from lrope_search.evaluation.model import Model
+from lrope_search.evaluation.settings import CACHE_TYPES
 
 native = pytest.mark.native
 _BUFFER = re.compile(r"(KV|compute|output) buffer size = +([\d.]+) MiB")

@@ -23,8 +23,8 @@ from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import read_factors, remove_factors, write_factors
 from lrope_gguf.native import tool_path
+from lrope_search import ModelConfig, task_config
 from lrope_search.commands.search import at_the_bounds
-from lrope_search.config import ModelConfig, TaskConfig
 from lrope_search.demo.server import LlamaServer
 from lrope_search.evaluation.divergence import GuardTexts
 from lrope_search.evaluation.make import EvaluatorSpec
@@ -282,7 +282,7 @@ def test_ray_finds_the_same(model: Path, tmp_path: Path) -> None:
 
 def test_the_number_of_threads_does_not_matter(model: Path) -> None:
     """Which is why workers may share the threads that one would have: scores are equal bit by bit."""
-    how, task = ModelConfig(str(model)), TaskConfig(identifiers="number", keys=12, probes=4)
+    how, task = ModelConfig(str(model)), task_config(identifiers="number", keys=12, probes=4)
     text = tuple(range(10, 74))
     texts = GuardTexts((text[:16], text[16:32]), text)
     scores = []

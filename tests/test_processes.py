@@ -15,8 +15,7 @@ from support.synthetic import Landscape
 from support.worker_evaluators import Workers, see
 
 from lrope_gguf.errors import LropeError
-from lrope_search import machine
-from lrope_search.config import SearchConfig
+from lrope_search import SearchConfig, machine
 from lrope_search.machine import free_memory, visible_gpus
 from lrope_search.scores import GUARD, Job
 from lrope_search.study.progress import Progress

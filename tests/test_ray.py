@@ -15,7 +15,7 @@ from support.synthetic import Landscape
 from support.worker_evaluators import Workers, see
 
 from lrope_gguf.errors import LropeError
-from lrope_search.config import SearchConfig
+from lrope_search import SearchConfig
 from lrope_search.scores import Job
 from lrope_search.study.progress import Progress
 from lrope_search.study.run import run_search

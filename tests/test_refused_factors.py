@@ -19,7 +19,7 @@ from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import plan_write
 from lrope_gguf.model_info import read_model
-from lrope_search.config import ModelConfig, SearchConfig, TaskConfig, WorkersConfig
+from lrope_search import ModelConfig, SearchConfig, WorkersConfig, optimizer_config, task_config
 from lrope_search.evaluation.divergence import Guard, GuardTexts
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.model import FactorsRefusedError, Model
@@ -121,10 +121,11 @@ def test_refused_factors_score_worst_and_leave_no_trace(tmp_path: Path) -> None:
 
 
 SETTINGS = SearchConfig(
-    max_evaluations=14, population=8, search_contexts=2, validation_contexts=2, test_contexts=6, finalists=2,
-    uniform_factors=(0.5, 1.1), max_kl=100.0, width=0.3,
+    max_evaluations=14, algorithm=optimizer_config("ga", population=8, width=0.3),
+    search_contexts=2, validation_contexts=2, test_contexts=6, finalists=2,
+    uniform_factors=(0.5, 1.1), max_kl=100.0,
 )  # fmt: skip
-TASK = TaskConfig("kv", keys=6, probes=3, identifiers="number")
+TASK = task_config("kv", keys=6, probes=3, identifiers="number")
 
 
 @native

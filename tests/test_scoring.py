@@ -13,7 +13,7 @@ from support.rope_models import GEMMA3, LLAMA, TinyModel, by_name
 from support.tiny_models import write_readable
 
 from lrope_gguf.errors import LropeError
-from lrope_search import ModelConfig, SearchConfig, TaskConfig, search
+from lrope_search import ModelConfig, SearchConfig, search, task_config
 from lrope_search.evaluation import evaluator as evaluator_module
 from lrope_search.evaluation import model as model_module
 from lrope_search.evaluation.evaluator import SCORINGS, TeacherForcedEvaluator, default_scoring
@@ -25,7 +25,7 @@ from lrope_search.tasks import KeyValueTask
 
 native = pytest.mark.native
 ONES, CURVE = (1.0,) * 6, (0.8, 1.0, 1.3, 1.7, 1.1, 2.5)
-TASK = TaskConfig("kv", keys=6, probes=4, seed=3)
+TASK = task_config("kv", keys=6, probes=4, seed=3)
 SEARCH = SearchConfig(max_evaluations=3, search_contexts=1, validation_contexts=1, test_contexts=2, finalists=1)
 
 

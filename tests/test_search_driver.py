@@ -22,7 +22,7 @@ from support.virtual_workers import VirtualExecutor
 
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
-from lrope_search.config import SearchConfig
+from lrope_search import SearchConfig, optimizer_config
 from lrope_search.optimizers.protocol import Candidate, Optimizer, Score
 from lrope_search.results.objective import Objective
 from lrope_search.scores import GUARD, ContextScore, DivergenceScore, Evaluator, Job, ProbeScore
@@ -205,7 +205,9 @@ def test_neither_workers_nor_the_order_of_results_matter(tmp_path: Path, whole: 
 
 @pytest.mark.parametrize(("lag", "utilisation"), [(8, 0.93), (16, 0.98)])
 def test_no_worker_idles_longer_than_one_evaluation(tmp_path: Path, lag: int, utilisation: float) -> None:
-    settings = dataclasses.replace(SETTINGS, max_evaluations=120, search_contexts=4, lag=lag)
+    settings = dataclasses.replace(
+        SETTINGS, max_evaluations=120, search_contexts=4, algorithm=optimizer_config("ga", lag=lag)
+    )
     executor = VirtualExecutor(Landscape(), 4, uneven)
     search(tmp_path, settings=settings, executor=lambda evaluator: executor)
     searches = [span for span in executor.spans if span.job.split == "search"]
@@ -317,11 +319,9 @@ def test_the_other_algorithms_search_too(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_the_algorithm_lacks_is_refused() -> None:
-    with pytest.raises(LropeError, match=r"^--population: means nothing to --algorithm random; leave it out$"):
-        SearchConfig(algorithm="random", population=12)
-    with pytest.raises(LropeError, match=r"^--lag: means nothing to --algorithm de"):
-        SearchConfig(algorithm="de", lag=20)
-    assert make_optimizer(SearchConfig(population=12), 4).lag == 8
+    with pytest.raises(LropeError, match=r"^random.population: no such setting; algorithm random has width, lag$"):
+        optimizer_config("random", population=12)
+    assert make_optimizer(SearchConfig(algorithm=optimizer_config("ga", population=12)), 4).lag == 8
 
 
 def test_a_finished_search_runs_again_without_evaluating(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import gguf
 import pytest
 
 from lrope_gguf import LropeError
-from lrope_search import TaskConfig
+from lrope_search import task_config
 from lrope_search.demo.model import embedded_model
 from lrope_search.tasks import make_task
 
@@ -55,7 +55,7 @@ def by_context(right: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
 
 
 def test_the_exported_task_asks_what_our_own_task_asks(judge: Any, tmp_path: Path) -> None:
-    config = TaskConfig("kv", keys=20, probes=5, identifiers="word", seed=1000)
+    config = task_config("kv", keys=20, probes=5, identifiers="word", seed=1000)
     n_ctx = judge.export_kv(config, 3, tmp_path)
     records = [json.loads(line) for line in (tmp_path / "lrope_kv.jsonl").read_text().splitlines()]
     contexts = [make_task(config).context("test", index) for index in range(3)]
@@ -68,7 +68,7 @@ def test_the_exported_task_asks_what_our_own_task_asks(judge: Any, tmp_path: Pat
 
 
 def test_answers_that_a_prefix_begins_have_room_for_all_of_a_uuid(judge: Any, tmp_path: Path) -> None:
-    judge.export_kv(TaskConfig("kv", keys=4, probes=2, answer_prefix=' "'), 1, tmp_path)
+    judge.export_kv(task_config("kv", keys=4, probes=2, answer_prefix=' "'), 1, tmp_path)
     task = json.loads((tmp_path / "lrope_kv.yaml").read_text())
     assert task["generation_kwargs"] == {"until": ["\n"], "max_gen_toks": 38}
     first = json.loads((tmp_path / "lrope_kv.jsonl").read_text().splitlines()[0])

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from lrope_gguf import LropeError, native
-from lrope_search import Measurement
-from lrope_search.config import ModelConfig, TaskConfig
+from lrope_search import Measurement, ModelConfig, TaskConfig, task_config
 from lrope_search.results.table import depth_table
 from lrope_search.scores import ContextScore, ProbeScore
 
@@ -28,17 +27,17 @@ def parse(benchmark: Callable[[str], Any], *given: str) -> dict[str, TaskConfig]
 
 
 TASKS = [
-    (["kv"], [TaskConfig("kv")]),
-    (["kv:keys=7,probes=3", "vt:lines=30"], [TaskConfig("kv", keys=7, probes=3), TaskConfig("vt", lines=30)]),
+    (["kv"], [task_config("kv")]),
+    (["kv:keys=7,probes=3", "vt:lines=30"], [task_config("kv", keys=7, probes=3), task_config("vt", lines=30)]),
     # options of the line are for all that take them, and one's own size replaces another's
     (["kv", "multikey:keys=9", "vt", "--context-tokens", "500", "--probes", "4", "--seed", "2"],
-     [TaskConfig("kv", context_tokens=500, probes=4, seed=2), TaskConfig("multikey", keys=9, probes=4, seed=2),
-      TaskConfig("vt", context_tokens=500, probes=4, seed=2)]),
+     [task_config("kv", context_tokens=500, probes=4, seed=2), task_config("multikey", keys=9, probes=4, seed=2),
+      task_config("vt", context_tokens=500, probes=4, seed=2)]),
     (["kv:identifiers=word", "kv:identifiers=number", "cwe", "--identifiers", "uuid", "--answer-prefix", "x"],
-     [TaskConfig("kv", identifiers="word", answer_prefix="x"), TaskConfig("kv", identifiers="number",
-      answer_prefix="x"), TaskConfig("cwe", answer_prefix="x")]),
+     [task_config("kv", identifiers="word", answer_prefix="x"), task_config("kv", identifiers="number",
+      answer_prefix="x"), task_config("cwe", answer_prefix="x")]),
     (["mdqa:data=nq.jsonl,documents=5", "fwe:context-tokens=90"],
-     [TaskConfig("mdqa", data="nq.jsonl", documents=5), TaskConfig("fwe", context_tokens=90)]),
+     [task_config("mdqa", data="nq.jsonl", documents=5), task_config("fwe", context_tokens=90)]),
 ]  # fmt: skip
 
 
@@ -54,11 +53,11 @@ BAD_TASKS = [
     (["kv:keys"], "--tasks kv:keys: 'keys' is no option with a value; kv has context-tokens, data, identifiers, keys,"),
     (["kv:size=3"], "--tasks kv:size=3: 'size=3' is no option with a value"),
     (["kv:keys=many"], "--tasks kv:keys=many: 'many' is no whole number"),
-    (["kv:keys=0"], "--keys 0: too few"),
-    (["kv:lines=3"], "--lines: means nothing to --task kv; it is for --task vt"),
+    (["kv:keys=0"], "--keys 0: too small"),
+    (["kv:lines=3"], "lines: means nothing to --task kv; it is for --task vt"),
     (["kv:keys=3,context-tokens=9"], "--keys, --context-tokens: both give a context's size"),
     (["mdqa"], "--task mdqa: needs an nq-open file"),
-    (["kv", "cwe", "--lines", "5"], "--lines: means nothing to --task kv"),
+    (["kv", "cwe", "--lines", "5"], "lines: means nothing to --task kv"),
 ]
 
 
@@ -73,8 +72,8 @@ def test_who_may_see_what_of_a_file_is_for_the_file_to_say(benchmark: Callable[[
     """Another seed would shuffle it otherwise, and the test's contexts would be ones that the search has seen."""
     setting = benchmark("transfer").Setting
     model = ModelConfig("m.gguf")
-    assert setting("a", model, TaskConfig("kv", keys=3)).seeded(5).seed == 5
-    assert setting("b", model, TaskConfig("jsonl", data="mine.jsonl", seed=2)).seeded(5).seed == 2
+    assert setting("a", model, task_config("kv", keys=3)).seeded(5).seed == 5
+    assert setting("b", model, task_config("jsonl", data="mine.jsonl", seed=2)).seeded(5).seed == 2
 
 
 def measurement(rights: dict[str, list[int]], generated: bool = False) -> Measurement:
@@ -93,7 +92,7 @@ def measurement(rights: dict[str, list[int]], generated: bool = False) -> Measur
 
 def test_tables(benchmark: Callable[[str], Any]) -> None:
     transfer = benchmark("transfer")
-    task, model = TaskConfig("kv"), ModelConfig("m.gguf")
+    task, model = task_config("kv"), ModelConfig("m.gguf")
     settings = [transfer.Setting("F16", model, task), transfer.Setting("Q4_0", model, task)]
     rows = [("F16", 0), ("Q4_0", 0)]
     found = {
@@ -120,7 +119,7 @@ def test_tables_of_given_curves_and_of_few_contexts(benchmark: Callable[[str], A
     """Nothing was searched, so nothing stands beside; other tasks' contexts do not pair; few tell no interval."""
     transfer = benchmark("transfer")
     model = ModelConfig("m.gguf")
-    settings = [transfer.Setting(name, model, TaskConfig(name)) for name in ("kv", "vt")]
+    settings = [transfer.Setting(name, model, task_config(name)) for name in ("kv", "vt")]
     found = {s.name: measurement({"base": [1, 1], "curve c": [2, 3]}, generated=True) for s in settings}
     accuracy, log_probability, written = transfer.tables(settings, [("curve c", None)], found)
     assert accuracy.splitlines()[4:] == ["| base | 25.0 % | 25.0 % |", "| curve c | +37.5 | +37.5 |"]

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from .evaluation.settings import ModelConfig
     from .launch import estimate, search
     from .measurement import Measurement, measure
-    from .optimizers.settings import optimizer
+    from .optimizers.settings import optimizer_config
     from .study.run import SearchOutcome, run_search
     from .study.settings import SearchConfig
     from .study.store import Study
-    from .tasks.settings import TaskConfig, TaskMix, task
+    from .tasks.settings import TaskConfig, TaskMix, task_config
     from .workers.settings import WorkersConfig
 
 __all__ = [
@@ -30,21 +30,21 @@ __all__ = [
     "WorkersConfig",
     "estimate",
     "measure",
-    "optimizer",
+    "optimizer_config",
     "run_search",
     "search",
-    "task",
+    "task_config",
 ]
 
 _WHERE = {
     "evaluation.settings": ("ModelConfig",),
     "launch": ("estimate", "search"),
     "measurement": ("Measurement", "measure"),
-    "optimizers.settings": ("optimizer",),
+    "optimizers.settings": ("optimizer_config",),
     "study.run": ("SearchOutcome", "run_search"),
     "study.settings": ("SearchConfig",),
     "study.store": ("Study",),
-    "tasks.settings": ("TaskConfig", "TaskMix", "task"),
+    "tasks.settings": ("TaskConfig", "TaskMix", "task_config"),
     "workers.settings": ("WorkersConfig",),
 }
 

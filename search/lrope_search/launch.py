@@ -47,9 +47,9 @@ def search(
     Progress goes to the standard error, and with everything else into ``directory``.
 
     Example:
-        >>> from lrope_search import ModelConfig, SearchConfig, search, task
+        >>> from lrope_search import ModelConfig, SearchConfig, search, task_config
         >>> outcome = search(
-        ...     ModelConfig("model.gguf"), task("kv", keys=100), SearchConfig(max_evaluations=80), "my.study"
+        ...     ModelConfig("model.gguf"), task_config("kv", keys=100), SearchConfig(max_evaluations=80), "my.study"
         ... )  # doctest: +SKIP
         >>> outcome.best.save("best.json")  # doctest: +SKIP
 

@@ -104,9 +104,9 @@ def measure(
     Progress goes to the standard error.
 
     Example:
-        >>> from lrope_search import ModelConfig, measure, task
+        >>> from lrope_search import ModelConfig, measure, task_config
         >>> model, factors = ModelConfig("model.gguf"), (1.0,) * 8 + (1.2,) + (1.0,) * 15
-        >>> print(measure(model, task("kv", keys=100), {"layer 8": factors}))  # doctest: +SKIP
+        >>> print(measure(model, task_config("kv", keys=100), {"layer 8": factors}))  # doctest: +SKIP
 
     Args:
         model: The model and how it is run.

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lrope_search.config import SearchConfig
+from lrope_search import SearchConfig
 from lrope_search.scores import ContextScore
 from lrope_search.study.progress import Progress
 from lrope_search.study.run import SearchOutcome, run_search

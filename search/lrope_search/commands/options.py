@@ -130,7 +130,7 @@ class Gathered:
         said[key] = given
 
     def _own(self, name: str, texts: Sequence[str]) -> dict[str, Given]:
-        """Return what an option says of each task: of all that take it, or, as ``TASK=VALUE``, of one; the last wins."""
+        """Return what an option says of each task: of all that take it, or of one (``TASK=VALUE``); the last wins."""
         flag = f"--{name.replace('_', '-')}"
         takers = [task for task in self.tasks if any(one.name == name for one in TASKS[task].settings())]
         found: dict[str, Given] = {}

@@ -19,7 +19,7 @@ from lrope_gguf.text import command_line, say, sparkline
 
 from ..evaluation.settings import ModelConfig
 from ..launch import search
-from ..optimizers.settings import optimizer
+from ..optimizers.settings import optimizer_config
 from ..results.comparison import depth_groups
 from ..study.run import SearchOutcome
 from ..study.settings import SearchConfig
@@ -138,7 +138,7 @@ _EMBEDDED = _Demo(
         validation_contexts=12,
         test_contexts=40,
         uniform_factors=(0.8, 0.9, 1.2, 1.4, 1.6, 2.0),
-        algorithm=optimizer("ga", width=0.3),
+        algorithm=optimizer_config("ga", width=0.3),
         max_kl=100.0,  # ordinary text means nothing to this model
     ),
     n_asked=4,

@@ -28,7 +28,7 @@ LAG = 8
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Settings):
-    """An optimizer. `optimizer` makes one by its name, which is the ``section`` of its class."""
+    """An optimizer. `optimizer_config` makes one by its name, which is the ``section`` of its class."""
 
     summary: ClassVar[str] = ""
 
@@ -79,7 +79,7 @@ OPTIMIZERS: Registry[OptimizerConfig] = Registry(
 """The optimizers by their names."""
 
 
-def optimizer(name: str = "ga", **values: Any) -> OptimizerConfig:
+def optimizer_config(name: str = "ga", **values: Any) -> OptimizerConfig:
     """Return the settings of the optimizer ``name``; a value of None is the default.
 
     Raises:

@@ -10,7 +10,7 @@ from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, Point
 from lrope_gguf.errors import LropeError
 from lrope_gguf.rope_scaling import MAX_FACTOR
 
-from ..optimizers.settings import LAG, OPTIMIZERS, PARAMETRIZATIONS, UNIFORM_FACTORS, OptimizerConfig, optimizer
+from ..optimizers.settings import LAG, OPTIMIZERS, PARAMETRIZATIONS, UNIFORM_FACTORS, OptimizerConfig, optimizer_config
 from ..sample import SPLITS, default_contexts, default_probes
 from ..settings import SettingError, Settings, setting
 from .racing import Racing
@@ -34,7 +34,7 @@ class SearchConfig(Settings):
     factor goes on to validation beside the finalists.
 
     Args:
-        algorithm: What proposes candidates: a name of `OPTIMIZERS`, or its settings (`optimizer`).
+        algorithm: What proposes candidates: a name of `OPTIMIZERS`, or its settings (`optimizer_config`).
         start: What to begin with, within these bounds; of ``parametrization="bezier"`` curves of this degree.
 
     Raises:
@@ -100,7 +100,7 @@ class SearchConfig(Settings):
         if not isinstance(self.seed, int) or self.seed < 0:
             raise SettingError(("seed",), f"--seed {self.seed}", "no whole number from 0 on")
         if isinstance(self.algorithm, str):
-            object.__setattr__(self, "algorithm", optimizer(self.algorithm))
+            object.__setattr__(self, "algorithm", optimizer_config(self.algorithm))
         if len(self.bounds) != 2:
             raise self.wrong("wants two numbers such as 0.5,4", "bounds")
         low, high = self.bounds

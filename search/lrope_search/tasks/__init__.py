@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..sample import SPLITS
     from .counting import CommonWordsTask, FrequentWordsTask
     from .identifiers import IDENTIFIERS, Identifiers
     from .jsonl import JsonlTask
@@ -34,12 +35,13 @@ _WHERE = {
     "needles": ("MultiKeyTask",),
     "settings": ("TASKS", "Count", "TaskConfig", "TaskMix", "Tasks"),
     "sizing": ("TokenLimit",),
-    "task": ("Task",),
+    "task": ("SPLITS", "Task"),
     "variables": ("VariableTask",),
 }
 
 __all__ = [
     "IDENTIFIERS",
+    "SPLITS",
     "TASKS",
     "AnyTask",
     "CommonWordsTask",

@@ -6,9 +6,9 @@ A task is one file, which declares its settings beside the task that they make, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 from lrope_gguf.errors import LropeError
 
@@ -26,7 +26,7 @@ POSITIONS = ("jittered", "even")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(Settings):
-    """A task: what the model is asked. `task` makes one by its name.
+    """A task: what the model is asked. `task_config` makes one by its name.
 
     ``section`` of a subclass is the task's name, ``summary`` what it asks.
 
@@ -77,6 +77,11 @@ class TaskConfig(Settings):
     def to_json(self) -> dict[str, Any]:
         """Return all that decides the questions as a JSON object, with the defaults put in where they are known."""
         return {"name": self.section} | super().to_json()
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Return what `to_json` of this task wrote."""
+        return super().from_json({key: item for key, item in value.items() if key != "name"})
 
 
 def tokens_setting(text: str) -> Any:
@@ -132,11 +137,11 @@ TASKS: Registry[TaskConfig] = Registry(
 """The tasks by their names; a mix keeps this order."""
 
 
-def task(name: str = "kv", **values: Any) -> TaskConfig:
+def task_config(name: str = "kv", **values: Any) -> TaskConfig:
     """Return the settings of the task ``name``; a value of None is the default.
 
     Example:
-        >>> task("kv", keys=100).to_json()["identifiers"]
+        >>> task_config("kv", keys=100).to_json()["identifiers"]
         'uuid'
 
     Raises:
