@@ -27,6 +27,7 @@ from options import (
     gain_text,
     head,
     model_of,
+    resized,
     row,
     scaled,
     search_of,
@@ -133,9 +134,8 @@ def main() -> None:
                 continue  # none of them scales there
             begin = time.perf_counter()
             try:
-                found = searched(
-                    args, model, replace(task, context_tokens=round(multiple * args.trained)), scaling, multiple
-                )
+                sized = resized(task, context_tokens=round(multiple * args.trained))
+                found = searched(args, model, sized, scaling, multiple)
             except LropeError as error:
                 found = row((f"{multiple:g}x", "", scaling, error, *[""] * 4))
             print(found, flush=True)

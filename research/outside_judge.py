@@ -98,6 +98,7 @@ def export_kv(config: TaskConfig, contexts: int, folder: Path) -> int:
             room = max(room, len(f"{lead}{probe.answer}".encode()) + 2)
     data = folder / f"{KV}.jsonl"
     data.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    end = " " if getattr(config, "identifiers", None) == "word" else "\n"
     description = {
         "task": KV,
         "dataset_path": "json",
@@ -106,7 +107,7 @@ def export_kv(config: TaskConfig, contexts: int, folder: Path) -> int:
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": [" " if config.identifiers == "word" else "\n"], "max_gen_toks": room},
+        "generation_kwargs": {"until": [end], "max_gen_toks": room},
         "metric_list": [
             {
                 "metric": "exact_match",
@@ -363,7 +364,7 @@ def both(
 def kv(args: argparse.Namespace) -> None:
     """Our contexts, lm-eval's and our own figures."""
     task = task_of(args)
-    if task.name != "kv" or task.context_tokens is not None:
+    if task.name != "kv" or getattr(task, "context_tokens", None) is not None:
         raise LropeError("--task, --context-tokens: only the kv task is exported, of so many --keys")
     TaskMix.of(task).check_contexts("--contexts", args.contexts)
     with tempfile.TemporaryDirectory() as folder:
