@@ -1,6 +1,6 @@
 """Per-layer RoPE position interpolation for GGUF models: curves, metadata and the command line.
 
-`read_factors(path)` gives a model's stored factors `s_l`, one float a layer (layer `l` rotates as at position
+`read_factors(path)` gives a model's stored factors `s_l`, one float per layer (layer `l` rotates as at position
 `p / s_l`; 1 changes nothing), or None; `write_factors(path, factors)` stores them, with `scaling=Scaling("yarn", 4)` a
 RoPE scaling besides; `plan_write` says what that would do, and `remove_factors(path)` is its inverse, byte for byte.
 `read_model(path)` gives all that concerns RoPE in a model's header. Whatever goes wrong with a file or a value raises

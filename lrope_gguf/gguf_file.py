@@ -70,7 +70,7 @@ class Entry(NamedTuple):
 
 
 class Value(NamedTuple):
-    """A number or a string: its GGUF type, and its bytes in the file's order; of a string those of the text alone."""
+    """A number or a string: its GGUF type, and its bytes in the file's byte order, without a string's length."""
 
     kind: int
     data: bytes
@@ -177,8 +177,10 @@ class GGUFFile(Values):
         """Open and scan `path`."""
         self.path = Path(path)
         try:
-            if not self.path.is_file():  # first, because opening a pipe would wait
-                raise LropeError(f"{path}: {'is not a regular file' if self.path.exists() else 'no such file'}")
+            if not self.path.exists():
+                raise LropeError(f"{path}: no such file; check the name")
+            if not self.path.is_file():  # opening a pipe would wait
+                raise LropeError(f"{path}: is not a regular file; give a model")
             self.file = FileIO(self.path, "rb")
         except OSError as error:
             raise LropeError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
@@ -226,7 +228,7 @@ class GGUFFile(Values):
             while len(data) < end - start:
                 part = self.file.read(end - start - len(data))
                 if not part:
-                    raise LropeError(f"{self.path}: ended at byte {start + len(data)} while being read; try again")
+                    raise LropeError(f"{self.path}: was shortened while being read, to {start + len(data)} bytes")
                 data += part
         except OSError as error:
             raise LropeError(
@@ -237,7 +239,7 @@ class GGUFFile(Values):
     # Scan
 
     def _error(self, at: int, what: str) -> LropeError:
-        return LropeError(f"{self.path}: {what} at byte {at}; the file is damaged or incomplete, get it again")
+        return LropeError(f"{self.path}: {what} at byte {at}; the file is damaged or incomplete, get a new copy")
 
     def _scan(self) -> None:
         self._position, self._window, self._window_start = 0, b"", 0
@@ -254,7 +256,7 @@ class GGUFFile(Values):
             self._set_order()
             version = self._u32("the version")
         if version not in (2, 3):
-            raise LropeError(f"{self.path}: is GGUF version {version} (byte 4); versions 2 and 3 can be read")
+            raise LropeError(f"{self.path}: is GGUF version {version} (byte 4); give one of version 2 or 3")
         self.version = version
         self.n_tensors = self._count("tensors", 24, _MAX_TENSORS)
         n_keys = self._count("keys", 13, _MAX_KEYS)
@@ -396,8 +398,8 @@ class GGUFFile(Values):
             if self.data_start + end > self.size:
                 raise LropeError(
                     f"{self.path}: is truncated: tensor {last.decode(errors='replace')[:80]!r} ends at byte "
-                    f"{self.data_start + end}, the file at byte {self.size} (described at byte {last_start}); get it "
-                    "again"
+                    f"{self.data_start + end}, the file at byte {self.size} (described at byte {last_start}); get a "
+                    "new copy"
                 )
 
     def _fill(self, length: int, what: str) -> None:

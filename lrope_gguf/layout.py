@@ -1,10 +1,13 @@
-"""Where our keys stand in a GGUF file, and how they are padded.
+"""Our keys in a GGUF file: where they stand, how they are padded, and how the entries that they replace are kept.
 
-They are inserted together after the last key, in a block of whole pages: a string is padded with spaces until the
-file's keys, with those gone that ours replace, are longer by a multiple of the file's alignment and of 4096 bytes. So
-whatever follows moves as it is and stays aligned; taking the block out and putting the others back gives the old file
-again; file systems can share the tensor data between old and new file; and later curves fit into the padding and are
-written in place.
+Our keys stand together after the last key, in a block of whole pages: a string is padded with spaces until the file's
+keys are longer than before by a multiple of the file's alignment and of 4096 bytes. So whatever follows keeps its
+alignment, removing the block gives the old file again, file systems can share the tensor data between the old and the
+new file, and a later curve fits into the padding and is written in place.
+
+`lrope.original` names the scaling keys that are ours and keeps the entries that they replaced. It is a string, because
+every tool that copies keys copies strings: JSON in ASCII. It counts keys instead of bytes and has numbers in
+little-endian order, so that it still holds after another tool has lengthened a value or changed the byte order.
 """
 
 from __future__ import annotations
@@ -76,13 +79,13 @@ def originals_of(gguf: GGUFFile) -> Originals:
         return Originals()
     try:
         if entry.kind != STRING or entry.end - entry.value > _MAX_STORED:
-            raise ValueError("no string of this size")
+            raise ValueError("not a string, or too long")
         return _loads(gguf.read(entry.value, entry.end).rstrip(b" "), gguf.order)
     except (ValueError, RecursionError) as error:
-        why = str(error) if type(error) is ValueError else "no JSON"
+        why = str(error) if type(error) is ValueError else "not JSON"
         raise LropeError(
-            f"{gguf.path}: {ORIGINAL_KEY} at byte {entry.start} is damaged ({why}), and with it what stood in the file "
-            "before; get the model again"
+            f"{gguf.path}: {ORIGINAL_KEY} at byte {entry.start} is damaged ({why}), so the old values are lost; get "
+            "a new copy of the model"
         ) from None
 
 
@@ -91,34 +94,34 @@ def _loads(text: bytes, order: str) -> Originals:
         raise ValueError(f"{len(text)} bytes")
     document = json.loads(text.decode("ascii"))
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise ValueError("of another format")
+        raise ValueError("another format")
     if document.get("version") != _VERSION or isinstance(document["version"], bool):
-        raise ValueError("of another version")
+        raise ValueError("another version")
     written, replaced = document.get("written"), document.get("replaced")
     if not isinstance(written, list) or not all(name in NAMES for name in written) or len({*written}) < len(written):
-        raise ValueError("its written keys")
+        raise ValueError("the list of written keys")
     if not isinstance(replaced, list):
-        raise ValueError("its replaced keys")
+        raise ValueError("the list of replaced keys")
     kept = tuple(_kept(item, order) for item in replaced)
     names, places = [item.name for item in kept], [item.at for item in kept]
     # one that is not written anew could come back beside itself; ours was never another's
     if not {*names} <= {*written} - {DYNAMIC} or len({*names}) < len(names) or places != sorted({*places}):
-        raise ValueError("its replaced keys")
+        raise ValueError("the list of replaced keys")
     return Originals(tuple(written), kept)
 
 
 def _kept(item: Any, order: str) -> Kept:
     if not isinstance(item, dict):
-        raise ValueError("its replaced keys")
+        raise ValueError("the list of replaced keys")
     at, name, kind, value = (item.get(field) for field in ("at", "name", "type", "value"))
     if type(at) is not int or type(kind) is not int or not isinstance(name, str) or not isinstance(value, str):
-        raise ValueError("its replaced keys")
+        raise ValueError("the list of replaced keys")
     if not 0 <= at < _MAX_AT or name not in NAMES or _HEX.fullmatch(value) is None:
-        raise ValueError(f"its {name[:80]!r}")
+        raise ValueError(f"the replaced {name[:80]!r}")
     data = bytes.fromhex(value)
     right = len(data) <= MAX_TEXT if kind == STRING else kind in SCALARS and len(data) == struct.calcsize(SCALARS[kind])
     if not right:
-        raise ValueError(f"its {name[:80]!r}")
+        raise ValueError(f"the replaced {name[:80]!r}")
     return Kept(at, name, _little(Value(kind, data), order))
 
 
@@ -135,7 +138,7 @@ class Part(NamedTuple):
 
 
 class Base:
-    """A file as it was before we wrote to it: without our keys, and with the entries back that they replace.
+    """A file as it was before we wrote to it: without our keys, and with the entries that these replaced.
 
     Attributes:
         gguf: the file.
@@ -173,7 +176,9 @@ class Base:
         """One of our entries as it stands in the file."""
         entry = self.ours[key]
         if entry.end - entry.start > _MAX_ENTRY:
-            raise LropeError(f"{self.gguf.path}: {key} has {entry.end - entry.start} bytes; take it out with remove")
+            raise LropeError(
+                f"{self.gguf.path}: {key} is {entry.end - entry.start} bytes, too many to keep; remove it first"
+            )
         return Part(key, self.gguf.read(entry.start, entry.end))
 
     @property

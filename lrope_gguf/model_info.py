@@ -92,14 +92,16 @@ class ModelInfo:
         n_layer = self.n_layer or 0
         if self.block_count and not n_layer:
             raise LropeError(
-                f"{self.path}: is a multi-token-prediction head alone, whose layers keep factor 1; write factors into "
-                "the model that it belongs to"
+                f"{self.path}: holds only a multi-token-prediction head, whose layers keep factor 1; write the factors "
+                "to the model that it belongs to"
             )
         if not factors or len(factors) not in (n_layer, self.block_count):
-            raise LropeError(f"{self.path}: {len(factors)} factors for a model of {n_layer} layers; give one a layer")
+            raise LropeError(f"{self.path}: {len(factors)} factors for a model of {n_layer} layers; give one per layer")
         for layer, factor in enumerate(factors[n_layer:], n_layer):
             if factor != 1:
-                raise LropeError(f"{self.path}: layer {layer} is of a multi-token-prediction head and keeps factor 1")
+                raise LropeError(
+                    f"{self.path}: layer {layer} belongs to a multi-token-prediction head and must keep factor 1"
+                )
         return tuple(factors[:n_layer])
 
     def layers_reaching(self, n_tokens: int) -> tuple[int, ...]:
@@ -117,7 +119,7 @@ class ModelInfo:
         Raises:
             LropeError: the header does not tell which layers these are, or there is none.
         """
-        ask = "give one factor a layer with --factors"
+        ask = "give one factor per layer with --factors"
         if self.reach_error is not None:
             raise LropeError(f"{self.path}: {self.reach_error}; {ask}")
         layers = self.whole_context_layers
@@ -262,9 +264,7 @@ def _shards(gguf: GGUFFile) -> int:
         number, count = int(match[2]) - 1, int(match[3])
     if number > 0:
         first = gguf.path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf") if match else "the file -00001-of-..."
-        raise LropeError(
-            f"{gguf.path}: is shard {number + 1} of {count} of a split model; its metadata are in {first}, give that"
-        )
+        raise LropeError(f"{gguf.path}: is shard {number + 1} of {count} of a split model; give the first, {first}")
     return max(count, 1)
 
 
@@ -309,7 +309,7 @@ def _stored_factors(gguf: GGUFFile, key: str, n: int | None) -> tuple[tuple[floa
     if entry is None:
         return None, None
     if (entry.kind, entry.item) != (ARRAY, FLOAT32):
-        return None, f"{key} is no array of float32"
+        return None, f"{key} is not an array of float32"
     if entry.length != n:
         return None, f"{key} has {entry.length} values for {n or 'an unknown number of'} layers"
     values = struct.unpack(f"{gguf.order}{n}f", gguf.read(entry.value, entry.end))

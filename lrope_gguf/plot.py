@@ -122,7 +122,7 @@ def plot_factors(
 
     Args:
         path: the picture's file.
-        factors: one a layer.
+        factors: one per layer.
         control_points: of the Bézier curve to draw with them, `(x, y)` with x from 0 to 1.
         n_layer: the layers that the curve spans; by default all.
         title: above the picture; control characters are left out.

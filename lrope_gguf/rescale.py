@@ -1,4 +1,4 @@
-"""From the scaling that a file says to another one: which of its keys change, how it rotates then, and back again."""
+"""Changing a file's RoPE scaling: which keys change, how the model rotates then, and what a removal restores."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lrope_gguf.rope_scaling import NAMES, Recipe, RopeScaling, Scaling, recipe,
 
 @dataclass(frozen=True)
 class KeyChange:
-    """What becomes of a key.
+    """What happens to one key.
 
     Attributes:
         key: the key.
         action: `"restore"`: the entry that stood there before returns.
-        value: what it then holds, as text; empty where it goes.
-        was: what it holds now, as text, where that is replaced.
+        value: its new value, as text; empty where the key is removed.
+        was: its old value, as text, where that is replaced.
     """
 
     key: str
@@ -35,10 +35,10 @@ class Rescaled:
 
     Attributes:
         parts: our entries that say it.
-        originals: what stood in their place; None: `parts` are as they were, and so is `lrope.original`.
-        recipe: what the scaling comes to; None where nothing new is asked for.
+        originals: the entries that they replace; None where `parts` and `lrope.original` stay as they are.
+        recipe: the scaling in numbers; None where no new one is asked for.
         rope: how the model rotates then.
-        changes: what becomes of each key that is concerned.
+        changes: what happens to each key of the scaling.
     """
 
     parts: tuple[Part, ...]
@@ -49,7 +49,7 @@ class Rescaled:
 
 
 def rescaled(base: Base, scaling: Scaling | None) -> Rescaled:
-    """What becomes of a file's scaling; None: it stays as it is.
+    """A file's scaling after a change; with None it stays as it is.
 
     Raises:
         LropeError: the model cannot have this scaling.
@@ -102,14 +102,14 @@ def _replaceable(base: Base, name: str) -> Value:
     value = _before(base, name)
     if value is None:
         raise LropeError(
-            f"{base.gguf.path}: {base.key(name)} is no number or short string, which no llama.cpp reads; mend the file "
-            "first"
+            f"{base.gguf.path}: {base.key(name)} is neither a number nor a short string, so llama.cpp cannot read it; "
+            "repair the file first"
         )
     return value
 
 
 def _changes(base: Base, wanted: Mapping[str, Value], originals: Originals) -> tuple[KeyChange, ...]:
-    """What becomes of the file's keys where these values are all that ours say of the scaling."""
+    """What happens to the file's keys where these values are our whole scaling."""
     order, gguf = base.gguf.order, base.gguf
     changes = []
     for name in NAMES:
@@ -136,7 +136,7 @@ def _original_change(base: Base, originals: Originals) -> tuple[KeyChange, ...]:
     action: Literal["add", "replace", "keep"] = (
         "add" if not has else "keep" if originals == base.originals else "replace"
     )
-    return (KeyChange(ORIGINAL_KEY, action, "what these keys held before, for remove"),)
+    return (KeyChange(ORIGINAL_KEY, action, "the old values of these keys, which remove restores"),)
 
 
 def _text(value: Value, order: str) -> str:

@@ -1,6 +1,10 @@
-"""RoPE as llama.cpp will compute it: what a file's header says of its scaling, changed by options of a context.
+"""RoPE scaling: how llama.cpp will rotate a file's layers (`RopeScaling`), and which keys say so (`Scaling`).
 
-Which layer factors are good, and which of them the patched library can apply, depends on it.
+Which layer factors are good, and which of them the patched library can apply, depends on the scaling.
+
+The keys to write are llama.cpp's, so that a server needs no option, and one of ours, `rope.scaling.dynamic_factor`,
+which makes the scaling depend on the context's length. A stock llama.cpp aborts on a type that it does not know; it
+finds "none" or "yarn" beside our key, and runs the model without scaling or with static YaRN.
 """
 
 from __future__ import annotations
@@ -143,14 +147,14 @@ class RopeScaling:
 
     @property
     def _freq_scales(self) -> list[float]:
-        """All factors of the frequencies that contexts come to, as far as they can matter to a layer factor."""
+        """All frequency scales that a context can come to, as far as they matter to a layer factor."""
         if self.scaling != "dynamic-yarn":
             return [self._freq_scale]
         steps = [2.0 ** (k / 2) for k in range(1, 2 * int(math.log2(MAX_FACTOR)))]
         return [single(1.0 / step) for step in (*(s for s in steps if s < self.factor), self.factor or math.inf)]
 
     def json(self) -> dict[str, Any]:
-        """What has an effect of all this, as a JSON object: two equal ones rotate alike."""
+        """The fields that have an effect, as a JSON object: two equal objects rotate alike."""
         plain = self.scaling in ("none", "linear") and self._freq_scale == 1.0
         said: dict[str, Any] = {
             "scaling": "none" if plain else self.scaling,
@@ -191,15 +195,13 @@ class RopeScaling:
         """
         s = single(factor)
         if not 1.0 / MAX_FACTOR <= s <= MAX_FACTOR:
-            return f"llama.cpp takes 1/{MAX_FACTOR} to {MAX_FACTOR}; give one near 1"
+            return f"llama.cpp accepts 1/{MAX_FACTOR} to {MAX_FACTOR}; give a factor in that range"
         if s == 1.0 or not self._ext_factor:
             return None
         for fs in self._freq_scales:
             steep = abs(single(1.0 - fs)) > single(_EXT_GAIN_MAX * abs(single(s - fs)))
             if steep or single(1.0 + single(single(0.1) * _log(single(s / fs if fs else math.inf)))) <= 0.0:
-                return (
-                    f"llama.cpp takes none so close to the model's YaRN frequency scale of {fs:g}; give one further off"
-                )
+                return f"llama.cpp accepts none so close to the model's YaRN frequency scale of {fs:g}; give another"
         return None
 
 
@@ -216,9 +218,9 @@ def _log(value: float) -> float:
 
 
 def differences(wanted: object, found: RopeScaling) -> dict[str, tuple[Any, Any]]:
-    """Where ``wanted``, a JSON value of unknown origin that should be of `RopeScaling.json`, is not what was found.
+    """Where ``wanted``, a value read from a file that should be of `RopeScaling.json`, differs from what was found.
 
-    By the names of llama.cpp's options, which make it so; what makes no sense is passed over.
+    Pairs of wanted and found values, by the names of llama.cpp's options for them. Senseless values are passed over.
     """
     if not isinstance(wanted, dict) or wanted.get("scaling") not in (*KINDS, "longrope"):
         return {}
@@ -262,17 +264,17 @@ class Scaling:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.kind not in KINDS:
-            raise LropeError(f"--rope-scaling {self.kind}: is none of {', '.join(KINDS)}; give one of them")
+            raise LropeError(f"--rope-scaling {self.kind}: is unknown; give one of {', '.join(KINDS)}")
         if self.factor is not None and not (_is_number(self.factor) and 1 <= self.factor <= MAX_SCALE):
-            raise LropeError(f"--rope-scale {self.factor}: is no number from 1 to {MAX_SCALE}; give one")
+            raise LropeError(f"--rope-scale {self.factor}: is out of range; give a number from 1 to {MAX_SCALE}")
         length = self.context_length
         lengths = {"--context-length": length, "--yarn-orig-ctx": self.original}
         for option, n in lengths.items():
             if n is not None and not (isinstance(n, int) and _is_number(n) and 0 < n < _MAX_CONTEXT):
-                raise LropeError(f"{option} {n}: is no number of tokens from 1 to 2147483647; give one")
+                raise LropeError(f"{option} {n}: is out of range; give a whole number of tokens from 1 to 2147483647")
         for option, value in (("--rope-scale", self.factor), *lengths.items()):
             if self.kind == "none" and value is not None:
-                raise LropeError(f"{option} {value}: means nothing with --rope-scaling none; leave out one of them")
+                raise LropeError(f"{option} {value}: has no effect with --rope-scaling none; leave out one of the two")
         if self.kind not in ("none", "dynamic") and self.factor is None and length is None:
             raise LropeError(f"--rope-scaling {self.kind}: needs --rope-scale or --context-length; give one of them")
 
@@ -327,7 +329,7 @@ def recipe(scaling: Scaling, values: Values, architecture: str, path: Path) -> R
     kind, factor, length = scaling.kind, scaling.factor, scaling.context_length
     trained = _length(values, f"{architecture}.{CONTEXT}", path)
     if trained is None:
-        raise LropeError(f"{path}: has no {architecture}.{CONTEXT}, which a scaling starts from; give a whole model")
+        raise LropeError(f"{path}: has no {architecture}.{CONTEXT}, which every scaling needs; give a complete model")
     original = scaling.original or _length(values, f"{architecture}.{ORIGINAL}", path) or trained
     _check_kind(kind, values, architecture, path)
     if length is not None and length < original:
@@ -358,7 +360,7 @@ def _length(values: Values, key: str, path: Path) -> int | None:
     """A number of tokens; None where there is none."""
     length = values.integer(key)
     if length is not None and not 0 <= length < _MAX_CONTEXT:
-        raise LropeError(f"{path}: {key} is {length}, no number of tokens; the file is damaged")
+        raise LropeError(f"{path}: {key} is {length}, which is not a number of tokens; the file is damaged")
     return length or None
 
 
@@ -367,14 +369,14 @@ def _check_kind(kind: str, values: Values, architecture: str, path: Path) -> Non
     if values.text(f"{architecture}.{TYPE}") == "longrope":
         raise long_factors_error(path)
     if kind.startswith("dynamic") and values.has(f"{architecture}.{_SECTIONS}"):
-        raise LropeError(f"{path}: rotates by M-RoPE, which no dynamic scaling fits; give linear or yarn")
+        raise LropeError(f"{path}: uses M-RoPE, for which there is no dynamic scaling; use linear or yarn")
     if kind == "dynamic-yarn" and values.has(f"{architecture}.{_LOG_MULTIPLIER}"):
         raise LropeError(
-            f"{path}: has a magnitude of its own for YaRN ({architecture}.{_LOG_MULTIPLIER}), which dynamic YaRN does "
-            "not change; give yarn"
+            f"{path}: sets the magnitude of YaRN itself ({architecture}.{_LOG_MULTIPLIER}), which dynamic YaRN cannot "
+            "follow; use yarn"
         )
 
 
 def long_factors_error(path: Path) -> LropeError:
     """The refusal of a model with LongRoPE."""
-    return LropeError(f"{path}: scales by LongRoPE, whose factors are in the file; give a model without, or no scaling")
+    return LropeError(f"{path}: uses LongRoPE, whose factors are in the file; no other scaling can be written to it")

@@ -37,7 +37,7 @@ def test_write_takes_it_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "is for architecture qwen2" in capsys.readouterr().err
     assert main(["write", str(fits), "--curve", "qwen"]) == 1
     assert (
-        f"qwen: no such file, and no curve of that name; there are {', '.join(published())}" in capsys.readouterr().err
+        f"qwen: no such file or curve; the curves of lrope-gguf are {', '.join(published())}" in capsys.readouterr().err
     )
 
 

@@ -128,7 +128,7 @@ def test_write_uniform_asks_where_the_header_does_not_tell(
     before = path.read_bytes()
     assert main(["write", str(path), "--uniform", "1.25"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert message in line and line.endswith("; give one factor a layer with --factors")
+    assert message in line and line.endswith("; give one factor per layer with --factors")
     assert path.read_bytes() == before
     assert main(["show", str(path)]) == 0
 

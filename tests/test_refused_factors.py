@@ -73,11 +73,11 @@ def test_write_refuses_them_in_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     path = write_readable(tmp_path / "yarn.gguf", YARN_2)
     before = path.read_bytes()
     for options, message in (
-        (["--factors", "1,1,0.49,1,1,1"], "the factor of layer 2 is 0.49, but llama.cpp takes none so close to"),
-        (["--uniform", "0.5"], "YaRN frequency scale of 0.5; give one further off"),
-        (["--uniform", "1025"], "the factor of layer 0 is 1025, but llama.cpp takes 1/1024 to 1024"),
-        (["--uniform", "1e-60"], "but llama.cpp takes 1/1024 to 1024"),
-        (["--uniform", "1e60", "--dry-run"], "but llama.cpp takes 1/1024 to 1024"),
+        (["--factors", "1,1,0.49,1,1,1"], "the factor of layer 2 is 0.49, but llama.cpp accepts none so close to"),
+        (["--uniform", "0.5"], "YaRN frequency scale of 0.5; give another"),
+        (["--uniform", "1025"], "the factor of layer 0 is 1025, but llama.cpp accepts 1/1024 to 1024"),
+        (["--uniform", "1e-60"], "but llama.cpp accepts 1/1024 to 1024"),
+        (["--uniform", "1e60", "--dry-run"], "but llama.cpp accepts 1/1024 to 1024"),
     ):
         assert main(["write", str(path), *options]) == 1
         (line,) = capsys.readouterr().err.splitlines()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,23 +58,6 @@ def test_a_chat_template_that_fails_is_one_line(
     assert out == "" and len(err.splitlines()) == 1
     assert f"{path}: its chat template fails (" in err and "--no-chat-template" in err
     assert main(["eval", str(path), *ASK, "--contexts", "1", "--no-chat-template"]) == 0
-
-
-STREAMS = [(command, closed) for command in ("show {model}", "write {model} --uniform 1.1 --dry-run", "report {study}",
-                                              "show {none}", "--help", "eval --help")
-           for closed in (">&-", "2>&-", "<&-", ">&- 2>&-")]  # fmt: skip
-
-
-@pytest.mark.parametrize(("command", "closed"), STREAMS)
-def test_closed_streams_give_no_traceback(command: str, closed: str, tmp_path: Path) -> None:
-    model = write_readable(tmp_path / "m.gguf")
-    words = command.format(model=model, study=tmp_path / "none.study", none=tmp_path / "none.gguf")
-    log = tmp_path / "log"
-    shown = f"exec {sys.executable} -m lrope_gguf {words} >>{log} 2>>{log} {closed}"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    status = subprocess.run(["sh", "-c", shown], env=environment, cwd=tmp_path).returncode
-    assert status in (0, 1)
-    assert "Traceback" not in log.read_text()
 
 
 # G. No zero without a word

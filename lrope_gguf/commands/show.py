@@ -174,7 +174,7 @@ def _scaling(info: ModelInfo) -> str | None:
     if not info.has_rope:
         return "the model uses no RoPE"
     if info.scaling_error is not None:
-        return f"{info.rope.words()} (written by lrope-gguf; what was there before is not known: {info.scaling_error})"
+        return f"{info.rope.words()} (written by lrope-gguf; what was there before is unknown: {info.scaling_error})"
     if info.rope_before is not None:
         return f"{info.rope.words()} (written by lrope-gguf; was: {info.rope_before.words()})"
     if info.rope_dynamic_factor is not None:
@@ -197,7 +197,7 @@ def _factors_line(info: ModelInfo, width: int | None) -> str | None:
     if info.factors is None:
         if info.kind == "adapter":
             return None
-        return "none (1 in every layer)" if info.has_rope else "none, and none can be used"
+        return "none (1 in every layer)" if info.has_rope else "none, and they would have no effect"
     low, high = min(info.factors), max(info.factors)
     line = sparkline(info.factors)
     if width is not None:  # break it where it is longer than the terminal is wide
@@ -255,8 +255,8 @@ def _brief(value: Any) -> str:
 
 def _plot(path: str, info: ModelInfo, document: CurveFile | None, agreement: bool | None) -> None:
     if info.factors is None:
-        why = info.factors_error or "it holds no layer factors"
-        raise LropeError(f"{info.path}: nothing to plot, {why}; write factors first")
+        why = info.factors_error or "it has no layer factors"
+        raise LropeError(f"{info.path}: there is nothing to plot, because {why}; write factors first")
     from lrope_gguf.plot import plot_factors
 
     plot_factors(

@@ -30,9 +30,12 @@ _TYPE = re.compile(r"[a-z0-9_]{1,16}")
 @click.command("write", cls=Command)
 @model_argument
 @click.option(
-    "--curve", type=FILE, metavar="FILE", help="curve file, such as a search's best.json, or the name of one of ours"
-)
-@click.option("--factors", type=Numbers(), metavar="F0,F1,...", help="one factor a layer")
+    "--curve",
+    type=FILE,
+    metavar="FILE",
+    help="curve file (a search's best.json), or the name of a curve that comes with lrope-gguf",
+)  # fmt: skip
+@click.option("--factors", type=Numbers(), metavar="F0,F1,...", help="one factor per layer")
 @click.option(
     "--uniform",
     type=float,
@@ -41,26 +44,28 @@ _TYPE = re.compile(r"[a-z0-9_]{1,16}")
 )
 @click.option(
     "--rope-scaling", type=click.Choice(KINDS),
-    help="make MODEL scale RoPE so without an option of the server; none takes that away again",
+    help="store this RoPE scaling in MODEL, so that a server needs no option for it; none removes it",
 )  # fmt: skip
 @click.option(
     "--rope-scale", type=float, metavar="F",
-    help="how many times longer contexts become, 1 to 1024; the most that dynamic-yarn goes up to; of dynamic, the "
-         "factor in the NTK formula (1)",
+    help="how many times longer contexts become, 1 to 1024; with dynamic-yarn, at most; with dynamic, the factor of "
+         "the NTK formula (default 1)",
 )  # fmt: skip
 @click.option(
     "--context-length", type=int, metavar="N",
-    help="tokens of the scaled context (F times the model's own; for dynamic, the model's own)",
+    help="tokens of the scaled context (default: F times the model's own; with dynamic, the model's own)",
 )  # fmt: skip
-@click.option("--yarn-orig-ctx", type=int, metavar="N", help="tokens that MODEL was trained on (its file's)")
+@click.option(
+    "--yarn-orig-ctx", type=int, metavar="N", help="tokens that MODEL was trained on (default: what its file says)"
+)
 @output_options
-@click.option("--mapped-ok", is_flag=True, help="change MODEL in place even while a running program maps it")
+@click.option("--mapped-ok", is_flag=True, help="change MODEL in place even while a running program has it mapped")
 @click.option(
     "--preset", type=FILE, metavar="INI",
-    help="leave MODEL as it is, and write an entry for it with factors and scaling into this file, for llama-server "
+    help="leave MODEL unchanged; write an entry with its factors and scaling to this file, for llama-server "
          "--models-preset",
 )  # fmt: skip
-@click.option("--preset-name", metavar="NAME", help="that entry's name (MODEL's, with -lrope)")
+@click.option("--preset-name", metavar="NAME", help="name of that entry (default: MODEL's name with -lrope)")
 def command(
     model: str,
     curve: str | None,
@@ -125,7 +130,7 @@ def command(
     done = {
         "in place": f"written in place ({result.bytes_written} bytes)",
         "rewritten": f"written ({result.bytes_written} bytes, {whole_file(result)})",
-        "unchanged": f"unchanged, it held {'them' if scaling is None else 'that'} already",
+        "unchanged": f"unchanged, {'it already has these factors' if scaling is None else 'nothing had to change'}",
     }[result.how]
     said = [f"{result.path}: {done}"]
     if result.factors:
@@ -137,17 +142,15 @@ def command(
 
 
 def _own_scaling(info: ModelInfo, scaling: Scaling | None, rope: RopeScaling) -> list[str]:
-    """What to know where `none` finds a scaling that is the model's own."""
+    """A note where `none` leaves a scaling, because it is the model's own."""
     if scaling is None or scaling.kind != "none" or (own := rope.words()) == "none":
         return []
-    return [
-        f"{info.path}: keeps its own RoPE scaling ({own}); --rope-scaling none takes away only what write has added"
-    ]
+    return [f"{info.path}: keeps its own RoPE scaling ({own}); --rope-scaling none removes only what write has added"]
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What an entry is to say: of which model, which factors, and which scaling, with what it comes to."""
+    """What to write into a preset's entry: the model, its factors, and a scaling, with that in numbers."""
 
     model: str
     info: ModelInfo
@@ -157,7 +160,7 @@ class _Asked:
     rope: RopeScaling
 
     def options(self, served: _Served) -> dict[str, str]:
-        """The entry of a model that keeps its file."""
+        """The options of the entry."""
         name = reference(self.model)
         said = {"model": str(Path(self.model).absolute())} if name is None else {"hf": name}
         factors = self.info.factors if self.factors is None else self.factors
@@ -172,7 +175,7 @@ class _Asked:
 
     @property
     def replaced(self) -> frozenset[str]:
-        """Options of an entry that is there which these stand for."""
+        """The options of an existing entry that the new ones replace."""
         names = MODEL if self.factors is None else MODEL | FACTORS
         if self.scaling is None:
             return names
@@ -197,22 +200,22 @@ def _preset(
     notes = list(served.notes) if served.beyond else []  # the entry has the rest
     if kept:
         listed = ", ".join(f"{option} = {value}" for option, value in kept.items())
-        notes.append(f"{path}: [{name}] keeps {listed}; the factors are good for what they were searched with")
+        notes.append(f"{path}: [{name}] keeps {listed}; check that the factors were found with the same")
     if quiet:
         return notes, []
     if dry_run:
         return notes, [
-            f"{path}: would hold",
+            f"{path}: would contain",
             f"[{name}]",
             *(f"{option} = {value}" for option, value in options.items()),
         ]
     server = command_line(["llama-server", "--models-preset", path])
-    return notes, [f"{path}: [{name}] written, the name to ask for; next: {server}"]
+    return notes, [f"{path}: entry [{name}] written; ask the server for the model by this name; next: {server}"]
 
 
 @dataclass(frozen=True)
 class _Served:
-    """What a server must be told for the factors to be those that were found: options, and notes that say why.
+    """The options that a server needs to rotate as when the factors were found, and notes that say why.
 
     `beyond`: whether a note says more than the options do.
     """
@@ -223,9 +226,9 @@ class _Served:
 
 
 def _served(document: CurveFile, info: ModelInfo, rope: RopeScaling, asked: bool) -> _Served:
-    """Hold what a curve was found under, as far as its provenance tells, against how the file will rotate.
+    """Compare how layers rotated when a curve was found, as its provenance says, with how the file will rotate.
 
-    A scaling that was asked for is not taken back by options.
+    No option takes back a scaling that the user asks for (`asked`).
     """
     provenance = document.provenance if isinstance(document.provenance, dict) else {}
     said: list[str] = []
@@ -246,7 +249,7 @@ def _served(document: CurveFile, info: ModelInfo, rope: RopeScaling, asked: bool
     for name in ("cache_type_k", "cache_type_v"):
         kind = given.get(name) if isinstance(given, dict) else None
         if isinstance(kind, str) and _TYPE.fullmatch(kind):
-            add(name, kind, "no file says that")
+            add(name, kind, "no model file stores it")
     if not said:
         return _Served()
     beyond = len(options) < 2 * len(said)
@@ -256,14 +259,14 @@ def _served(document: CurveFile, info: ModelInfo, rope: RopeScaling, asked: bool
 
 
 def whole_file(result: WriteResult) -> str:
-    """What the bytes of a rewritten file are."""
+    """Which bytes of a rewritten file are new, in words."""
     if not result.bytes_shared:
         return "the whole file"
     return f"{result.bytes_shared} of them shared with the old file"
 
 
 def report(notes: Iterable[str], lines: Iterable[str]) -> None:
-    """Print lines, and on the standard error what the user should know besides."""
+    """Print lines to the standard output, and notes to the standard error."""
     for note in notes:
         say(printable(f"lrope-gguf: note: {note}"), err=True)  # one line, whatever a name holds
     for line in lines:
@@ -287,7 +290,7 @@ def plan_line(plan: WritePlan) -> str:
 def _plan_lines(plan: WritePlan, info: ModelInfo, keeps_factors: bool, uniform: float | None) -> list[str]:
     changes = [f"  {change_line(change)}" for change in plan.changes]
     if keeps_factors and not plan.factors:
-        return [plan_line(plan), *(changes or ["  nothing: it holds no scaling that write has added"])]
+        return [plan_line(plan), *(changes or ["  nothing: it has no scaling that write has added"])]
     lines = [plan_line(plan)]
     key = factors_key(info.architecture or "")
     had_array = info.factors is not None or info.factors_error is not None
@@ -301,7 +304,7 @@ def _plan_lines(plan: WritePlan, info: ModelInfo, keeps_factors: bool, uniform: 
 
 
 def change_line(change: KeyChange) -> str:
-    """What becomes of a key, in words."""
+    """What happens to a key, in words."""
     value = f": {change.value}" if change.value else ""
     return f"{change.action} {change.key}{value}" + (f" (was {change.was})" if change.was is not None else "")
 
