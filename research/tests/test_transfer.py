@@ -147,10 +147,10 @@ def test_errors_are_one_line(
     said = refusal(benchmark, capsys, "lengths", MODEL, "--lengths", "20", "30", "20")
     assert said == "20: given twice; give each setting once\n"
     said = refusal(benchmark, capsys, "lengths", MODEL, "--lengths", "20", "--curves", "none-such")
-    assert said.startswith("none-such: no such file, and no curve of that name") and said.count("\n") == 1
+    assert said.startswith("none-such: no such file") and said.count("\n") == 1
     monkeypatch.setattr(native, "_folder", lambda name: None)
     said = refusal(benchmark, capsys, "quantizations", MODEL, "--quantizations", "Q8_0")
-    assert said.startswith("llama-quantize: lrope-gguf was installed without its native part")
+    assert said.startswith("llama-quantize: ")
     assert said.count("\n") == 1
 
 
