@@ -165,44 +165,26 @@ def test_both_models_are_judged_side_by_side(
     assert json.loads(command[command.index("--metadata") + 1])["max_seq_lengths"] == [4096]
 
 
-@pytest.mark.parametrize("task", ["kv", "ruler"])
-def test_a_missing_lm_eval_is_named_in_one_line(
-    judge: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    task: str,
-) -> None:
+FAILING = "#!/bin/sh\necho Traceback >&2\necho 'ValueError: no such task' >&2\nexit 1\n"
+MISTAKES = {
+    "missing": (None, ["kv"], "pip install 'lm-eval[api]'"),
+    "missing, ruler": (None, ["ruler"], "pip install 'lm-eval[api]'"),
+    "contexts": (PROGRAM, ["kv", "--contexts", "0"], "--contexts 0: too few"),
+    "limit": (PROGRAM, ["ruler", "--limit", "0"], "--limit 0: too few"),
+    "length": (PROGRAM, ["ruler", "--length", "0"], "--length 0: too few"),
+    "failing": (FAILING, ["ruler"], "lm_eval: failed: ValueError: no such task"),
+}
+
+
+@pytest.mark.parametrize(("text", "words", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_one_line_and_no_server_stays(
+    judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    text: str | None, words: list[str], said: str,
+) -> None:  # fmt: skip
     with pytest.raises(SystemExit) as end:
-        run(judge, monkeypatch, tmp_path, tmp_path / "none", task)
+        run(judge, monkeypatch, tmp_path, tmp_path / "none" if text is None else program(tmp_path, text), *words)
     message = capsys.readouterr().err
-    assert end.value.code == 1 and message.count("\n") == 1 and "pip install 'lm-eval[api]'" in message
-    assert not NoServer.served
-
-
-@pytest.mark.parametrize(("task", "option"), [("kv", "--contexts"), ("ruler", "--limit"), ("ruler", "--length")])
-def test_too_few_is_one_line(
-    judge: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    task: str,
-    option: str,
-) -> None:
-    with pytest.raises(SystemExit) as end:
-        run(judge, monkeypatch, tmp_path, program(tmp_path, PROGRAM), task, option, "0")
-    message = capsys.readouterr().err
-    assert end.value.code == 1 and message.startswith(f"{option} 0: too few") and message.count("\n") == 1
-
-
-def test_a_failing_lm_eval_is_one_line_and_the_server_stops(
-    judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    failing = program(tmp_path, "#!/bin/sh\necho Traceback >&2\necho 'ValueError: no such task' >&2\nexit 1\n")
-    with pytest.raises(SystemExit) as end:
-        run(judge, monkeypatch, tmp_path, failing, "ruler")
-    assert end.value.code == 1 and not NoServer.running
-    assert capsys.readouterr().err == f"--lm-eval {failing}: failed: ValueError: no such task\n"
+    assert end.value.code == 1 and message.count("\n") == 1 and said in message and not NoServer.running
 
 
 def test_the_tokenizer_is_the_models_own_vocabulary(judge: Any, tmp_path: Path) -> None:
