@@ -27,7 +27,6 @@ from options import (
     gain_text,
     head,
     model_of,
-    resized,
     row,
     scaled,
     search_of,
@@ -134,8 +133,9 @@ def main() -> None:
                 continue  # none of them scales there
             begin = time.perf_counter()
             try:
-                sized = resized(task, context_tokens=round(multiple * args.trained))
-                found = searched(args, model, sized, scaling, multiple)
+                found = searched(
+                    args, model, task.but(context_tokens=round(multiple * args.trained)), scaling, multiple
+                )
             except LropeError as error:
                 found = row((f"{multiple:g}x", "", scaling, error, *[""] * 4))
             print(found, flush=True)

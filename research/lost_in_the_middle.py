@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from learning_curve import LEAST, MEASURES, kept, over_contexts
 from numpy.typing import NDArray
-from options import add_model_options, add_task_options, head, model_of, resized, row, task_of
+from options import add_model_options, add_task_options, head, model_of, row, task_of
 
 from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
@@ -193,7 +193,7 @@ def of_model(args: argparse.Namespace) -> Iterator[Length]:
     contexts = CONTEXTS if args.contexts is None else args.contexts
     for share in args.shares:
         tokens = round(share * window)
-        found = measure(model, resized(task, context_tokens=tokens), sides, contexts=contexts)
+        found = measure(model, task.but(context_tokens=tokens), sides, contexts=contexts)
         yield length_of(share, tokens, found.scores)
         each = found.seconds / contexts / len(found.sides)
         print(

@@ -20,7 +20,7 @@ from lrope_search import ModelConfig, SearchConfig, TaskConfig, optimizer_config
 from lrope_search.optimizers.settings import UNIFORM_FACTORS
 from lrope_search.results.intervals import Interval
 from lrope_search.tasks.identifiers import IDENTIFIERS
-from lrope_search.tasks.settings import POSITIONS, TASKS, check_owned
+from lrope_search.tasks.settings import POSITIONS, TASKS
 
 _SIZES = ("keys", "documents", "lines", "words", "context_tokens")
 _COUNTS = (*_SIZES, "probes")
@@ -119,17 +119,6 @@ def model_of(args: argparse.Namespace) -> ModelConfig:
 def task_of(args: argparse.Namespace) -> TaskConfig:
     """Return the task's settings."""
     return task_config(args.task, **{name: getattr(args, name) for name in (*_OWN, "seed")})
-
-
-def resized(task: TaskConfig, **size: int) -> TaskConfig:
-    """Return the task with contexts of another size.
-
-    Raises:
-        LropeError: the task has no such size.
-    """
-    for name in size:
-        check_owned(task.name, name)
-    return replace(task, **size)  # type: ignore[arg-type]  # fields of the task's own class
 
 
 def tasks_of(args: argparse.Namespace) -> dict[str, TaskConfig]:

@@ -98,7 +98,7 @@ def export_kv(config: TaskConfig, contexts: int, folder: Path) -> int:
             room = max(room, len(f"{lead}{probe.answer}".encode()) + 2)
     data = folder / f"{KV}.jsonl"
     data.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    end = " " if getattr(config, "identifiers", None) == "word" else "\n"
+    end = " " if config.to_json()["identifiers"] == "word" else "\n"
     description = {
         "task": KV,
         "dataset_path": "json",
@@ -364,7 +364,7 @@ def both(
 def kv(args: argparse.Namespace) -> None:
     """Our contexts, lm-eval's and our own figures."""
     task = task_of(args)
-    if task.name != "kv" or getattr(task, "context_tokens", None) is not None:
+    if task.name != "kv" or task.to_json()["context_tokens"] is not None:
         raise LropeError("--task, --context-tokens: only the kv task is exported, of so many --keys")
     TaskMix.of(task).check_contexts("--contexts", args.contexts)
     with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,6 @@ from options import (
     dispatch,
     gain_text,
     model_of,
-    resized,
     search_of,
     table,
     task_of,
@@ -64,7 +63,7 @@ class Setting:
 
     def seeded(self, seed: int) -> TaskConfig:
         """Return the task with contexts of this seed; where a file has them, the seed decides who may see which."""
-        return self.task if self.task.file else replace(self.task, seed=seed)
+        return self.task if self.task.file else self.task.but(seed=seed)
 
 
 def quantized(source: str, kind: str, folder: Path, n_threads: int = 1) -> tuple[Path, str]:
@@ -207,7 +206,7 @@ def show(settings: Sequence[Setting], args: argparse.Namespace) -> None:
 def lengths(args: argparse.Namespace) -> None:
     """Print the tables of several lengths."""
     model, task = model_of(args), task_of(args)
-    show([Setting(str(n), model, resized(task, keys=n)) for n in args.lengths], args)
+    show([Setting(str(n), model, task.but(keys=n)) for n in args.lengths], args)
 
 
 def quantizations(args: argparse.Namespace) -> None:

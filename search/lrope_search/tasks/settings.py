@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 from lrope_gguf.errors import LropeError
@@ -63,6 +63,16 @@ class TaskConfig(Settings):
             raise SettingError(
                 (f"{self.section}.data",), f"--task {self.section}", f"needs {self.wants}; give --data FILE"
             )
+
+    def but(self, **values: Any) -> Self:
+        """Return these settings with other values.
+
+        Raises:
+            LropeError: a setting that this task does not have, or values that cannot be.
+        """
+        for key in values:
+            check_owned(self.section, key)
+        return replace(self, **values)
 
     def make(self, count: Count | None = None) -> Task:
         """Return the task; ``count`` tells how many tokens a prompt has, for contexts that are sized by tokens.
