@@ -210,32 +210,34 @@ class Block:
 
     Attributes:
         order: the byte order.
-        values: entries whose values are read by llama.cpp: a change in place should reach them all or none.
-        others: other entries.
-        padded: key of the string that is padded, and its text; None: there is none.
+        values: entries whose values llama.cpp reads: a change in place should reach all of them or none.
+        strings: keys and texts of the other entries; the last one is padded.
     """
 
     order: str
     values: tuple[Part, ...] = ()
-    others: tuple[Part, ...] = ()
-    padded: tuple[str, bytes] | None = None
+    strings: tuple[tuple[str, bytes], ...] = ()
 
     def parts(self, room: int, values_first: bool) -> list[Part]:
-        """The entries in their order, the string padded to `room` bytes."""
-        padded = []
-        if self.padded is not None:
-            key, text = self.padded
-            padded = [Part(key, Value(STRING, text.ljust(room)).entry(self.order, key))]
-        return [*self.values, *self.others, *padded] if values_first else [*padded, *self.others, *self.values]
+        """The entries in their order, the last string padded to `room` bytes."""
+        strings = [
+            Part(key, Value(STRING, text.ljust(room) if key == self.strings[-1][0] else text).entry(self.order, key))
+            for key, text in self.strings
+        ]
+        return [*self.values, *strings] if values_first else [*strings[::-1], *self.values]
+
+    @property
+    def text(self) -> bytes:
+        """The string that is padded."""
+        return self.strings[-1][1] if self.strings else b""
 
     @property
     def fixed(self) -> int:
-        """Bytes of all entries, those of the padded string left out."""
-        padded = b"" if self.padded is None else Value(STRING, b"").entry(self.order, self.padded[0])
-        return sum(len(part.data) for part in (*self.values, *self.others)) + len(padded)
+        """Bytes of all entries but for that string."""
+        return sum(len(part.data) for part in self.parts(0, True)) - len(self.text)
 
     def __len__(self) -> int:
-        return len(self.values) + len(self.others) + (self.padded is not None)
+        return len(self.values) + len(self.strings)
 
 
 def new_parts(base: Base, block: Block, without: Collection[str], unit: int) -> list[Part]:
@@ -244,10 +246,10 @@ def new_parts(base: Base, block: Block, without: Collection[str], unit: int) -> 
     The values come first, or last where they would otherwise lie across a page's edge: inside one page, a change in
     place reaches them whole or not at all.
     """
-    if block.padded is None:
+    if not block.strings:
         return block.parts(0, True)
     before, place = length(base.pieces()), length(base.pieces(0, without))
-    key, text = block.padded
+    key, text = block.strings[-1]
     unit = max(PAGE, base.gguf.alignment, unit)
     needed = block.fixed + len(text) + (max(_SLACK, len(text)) if key == CURVE_KEY else 0)
     room = -(-(needed - (before - place)) // unit) * unit + (before - place) - block.fixed
@@ -264,7 +266,7 @@ def parts_in_place(base: Base, block: Block) -> tuple[int, list[Part]] | None:
         return None
     start, end = min(base.ours.values()).start, max(base.ours.values()).end
     room = end - start - block.fixed
-    if len(block) != len(base.ours) or not (0 if block.padded is None else len(block.padded[1])) <= room <= _MAX_ROOM:
+    if len(block) != len(base.ours) or not len(block.text) <= room <= _MAX_ROOM:
         return None
     for values_first in (True, False):
         parts, at = block.parts(room, values_first), start

@@ -31,7 +31,7 @@ from lrope_gguf.files import (
     write_all,
     write_error,
 )
-from lrope_gguf.gguf_file import ARRAY, FLOAT32, STRING, GGUFFile, Value, string
+from lrope_gguf.gguf_file import ARRAY, FLOAT32, STRING, GGUFFile, string
 from lrope_gguf.layout import (
     CURVE_KEY,
     ORIGINAL_KEY,
@@ -344,20 +344,13 @@ def _as_they_are(base: Base) -> tuple[tuple[Part, ...], bytes | None]:
 def _block(base: Base, parts: tuple[Part, ...], text: bytes | None, scaled: Rescaled) -> Block:
     """All that is to be ours in the file."""
     order, original = base.gguf.order, None
-    if scaled.originals is None:
-        if ORIGINAL_KEY in base.ours:
-            entry = base.ours[ORIGINAL_KEY]
-            original = base.gguf.read(entry.value, entry.end).rstrip(b" ")
-    elif scaled.originals.written:
-        original = scaled.originals.dumps(order).encode()
-    values = (*parts, *scaled.parts)
-    if original is None:
-        return Block(order, values, (), None if text is None else (CURVE_KEY, text))
-    if text is None:
-        return Block(order, values, (), (ORIGINAL_KEY, original))
-    return Block(
-        order, values, (Part(ORIGINAL_KEY, Value(STRING, original).entry(order, ORIGINAL_KEY)),), (CURVE_KEY, text)
-    )
+    if scaled.originals is not None:
+        original = scaled.originals.dumps(order).encode() if scaled.originals.written else None
+    elif ORIGINAL_KEY in base.ours:
+        entry = base.ours[ORIGINAL_KEY]
+        original = base.gguf.read(entry.value, entry.end).rstrip(b" ")
+    strings = ((ORIGINAL_KEY, original), (CURVE_KEY, text))
+    return Block(order, (*parts, *scaled.parts), tuple((key, text) for key, text in strings if text is not None))
 
 
 def _plan_rewrite(gguf: GGUFFile, target: Path | None, pieces: Pieces, factors: tuple[float, ...]) -> WritePlan:

@@ -7,7 +7,7 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,8 +197,10 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
     if not 0 <= nextn <= (block_count or MAX_LAYERS):
         at = gguf.entries[of("nextn_predict_layers")].value
         raise LropeError(f"{gguf.path}: {of('nextn_predict_layers')} is {nextn} (byte {at}); the file is damaged")
-    if architecture == "deepseek4" and not _has_head(gguf, (block_count or 0) - nextn, shards):
-        nextn = 0
+    if architecture == "deepseek4":  # counts a head where it has its tensor (`llama_model_deepseek4`)
+        first = (block_count or 0) - nextn
+        if not _in_a_shard(gguf, shards, lambda shard: first in shard.head_layers, missing=True):
+            nextn = 0
     n_layer = block_count - nextn if block_count else 0
     reach = rope_reach(gguf, str(architecture), n_layer)
     factor = real("rope.scaling.factor")
@@ -268,39 +270,26 @@ def _shards(gguf: GGUFFile) -> int:
     return max(count, 1)
 
 
-def _has_head(gguf: GGUFFile, layer: int, shards: int) -> bool:
-    """Whether the model holds the head that begins with this layer (``llama_model_deepseek4::load_arch_hparams``).
-
-    It may lie in another shard; where one is missing, the model is taken to be as its metadata says.
-    """
-    if layer in gguf.head_layers:
-        return True
-    for other in _other_shards(gguf, shards):
-        if not other or not other.exists():
-            return True
-        with GGUFFile(other) as shard:
-            if layer in shard.head_layers:
-                return True
-    return False
-
-
 def has_long_factors(gguf: GGUFFile) -> bool:
     """Whether the model holds factors of LongRoPE, in this shard or another that is there; raises as `read_model`."""
-    if gguf.has_long_factors:
+    return _in_a_shard(gguf, _shards(gguf), lambda shard: shard.has_long_factors, missing=False)
+
+
+def _in_a_shard(gguf: GGUFFile, shards: int, holds: Callable[[GGUFFile], bool], *, missing: bool) -> bool:
+    """Whether this shard or another one `holds` something; `missing` is the answer for one that is not there."""
+    if holds(gguf):
         return True
-    for other in _other_shards(gguf, _shards(gguf)):
-        if other and other.exists():
-            with GGUFFile(other) as shard:
-                if shard.has_long_factors:
-                    return True
-    return False
-
-
-def _other_shards(gguf: GGUFFile, shards: int) -> Iterator[Path | None]:
-    """The names of all shards but the first; None where that one's name tells none."""
     match = SHARD.fullmatch(gguf.path.name)
     for number in range(2, shards + 1):
-        yield gguf.path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") if match else None
+        other = gguf.path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") if match else None
+        if other is None or not other.exists():
+            if missing:
+                return True
+            continue
+        with GGUFFile(other) as shard:
+            if holds(shard):
+                return True
+    return False
 
 
 def _stored_factors(gguf: GGUFFile, key: str, n: int | None) -> tuple[tuple[float, ...] | None, str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -117,16 +118,17 @@ def _lines(
 
 def _row(name: str, text: str, width: int | None) -> list[str]:
     """A row, its text broken between words to a terminal's width."""
+    first = f"{name:<{_LABEL - 1}} "
     if width is None:
-        return [f"{name:<{_LABEL - 1}} {text}".rstrip()]
-    lines, line = [], f"{name:<{_LABEL - 1}}"
-    room = max(width, _LEAST)
-    for word in text.split(" "):
-        if len(line) + 1 + len(word) > room and len(line) > _LABEL:
-            lines.append(line)
-            line = " " * (_LABEL - 1)
-        line += f" {word}"
-    return [*lines, line.rstrip()]
+        return [f"{first}{text}".rstrip()]
+    wrapper = textwrap.TextWrapper(
+        max(width, _LEAST),
+        initial_indent=first,
+        subsequent_indent=" " * _LABEL,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return wrapper.wrap(text) or [first.rstrip()]
 
 
 def _table(factors: Sequence[float], width: int | None) -> list[str]:
