@@ -4,7 +4,7 @@ The search is the real one (`run_search`), its workers are virtual: an evaluatio
 log-normal distribution of mean 1 whose spread (the standard deviation of the logarithm) is 0 where all take the same
 time, and 1 where one in twenty takes five times the median and more.
 
-    python research/utilisation.py busy --picture build/utilisation.png
+    python research/utilisation.py busy
     python research/utilisation.py target
 
 `busy`: share of the workers' time that they are at work until the last candidate is begun, by lag in multiples of the
@@ -24,7 +24,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from landscapes import HELD_OUT, TUNING, Landscape
@@ -129,42 +128,16 @@ def usage(n_workers: int, lag: int, spread: float, rounds: int) -> Usage:
 
 
 def busy(args: argparse.Namespace) -> None:
-    """Table and picture of utilisation."""
+    """Table of utilisation."""
     print(f"share of time at work, percent, until the last of {args.rounds} candidates a worker is begun;")
     print(f"{CONTEXTS} search contexts, the better half goes on\n")
     print(f"{'workers':>7} {'spread':>7}" + "".join(f"{f'lag {m:g}x':>9}" for m in args.multiples) + f"{'the end':>9}")
-    table: dict[tuple[int, float], list[float]] = {}
     for n in args.workers:
         for spread in args.spreads:
             found = [usage(n, max(1, round(m * n)), spread, args.rounds) for m in args.multiples]
-            table[n, spread] = [one.busy for one in found]
             cells = "".join(f"{100.0 * one.busy:>9.1f}" for one in found)
             print(f"{n:>7} {spread:>7g}{cells}{found[-1].end:>9.1f}", flush=True)
     print("\nthe end: time from there to the verdict, in evaluations, with the largest lag")
-    if args.picture:
-        picture(table, args)
-
-
-def picture(table: dict[tuple[int, float], list[float]], args: argparse.Namespace) -> None:
-    """Draw utilisation over workers, one panel for each lag."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(args.multiples), figsize=(3.0 * len(args.multiples), 3.0), sharey=True)
-    panels: Any = np.atleast_1d(axes)
-    for i, (axis, multiple) in enumerate(zip(panels, args.multiples, strict=True)):
-        for spread in args.spreads:
-            shares = [100.0 * table[n, spread][i] for n in args.workers]
-            axis.plot(args.workers, shares, marker="o", markersize=3, label=f"spread {spread:g}")
-        axis.set(xscale="log", xlabel="workers", title=f"lag = {multiple:g} × workers", ylim=(0, 102))
-        axis.grid(alpha=0.3)
-    panels[0].set_ylabel("time at work, %")
-    panels[-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(args.picture, dpi=110)
-    print(f"\n{args.picture}: written")
 
 
 class OnLandscape:
@@ -288,7 +261,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     first.add_argument("--spreads", metavar="S,...", type=reals, default=[0.0, 0.1, 0.25, 0.5, 1.0])
     first.add_argument("--multiples", metavar="M,...", type=reals, default=[1.0, 2.0, 3.0, 4.0])
     first.add_argument("--rounds", metavar="N", type=int, default=20, help="candidates a worker (%(default)s)")
-    first.add_argument("--picture", metavar="FILE.png", type=Path)
     first.set_defaults(function=busy)
     second = commands.add_parser("target", help=target.__doc__)
     second.add_argument("--settings", metavar="WORKERS:LAG,...", type=pairs,
