@@ -86,7 +86,7 @@ def gain_over(name: str, base: Sequence[ContextScore], other: Sequence[ContextSc
     sides = (base, other)
     log_p = [np.array([[p.log_probability for p in score.probes] for score in side]) for side in sides]
     correct = [np.array([[float(p.correct) for p in score.probes] for score in side]) for side in sides]
-    both = [components(*map(_correctness, sides)), components(*sides)]
+    both = [components(_correctness(base), _correctness(other)), components(base, other)]
     if both[0] is None or both[1] is None:
         raise LropeError(f"{name}: needs two questions in a context, and answers of finite probability")
     return Gain(name, np.array([correct[1] - correct[0], log_p[1] - log_p[0]]), (both[0], both[1]))
@@ -257,10 +257,9 @@ def _searched(directory: Path) -> dict[Factors, str]:
     study = read_study(directory)
     if not study.finished or study.factors is None:
         return {}
-    n_layer = len(study.factors)
-    names = {(1.0,) * n_layer: "base"}
+    names = {(1.0,) * len(study.factors): "base"}
     if study.uniform is not None:
-        names[(study.uniform,) * n_layer] = f"uniform {study.uniform:g}"
+        names[study.uniform.factors] = study.uniform.name
     names.setdefault(study.factors, "curve")
     return names
 

@@ -39,7 +39,7 @@ from lrope_search.evaluation.logits import RowWorkers, kl_divergences
 from lrope_search.evaluation.make import open_model
 from lrope_search.evaluation.settings import ROPE_SCALINGS
 from lrope_search.machine import physical_cores
-from lrope_search.results.intervals import Interval
+from lrope_search.results.comparison import Comparison
 
 README = Path(__file__).parent.parent / "README.md"
 HEADER = head(
@@ -67,28 +67,28 @@ def short_divergence(plain: ModelConfig, other: ModelConfig, text: str, n_tokens
     return float(kl_divergences(rows[0], rows[1], RowWorkers(1)).mean())
 
 
-def points(gain: list[float] | None) -> str:
-    """An interval of accuracy in points."""
-    return "-" if gain is None else gain_text(Interval(*gain), True, 100.0, 1)
+def points(gain: Comparison | None) -> str:
+    """A gain in accuracy, in points, with its interval."""
+    return "-" if gain is None else gain_text(gain.accuracy_gain, True, 100.0, 1)
 
 
 def searched(args: argparse.Namespace, model: ModelConfig, task: TaskConfig, scaling: str, multiple: float) -> str:
     """Search under one scaling at one length; the table's row."""
     config = scaled(model, scaling, multiple, args.trained)
     with tempfile.TemporaryDirectory() as folder:
-        results = search(config, task, search_of(args, args.search_seed), Path(folder, "study")).summary.results
-    test, uniform, over = results["test"], results.get("best_uniform"), results.get("over_uniform")
+        found = search(config, task, search_of(args, args.search_seed), Path(folder, "study")).summary.findings
+    assert found is not None  # the search has ended
     plain = replace(model, rope_scaling="none")
     kl = short_divergence(plain, config, args.text.read_text(), min(args.short, args.trained))
-    uniform_cell = "-" if uniform is None else f"{uniform['factor']:g}: {points(uniform['test']['accuracy_gain'])}"
+    uniform = "-" if found.uniform is None else f"{found.uniform.factor:g}: {points(found.uniform_gain)}"
     cells = (
         f"{multiple:g}x, {round(multiple * args.trained)} tokens",
         f"{100 * multiple:.0f} %",
         scaling,
-        f"{100 * test['base_accuracy']:.1f} %",
-        uniform_cell,
-        f"**{points(test['accuracy_gain'])}**",
-        points(None if over is None else over["accuracy_gain"]),
+        f"{100 * found.base_accuracy:.1f} %",
+        uniform,
+        f"**{points(found.gain)}**",
+        points(found.over_uniform),
         f"{kl:.4f}",
     )
     return row(cells)

@@ -93,7 +93,7 @@ def test_the_limit_chooses_on_the_front(free: tuple[Path, SearchOutcome], tmp_pa
         seen = found.summary.front
         assert {job.factors for job in recorder.jobs if job.split == GUARD} == {point.factors for point in seen.points}
         if found.winner is None:
-            assert seen.choice is None and f"stays within {limit:g} nats" in found.verdict.text
+            assert seen.choice is None and f"by more than {limit:g} nats" in found.verdict.text
             continue
         assert seen.choice is not None and seen.choice.factors == found.winner.factors and seen.choice.kl <= limit
         assert found.best.provenance["results"]["guard"]["passed_over"] == len(seen.passed_over)

@@ -29,7 +29,6 @@ from lrope_search.results.intervals import wilson
 from lrope_search.results.summary import LayerEffect, StudySummary
 from lrope_search.results.table import depth_table
 from lrope_search.scores import ContextScore, Job
-from lrope_search.study import conclude
 from lrope_search.study.run import SearchOutcome
 from lrope_search.study.store import parse_evaluations
 
@@ -114,7 +113,7 @@ def test_the_summary_is_what_was_measured(whole: tuple[Path, SearchOutcome]) -> 
     summary = read_study(study)
     assert outcome.winner is not None and outcome.uniform is not None
     assert summary == outcome.summary
-    assert summary.factors == outcome.winner.factors and summary.uniform == outcome.uniform.factors[0]
+    assert summary.factors == outcome.winner.factors and summary.uniform.factors == outcome.uniform.factors
     results = dict(parse_evaluations((study / "evaluations.jsonl").read_bytes(), study)[0])
     factors = {
         "base": (1.0,) * 24, f"uniform {outcome.uniform.factors[0]:g}": outcome.uniform.factors,
@@ -146,14 +145,13 @@ def test_each_pair_of_sides_is_compared_once(tmp_path: Path, monkeypatch: pytest
         return compare(*args, **options)
 
     monkeypatch.setattr(table, "compare", counted)
-    monkeypatch.setattr(conclude, "compare", counted)
     summary = make_study(tmp_path, SMALL).summary
     write_report(summary)
     assert "curve" in str(summary.table) and summary.json()
     assert len(calls) == 3  # base and uniform, base and curve, uniform and curve
     calls.clear()
     assert main(["report", str(tmp_path)]) == 0
-    assert len(calls) == 2  # what the curve gains over the uniform factor stands in best.json
+    assert len(calls) == 3
 
 
 def test_old_studies_list_no_factors(copy: Path) -> None:
@@ -162,6 +160,29 @@ def test_old_studies_list_no_factors(copy: Path) -> None:
     assert tuple(document.pop("layer_factors")) == with_factors.factors
     (copy / "best.json").write_text(json.dumps(document))
     assert read_study(copy) == with_factors
+
+
+def test_a_uniform_factor_of_some_layers_is_that_of_these_layers(tmp_path: Path) -> None:
+    """Its factors are carried from the search to the report; older records, which hold one number, get them back."""
+    outcome = make_study(tmp_path, dataclasses.replace(SMALL, parametrization="layers"), n_layer=6, layers=(1, 4))
+    assert outcome.uniform is not None
+    factor, factors = outcome.uniform.factors[1], outcome.uniform.factors
+    assert factors == (1.0, factor, 1.0, 1.0, factor, 1.0)
+    summary = read_study(tmp_path)
+    assert summary == outcome.summary and summary.uniform is not None
+    assert summary.uniform.factors == factors and "(2 of 6 layers)" in summary.verdict
+    assert summary.table is not None and f"uniform {factor:g}" in summary.table.comparisons
+    document = json.loads((tmp_path / "best.json").read_text())
+    results = document["provenance"]["results"]
+    assert results["best_uniform"].pop("factors") == list(factors)
+    older = [results.pop("look"), results["test"].pop("accuracy_gain")]
+    results["test"]["accuracy_gain"] = [older[1][0], older[1][0], older[1][0]]  # as of old: no width
+    (tmp_path / "best.json").write_text(json.dumps(document))
+    (tmp_path / "looks.jsonl").unlink()
+    again = read_study(tmp_path)
+    assert again.uniform == summary.uniform and again.table is not None and summary.table is not None
+    assert again.table.comparisons == summary.table.comparisons and again.verdict == summary.verdict
+    assert f"uniform {factor:g}" in str(again.table) and "factors" in draw_pictures(again)
 
 
 def test_without_candidates_the_evaluations_tell_the_same(whole: tuple[Path, SearchOutcome], copy: Path) -> None:

@@ -257,11 +257,11 @@ def test_the_guard_passes_over_who_strays(tmp_path: Path) -> None:
     if bounded.winner is not None:
         assert max(bounded.summary.guard.values()) <= tight.max_kl
     assert bounded.best.provenance["results"]["guard"]["passed_over"] >= 1
-    assert "is passed over: KL divergence" in (tmp_path / "bounded" / "log.txt").read_text()
+    assert "is passed over: it changes ordinary text by" in (tmp_path / "bounded" / "log.txt").read_text()
 
     nobody = search(tmp_path / "none", Guarded(), dataclasses.replace(SETTINGS, max_kl=0.0), guard_contexts=1)
     assert nobody.winner is None and not nobody.verdict.recommended
-    assert "stays within 0 nats a token of it on ordinary text (--max-kl), not recommended" in nobody.verdict.text
+    assert "changes ordinary text by more than 0 nats a token (--max-kl)" in nobody.verdict.text
 
     class Broken(Guarded):
         limit = 0.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lrope_search.results.comparison import Comparison, compare, contexts_needed
+from lrope_search.results.findings import Findings, GuardFinding, Look, Stage, TaskGain, Uniform, looked_again
 from lrope_search.results.intervals import (
     Interval,
     Strata,
@@ -21,7 +24,6 @@ from lrope_search.results.intervals import (
     share_interval,
     wilson,
 )
-from lrope_search.results.verdict import verdict
 from lrope_search.scores import ContextScore, ProbeScore
 
 
@@ -293,38 +295,92 @@ def comparison(mean: float, low: float, high: float, n: int = 40) -> Comparison:
     return Comparison(n, 0.95, 0.5, 0.5 + mean, Interval(mean, low, high), Interval(0.1, 0.0, 0.2), ())
 
 
-def test_verdicts() -> None:
-    good = verdict(comparison(0.121, 0.06, 0.183), (1.1, comparison(0.04, -0.01, 0.08)))
-    assert good.recommended
-    assert good.text == "gain 12.1 points [6.0, 18.3] on 40 unseen contexts; best uniform factor 1.1 gains 4.0"
-    none = verdict(comparison(0.02, -0.01, 0.05))
-    assert not none.recommended
-    assert none.text == "no significant gain, not recommended: gain 2.0 points [-1.0, 5.0] on 40 unseen contexts"
-    assert not verdict(comparison(0.02, 0.0, 0.05)).recommended  # an interval that touches zero includes it
-    base = verdict(None, (1.1, comparison(0.04, -0.01, 0.08)))
-    assert not base.recommended and "not recommended; best uniform factor 1.1 gains 4.0" in base.text
-    kl = verdict(comparison(0.121, 0.06, 0.183), (1.1, comparison(0.04, -0.01, 0.08)), 0.00412)
-    assert kl.text == f"{good.text}; KL on ordinary text 0.004"
-    assert verdict(comparison(0.121, 0.06, 0.183), kl=0.0).text.endswith("unseen contexts; KL on ordinary text 0.000")
-    assert verdict(comparison(0.121, 0.06, 0.183), kl=3e-5).text.endswith("; KL on ordinary text under 0.001")
-    few = verdict(comparison(0.5, 0.4, 0.6, n=5))
-    assert not few.recommended and few.text.startswith("too few contexts to tell, at least 6 are needed")
+GOOD, LITTLE, MAYBE = comparison(0.121, 0.06, 0.183), comparison(0.04, -0.01, 0.08), comparison(0.02, 0.0, 0.05)
+UNIFORM, SOME = Uniform(1.1, (1.1,) * 4), Uniform(1.1, (1.0, 1.1, 1.1, 1.0))
+CURVE, STAGE, LOOK = (1.0, 1.3, 1.0, 1.0), Stage(4, 0.1), Look(1, range(40), True, 0.95)
 
 
-def test_the_verdict_says_whether_one_factor_would_do() -> None:
-    curve, uniform = comparison(0.121, 0.06, 0.183), (1.1, comparison(0.04, -0.01, 0.08))
-    above = verdict(curve, uniform, 0.004, over_uniform=comparison(0.081, 0.02, 0.145))
-    assert above.recommended
-    assert above.text == (
-        "gain 12.1 points [6.0, 18.3] on 40 unseen contexts; best uniform factor 1.1 gains 4.0; "
-        "8.1 points [2.0, 14.5] above it; KL on ordinary text 0.004"
-    )
-    beside = verdict(curve, uniform, over_uniform=comparison(0.01, -0.02, 0.04))
-    assert beside.recommended  # it is better than the base model all the same
-    assert beside.text.endswith("factor 1.1 gains 4.0; not significantly better: 1.0 points [-2.0, 4.0]")
-    won = verdict(uniform[1], uniform)
-    assert won.text.endswith("40 unseen contexts; that is the uniform factor 1.1, factors that differ bring no more")
-    assert "better" not in verdict(None, uniform, over_uniform=comparison(0.0, 0.0, 0.0)).text
+def found(gain: Comparison | None, **more: Any) -> Findings:
+    return Findings(CURVE, 9, "evaluations", STAGE, STAGE, more.pop("look", LOOK), 0.5, gain, **more)
+
+
+TWO = {"kv": TaskGain(1.0, GOOD), "mdqa": TaskGain(1.0, comparison(-0.1, -0.2, -0.05))}
+VERDICTS = {
+    "gain 12.1 points [6.0, 18.3] on 40 unseen contexts": found(GOOD),
+    "gain 12.1 points [6.0, 18.3] on 40 unseen contexts; best uniform factor 1.1 gains 4.0": found(
+        GOOD, uniform=UNIFORM, uniform_gain=LITTLE
+    ),
+    "gain 12.1 points [6.0, 18.3] on 40 unseen contexts; best uniform factor 1.1 gains 4.0; 8.1 points [2.0, 14.5] "
+    "above it; KL on ordinary text 0.004": found(
+        GOOD, uniform=UNIFORM, uniform_gain=LITTLE, over_uniform=comparison(0.081, 0.02, 0.145),
+        guard=GuardFinding(0.1, 0, 0.001, 0.00412),
+    ),
+    "gain 12.1 points [6.0, 18.3] on 40 unseen contexts; best uniform factor 1.1 (2 of 4 layers) gains 4.0; above it "
+    "1.0 points [-2.0, 4.0], which may be chance; KL on ordinary text 0.000": found(
+        GOOD, uniform=SOME, uniform_gain=LITTLE, over_uniform=comparison(0.01, -0.02, 0.04),
+        guard=GuardFinding(0.1, 0, 0.0, 0.0),
+    ),
+    "gain 12.1 points [6.0, 18.3] on 40 unseen contexts; that is the uniform factor 1.1 (2 of 4 layers): factors that "
+    "differ more gain no more; KL on ordinary text under 0.001": replace(
+        found(GOOD, uniform=SOME, uniform_gain=GOOD, guard=GuardFinding(0.1, 2, 3e-5, 0.0)), factors=SOME.factors
+    ),
+    "gain 12.1 points [6.0, 18.3] on 40 unseen contexts (kv 12.1 points [6.0, 18.3], mdqa -10.0 points [-20.0, -5.0]); "
+    "harms mdqa": found(GOOD, tasks=TWO),
+    "gain 12.1 points [6.0, 18.3] on 40 unseen contexts (look 2 of this study, intervals at 98.75 %)": found(
+        GOOD, look=Look(2, range(40, 80), True, 0.9875)
+    ),
+    "gain 12.1 points [6.0, 18.3] on 40 contexts (look 3 of this study, at contexts that an earlier one saw: the data "
+    "has no more; intervals at 99.375 %)": found(GOOD, look=Look(3, range(40), False, 0.99375)),
+    "not recommended, the gain may be chance: gain 2.0 points [0.0, 5.0] on 40 unseen contexts": found(MAYBE),
+    "not recommended: 5 contexts are too few to tell a gain from chance, at least 6 are needed (--test-contexts): gain "
+    "50.0 points [40.0, 60.0] on 5 unseen contexts": found(comparison(0.5, 0.4, 0.6, n=5)),
+    "not recommended: 40 contexts, which count as 5.6 by their weights, are too few to tell a gain from chance, at "
+    "least 6 are needed (--test-contexts): gain 12.1 points [6.0, 18.3] on 40 unseen contexts": found(
+        replace(GOOD, n_effective=5.6)
+    ),
+    "not recommended, no gain: gain 0.0 points [-1.5, 1.5] on 40 unseen contexts": found(
+        comparison(0.0, -0.015, 0.015)
+    ),
+    "not recommended: no curve beat the base model on validation; best uniform factor 1.1 gains 4.0": found(
+        None, uniform=UNIFORM, uniform_gain=LITTLE
+    ),
+    "not recommended: every curve that beats the base model on validation changes ordinary text by more than 0.1 nats "
+    "a token (--max-kl)": found(None, uniform=UNIFORM, uniform_gain=LITTLE, guard=GuardFinding(0.1, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", VERDICTS)
+def test_verdicts(text: str) -> None:
+    judged = VERDICTS[text].verdict
+    assert judged.text == text
+    assert judged.recommended == text.startswith("gain")
+
+
+@pytest.mark.parametrize("text", VERDICTS)
+def test_findings_pass_through_json(text: str) -> None:
+    record = VERDICTS[text]
+    written = json.loads(json.dumps(record.to_json(), allow_nan=False))
+    read = Findings.from_json(written, record.factors, 0.8)
+    assert read is not None and read.to_json() == written
+    assert (read.uniform, read.look, read.verdict) == (record.uniform, record.look, record.verdict)
+
+
+def test_findings_of_anything_else_are_none() -> None:
+    whole = found(GOOD, uniform=UNIFORM, uniform_gain=LITTLE).to_json()
+    assert Findings.from_json(whole, CURVE, 0.95) is not None
+    odd = [None, 3, [], "x", {}, {"verdict": 5}, {"verdict": "gain"}]
+    odd += [{name: value for name, value in whole.items() if name != left_out} for left_out in ("test", "search")]
+    odd += [
+        whole | {name: wrong} for name in ("test", "best_uniform", "look", "candidates") for wrong in ("x", [1], {})
+    ]
+    for value in odd:
+        assert Findings.from_json(value, CURVE, 0.95) is None
+
+
+def test_a_look_again_errs_half_as_often() -> None:
+    assert looked_again(0.95, 1) == 0.95
+    levels = [1.0 - looked_again(0.95, number) for number in range(1, 40)]
+    assert levels[1] == pytest.approx(0.05 / 4) and sum(levels) == pytest.approx(1.5 * 0.05)
 
 
 def test_contexts_needed() -> None:

@@ -150,6 +150,7 @@ def _launch(
                 block_count=info.block_count,
                 guard_contexts=1,
                 rope=info.rope.under(model.llama_options()).json(),
+                test_size=sizes["test"],
             )
             progress.line(_report(outcome.summary))
             return outcome

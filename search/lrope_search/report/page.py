@@ -35,6 +35,7 @@ NAME = "report.html"
 _MOST_ROWS = 200
 _MOST_LAYERS = 512
 _TOP = 10
+_SCALED = " of each task's questions under the base model"
 
 
 def write_report(study: StudySummary, output: Path | None = None) -> Path:
@@ -107,7 +108,10 @@ def _facts(study: StudySummary) -> Iterator[tuple[str, str, list[str]]]:
                 gain = alone.comparisons["curve"].accuracy_gain
                 details = [_interval(gain, alone.comparisons["curve"]), f"weight {table.weights[task]:g}"]
                 yield f"Gain in {printable(task, 20)}", f"{100 * gain.mean:+.1f} points", list(filter(None, details))
-        yield "Unseen contexts", str(table.n_contexts), [f"{table.n_probes} questions"]
+        look = study.findings.look if study.findings is not None else None
+        again = [f"look {look.number} of this study"] if look is not None and look.number > 1 else []
+        name = "Unseen contexts" if look is None or look.new else "Contexts"
+        yield name, str(table.n_contexts), [f"{table.n_probes} questions", *again]
     if study.guard:
         worst = max(study.guard, key=lambda length: study.guard[length])
         lengths = ", ".join(f"{length} {value:.2g}" for length, value in study.guard.items())
@@ -163,8 +167,9 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
             "fitness",
             "Fitness over evaluations",
             f"{count(n, 'candidate')}; {len(whole)} saw all {count(study.search_contexts, 'search context')}, "
-            f"{reached}. Fitness is the gain in the answers' log-probability over the base model; of a candidate "
-            "dropped early it is that on the contexts it saw.",
+            f"{reached}. Fitness is the gain in the answers' log-probability over the base model, in {study.unit}"
+            f"{_SCALED if study.unit != 'nats' else ' per answer token'}; of a candidate dropped early that on the "
+            "contexts it saw.",
         )
         shown = len(drawn(study.trials))
         yield (

@@ -104,16 +104,20 @@ def _themed(svg: str) -> str:
 def _factors(figure: Figure, study: StudySummary) -> None:
     axes = figure.add_subplot()
     assert study.best is not None and study.factors is not None
+    uniform = study.uniform
     draw_factors(
         axes,
         study.factors,
         control_points=study.best.control_points,
         curve_label="Bézier curve",
         factors_label="factors",
-        also=() if study.uniform is None else (study.uniform,),
+        also=() if uniform is None else (uniform.factor,),
     )
-    if study.uniform is not None:
-        axes.axhline(study.uniform, color=COLOURS["uniform"], linewidth=1.4, label=f"uniform {study.uniform:g}")
+    if uniform is not None and not uniform.where:
+        axes.axhline(uniform.factor, color=COLOURS["uniform"], linewidth=1.4, label=uniform.name)
+    elif uniform is not None:
+        axes.step(range(len(uniform.factors)), uniform.factors, where="mid", color=COLOURS["uniform"], linewidth=1.4,
+                  label=uniform.name)  # fmt: skip
     _legend_above(axes, 4)
 
 
@@ -219,7 +223,7 @@ def _scan(figure: Figure, study: StudySummary) -> None:
     axes.axhline(0, color=COLOURS["base"], linewidth=1, zorder=2)
     layer_axis(axes, len(study.trials[0].factors))
     axes.set_ylim(low, high)
-    axes.set_ylabel("gain, nats per answer token")
+    axes.set_ylabel(f"gain, {study.unit}")
     _legend_above(axes, 3)
 
 
@@ -256,7 +260,7 @@ def _fitness(figure: Figure, study: StudySummary) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("candidate, in order of asking")
-    axes.set_ylabel("fitness, nats per answer token")
+    axes.set_ylabel(f"fitness, {study.unit}")
     _legend_above(axes, 3)
 
 
@@ -349,7 +353,7 @@ def _front(figure: Figure, study: StudySummary) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("KL on ordinary text, nats a token (short and long)")
-    axes.set_ylabel("gain on validation, nats")
+    axes.set_ylabel(f"gain on validation, {study.unit}")
     _legend_above(axes, 5)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
 
-from ..results.summary import StudySummary, Trial, summarise
+from ..results.summary import StudySummary, Trial, recover
 from ..scores import ContextScore, Evaluation, Job
-from ..study.store import holds_search, parse_evaluations
+from ..study.store import Study, holds_search, parse_evaluations
 
 
 def read_study(directory: Path) -> StudySummary:
@@ -38,7 +38,7 @@ def read_study(directory: Path) -> StudySummary:
     trials = _trials(directory, n_layer)
     if best is not None and n_layer is not None:
         best = _with_factors(directory, best, n_layer)
-    return summarise(directory, config, best, evaluations, trials)
+    return recover(directory, config, best, evaluations, trials, _scales(directory))
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -56,6 +56,15 @@ def _config(directory: Path) -> dict[str, Any]:
             f"{directory}: holds no search, but what eval --study measured; the same eval prints its table"
         )
     return config
+
+
+def _scales(directory: Path) -> dict[str, float]:
+    """The scales of several tasks; empty where there are none: one task, or an older study."""
+    kept = Study.kept(directory, "objective")
+    scales = kept.get("scales") if isinstance(kept, dict) else None
+    if not isinstance(scales, dict) or not all(isinstance(s, float) and 0.0 < s < math.inf for s in scales.values()):
+        return {}
+    return scales
 
 
 def _with_factors(directory: Path, best: CurveFile, n_layer: int) -> CurveFile:

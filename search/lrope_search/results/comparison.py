@@ -38,6 +38,12 @@ class DepthComparison:
             "accuracy_gain": _ends(self.accuracy_gain),
         }
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DepthComparison:
+        """Return what `to_json` wrote."""
+        sides = _number(value["base_accuracy"]), _number(value["accuracy"])
+        return cls(_number(value["depth"]), int(value["probes"]), *sides, _interval(value["accuracy_gain"]))
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -82,7 +88,26 @@ class Comparison:
             "accuracy_gain": _ends(self.accuracy_gain),
             "log_probability_gain": _ends(self.log_probability_gain),
             "by_depth": [row.to_json() for row in self.by_depth],
-        }
+        } | ({} if self.n_effective is None else {"effective_contexts": finite(self.n_effective, _DIGITS)})
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], confidence: float) -> Comparison:
+        """Return what `to_json` wrote, of intervals of this ``confidence``."""
+        effective = value.get("effective_contexts")
+        return cls(
+            int(value["contexts"]),
+            confidence,
+            _number(value["base_accuracy"]),
+            _number(value["accuracy"]),
+            _interval(value["accuracy_gain"]),
+            _interval(value["log_probability_gain"]),
+            tuple(map(DepthComparison.from_json, value["by_depth"])),
+            None if effective is None else float(effective),
+        )
+
+    def recorded(self) -> Comparison:
+        """Return it with the decimals that ``best.json`` keeps of it."""
+        return self.from_json(self.to_json(), self.confidence)
 
 
 def contexts_needed(confidence: float) -> int:
@@ -187,3 +212,11 @@ def depth_groups(depths: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[
 
 def _ends(gain: Interval) -> list[float | None]:
     return list(gain.json(_DIGITS).values())
+
+
+def _interval(ends: Sequence[Any]) -> Interval:
+    return Interval(*map(_number, ends))
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

@@ -16,7 +16,7 @@ from scipy import stats
 
 _FEW_CONTEXTS = 8
 """Of fewer contexts too few different resamples can be drawn; Student's interval is then taken too."""
-_FEW_ANSWERS = 20.0
+_FEW_ANSWERS = 40.0
 """Where fewer answers than this differ, as if they were independent, resamples of them say too little."""
 _PRIOR_CORRELATION, _PRIOR_ANSWERS = 0.1, 10.0
 """Of answers of one context, as long as few of them differ, and the number of differing answers that it counts for."""
@@ -63,8 +63,9 @@ class Strata:
 
     def weights(self, among: Places) -> Numbers:
         """Return the share of each task that the contexts ``among`` have, in the order of `members`; sum 1."""
-        weights: Numbers = self.weight[np.unique(self.task[among])]
-        return weights / weights.sum()
+        weights = self.weight[np.unique(self.task[among])]
+        share: Numbers = weights / weights.sum()
+        return share
 
     def mean(self, values: Sequence[float] | Numbers, context: Places) -> float:
         """Return the weighted mean of the tasks' means of ``values``, each of a ``context``."""

@@ -123,7 +123,7 @@ class Exploration:
             results = {"search": {"contexts": run.settings.n_contexts("search"), "fitness": finite(fitness, 6)}}
             run.study.save_best(run.document(best, results))
             self._saved = best
-        text = f"best {fitness:+.4f} nats"
+        text = f"best {fitness:+.4f} {run.unit}"
         run.progress.best(text)
         run.progress.expect(self._expected())
         if run.pipeline.n_fresh and (improved or len(run.ranking) >= self._line_due):
