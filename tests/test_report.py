@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.study_fixtures import CONFIG, SETTINGS, Timed, make_study
 from support.synthetic import Landscape
@@ -19,6 +20,7 @@ from support.synthetic import Landscape
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
 from lrope_gguf.plot import PlotUnavailableError
+from lrope_search.report import pictures as pictures_module
 from lrope_search.report.page import page_text, write_report
 from lrope_search.report.pictures import draw_pictures
 from lrope_search.report.reading import read_study
@@ -28,7 +30,7 @@ from lrope_search.results.comparison import Comparison, compare
 from lrope_search.results.intervals import wilson
 from lrope_search.results.summary import LayerEffect, StudySummary
 from lrope_search.results.table import depth_table
-from lrope_search.scores import ContextScore, Job
+from lrope_search.scores import ContextScore, Job, ProbeScore
 from lrope_search.study.run import SearchOutcome
 from lrope_search.study.store import parse_evaluations
 
@@ -122,7 +124,7 @@ def test_the_summary_is_what_was_measured(whole: tuple[Path, SearchOutcome]) -> 
     sides = {
         name: [results[Job(side, "test", i)] for i in range(SETTINGS.test_contexts)] for name, side in factors.items()
     }
-    assert summary.table == depth_table(sides, seed=SETTINGS.seed, confidence=SETTINGS.confidence)
+    assert summary.table == depth_table(sides, seed=SETTINGS.seed, confidence=SETTINGS.confidence, over=True)
     trials = {trial.factors: (trial.contexts, trial.fitness) for trial in summary.trials}
     assert trials == {candidate.factors: score for candidate, score in outcome.candidates}
     seen = sorted(outcome.candidates, key=lambda item: item[0].id)
@@ -152,6 +154,29 @@ def test_each_pair_of_sides_is_compared_once(tmp_path: Path, monkeypatch: pytest
     calls.clear()
     assert main(["report", str(tmp_path)]) == 0
     assert len(calls) == 3
+
+
+def test_a_picture_draws_the_interval_of_the_questions_of_each_depth(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the contexts, as if each had one question: six of them made bars of 36 questions too long."""
+    bars: list[Any] = []
+    monkeypatch.setattr(pictures_module, "_whiskers", lambda axes, look, x, rows: bars.append(np.asarray(rows)))
+    study = read_study(copy)
+    draw_pictures(dataclasses.replace(study, trials=(), costs=()))
+    assert study.table is not None
+    cells = [[(c.accuracy, c.interval.low, c.interval.high) for c in side] for side in study.table.cells.values()]
+    np.testing.assert_allclose(bars[0], 100.0 * np.array(cells[0]))
+    six = {
+        name: [
+            ContextScore("test", i, tuple(ProbeScore(0.5, -1.0, (i + j + step) % 2) for j in range(6)), 1, 0.0)
+            for i in range(6)
+        ]
+        for step, name in enumerate(("base", "curve"))
+    }
+    ((cell,), _) = depth_table(six).cells.values()
+    few = wilson(cell.accuracy, 6)
+    assert cell.interval.high - cell.interval.low < 0.6 * (few.high - few.low)
 
 
 def test_old_studies_list_no_factors(copy: Path) -> None:
@@ -350,7 +375,7 @@ def test_free_json_may_be_anything(copy: Path) -> None:
 def test_text_and_json(whole: tuple[Path, SearchOutcome], copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(copy)]) == 0
     out = capsys.readouterr().out
-    assert whole[1].verdict.text in out and "log-probability" in out and "accuracy by depth" in out
+    assert whole[1].verdict.text in out
     assert f"next: lrope-gguf write MODEL --curve {copy / 'best.json'}" in out and "report.html: written" in out
     (copy / "report.html").unlink()
     assert main(["report", str(copy), "--json"]) == 0

@@ -153,8 +153,9 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
         yield (
             "accuracy",
             "Accuracy by depth",
-            f"On {where}; over the depths, {ends}. Above: Wilson intervals of each accuracy. Below: gain over the base "
-            f"model, {'with paired bootstrap intervals over contexts' if told else 'too few contexts for intervals'} "
+            f"On {where}; over the depths, {ends}. Above: Wilson intervals of each accuracy, by the questions of that "
+            f"depth. Below: gain over the base model, "
+            f"{'with paired intervals over contexts' if told else 'too few contexts for intervals'} "
             f"({100 * study.confidence:g} % both).",
         )
     if study.trials:

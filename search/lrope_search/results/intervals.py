@@ -147,10 +147,11 @@ def answers_interval(
     found = mean_interval(differences, context, counts, confidence, strata)
     parts, few = [], False
     for here in strata.members(context):
-        values, of = differences[here], context[here]
-        effect = _design_effect(values, of, float(np.abs(values).sum()))
-        few |= bool(np.abs(values).sum() < _FEW_ANSWERS * effect) or not math.isfinite(found.low)
-        n = len(values) / effect
+        values, parts_each = differences[here], _parts(differences[here])
+        n_differ = parts_each * float(np.abs(values).sum())
+        effect = _design_effect(values, context[here], parts_each, n_differ)
+        few |= n_differ < _FEW_ANSWERS * effect or not math.isfinite(found.low)
+        n = parts_each * len(values) / effect
         better, worse = (wilson(float(np.maximum(side * values, 0.0).mean()), n, confidence) for side in (1, -1))
         low = math.hypot(better.mean - better.low, worse.high - worse.mean)
         high = math.hypot(better.high - better.mean, worse.mean - worse.low)
@@ -173,8 +174,9 @@ def share_interval(values: Numbers, context: Places, confidence: float, strata: 
     parts, weights = [], strata.weights(context)
     for here in strata.members(context):
         share = float(values[here].mean())
-        effect = _design_effect(values[here], context[here], len(here) * min(share, 1.0 - share))
-        parts.append(wilson(share, len(here) / effect, confidence))
+        n = _parts(values[here]) * len(here)
+        effect = _design_effect(values[here], context[here], n // len(here), n * min(share, 1.0 - share))
+        parts.append(wilson(share, n / effect, confidence))
     mean = float(sum(weight * part.mean for weight, part in zip(weights, parts, strict=True)))
     low = math.hypot(*(weight * (part.mean - part.low) for weight, part in zip(weights, parts, strict=True)))
     high = math.hypot(*(weight * (part.high - part.mean) for weight, part in zip(weights, parts, strict=True)))
@@ -193,8 +195,16 @@ def wilson(share: float, n: float, confidence: float = 0.95) -> Interval:
     return Interval(share, max(centre - half, 0.0), min(centre + half, 1.0))
 
 
-def _design_effect(values: Numbers, context: Places, n_telling: float) -> float:
-    """Return how many questions tell as much as one independent question (Kish's design effect); at least 1.
+def _parts(values: Numbers) -> int:
+    """Return of how many parts an answer is, by the least share of one that is seen; 1 where all are right or wrong."""
+    shares = np.concatenate([np.abs(values), 1.0 - np.abs(values)])
+    return min(max(round(1.0 / float(shares[shares > 1e-9].min(initial=1.0))), 1), 100)
+
+
+def _design_effect(values: Numbers, context: Places, parts: int, n_telling: float) -> float:
+    """Return how many answers tell as much as one independent answer (Kish's design effect); at least 1.
+
+    An answer of several ``parts``, of which a share is right, counts as so many answers of its context.
 
     It is what the means of contexts show: their variance over that of as many independent answers. Where few answers
     tell (``n_telling``: those unlike the rest), they cannot show it; an assumed correlation within contexts then counts
@@ -202,11 +212,11 @@ def _design_effect(values: Numbers, context: Places, n_telling: float) -> float:
     """
     _, index = np.unique(context, return_inverse=True)
     sizes = np.bincount(index)
-    n, contexts = len(values), len(sizes)
+    n, contexts = parts * len(values), len(sizes)
     assumed = 1.0 + max(n / contexts - 1.0, 0.0) * _PRIOR_CORRELATION
     if contexts == 1:
         return assumed
-    variance = max(float(np.mean(values**2) - np.mean(values) ** 2), 0.0) / n
+    variance = max(float(np.mean(np.abs(values)) - np.mean(values) ** 2), 0.0) / n  # of parts that are -1, 0 or 1
     seen = float((np.bincount(index, values) / sizes).var(ddof=1)) / contexts / variance if variance > 0.0 else 1.0
     seen = max(seen, 1.0)
     return max(seen, (_PRIOR_ANSWERS * assumed + n_telling * seen) / (_PRIOR_ANSWERS + n_telling))

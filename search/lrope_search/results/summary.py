@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,12 @@ from ..scores import LAYER_SCAN, ContextScore, DivergenceScore, Evaluation, Fact
 from .findings import Findings, Stage, Uniform
 from .front import Front, divergences_by_length
 from .intervals import finite
-from .objective import Objective, unit_of
-from .table import DepthTable, depth_table
+from .objective import unit_of
+from .table import DepthTable
 from .variation import components
 
 Scores = Mapping[Factors, Mapping[int, ContextScore]]
 """Of one split, by factors and context."""
-Sides = dict[str, list[ContextScore]]
-"""What is compared, by name: the same contexts each."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +199,8 @@ def summarise(
         table: the sides on the contexts of the test, or before it has ended of the search.
         front: gain against KL.
     """
-    settings, factors = _section(config, "search"), None if best is None else best.layer_factors
-    scores = _of_split(evaluations, "search")
+    settings, factors = section(config, "search"), None if best is None else best.layer_factors
+    scores = of_split(evaluations, "search")
     seen = max((len(contexts) for contexts in scores.values()), default=0)
     guard = [s for job, s in evaluations.items() if isinstance(s, DivergenceScore) and job.factors == factors]
     return StudySummary(
@@ -213,8 +211,8 @@ def summarise(
         best=best,
         factors=factors,
         trials=tuple(trials),
-        search_contexts=int(_number(settings.get("search_contexts"), seen)),
-        confidence=_confidence(config) if findings is None else findings.look.confidence,
+        search_contexts=int(number(settings.get("search_contexts"), seen)),
+        confidence=intended_confidence(config) if findings is None else findings.look.confidence,
         unit=unit_of(scales),
         table=table,
         table_split="search" if findings is None else "test",
@@ -225,61 +223,8 @@ def summarise(
     )
 
 
-def recover(
-    directory: Path,
-    config: dict[str, Any],
-    best: CurveFile | None,
-    evaluations: Mapping[Job, Evaluation],
-    trials: Sequence[Trial] | None,
-    scales: Mapping[str, float],
-) -> StudySummary:
-    """Summarise a study by what its files tell: findings by ``best``, the rest by the evaluations.
-
-    ``trials``: None where only the evaluations tell of them. Of a study that is older than looks, the findings are
-    made good: with the factors that the best uniform one was measured with, and with today's intervals.
-    """
-    settings, weights = _section(config, "search"), task_weights(config)
-    searched, tested = _of_split(evaluations, "search"), _of_split(evaluations, "test")
-    base: Factors = (1.0,) * next((len(job.factors) for job in evaluations), 0)
-    middle_weight = _number(settings.get("middle_weight"), 0.0)
-    if trials is None:
-        trials = _trials_from(searched, base, middle_weight, weights, scales)
-    results = {} if best is None else _section(best.provenance, "results")
-    factors = None if best is None else best.layer_factors
-    findings = None if factors is None else Findings.from_json(results, factors, _confidence(config))
-    if findings is not None and findings.uniform is not None and not findings.uniform.factors:
-        findings = replace(findings, uniform=_uniform(findings.uniform, tested, trials))
-    older = findings is not None and "look" not in results
-    table, sides = None, _of_sides(findings, factors, base, searched if findings is None else tested)
-    if sides:
-        table = depth_table(
-            sides,
-            seed=max(int(_number(settings.get("seed"), 0)), 0),
-            confidence=_confidence(config) if findings is None else findings.look.confidence,
-            weights=weights,
-            over=findings is not None and findings.over_uniform is not None,
-        )
-        if findings is not None and older:
-            findings = findings.measured(table)
-    validated = _of_split(evaluations, "validation")
-    of_base = validated.get(base, {})
-    divergences: dict[Factors, list[DivergenceScore]] = {}
-    for job, score in evaluations.items():
-        if isinstance(score, DivergenceScore):
-            divergences.setdefault(job.factors, []).append(score)
-    whole = {
-        factors: list(scores.values())
-        for factors, scores in validated.items()
-        if factors != base and factors in divergences and scores.keys() == of_base.keys()
-    }
-    gains = Objective(tuple(of_base.values()), middle_weight, weights, scales).of_all(whole)
-    front = Front.of_scores(gains, divergences, _number(settings.get("max_kl"), math.inf))
-    stage = _searched(best) if findings is None else findings.search
-    return summarise(directory, config, best, evaluations, trials, scales, findings, stage, table, front)
-
-
-def _of_split(evaluations: Mapping[Job, Evaluation], split: str) -> Scores:
-    """The scores on the contexts of ``split``."""
+def of_split(evaluations: Mapping[Job, Evaluation], split: str) -> Scores:
+    """Return the scores on the contexts of ``split``, by factors and context."""
     scores: dict[Factors, dict[int, ContextScore]] = {}
     for job, score in evaluations.items():
         if job.split == split and isinstance(score, ContextScore):
@@ -287,39 +232,9 @@ def _of_split(evaluations: Mapping[Job, Evaluation], split: str) -> Scores:
     return scores
 
 
-def _confidence(config: Mapping[str, Any]) -> float:
-    """That of intervals, as the settings say it."""
-    return min(max(_number(_section(config, "search").get("confidence"), 0.95), 0.01), 0.9999)
-
-
-def _uniform(uniform: Uniform, tested: Scores, trials: Sequence[Trial]) -> Uniform:
-    """Return the factors that were measured with it: it may move some layers alone, which older records do not say."""
-    origins = {trial.factors: trial.origin for trial in trials}
-    alike = [factors for factors in tested if set(factors) - {1.0} == {uniform.factor}]
-    found = next((factors for factors in alike if origins.get(factors) == "uniform"), next(iter(alike), ()))
-    return replace(uniform, factors=found)
-
-
-def _of_sides(findings: Findings | None, factors: Factors | None, base: Factors, scores: Scores) -> Sides:
-    """The sides on the contexts that all of them saw, of the test on those of its look; empty without a base."""
-    sides = {"base": base}
-    if findings is not None and findings.uniform is not None:
-        sides[findings.uniform.name] = findings.uniform.factors
-    if factors is not None and factors != base:
-        sides["curve"] = factors
-    seen = {name: scores[side] for name, side in sides.items() if side in scores}
-    common = sorted(set.intersection(*map(set, seen.values()))) if "base" in seen else []
-    if findings is not None:
-        common = [index for index in common if index in findings.look.contexts]
-    return {name: [of[index] for index in common] for name, of in seen.items()} if common else {}
-
-
-def _searched(best: CurveFile | None) -> Stage | None:
-    """What the best so far is worth, of a file that may hold anything."""
-    try:
-        return None if best is None else Stage.from_json(_section(best.provenance, "results")["search"])
-    except (KeyError, TypeError, ValueError):
-        return None
+def intended_confidence(config: Mapping[str, Any]) -> float:
+    """Return that of intervals, as a configuration that may hold anything says it."""
+    return min(max(number(section(config, "search").get("confidence"), 0.95), 0.01), 0.9999)
 
 
 def _scan(trials: Sequence[Trial], searched: Scores, scales: Mapping[str, float]) -> tuple[LayerEffect, ...]:
@@ -344,27 +259,9 @@ def _error(base: Mapping[int, ContextScore], other: Mapping[int, ContextScore], 
 
 def task_weights(config: Mapping[str, Any]) -> dict[str, float]:
     """Return the weight of each task of a study's configuration, which may be any JSON; empty if there is one task."""
-    parts = _section(_section(config, "task"), "parts")
-    weights = {name: _number(_section(parts, name).get("weight"), 1.0) for name in parts}
+    parts = section(section(config, "task"), "parts")
+    weights = {name: number(section(parts, name).get("weight"), 1.0) for name in parts}
     return {name: weight if weight > 0.0 else 1.0 for name, weight in weights.items()}
-
-
-def _trials_from(
-    searched: Scores,
-    base: Factors,
-    middle_weight: float,
-    weights: Mapping[str, float],
-    scales: Mapping[str, float],
-) -> tuple[Trial, ...]:
-    """The trials that the evaluations tell of, by first appearance: without origin and control points."""
-    objective = Objective(tuple(searched.get(base, {}).values()), middle_weight, weights, scales)
-    trials = []
-    for number, (factors, scores) in enumerate(searched.items()):
-        seen = [score for index, score in scores.items() if index in searched.get(base, {})]
-        if seen:
-            fitness = 0.0 if factors == base else objective.fitness(seen)
-            trials.append(Trial(number, "", factors, None, len(seen), fitness))
-    return tuple(trials)
 
 
 def _costs(evaluations: Mapping[Job, Evaluation]) -> tuple[Cost, ...]:
@@ -385,12 +282,13 @@ def _place(order: Sequence[str], name: str) -> tuple[int, str]:
     return (order.index(name) if name in order else len(order)), name
 
 
-def _section(value: Any, name: str) -> dict[str, Any]:
-    section = value.get(name) if isinstance(value, dict) else None
-    return section if isinstance(section, dict) else {}
+def section(value: Any, name: str) -> dict[str, Any]:
+    """Return an object of a file that may hold anything; empty if it is none."""
+    found = value.get(name) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
-def _number(value: Any, default: float) -> float:
-    """A finite number from a file that may hold anything."""
+def number(value: Any, default: float) -> float:
+    """Return a finite number of a file that may hold anything."""
     usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if usable else default
