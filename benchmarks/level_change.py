@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from tables import head, row
 
 from lrope_gguf.errors import LropeError
-from lrope_search.config import CACHE_TYPES
 from lrope_search.evaluation.logits import RowWorkers, kl_divergences
 from lrope_search.evaluation.memory import memory_needed
 from lrope_search.evaluation.model import Model
+from lrope_search.evaluation.settings import CACHE_TYPES
 from lrope_search.machine import physical_cores
 
 README = Path(__file__).parent.parent / "README.md"
@@ -99,7 +99,8 @@ def cost_row(path: str, args: argparse.Namespace, kind: str, rate: float) -> str
             changes.append(first - statistics.median(others[1:]))
             shares.append(changes[-1] / prefill)
     # read and written: as much as keys and values of this type are together
-    floor = memory_needed(path, args.tokens, n_seq=1, cache_types=(kind, kind)).kv_cache / rate
+    with Model(path, llama_options={"cache_type_k": kind, "cache_type_v": kind}, weights=False) as empty:
+        floor = memory_needed(empty, args.tokens, 1).kv_cache / rate
     change, share = statistics.median(changes), statistics.median(shares)
     costs = f"{1e3 * change:.1f} ms", f"{1e3 * floor:.2f} ms", f"{100 * share:.2f} %"
     return row((Path(path).stem, kind, args.tokens, *costs))

@@ -252,39 +252,6 @@ def writing(model: Path, folder: Path, rounds: int) -> str:
     return result if script else f"{result}\n- gguf-new-metadata: skipped, the gguf package is not installed"
 
 
-def versions(model: Path, folder: Path, before: Path, rounds: int) -> str:
-    """The commands beside those of another version, which is installed for the interpreter `before`."""
-    work, beside = folder / "version.gguf", folder / "beside.gguf"
-    fresh_copy(model, work)
-    measure(ours("write", work, "--uniform", "1.5"))
-    scales = iter(range(1, 10**6))
-    rows = []
-    for name, words in {
-        "show": ["show", str(work)],
-        "show --json": ["show", "--json", str(work)],
-        "rewrite": ["write", str(work), "--uniform", "1"],
-        "write --output": ["write", str(work), "--uniform", "1.5", "--output", str(beside)],
-    }.items():
-        commands = {
-            "now": ["env", "PYTHONSAFEPATH=1", sys.executable, "-m", "lrope_gguf", *words],
-            "before": ["env", "-u", "PYTHONPATH", "PYTHONSAFEPATH=1", str(before), "-m", "lrope_gguf", *words],
-        }
-
-        def prepare(name: str = name, commands: dict[str, list[str]] = commands) -> None:
-            beside.unlink(missing_ok=True)
-            if name == "rewrite":
-                for command in commands.values():
-                    command[-1] = f"{1 + next(scales) / 1000:g}"
-            settle(work)
-
-        results = compare([Arm(key, command, prepare) for key, command in commands.items()], rounds, name)
-        ratio = median(results["now"]) / median(results["before"])
-        rows.append(
-            [name, spread(results["before"]), spread(results["now"]), f"{ratio:.2f}", verdict(ratio, 1.1)],
-        )
-    return table(["command", "before, s, median (range)", "now, s, median (range)", "ratio", "goal"], rows)
-
-
 def synthetic(path: Path, megabytes: int, vocabulary: int = 0) -> None:
     """A model of one large tensor, of data that no file system can compress or leave out, and of so many tokens."""
 
@@ -470,7 +437,6 @@ def main() -> None:
     parser.add_argument("--loop", type=file_systems, default=["xfs", "btrfs"], help="xfs, btrfs, ext4; '' for none")
     parser.add_argument("--sizes", type=numbers, default=[250, 1000], metavar="MB,MB", help="default: 250,1000")
     parser.add_argument("--write-size", type=int, metavar="MB", help="time writing on a model of this size too")
-    parser.add_argument("--before", type=Path, metavar="PYTHON", help="beside the version installed for it, alone")
     parser.add_argument("--only", choices=("show", "write", "loop"), help="one table")
     args = parser.parse_args()
     if args.rounds < 1:
@@ -492,9 +458,6 @@ def main() -> None:
         print(f"{platform.python_version()}; model {size}; files on ", end="")
         print(f"{file_system(folder)}; load {math.ceil(os.getloadavg()[0] * 10) / 10:g} at the start; ", end="")
         print(f"peak memory below {own_peak() >> 20} MiB, that of this process, cannot be seen\n", flush=True)
-        if args.before:
-            print(versions(model, folder, args.before, args.rounds))
-            return
         if args.only in (None, "show"):
             print(f"{reading(model, args.rounds)}\n", flush=True)
         if args.only in (None, "write"):

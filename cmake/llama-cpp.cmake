@@ -64,14 +64,12 @@ function(lrope_fetch_llama_cpp out)
     file(WRITE "${top}/complete" "${hash} ${series}")
 endfunction()
 
-# What the series consists of: the patches, in the order of their names, and the files under patches/src, which is laid out
-# as llama.cpp is.
+# What the series consists of: the folders of patches/ in the order of their names, each with its hooks.patch and the files
+# that it adds, laid out as llama.cpp is.
 function(lrope_series out)
-    file(GLOB patches "${LROPE_PATCH_DIR}/*.patch")
-    file(GLOB_RECURSE files "${LROPE_PATCH_DIR}/src/*")
-    list(SORT patches)
-    list(SORT files)
-    set(${out} ${patches} ${files} PARENT_SCOPE)
+    file(GLOB_RECURSE series "${LROPE_PATCH_DIR}/*/*")
+    list(SORT series)
+    set(${out} ${series} PARENT_SCOPE)
 endfunction()
 
 function(lrope_series_hash out)
@@ -86,39 +84,78 @@ function(lrope_series_hash out)
     set(${out} "${all}" PARENT_SCOPE)
 endfunction()
 
-# Adds the files and applies the hooks, as a whole or not at all; does nothing where that was done before.
+# The folders of the patches that SOURCE can have: up to the first one that needs what SOURCE lacks ("Needs: FILE NAME" in the
+# message of a patch), at most the first LROPE_PATCHES of them.
+function(lrope_usable_patches source out)
+    file(GLOB patches "${LROPE_PATCH_DIR}/*/hooks.patch")
+    list(SORT patches)
+    if (LROPE_PATCHES)
+        list(SUBLIST patches 0 ${LROPE_PATCHES} patches)
+    endif()
+    set(usable "")
+    foreach (patch ${patches})
+        get_filename_component(folder "${patch}" DIRECTORY)
+        get_filename_component(name "${folder}" NAME)
+        file(STRINGS "${patch}" needs REGEX "^Needs: [^ ]+ [A-Za-z0-9_]+$")
+        foreach (need ${needs})
+            string(REGEX MATCH "^Needs: ([^ ]+) (.+)$" need "${need}")
+            set(found "")
+            if (EXISTS "${source}/${CMAKE_MATCH_1}")
+                file(STRINGS "${source}/${CMAKE_MATCH_1}" found LIMIT_COUNT 1
+                    REGEX "(^|[^A-Za-z0-9_])${CMAKE_MATCH_2}($|[^A-Za-z0-9_])")
+            endif()
+            if (NOT found)
+                set(lacks "${source}/${CMAKE_MATCH_1} has no ${CMAKE_MATCH_2}")
+                if (NOT usable)
+                    message(FATAL_ERROR "The patches cannot be used: ${lacks}. Use another llama.cpp, see patches/README.md. "
+                                        "Nothing was changed.")
+                endif()
+                message(WARNING "The patches from ${name} on are left out: ${lacks}. What they add will be missing.")
+                set(${out} ${usable} PARENT_SCOPE)
+                return()
+            endif()
+        endforeach()
+        list(APPEND usable "${folder}")
+    endforeach()
+    set(${out} ${usable} PARENT_SCOPE)
+endfunction()
+
+# Adds the files and applies the hooks of the usable patches, as a whole or not at all; does nothing where that was done before.
 function(lrope_apply_patches source)
     find_package(Git REQUIRED)
     lrope_series(series)
     set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${series})
+    lrope_usable_patches("${source}" patches)
 
     # one file: git checks the patches of a file one after the other only inside one input
     set(hooks "")
-    file(GLOB patches "${LROPE_PATCH_DIR}/*.patch")
-    list(SORT patches)
-    foreach (path ${patches})
-        file(READ "${path}" patch)
-        string(APPEND hooks "${patch}\n")
+    set(files "")
+    set(missing "")
+    set(reasons "")
+    set(stage "${source}/.lrope-gguf")
+    foreach (patch ${patches})
+        file(READ "${patch}/hooks.patch" text)
+        string(APPEND hooks "${text}\n")
+        # what is there already
+        file(GLOB_RECURSE added RELATIVE "${patch}" "${patch}/*")
+        list(REMOVE_ITEM added hooks.patch)
+        foreach (file ${added})
+            list(APPEND files "${file}")
+            if (NOT EXISTS "${source}/${file}")
+                list(APPEND missing "${file}")
+                continue()
+            endif()
+            file(SHA256 "${patch}/${file}" ours)
+            file(SHA256 "${source}/${file}" found)
+            if (NOT found STREQUAL ours)
+                string(APPEND reasons "${file} is there with other content.\n")
+            endif()
+        endforeach()
     endforeach()
     file(WRITE "${CMAKE_BINARY_DIR}/series.patch" "${hooks}")
     set(apply "${GIT_EXECUTABLE}" apply "${CMAKE_BINARY_DIR}/series.patch"
         --ignore-whitespace) # older sources indent some of the context otherwise
 
-    # what is there already
-    file(GLOB_RECURSE files RELATIVE "${LROPE_PATCH_DIR}/src" "${LROPE_PATCH_DIR}/src/*")
-    set(missing "")
-    set(reasons "")
-    foreach (file ${files})
-        if (NOT EXISTS "${source}/${file}")
-            list(APPEND missing "${file}")
-            continue()
-        endif()
-        file(SHA256 "${LROPE_PATCH_DIR}/src/${file}" ours)
-        file(SHA256 "${source}/${file}" found)
-        if (NOT found STREQUAL ours)
-            string(APPEND reasons "${file} is there with other content.\n")
-        endif()
-    endforeach()
     # the source may lie inside another repository (ours), whose paths git must not mix in
     get_filename_component(parent "${source}" DIRECTORY)
     execute_process(COMMAND "${CMAKE_COMMAND}" -E env "GIT_CEILING_DIRECTORIES=${parent}" ${apply} --reverse --check
@@ -129,9 +166,10 @@ function(lrope_apply_patches source)
     endif()
 
     # everything that can fail is done to copies of the files, which are then moved into place
-    set(stage "${source}/.lrope-gguf")
     file(REMOVE_RECURSE "${stage}")
-    file(COPY "${LROPE_PATCH_DIR}/src/" DESTINATION "${stage}")
+    foreach (patch ${patches})
+        file(COPY "${patch}/" DESTINATION "${stage}" PATTERN hooks.patch EXCLUDE)
+    endforeach()
     string(REGEX MATCHALL "\n\\+\\+\\+ b/[^\n]+" changed "${hooks}")
     list(TRANSFORM changed REPLACE "^\n... b/" "")
     list(REMOVE_DUPLICATES changed)
@@ -149,8 +187,8 @@ function(lrope_apply_patches source)
     if (reasons)
         file(REMOVE_RECURSE "${stage}")
         message(FATAL_ERROR "The patches do not apply to ${source}: this llama.cpp has drifted from the one that they were "
-                            "made for, or carries an older series. See patches/README.md on refreshing them. Nothing was "
-                            "changed.\n${reasons}")
+                            "made for, or carries an older series. See patches/README.md on refreshing them; "
+                            "-DLROPE_PATCHES=1 takes the layer factors alone. Nothing was changed.\n${reasons}")
     endif()
     foreach (file ${files} ${changed})
         file(RENAME "${stage}/${file}" "${source}/${file}")

@@ -1,6 +1,6 @@
 """Per-layer RoPE position interpolation for GGUF models: curves, metadata and the command line.
 
-`read_factors(path)` gives a model's stored factors `s_l`, one float a layer (layer `l` rotates as at position
+`read_factors(path)` gives a model's stored factors `s_l`, one float per layer (layer `l` rotates as at position
 `p / s_l`; 1 changes nothing), or None; `write_factors(path, factors)` stores them, with `scaling=Scaling("yarn", 4)` a
 RoPE scaling besides; `plan_write` says what that would do, and `remove_factors(path)` is its inverse, byte for byte.
 `read_model(path)` gives all that concerns RoPE in a model's header. Whatever goes wrong with a file or a value raises
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lrope_gguf.errors import LropeError
     from lrope_gguf.metadata import WritePlan, WriteResult, plan_remove, plan_write, remove_factors, write_factors
     from lrope_gguf.model_info import ModelInfo, read_factors, read_model
-    from lrope_gguf.scaling_keys import Scaling
+    from lrope_gguf.rope_scaling import Scaling
 
     __version__: str
 
@@ -39,7 +39,7 @@ __all__ = [
     "write_factors",
 ]
 
-_MODULES = ("errors", "scaling_keys", "curve", "model_info", "metadata")  # each imports those before it only
+_MODULES = ("errors", "curve", "rope_scaling", "model_info", "metadata")  # each imports those before it only
 
 
 def __getattr__(name: str) -> Any:

@@ -37,7 +37,7 @@ class LazyGroup(click.Group):
     """The commands of `COMMANDS`; listing and completing their names imports none of them."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Want a command."""
+        """Ask for a command where none is given."""
         if not args and not ctx.resilient_parsing:
             ctx.fail(f"give a command: {', '.join(COMMANDS)}")
         return super().parse_args(ctx, args)
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_streams() -> None:
-    """Have a standard output and error; closed ones are files that cannot be written, and that take all."""
+    """Replace closed standard streams: the input is empty, the output cannot be written, errors are dropped."""
     if None in (sys.stdin, sys.stdout, sys.stderr):
         for number in range(3):  # else the next file opened would get the number, and be written to by mistake
             try:
@@ -142,7 +142,7 @@ def _say(message: str) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    """As `click.Command.main` does it, which would hide an interrupt's exit status."""
+    """Run a command. `click.Command.main` would do so too, but hides the exit status of an interrupt."""
     if instruction := os.environ.get(_COMPLETE):
         from click.shell_completion import shell_complete
 

@@ -10,12 +10,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lrope_gguf.bezier import height, layer_positions
 from lrope_gguf.errors import LropeError
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Point = tuple[float, float]
+Number = TypeVar("Number", bound=Any)
+"""A float, or float64 arrays whose shapes broadcast."""
 
 FORMAT = "lrope-curve"
 VERSION = 1
@@ -31,9 +33,48 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_CONTAINERS = 1 << 16
 MAX_POINTS = 64
+_BISECTIONS = 54  # t is then as near as float64 can tell
 _LIGHT = 1 << 14  # control points, squared, times layers: about 0.05 s without NumPy, which takes longer to load
 AGREEMENT = 1e-5
 """How far `layer_factors` may lie from the curve of `control_points` in the same file."""
+
+
+# Floats and NumPy arrays alike, so that a small curve needs no NumPy.
+
+
+def evaluate(coefficients: Sequence[Number], t: Number) -> Number:
+    """One coordinate of a curve at parameter `t`, by de Casteljau's construction.
+
+    Args:
+        coefficients: that coordinate of the control points.
+        t: from 0 to 1.
+    """
+    row = list(coefficients)
+    while len(row) > 1:
+        row = [a + t * (b - a) for a, b in pairwise(row)]
+    return row[0]
+
+
+def height(xs: Sequence[Number], ys: Sequence[Number], x: Number) -> Number:
+    """The curve's y where its x is `x`, by bisection.
+
+    Args:
+        xs: x of the control points, from 0 to 1 without a step back, so that the curve is a function of x.
+        ys: y of the control points.
+        x: from 0 to 1; at both ends y is that of the end points, exactly, where rounding would keep t from them.
+    """
+    t: Any = 0.5 + 0.0 * x
+    step = 0.25
+    for _ in range(_BISECTIONS):
+        t = t + step * (2.0 * (evaluate(xs, t) < x) - 1.0)
+        step /= 2.0
+    y: Number = evaluate(ys, t) * ((x > 0.0) & (x < 1.0)) + ys[0] * (x <= 0.0) + ys[-1] * (x >= 1.0)
+    return y
+
+
+def layer_positions(n_layer: int) -> list[float]:
+    """The x of each layer: `l / (n_layer - 1)`, and 0 for a single one."""
+    return [layer / max(n_layer - 1, 1) for layer in range(n_layer)]
 
 
 def _number(value: Any, what: str) -> float:
@@ -43,7 +84,7 @@ def _number(value: Any, what: str) -> float:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
-        raise LropeError(f"{what} is {value!r}, not a number") from None
+        raise LropeError(f"{what} is {value!r}, not a number; give a number") from None
     except OverflowError:
         number = math.inf
     if math.isnan(number):
@@ -61,15 +102,15 @@ def positive(value: Any, what: str) -> float:
     """
     number = _number(value, what)
     if number == 0:
-        raise LropeError(f"{what} is zero; a factor is above 0, and 1 changes nothing")
+        raise LropeError(f"{what} is zero; give a factor above 0 (1 changes nothing)")
     if number < 0:
-        raise LropeError(f"{what} is negative ({number:g}); a factor is above 0, and 1 changes nothing")
+        raise LropeError(f"{what} is negative ({number:g}); give a factor above 0 (1 changes nothing)")
     return number
 
 
 def _sequence(value: Any, what: str) -> list[Any]:
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
-        raise LropeError(f"{what} is {type(value).__name__}, not a list")
+        raise LropeError(f"{what} is {type(value).__name__}, not a list; give a list")
     return list(value)
 
 
@@ -159,7 +200,7 @@ class CurveFile:
 
     Attributes:
         control_points: fit any number of layers; None where only `layer_factors` are given.
-        layer_factors: one factor a layer, for exactly that many layers.
+        layer_factors: one factor per layer, for exactly that many layers.
         bounds: bounds of the curve's y.
         architecture: `general.architecture` of the model that it was made for.
         block_count: that model's number of layers.
@@ -185,11 +226,11 @@ class CurveFile:
         if self.layer_factors is not None:
             values = _sequence(self.layer_factors, "layer_factors")
             if not values:
-                raise LropeError("layer_factors is empty; give one factor a layer")
+                raise LropeError("layer_factors is empty; give one factor per layer")
             factors = tuple(positive(value, f"layer_factors[{i}]") for i, value in enumerate(values))
             object.__setattr__(self, "layer_factors", factors)
         if self.architecture is not None and not isinstance(self.architecture, str):
-            raise LropeError(f"architecture is {self.architecture!r}, not a string")
+            raise LropeError(f"architecture is {self.architecture!r}, not a string; give a name")
         if self.block_count is not None and (
             isinstance(self.block_count, bool) or not isinstance(self.block_count, int) or self.block_count < 1
         ):
@@ -215,7 +256,7 @@ class CurveFile:
             if len(data) > MAX_BYTES:
                 text = " " * len(data)  # its size says more than where the cut fell
             else:
-                raise LropeError(f"{path}: is not UTF-8 text (byte {error.start}); is it a curve file?") from None
+                raise LropeError(f"{path}: is not UTF-8 text (byte {error.start}); give a curve file") from None
         return cls.loads(text, str(path))
 
     @classmethod
@@ -230,9 +271,9 @@ class CurveFile:
         try:
             document = _parse(text)
             if not isinstance(document, dict):
-                raise LropeError("is not a JSON object; is it a curve file?")
+                raise LropeError("is not a JSON object; give a curve file")
             if document.pop("format", None) != FORMAT:
-                raise LropeError(f'its "format" is not "{FORMAT}"; is it a curve file?')
+                raise LropeError(f'its "format" is not "{FORMAT}"; give a curve file')
             version = document.pop("version", None)
             if version != VERSION or isinstance(version, bool):
                 raise LropeError(f"its version is {version!r}, this program reads {VERSION}; upgrade lrope-gguf")
@@ -279,7 +320,7 @@ class CurveFile:
                 return json.dumps(document, allow_nan=False, separators=(",", ":"))
             return json.dumps(document, allow_nan=False, indent=2) + "\n"
         except (TypeError, ValueError, RecursionError) as error:
-            raise LropeError(f"the curve's document is not JSON ({error}); check its provenance") from None
+            raise LropeError(f"the curve cannot be stored as JSON ({error}); check its provenance") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the document to `path`, whole or not at all."""
@@ -321,7 +362,7 @@ def resolved(path: str | Path) -> str | Path:
         return path
     known = published()
     if name not in known:
-        raise LropeError(f"{path}: no such file, and no curve of that name; there are {', '.join(known) or 'none'}")
+        raise LropeError(f"{path}: no such file or curve; the curves of lrope-gguf are {', '.join(known) or 'none'}")
     return known[name]
 
 
@@ -336,25 +377,22 @@ def _read(path: str | os.PathLike[str]) -> bytes:
         if os.fspath(path) == "-":
             file: Any = open(0, "rb", closefd=False)  # noqa: SIM115
         elif Path(path).is_dir():
-            raise LropeError(f"{path}: is not a regular file")
+            raise LropeError(f"{path}: is a folder; give a file")
         else:
             file = Path(path).open("rb")  # noqa: SIM115
         with file:
             data: bytes = file.read(MAX_BYTES + 1)
             return data
     except FileNotFoundError as error:
-        raise LropeError(f"{path}: no such file") from error
+        raise LropeError(f"{path}: no such file; check the name") from error
     except OSError as error:
-        raise LropeError(f"{source_name(path)}: cannot be read ({error.strerror})") from error
+        raise LropeError(f"{source_name(path)}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def _parse(text: str) -> Any:
-    """Strict JSON of bounded size, depth and memory: no NaN, infinities, overflowing numbers or repeated keys.
-
-    What is refused here, patches/src/common/rope-layer.cpp refuses too.
-    """
+    """Strict JSON of bounded size, depth and memory: no NaN, infinities, overflowing numbers or repeated keys."""
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        raise LropeError("is above 1 MiB; is it a curve file?")
+        raise LropeError("is larger than 1 MiB; give a curve file")
     depth = containers = 0
     # The closing quote is optional, so that an open string is passed over once and not tried from every quote in it.
     for match in re.finditer(r'"(?:[^"\\]|\\.)*"?|[][{}]', text, re.DOTALL):
@@ -362,16 +400,16 @@ def _parse(text: str) -> Any:
         depth += opens - (match[0] in "]}")
         containers += opens
         if depth > MAX_DEPTH:
-            raise LropeError(f"is nested deeper than {MAX_DEPTH} levels; is it a curve file?")
+            raise LropeError(f"is nested deeper than {MAX_DEPTH} levels; give a curve file")
         if containers > MAX_CONTAINERS:  # each takes up to 50 times its text in memory
-            raise LropeError(f"holds more than {MAX_CONTAINERS} lists and objects; is it a curve file?")
+            raise LropeError(f"holds more than {MAX_CONTAINERS} lists and objects; give a curve file")
 
     def constant(word: str) -> Any:
         raise LropeError(f"holds {word}; give finite numbers")
 
     def number(digits: str) -> float:
         if math.isinf(value := float(digits)):
-            raise LropeError(f"holds {digits[:40]}, too large for a number")
+            raise LropeError(f"holds {digits[:40]}, too large for a number; give a smaller one")
         return value
 
     def whole(digits: str) -> int:
@@ -396,4 +434,4 @@ def _parse(text: str) -> Any:
     except json.JSONDecodeError as error:
         raise LropeError(f"is not JSON ({error.msg}, line {error.lineno} column {error.colno})") from None
     except UnicodeEncodeError:
-        raise LropeError("holds half of a surrogate pair, which is no text; write the character itself") from None
+        raise LropeError("holds half of a surrogate pair; write the whole character") from None

@@ -49,8 +49,8 @@ def write_error(path: Path, error: OSError, consequence: str) -> LropeError:
         errno.EDQUOT: "free some of your quota, or write to another disk",
         errno.EACCES: "check the permissions of the file and its directory",
         errno.EPERM: "check the permissions of the file and its directory",
-        errno.EROFS: "write to another place",
-        errno.EFBIG: "the file system or a limit of this process (ulimit -f) takes no file of this size",
+        errno.EROFS: "write to another file system",
+        errno.EFBIG: "the file is too large for the file system or for the limit of ulimit -f",
         errno.ENAMETOOLONG: "give a shorter name",
         errno.ENOENT: "check that the directory exists",
     }.get(error.errno or 0, "check the disk")
@@ -113,7 +113,7 @@ def replacing(path: str | os.PathLike[str], notes: list[str] | None = None, *, m
                 temporary.replace(target)
         if os.name == "nt":  # open files cannot be moved there
             temporary.replace(target)
-        consequence = "the new content is in place but perhaps not yet on the disk"
+        consequence = "the new content is in place, but may not be on the disk yet"
         sync_directory(target.parent)
     except OSError as error:
         raise write_error(Path(path), error, consequence) from error
@@ -138,15 +138,15 @@ def check_output(
     """
     path = Path(output)
     if not os.fspath(output) or path.is_dir():
-        raise LropeError(f"{option} {str(output)!r}: is no name of a file but a folder's; give a file")
+        raise LropeError(f"{option} {str(output)!r}: is {'a folder' if os.fspath(output) else 'empty'}; name a file")
     for name, given in inputs.items():
         if given is not None and _alike(path, Path(given)):
-            raise LropeError(f"{option} {output}: is the file that {name} names, which would be lost; give another")
+            raise LropeError(f"{option} {output}: would overwrite the file given as {name}; name another file")
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise LropeError(f"{option} {output}: its directory does not exist; make it or give another file")
+        raise LropeError(f"{option} {output}: its directory does not exist; create it or name another file")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise LropeError(f"{option} {output}: the folder {folder} may not be written; give another file")
+        raise LropeError(f"{option} {output}: you may not write to its directory {folder}; name another file")
 
 
 def _alike(one: Path, other: Path) -> bool:
@@ -162,7 +162,7 @@ def check_replaceable(path: str | os.PathLike[str]) -> None:
     if target.is_dir():
         raise LropeError(f"{path}: is a directory; name a file")
     if target.exists() and not target.is_file():  # such as /dev/null
-        raise LropeError(f"{path}: is not a regular file; name another")
+        raise LropeError(f"{path}: is not a regular file; name another file")
 
 
 def _create(temporary: Path, mode: int) -> tuple[int, bool]:
@@ -319,7 +319,7 @@ def _lock(path: Path, shared: bool) -> int | None:
             raise
         os.close(handle)
         if time.monotonic() > deadline:
-            raise LropeError(f"{path}: another writer is at work on it; try again when that has ended")
+            raise LropeError(f"{path}: another program is writing it; try again when that has finished")
         if free is False:
             time.sleep(_LOCK_PAUSE)
     return None
@@ -436,7 +436,7 @@ def _copy(source: FileIO, target: FileIO, start: int, end: int, advance: Callabl
             source.seek(start)
             data = source.read(min(_BUFFER, end - start, to_multiple))
             if not data:
-                raise LropeError(f"{source.name!s}: ended at byte {start} while being read; try again")
+                raise LropeError(f"{source.name!s}: was shortened while being read, to {start} bytes; try again")
             write_all(target, data)
             copied = len(data)
         _begin_writing(target, place, copied)

@@ -1,26 +1,37 @@
-"""Where our keys stand in a GGUF file, and how they are padded.
+"""Our keys in a GGUF file: where they stand, how they are padded, and how the entries that they replace are kept.
 
-They are inserted together after the last key, in a block of whole pages: a string is padded with spaces until the
-file's keys, with those gone that ours replace, are longer by a multiple of the file's alignment and of 4096 bytes. So
-whatever follows moves as it is and stays aligned; taking the block out and putting the others back gives the old file
-again; file systems can share the tensor data between old and new file; and later curves fit into the padding and are
-written in place.
+Our keys stand together after the last key, in a block of whole pages: a string is padded with spaces until the file's
+keys are longer than before by a multiple of the file's alignment and of 4096 bytes. So whatever follows keeps its
+alignment, removing the block gives the old file again, file systems can share the tensor data between the old and the
+new file, and a later curve fits into the padding and is written in place.
+
+`lrope.original` names the scaling keys that are ours and keeps the entries that they replaced. It is a string, because
+every tool that copies keys copies strings: JSON in ASCII. It counts keys instead of bytes and has numbers in
+little-endian order, so that it still holds after another tool has lengthened a value or changed the byte order.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lrope_gguf.gguf_scan import STRING, Entry, GGUFFile
-from lrope_gguf.gguf_values import Changed, Value
-from lrope_gguf.originals import ORIGINAL_KEY, originals_of
-from lrope_gguf.scaling_keys import DYNAMIC
+from lrope_gguf.errors import LropeError
+from lrope_gguf.gguf_file import MAX_TEXT, SCALARS, STRING, Changed, Entry, GGUFFile, Value
+from lrope_gguf.rope_scaling import DYNAMIC, NAMES
 
 CURVE_KEY = "lrope.curve"
+ORIGINAL_KEY = "lrope.original"
+_FORMAT, _VERSION = "lrope-original", 1
+_MAX_BYTES = 1 << 15  # four of the longest strings, in hexadecimal digits
+_MAX_STORED = 1 << 22
+_MAX_AT = 1 << 16
+_HEX = re.compile("(?:[0-9a-f]{2})*")
 PAGE = 4096
+_MAX_ENTRY = 1 << 16
 _SLACK = 1024
 _MAX_ROOM = 1 << 22
 
@@ -33,8 +44,101 @@ def factors_key(architecture: str) -> str:
     return f"{architecture}.rope.scaling.layer_factors"
 
 
+class Kept(NamedTuple):
+    """An entry that was taken out: its place among the keys of the original, its name in `NAMES`, and its value."""
+
+    at: int
+    name: str
+    value: Value
+
+
+class Originals(NamedTuple):
+    """Names of the scaling keys that are ours, and in the order of their places the entries that they replace."""
+
+    written: tuple[str, ...] = ()
+    replaced: tuple[Kept, ...] = ()
+
+    def dumps(self, order: str) -> str:
+        """The text to store; `order` is the file's."""
+        replaced = [
+            {"at": at, "name": name, "type": value.kind, "value": _little(value, order).data.hex()}
+            for at, name, value in self.replaced
+        ]
+        document = {"format": _FORMAT, "version": _VERSION, "written": list(self.written), "replaced": replaced}
+        return json.dumps(document, separators=(",", ":"))
+
+
+def originals_of(gguf: GGUFFile) -> Originals:
+    """What a file has stored; nothing where it has no such key.
+
+    Raises:
+        LropeError: it is not what `Originals.dumps` gives.
+    """
+    entry = gguf.entries.get(ORIGINAL_KEY)
+    if entry is None:
+        return Originals()
+    try:
+        if entry.kind != STRING or entry.end - entry.value > _MAX_STORED:
+            raise ValueError("not a string, or too long")
+        return _loads(gguf.read(entry.value, entry.end).rstrip(b" "), gguf.order)
+    except (ValueError, RecursionError) as error:
+        why = str(error) if type(error) is ValueError else "not JSON"
+        raise LropeError(
+            f"{gguf.path}: {ORIGINAL_KEY} at byte {entry.start} is damaged ({why}), so the old values are lost; get "
+            "a new copy of the model"
+        ) from None
+
+
+def _loads(text: bytes, order: str) -> Originals:
+    if len(text) > _MAX_BYTES:
+        raise ValueError(f"{len(text)} bytes")
+    document = json.loads(text.decode("ascii"))
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise ValueError("another format")
+    if document.get("version") != _VERSION or isinstance(document["version"], bool):
+        raise ValueError("another version")
+    written, replaced = document.get("written"), document.get("replaced")
+    if not isinstance(written, list) or not all(name in NAMES for name in written) or len({*written}) < len(written):
+        raise ValueError("the list of written keys")
+    if not isinstance(replaced, list):
+        raise ValueError("the list of replaced keys")
+    kept = tuple(_kept(item, order) for item in replaced)
+    names, places = [item.name for item in kept], [item.at for item in kept]
+    # one that is not written anew could come back beside itself; ours was never another's
+    if not {*names} <= {*written} - {DYNAMIC} or len({*names}) < len(names) or places != sorted({*places}):
+        raise ValueError("the list of replaced keys")
+    return Originals(tuple(written), kept)
+
+
+def _kept(item: Any, order: str) -> Kept:
+    if not isinstance(item, dict):
+        raise ValueError("the list of replaced keys")
+    at, name, kind, value = (item.get(field) for field in ("at", "name", "type", "value"))
+    if type(at) is not int or type(kind) is not int or not isinstance(name, str) or not isinstance(value, str):
+        raise ValueError("the list of replaced keys")
+    if not 0 <= at < _MAX_AT or name not in NAMES or _HEX.fullmatch(value) is None:
+        raise ValueError(f"the replaced {name[:80]!r}")
+    data = bytes.fromhex(value)
+    right = len(data) <= MAX_TEXT if kind == STRING else kind in SCALARS and len(data) == struct.calcsize(SCALARS[kind])
+    if not right:
+        raise ValueError(f"the replaced {name[:80]!r}")
+    return Kept(at, name, _little(Value(kind, data), order))
+
+
+def _little(value: Value, order: str) -> Value:
+    """A value of a file in this order in little-endian order, and the other way round."""
+    return value if order == "<" else value.swapped()
+
+
+class Part(NamedTuple):
+    """One of our entries: its key, and all its bytes."""
+
+    key: str
+    data: bytes
+
+
 class Base:
-    """A file as it was before we wrote to it: without our keys, and with the entries back that they replace.
+    """A file as it was before we wrote to it: without our keys, and with the entries that these replaced.
 
     Attributes:
         gguf: the file.
@@ -68,6 +172,15 @@ class Base:
         """The key of a name that the architecture stands before."""
         return f"{self.architecture}.{name}"
 
+    def part(self, key: str) -> Part:
+        """One of our entries as it stands in the file."""
+        entry = self.ours[key]
+        if entry.end - entry.start > _MAX_ENTRY:
+            raise LropeError(
+                f"{self.gguf.path}: {key} is {entry.end - entry.start} bytes, too many to keep; remove it first"
+            )
+        return Part(key, self.gguf.read(entry.start, entry.end))
+
     @property
     def scaling(self) -> list[str]:
         """Our keys that say how RoPE is scaled, in the file's order."""
@@ -91,45 +204,40 @@ class Base:
         return pieces
 
 
-class Part(NamedTuple):
-    """One of our entries: its key, and all its bytes."""
-
-    key: str
-    data: bytes
-
-
 @dataclass(frozen=True)
 class Block:
     """What is ours in a file.
 
     Attributes:
         order: the byte order.
-        values: entries whose values are read by llama.cpp: a change in place should reach them all or none.
-        others: other entries.
-        padded: key of the string that is padded, and its text; None: there is none.
+        values: entries whose values llama.cpp reads: a change in place should reach all of them or none.
+        strings: keys and texts of the other entries; the last one is padded.
     """
 
     order: str
     values: tuple[Part, ...] = ()
-    others: tuple[Part, ...] = ()
-    padded: tuple[str, bytes] | None = None
+    strings: tuple[tuple[str, bytes], ...] = ()
 
     def parts(self, room: int, values_first: bool) -> list[Part]:
-        """The entries in their order, the string padded to `room` bytes."""
-        padded = []
-        if self.padded is not None:
-            key, text = self.padded
-            padded = [Part(key, Value(STRING, text.ljust(room)).entry(self.order, key))]
-        return [*self.values, *self.others, *padded] if values_first else [*padded, *self.others, *self.values]
+        """The entries in their order, the last string padded to `room` bytes."""
+        strings = [
+            Part(key, Value(STRING, text.ljust(room) if key == self.strings[-1][0] else text).entry(self.order, key))
+            for key, text in self.strings
+        ]
+        return [*self.values, *strings] if values_first else [*strings[::-1], *self.values]
+
+    @property
+    def text(self) -> bytes:
+        """The string that is padded."""
+        return self.strings[-1][1] if self.strings else b""
 
     @property
     def fixed(self) -> int:
-        """Bytes of all entries, those of the padded string left out."""
-        padded = b"" if self.padded is None else Value(STRING, b"").entry(self.order, self.padded[0])
-        return sum(len(part.data) for part in (*self.values, *self.others)) + len(padded)
+        """Bytes of all entries but for that string."""
+        return sum(len(part.data) for part in self.parts(0, True)) - len(self.text)
 
     def __len__(self) -> int:
-        return len(self.values) + len(self.others) + (self.padded is not None)
+        return len(self.values) + len(self.strings)
 
 
 def new_parts(base: Base, block: Block, without: Collection[str], unit: int) -> list[Part]:
@@ -138,10 +246,10 @@ def new_parts(base: Base, block: Block, without: Collection[str], unit: int) -> 
     The values come first, or last where they would otherwise lie across a page's edge: inside one page, a change in
     place reaches them whole or not at all.
     """
-    if block.padded is None:
+    if not block.strings:
         return block.parts(0, True)
     before, place = length(base.pieces()), length(base.pieces(0, without))
-    key, text = block.padded
+    key, text = block.strings[-1]
     unit = max(PAGE, base.gguf.alignment, unit)
     needed = block.fixed + len(text) + (max(_SLACK, len(text)) if key == CURVE_KEY else 0)
     room = -(-(needed - (before - place)) // unit) * unit + (before - place) - block.fixed
@@ -158,7 +266,7 @@ def parts_in_place(base: Base, block: Block) -> tuple[int, list[Part]] | None:
         return None
     start, end = min(base.ours.values()).start, max(base.ours.values()).end
     room = end - start - block.fixed
-    if len(block) != len(base.ours) or not (0 if block.padded is None else len(block.padded[1])) <= room <= _MAX_ROOM:
+    if len(block) != len(base.ours) or not len(block.text) <= room <= _MAX_ROOM:
         return None
     for values_first in (True, False):
         parts, at = block.parts(room, values_first), start

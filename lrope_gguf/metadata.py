@@ -1,8 +1,8 @@
 """Layer factors and RoPE scaling in a GGUF file's metadata: written and removed, every other byte kept.
 
 `{architecture}.rope.scaling.layer_factors` is an array of `{architecture}.block_count` float32 that the patched
-llama.cpp reads, and `lrope.curve` the curve file's JSON. `scaling_keys` says which keys a scaling takes, `originals`
-where the entries are kept that stood there before, `layout` where all of these stand, `model_info` what a header holds.
+llama.cpp reads, and `lrope.curve` the curve file's JSON. `rope_scaling` says which keys a scaling takes, `layout` where
+all our keys stand and what they replaced, `rescale` what a new scaling changes, `model_info` what a header says.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from lrope_gguf.files import (
     write_all,
     write_error,
 )
-from lrope_gguf.gguf_scan import ARRAY, FLOAT32, STRING, GGUFFile
-from lrope_gguf.gguf_values import Value, string
+from lrope_gguf.gguf_file import ARRAY, FLOAT32, STRING, GGUFFile, string
 from lrope_gguf.layout import (
     CURVE_KEY,
+    ORIGINAL_KEY,
     Base,
     Block,
     Part,
@@ -46,13 +46,11 @@ from lrope_gguf.layout import (
     parts_in_place,
     pieces_of,
 )
-from lrope_gguf.model_info import SHARD, ModelInfo, info_of, shortest
+from lrope_gguf.model_info import SHARD, ModelInfo, has_long_factors, info_of
 from lrope_gguf.model_info import read_factors as read_factors
 from lrope_gguf.model_info import read_model as read_model
-from lrope_gguf.originals import ORIGINAL_KEY
-from lrope_gguf.rescale import KeyChange, Rescaled, raw_part, rescaled, restored
-from lrope_gguf.rope_scaling import RopeScaling, single
-from lrope_gguf.scaling_keys import Recipe, Scaling
+from lrope_gguf.rescale import KeyChange, Rescaled, rescaled, restored
+from lrope_gguf.rope_scaling import Recipe, RopeScaling, Scaling, long_factors_error, shortest, single
 from lrope_gguf.stores import check_changeable
 
 _LINKS = "{path} had {links} names (hard links); only this one has the new content, the others keep the old"
@@ -68,7 +66,7 @@ class WriteResult:
         path: the file that now holds the result.
         how: `"in place"`, `"rewritten"` (a whole new file) or `"unchanged"` (it was so already).
         bytes_written: bytes changed in place, or the new file's size.
-        factors: the factors now stored, one a layer; empty where there are none.
+        factors: the factors now stored, one per layer; empty where there are none.
         bytes_shared: of a new file, the bytes that it shares with the old one on the disk instead of a copy.
         notes: what the user should know besides, such as other names that keep the old content.
     """
@@ -89,7 +87,7 @@ class WritePlan:
         path: the file that would hold the result.
         how: as in `WriteResult`.
         bytes_written: as in `WriteResult`.
-        factors: the factors that would be stored, one a layer; empty where there are none.
+        factors: the factors that would be stored, one per layer; empty where there are none.
         shares: whether a new file would share the tensor data with the old one on the disk; None where only
             writing tells.
         notes: as in `WriteResult`.
@@ -125,7 +123,7 @@ def write_factors(
 
     Args:
         path: the model; of a split one the first shard.
-        factors: one positive float a layer: `n_layer` of them, or `block_count` with 1 for the layers of a
+        factors: one positive float per layer: `n_layer` of them, or `block_count` with 1 for the layers of a
             multi-token-prediction head. None leaves those of the file as they are.
         curve_json: the document to store beside them; by default one that lists the factors.
         scaling: the scaling, in place of one that was written before. None leaves that of the file as it is.
@@ -166,19 +164,19 @@ def plan_write(
 
 
 def plan_scaling(path: str | os.PathLike[str], scaling: Scaling) -> tuple[RopeScaling, Recipe | None]:
-    """How a model would rotate with a scaling written to it, and what that comes to; None for that of `none`.
+    """How a model would rotate with a scaling written to it, and the scaling in numbers; None for `none`.
 
     Raises:
         LropeError: where the model cannot have it or cannot be read.
     """
     with GGUFFile(path) as gguf:
         _check_rotates(info_of(gguf))
-        planned = rescaled(Base(gguf), scaling)
+        planned = _rescaled(Base(gguf), scaling)
         return planned.rope, planned.recipe
 
 
 def storable_factors(info: ModelInfo, factors: Iterable[float], rope: RopeScaling | None = None) -> tuple[float, ...]:
-    """Factors as `write_factors` would store them, one a block: float32, 1 in a multi-token-prediction head.
+    """Factors as `write_factors` would store them, one per block: float32, 1 in a multi-token-prediction head.
 
     Args:
         info: the model.
@@ -190,7 +188,9 @@ def storable_factors(info: ModelInfo, factors: Iterable[float], rope: RopeScalin
     """
     _check_rotates(info)
     if info.block_count is None:
-        raise LropeError(f"{info.path}: has no {info.architecture}.block_count (no layers); give a whole model")
+        raise LropeError(
+            f"{info.path}: has no {info.architecture}.block_count (the number of layers); give a whole model"
+        )
     values = [positive(value, f"{info.path}: the factor of layer {layer}") for layer, value in enumerate(factors)]
     shaped = info.shaped(values)
     _check_factors(info, shaped, info.rope if rope is None else rope)
@@ -279,7 +279,7 @@ def _plan_write(
         raise LropeError(f"{path}: nothing to write; give factors or a scaling")
     _check_rotates(info)
     base = Base(gguf)
-    scaled = rescaled(base, scaling)
+    scaled = _rescaled(base, scaling)
     if factors is None:
         stored = info.factors or ()
         _check_factors(info, stored, scaled.rope)
@@ -323,7 +323,7 @@ def _factor_parts(
         document = CurveFile.loads(curve_json, "curve_json")
     text = document.dumps(compact=True).encode()
     if len(text) > MAX_BYTES:
-        raise LropeError(f"{info.path}: the curve's document is above 1 MiB; shorten its provenance")
+        raise LropeError(f"{info.path}: the curve's document is larger than 1 MiB; shorten its provenance")
     key, order = factors_key(base.architecture), base.gguf.order
     array = struct.pack(f"{order}IIQ{len(stored)}f", ARRAY, FLOAT32, len(stored), *stored)
     return (Part(key, string(order, key.encode(errors="surrogateescape")) + array),), text
@@ -332,32 +332,25 @@ def _factor_parts(
 def _as_they_are(base: Base) -> tuple[tuple[Part, ...], bytes | None]:
     """The entry of the factors that the file has, and the curve's document; empty and None where there is none."""
     key, gguf = factors_key(base.architecture), base.gguf
-    parts = (raw_part(base, key),) if key in base.ours else ()
+    parts = (base.part(key),) if key in base.ours else ()
     curve = base.ours.get(CURVE_KEY)
     if curve is None:
         return parts, None
     if curve.kind != STRING or curve.end - curve.value > _MAX_CURVE_BYTES:
-        raise LropeError(f"{gguf.path}: {CURVE_KEY} is no document of a curve; write the factors again or remove them")
+        raise LropeError(f"{gguf.path}: {CURVE_KEY} is not a curve; write the factors again or remove them")
     return parts, gguf.read(curve.value, curve.end).rstrip(b" ")
 
 
 def _block(base: Base, parts: tuple[Part, ...], text: bytes | None, scaled: Rescaled) -> Block:
     """All that is to be ours in the file."""
     order, original = base.gguf.order, None
-    if scaled.originals is None:
-        if ORIGINAL_KEY in base.ours:
-            entry = base.ours[ORIGINAL_KEY]
-            original = base.gguf.read(entry.value, entry.end).rstrip(b" ")
-    elif scaled.originals.written:
-        original = scaled.originals.dumps(order).encode()
-    values = (*parts, *scaled.parts)
-    if original is None:
-        return Block(order, values, (), None if text is None else (CURVE_KEY, text))
-    if text is None:
-        return Block(order, values, (), (ORIGINAL_KEY, original))
-    return Block(
-        order, values, (Part(ORIGINAL_KEY, Value(STRING, original).entry(order, ORIGINAL_KEY)),), (CURVE_KEY, text)
-    )
+    if scaled.originals is not None:
+        original = scaled.originals.dumps(order).encode() if scaled.originals.written else None
+    elif ORIGINAL_KEY in base.ours:
+        entry = base.ours[ORIGINAL_KEY]
+        original = base.gguf.read(entry.value, entry.end).rstrip(b" ")
+    strings = ((ORIGINAL_KEY, original), (CURVE_KEY, text))
+    return Block(order, (*parts, *scaled.parts), tuple((key, text) for key, text in strings if text is not None))
 
 
 def _plan_rewrite(gguf: GGUFFile, target: Path | None, pieces: Pieces, factors: tuple[float, ...]) -> WritePlan:
@@ -366,7 +359,7 @@ def _plan_rewrite(gguf: GGUFFile, target: Path | None, pieces: Pieces, factors: 
     place = Path(os.path.realpath(path))
     _check_permission(path)
     if not place.parent.is_dir():
-        raise LropeError(f"{path}: its directory does not exist; make it first")
+        raise LropeError(f"{path}: its directory does not exist; create it first")
     check_replaceable(path)
     if not os.access(place.parent, os.W_OK | os.X_OK):
         raise LropeError(f"{path}: its directory is read-only; make it writable or give --output")
@@ -374,8 +367,8 @@ def _plan_rewrite(gguf: GGUFFile, target: Path | None, pieces: Pieces, factors: 
     free = free_bytes(place.parent)
     if free < size and not shares:
         raise LropeError(
-            f"{path}: needs {size} bytes beside it, {free} are free; free some space, or write to another disk with "
-            "--output"
+            f"{path}: needs {size} bytes in its directory, {free} are free; free some space, or write "
+            "elsewhere with --output"
         )
     links = place.stat().st_nlink if place.exists() else 1
     notes = (_LINKS.format(links=links, path=path),) if links > 1 else ()
@@ -395,21 +388,29 @@ def _check_unmapped(gguf: GGUFFile) -> None:
         name, process = users[0]
         others = f" and {len(users) - 1} more" if len(users) > 1 else ""
         raise LropeError(
-            f"{gguf.path}: is mapped by {name} (process {process}){others}: a change in place would change the memory "
-            "of a running program; stop it, write a copy with --output, or allow it with --mapped-ok"
+            f"{gguf.path}: is mapped by {name} (process {process}){others}: changing it in place would change the "
+            "memory of a running program; stop that, write a copy with --output, or allow it with --mapped-ok"
         )
 
 
 def _check_rotates(info: ModelInfo) -> None:
     """Refuse what has no RoPE of its own."""
     if info.architecture is None:
-        raise LropeError(f"{info.path}: names no architecture; give a model")
+        raise LropeError(f"{info.path}: does not name its architecture; give a model")
     if not info.has_rope:
         raise LropeError(
-            f"{info.path}: models of architecture {info.architecture!r} like this use no RoPE; give one that does"
+            f"{info.path}: has no RoPE (architecture {info.architecture!r}): factors have no effect; give another model"
         )
     if info.kind == "adapter":
         raise LropeError(f"{info.path}: is a LoRA adapter; write to its base model")
+
+
+def _rescaled(base: Base, scaling: Scaling | None) -> Rescaled:
+    """As `rescaled`, which does not look into other shards."""
+    result = rescaled(base, scaling)
+    if result.recipe is not None and has_long_factors(base.gguf):
+        raise long_factors_error(base.gguf.path)
+    return result
 
 
 def _check_factors(info: ModelInfo, factors: Sequence[float], rope: RopeScaling) -> None:
@@ -428,8 +429,8 @@ def _target(info: ModelInfo, output: str | os.PathLike[str] | None) -> Path | No
     match = SHARD.fullmatch(Path(output).name)
     if info.shards > 1 and not (match and int(match[2]) == 1 and int(match[3]) == info.shards):
         raise LropeError(
-            f"{output}: a split model's first shard is found by its name; end it in -00001-of-{info.shards:05}.gguf "
-            "and put the other shards beside it"
+            f"{output}: the name of a split model's first file must end in -00001-of-{info.shards:05}.gguf; change it, "
+            "and put the other files beside it"
         )
     return Path(output)
 

@@ -6,37 +6,25 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lrope_gguf.errors import LropeError
-from lrope_gguf.gguf_scan import ARRAY, FLOAT32, GGUFFile
-from lrope_gguf.layout import CURVE_KEY, PAGE, Base, factors_key
-from lrope_gguf.originals import ORIGINAL_KEY
-from lrope_gguf.reach import has_rope, rope_reach
+from lrope_gguf.gguf_file import ARRAY, FLOAT32, GGUFFile
+from lrope_gguf.layout import CURVE_KEY, ORIGINAL_KEY, PAGE, Base, factors_key
+from lrope_gguf.reach import has_rope, windows
 from lrope_gguf.rope_scaling import RopeScaling
 
 MAX_LAYERS = 4096
 _MAX_CURVE_BYTES = 4 << 20
 _BUFFER = 1 << 20
 _SAMPLES = 64
+_NO_WINDOW = frozenset(("llama", "phi3", "exaone4"))  # where llama.cpp 0c1e570 passes over a window (src/models/*.cpp)
 
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 """The name of a split model's file: its beginning, its number from 1 on, and how many there are."""
-
-
-def shortest(value: float) -> float:
-    """The float64 with the fewest decimal digits that is `value` in float32."""
-    try:
-        single = struct.pack("<f", value)
-    except OverflowError:
-        return value  # no float32 at all, which `write_factors` refuses
-    for digits in range(1, 9):
-        candidate = float(f"{value:.{digits}g}")
-        if struct.pack("<f", candidate) == single:
-            return candidate
-    return float(f"{value:.9g}")
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,8 @@ class ModelInfo:
         nextn_predict_layers: layers of that head, the last ones; all, where the file holds the head alone.
         context_length: trained length in tokens.
         has_rope: whether it uses RoPE, as far as its metadata tells; an unknown architecture is taken to.
-        rope_reach: of the layers that a curve shapes, how many tokens their rotation reaches (`lrope_gguf.reach`).
+        windows: of the layers that a curve shapes, the sliding window in tokens; None where a layer has none.
+        windows_error: why the header does not tell them, as a sentence's end.
         rope: how llama.cpp rotates without further options.
         rope_freq_base, rope_dimension_count, rope_scaling_type, rope_scaling_factor, rope_dynamic_factor,
             rope_original_context_length: what the RoPE keys say.
@@ -71,7 +60,8 @@ class ModelInfo:
     nextn_predict_layers: int
     context_length: int | None
     has_rope: bool
-    rope_reach: tuple[int | None, ...]
+    windows: tuple[int | None, ...]
+    windows_error: str | None
     rope: RopeScaling
     rope_freq_base: float | None
     rope_dimension_count: int | None
@@ -102,19 +92,37 @@ class ModelInfo:
         n_layer = self.n_layer or 0
         if self.block_count and not n_layer:
             raise LropeError(
-                f"{self.path}: is a multi-token-prediction head alone, whose layers keep factor 1; write factors into "
-                "the model that it belongs to"
+                f"{self.path}: holds only a multi-token-prediction head, whose layers keep factor 1; write the factors "
+                "to the model that it belongs to"
             )
         if not factors or len(factors) not in (n_layer, self.block_count):
-            raise LropeError(f"{self.path}: {len(factors)} factors for a model of {n_layer} layers; give one a layer")
+            raise LropeError(f"{self.path}: {len(factors)} factors for a model of {n_layer} layers; give one per layer")
         for layer, factor in enumerate(factors[n_layer:], n_layer):
             if factor != 1:
-                raise LropeError(f"{self.path}: layer {layer} is of a multi-token-prediction head and keeps factor 1")
+                raise LropeError(
+                    f"{self.path}: layer {layer} belongs to a multi-token-prediction head and must keep factor 1"
+                )
         return tuple(factors[:n_layer])
 
-    def layers_reaching(self, n_tokens: int) -> tuple[int, ...]:
-        """The layers that rotate over the whole of a context of ``n_tokens`` tokens, as far as the header tells."""
-        return tuple(i for i, reach in enumerate(self.rope_reach) if reach is None or reach >= n_tokens)
+    @property
+    def whole_context_layers(self) -> tuple[int, ...]:
+        """The layers that see the whole context that the model was trained on, as far as the header tells."""
+        n_tokens = self.context_length or sys.maxsize
+        return tuple(i for i, window in enumerate(self.windows) if window is None or window >= n_tokens)
+
+    def uniform(self, factor: float) -> tuple[float, ...]:
+        """`factor` for the `whole_context_layers`, 1 for the others: what a search calls a uniform factor.
+
+        Raises:
+            LropeError: the header does not tell which layers these are, or there is none.
+        """
+        ask = "give one factor per layer with --factors"
+        if self.windows_error is not None:
+            raise LropeError(f"{self.path}: {self.windows_error}; {ask}")
+        layers = self.whole_context_layers
+        if self.n_layer and self.has_rope and not layers:
+            raise LropeError(f"{self.path}: no layer sees the whole context, all have sliding windows; {ask}")
+        return tuple(factor if layer in layers else 1.0 for layer in range(self.n_layer or 1))
 
     def fingerprint(self) -> str:
         """Identity of the base model: SHA-256 in hex, the same before and after `write_factors`.
@@ -184,8 +192,12 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
     if not 0 <= nextn <= (block_count or MAX_LAYERS):
         at = gguf.entries[of("nextn_predict_layers")].value
         raise LropeError(f"{gguf.path}: {of('nextn_predict_layers')} is {nextn} (byte {at}); the file is damaged")
-    if architecture == "deepseek4" and not _has_head(gguf, (block_count or 0) - nextn, shards):
-        nextn = 0
+    if architecture == "deepseek4":  # counts a head where it has its tensor (`llama_model_deepseek4`)
+        first = (block_count or 0) - nextn
+        if not _in_a_shard(gguf, shards, lambda shard: first in shard.head_layers, missing=True):
+            nextn = 0
+    n_layer = block_count - nextn if block_count else 0
+    of_layers = windows(gguf, str(architecture), n_layer)
     factor = real("rope.scaling.factor")
     factors, factors_error = _stored_factors(gguf, factors_key(str(architecture)), block_count)
     curve = gguf.text(CURVE_KEY, _MAX_CURVE_BYTES)
@@ -202,7 +214,8 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         nextn_predict_layers=nextn,
         context_length=gguf.integer(of("context_length")),
         has_rope=has_rope(gguf, str(architecture), block_count),
-        rope_reach=rope_reach(gguf, str(architecture), (block_count or 0) - nextn if block_count else 0),
+        windows=of_layers,
+        windows_error=_windows_error(gguf, str(architecture), of_layers),
         rope=RopeScaling.of(gguf, str(architecture)),
         rope_freq_base=real("rope.freq_base"),
         rope_dimension_count=gguf.integer(of("rope.dimension_count")),
@@ -218,6 +231,15 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         curve_json=None if curve is None else curve.rstrip(" "),
         shards=shards,
     )
+
+
+def _windows_error(gguf: GGUFFile, architecture: str, of_layers: Sequence[int | None]) -> str | None:
+    """What is wrong where the header names a sliding window, but nothing says which layers have it."""
+    key = f"{architecture}.attention.sliding_window"
+    told = gguf.has(f"{key}_pattern") or architecture in _NO_WINDOW or any(window is not None for window in of_layers)
+    if told or not gguf.integer(key):
+        return None
+    return f"its header does not tell which layers of {architecture!r} have the sliding window of {key}"
 
 
 def _before(gguf: GGUFFile) -> tuple[RopeScaling | None, int | None, str | None]:
@@ -239,45 +261,30 @@ def _shards(gguf: GGUFFile) -> int:
         number, count = int(match[2]) - 1, int(match[3])
     if number > 0:
         first = gguf.path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf") if match else "the file -00001-of-..."
-        raise LropeError(
-            f"{gguf.path}: is shard {number + 1} of {count} of a split model; its metadata are in {first}, give that"
-        )
+        raise LropeError(f"{gguf.path}: is shard {number + 1} of {count} of a split model; give the first, {first}")
     return max(count, 1)
-
-
-def _has_head(gguf: GGUFFile, layer: int, shards: int) -> bool:
-    """Whether the model holds the head that begins with this layer (``llama_model_deepseek4::load_arch_hparams``).
-
-    It may lie in another shard; where one is missing, the model is taken to be as its metadata says.
-    """
-    if layer in gguf.head_layers:
-        return True
-    for other in _other_shards(gguf, shards):
-        if not other or not other.exists():
-            return True
-        with GGUFFile(other) as shard:
-            if layer in shard.head_layers:
-                return True
-    return False
 
 
 def has_long_factors(gguf: GGUFFile) -> bool:
     """Whether the model holds factors of LongRoPE, in this shard or another that is there; raises as `read_model`."""
-    if gguf.has_long_factors:
+    return _in_a_shard(gguf, _shards(gguf), lambda shard: shard.has_long_factors, missing=False)
+
+
+def _in_a_shard(gguf: GGUFFile, shards: int, holds: Callable[[GGUFFile], bool], *, missing: bool) -> bool:
+    """Whether this shard or another one `holds` something; `missing` is the answer for one that is not there."""
+    if holds(gguf):
         return True
-    for other in _other_shards(gguf, _shards(gguf)):
-        if other and other.exists():
-            with GGUFFile(other) as shard:
-                if shard.has_long_factors:
-                    return True
-    return False
-
-
-def _other_shards(gguf: GGUFFile, shards: int) -> Iterator[Path | None]:
-    """The names of all shards but the first; None where that one's name tells none."""
     match = SHARD.fullmatch(gguf.path.name)
     for number in range(2, shards + 1):
-        yield gguf.path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") if match else None
+        other = gguf.path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") if match else None
+        if other is None or not other.exists():
+            if missing:
+                return True
+            continue
+        with GGUFFile(other) as shard:
+            if holds(shard):
+                return True
+    return False
 
 
 def _stored_factors(gguf: GGUFFile, key: str, n: int | None) -> tuple[tuple[float, ...] | None, str | None]:
@@ -286,7 +293,7 @@ def _stored_factors(gguf: GGUFFile, key: str, n: int | None) -> tuple[tuple[floa
     if entry is None:
         return None, None
     if (entry.kind, entry.item) != (ARRAY, FLOAT32):
-        return None, f"{key} is no array of float32"
+        return None, f"{key} is not an array of float32"
     if entry.length != n:
         return None, f"{key} has {entry.length} values for {n or 'an unknown number of'} layers"
     values = struct.unpack(f"{gguf.order}{n}f", gguf.read(entry.value, entry.end))

@@ -39,11 +39,12 @@ def tool_path(name: str) -> Path:
 
 
 def run_tool(name: str | None = None) -> NoReturn:
-    """Become a llama.cpp tool, whatever the launcher is called by; arguments and signals are the tool's own.
+    """Replace this process by a llama.cpp tool, which gets the arguments and signals.
 
-    None: the tool that the launcher is named after (launchers of older installations say nothing else).
+    Args:
+        name: the tool; by default the one that the launcher is named after, as launchers of older installations need.
 
-    Without the native part it is the next tool of that name on PATH: an installation that cannot serve hides none.
+    An installation without the native part runs the next tool of that name on PATH, so as not to hide it.
     """
     name = name or Path(sys.argv[0]).resolve().stem
     try:
@@ -57,7 +58,7 @@ def run_tool(name: str | None = None) -> NoReturn:
     try:
         os.execv(path, [path, *sys.argv[1:]])
     except OSError as error:
-        sys.exit(f"error: {path}: cannot be run ({error.strerror})")
+        sys.exit(f"error: {path}: cannot be run ({error.strerror}); check its permissions")
 
 
 def _next_on_path(name: str) -> str | None:

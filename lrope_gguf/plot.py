@@ -10,8 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrope_gguf.bezier import evaluate
-from lrope_gguf.curve import Point
+from lrope_gguf.curve import Point, evaluate
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import atomic_write_bytes
 from lrope_gguf.text import printable
@@ -123,7 +122,7 @@ def plot_factors(
 
     Args:
         path: the picture's file.
-        factors: one a layer.
+        factors: one per layer.
         control_points: of the Bézier curve to draw with them, `(x, y)` with x from 0 to 1.
         n_layer: the layers that the curve spans; by default all.
         title: above the picture; control characters are left out.

@@ -37,7 +37,7 @@ OWN = MODEL | FACTORS
 """Options that an entry with factors replaces."""
 
 SERVING = re.compile(r"rope-(?!layer)|yarn-|cache-type-|ct[kv]$|LLAMA_ARG_(ROPE_(?!LAYER)|YARN_|CACHE_TYPE_)")
-"""Options under which factors are good or not."""
+"""Options that decide whether factors fit: scaling, and types of the cache."""
 
 _LINES = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
 _HEADER = re.compile(r"\[[ \t]*([^]]+?)[ \t]*\][ \t]*(?:[;#].*)?")
@@ -89,12 +89,12 @@ def _changed(
         or re.fullmatch(r"[^\[\]\s](?:[^\[\]]*[^\[\]\s])?", name) is None
         or name in ("default", "*")
     ):
-        raise LropeError(f"--preset-name {name!r}: no name for an entry; give one without brackets, not default or *")
+        raise LropeError(f"--preset-name {name!r}: cannot name an entry; give one without brackets, not default or *")
     for key, value in options.items():
         if re.search(r"[;#\r\n]|^[ \t]|[ \t]$", value):
             raise LropeError(
-                f"--preset {path}: {key} = {value!r} has a character that such a file cannot hold (; # or a blank "
-                "at an end); give the file another name, or a link"
+                f"--preset {path}: {key} = {value!r} has a character that a preset cannot store (; or # or a line "
+                "break, or a space at an end); rename the model, or give a link to it"
             )
     check_replaceable(path)
     try:
@@ -135,7 +135,7 @@ def _entry(path: str | os.PathLike[str], lines: list[str], name: str) -> tuple[i
         text = line.rstrip("\r\n")
         header = _HEADER.fullmatch(text)
         if header is None and not _OPTION.fullmatch(text) and not _NOTHING.fullmatch(text):
-            raise LropeError(f"{path}: line {number + 1} is none that llama-server could read; mend it or name another")
+            raise LropeError(f"{path}: llama-server cannot read line {number + 1}; correct it or name another file")
         if header is not None and _canonical(header[1]) == _canonical(name):
             start, end = number, len(lines)
         elif header is not None and start is not None and end == len(lines):

@@ -1,14 +1,13 @@
-"""How far each layer's RoPE reaches, as far as a model's header tells.
+"""What a header tells of a model's rotations: whether there are any, and which layers have a sliding window.
 
-Layer factors act where a layer rotates. A layer of a sliding window sees no further than its window, and some
-architectures leave RoPE out of some layers; neither has a say in what stands in the middle of a long context.
+Only for what must work without llama.cpp. A search asks the library, which walks its graph (``llama_rope_layers``). A
+layer with a sliding window sees no further than that, so its factor cannot reach the middle of a long context. A factor
+of a layer without RoPE changes nothing, so such layers need not be known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from lrope_gguf.gguf_scan import INTEGERS, GGUFFile
+from lrope_gguf.gguf_file import INTEGERS, GGUFFile
 
 _BOOL = 7  # GGUF_TYPE_BOOL, gguf.h
 
@@ -22,11 +21,6 @@ _PERIODS = {
     "smallthinker": (4, True),
 }  # fmt: skip
 _DEFAULT_WINDOWS = {"gemma2": 4096, "exaone-moe": 128, "llama4": 8192}  # where the file names none
-# dense layers of these do not rotate, where there are windowed ones
-_DENSE_WITHOUT_ROPE = frozenset(("cohere2", "cohere2moe", "exaone-moe", "exaone4", "maple", "muse-glimmer"))
-# recurrent layers between those of attention, in turn
-_RECURRENT_BETWEEN = frozenset(("minimax-01", "qwen3next", "qwen35", "qwen35moe", "qwen4exp"))
-_EVERY_FOURTH_WITHOUT_ROPE = {"afmoe": 3, "llama4": 3, "smallthinker": 0, "smollm3": 3}  # the first of them
 # Architectures whose graphs never rotate: LLAMA_ROPE_TYPE_NONE in llama_model_rope_type() (llama.cpp 0c1e570,
 # src/llama-model.cpp; names from src/llama-arch.cpp), and two with learned positions that it gives a rope type
 # nevertheless, though src/models/bert.cpp and starcoder.cpp apply none.
@@ -50,54 +44,21 @@ def has_rope(gguf: GGUFFile, architecture: str, block_count: int | None) -> bool
     return not (architecture in _WITHOUT_ROPE or switched_off or alibi or without)
 
 
-def rope_reach(gguf: GGUFFile, architecture: str, n_layer: int) -> tuple[int | None, ...]:
-    """Return for each layer how many tokens its rotation reaches: 0 where it has none, None where there is no limit.
+def windows(gguf: GGUFFile, architecture: str, n_layer: int) -> tuple[int | None, ...]:
+    """Return the sliding window of each layer in tokens, None where a layer sees the whole context.
 
-    An architecture that is not known here counts as one that rotates everywhere.
+    An architecture that is not known here counts as one without windows, unless its file says which layers have one.
     """
-
-    def number(key: str, default: int = 0) -> int:
-        value = gguf.integer(f"{architecture}.{key}")
-        return default if value is None else value
-
-    def flags(key: str) -> tuple[int, ...] | None:
-        return gguf.integers(f"{architecture}.{key}", n_layer, (*INTEGERS, _BOOL))
-
-    if not has_rope(gguf, architecture, n_layer):
-        return (0,) * n_layer
-    window = number("attention.sliding_window", _DEFAULT_WINDOWS.get(architecture, 0))
-    if architecture == "exaone4" and n_layer != 64:
-        window = 0
-    windowed = _windowed(gguf, architecture, n_layer) if window else [False] * n_layer
-    rotating = [True] * n_layer
-    fourth = _EVERY_FOURTH_WITHOUT_ROPE.get(architecture)
-    if fourth is not None and (window or architecture in ("afmoe", "smollm3")):
-        rotating = [layer % 4 != fourth for layer in range(n_layer)]
-    elif architecture in _DENSE_WITHOUT_ROPE and window:
-        rotating = list(windowed)
-    elif architecture == "granite_swa":
-        rotating = [bool(flag) for flag in flags("attention.rope_pattern") or rotating]
-    if architecture in _RECURRENT_BETWEEN:
-        recurrent = flags("attention.recurrent_layers")
-        every = number("full_attention_interval", 8 if architecture == "minimax-01" else 4)
-        if recurrent is not None:
-            rotating = [not flag for flag in recurrent]
-        elif every:
-            rotating = [(layer + 1) % every == 0 for layer in range(n_layer)]
-    kv_heads = gguf.integers(f"{architecture}.attention.head_count_kv", n_layer)
-    if kv_heads is not None:  # a layer without keys is recurrent
-        rotating = [rotates and heads > 0 for rotates, heads in zip(rotating, kv_heads, strict=True)]
-    return tuple(
-        0 if not rotates else window if local else None for rotates, local in zip(rotating, windowed, strict=True)
-    )
-
-
-def _windowed(gguf: GGUFFile, architecture: str, n_layer: int) -> Sequence[bool]:
+    window = gguf.integer(f"{architecture}.attention.sliding_window")
+    if window is None:
+        window = _DEFAULT_WINDOWS.get(architecture, 0)
+    if not window or (architecture == "exaone4" and n_layer != 64):
+        return (None,) * n_layer
     key = f"{architecture}.attention.sliding_window_pattern"
     flags = gguf.integers(key, n_layer, (*INTEGERS, _BOOL))
-    if flags is not None:
-        return [bool(flag) for flag in flags]
-    period, dense_first = _PERIODS.get(architecture, (1, False))
-    period = gguf.integer(key) or period
-    dense = 0 if dense_first else period - 1
-    return [layer % period != dense for layer in range(n_layer)]
+    if flags is None:
+        period, dense_first = _PERIODS.get(architecture, (1, False))
+        period = gguf.integer(key) or period
+        dense = 0 if dense_first else period - 1
+        flags = tuple(layer % period != dense for layer in range(n_layer))
+    return tuple(window if local else None for local in flags)

@@ -1,4 +1,4 @@
-"""From the scaling that a file says to another one: which of its keys change, how it rotates then, and back again."""
+"""Changing a file's RoPE scaling: which keys change, how the model rotates then, and what a removal restores."""
 
 from __future__ import annotations
 
@@ -7,25 +7,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lrope_gguf.errors import LropeError
-from lrope_gguf.gguf_values import Value, value_of
-from lrope_gguf.layout import Base, Part
-from lrope_gguf.model_info import has_long_factors, shortest
-from lrope_gguf.originals import ORIGINAL_KEY, Kept, Originals
-from lrope_gguf.rope_scaling import RopeScaling
-from lrope_gguf.scaling_keys import NAMES, Recipe, Scaling, long_factors_error, recipe
-
-_MAX_ENTRY = 1 << 16
+from lrope_gguf.gguf_file import MAX_TEXT, Value
+from lrope_gguf.layout import ORIGINAL_KEY, Base, Kept, Originals, Part
+from lrope_gguf.rope_scaling import NAMES, Recipe, RopeScaling, Scaling, recipe, shortest
 
 
 @dataclass(frozen=True)
 class KeyChange:
-    """What becomes of a key.
+    """What happens to one key.
 
     Attributes:
         key: the key.
         action: `"restore"`: the entry that stood there before returns.
-        value: what it then holds, as text; empty where it goes.
-        was: what it holds now, as text, where that is replaced.
+        value: its new value, as text; empty where the key is removed.
+        was: its old value, as text, where that is replaced.
     """
 
     key: str
@@ -40,10 +35,10 @@ class Rescaled:
 
     Attributes:
         parts: our entries that say it.
-        originals: what stood in their place; None: `parts` are as they were, and so is `lrope.original`.
-        recipe: what the scaling comes to; None where nothing new is asked for.
+        originals: the entries that they replace; None where `parts` and `lrope.original` stay as they are.
+        recipe: the scaling in numbers; None where no new one is asked for.
         rope: how the model rotates then.
-        changes: what becomes of each key that is concerned.
+        changes: what happens to each key of the scaling.
     """
 
     parts: tuple[Part, ...]
@@ -54,21 +49,19 @@ class Rescaled:
 
 
 def rescaled(base: Base, scaling: Scaling | None) -> Rescaled:
-    """What becomes of a file's scaling; None: it stays as it is.
+    """A file's scaling after a change; with None it stays as it is.
 
     Raises:
         LropeError: the model cannot have this scaling.
     """
     gguf, order = base.gguf, base.gguf.order
     if scaling is None:
-        parts = tuple(raw_part(base, key) for key in base.scaling)
+        parts = tuple(base.part(key) for key in base.scaling)
         return Rescaled(parts, None, None, RopeScaling.of(gguf, base.architecture))
     if scaling.kind == "none":
         rope = RopeScaling.of(base.values, base.architecture)
         return Rescaled((), Originals(), None, rope, _changes(base, {}, Originals()))
     made = recipe(scaling, base.values, base.architecture, gguf.path)
-    if has_long_factors(gguf):
-        raise long_factors_error(gguf.path)
     wanted = made.values(order)
     new = {name: value for name, value in wanted.items() if _before(base, name) != value}
     replaced = tuple(
@@ -81,17 +74,15 @@ def rescaled(base: Base, scaling: Scaling | None) -> Rescaled:
     return Rescaled(parts, originals, made, rope, _changes(base, wanted, originals))
 
 
-def raw_part(base: Base, key: str) -> Part:
-    """One of our entries as it stands in the file."""
-    entry = base.ours[key]
-    if entry.end - entry.start > _MAX_ENTRY:
-        raise LropeError(f"{base.gguf.path}: {key} has {entry.end - entry.start} bytes; take it out with remove")
-    return Part(key, base.gguf.read(entry.start, entry.end))
-
-
 def restored(base: Base) -> tuple[KeyChange, ...]:
     """The entries that a removal puts back."""
     return tuple(change for change in _changes(base, {}, Originals()) if change.action == "restore")
+
+
+def _single(base: Base, key: str) -> Value | None:
+    """A key's number or short string; None where there is none."""
+    value = base.gguf.value(key, MAX_TEXT + 1)
+    return None if value is None or len(value.data) > MAX_TEXT else value
 
 
 def _places(base: Base, wanted: str) -> list[int]:
@@ -104,27 +95,27 @@ def _before(base: Base, name: str) -> Value | None:
     for kept in base.originals.replaced:
         if kept.name == name:
             return kept.value
-    return None if key in base.ours or key not in base.gguf.entries else value_of(base.gguf, key)
+    return None if key in base.ours else _single(base, key)
 
 
 def _replaceable(base: Base, name: str) -> Value:
     value = _before(base, name)
     if value is None:
         raise LropeError(
-            f"{base.gguf.path}: {base.key(name)} is no number or short string, which no llama.cpp reads; mend the file "
-            "first"
+            f"{base.gguf.path}: {base.key(name)} is neither a number nor a short string, so llama.cpp cannot read it; "
+            "repair the file first"
         )
     return value
 
 
 def _changes(base: Base, wanted: Mapping[str, Value], originals: Originals) -> tuple[KeyChange, ...]:
-    """What becomes of the file's keys where these values are all that ours say of the scaling."""
+    """What happens to the file's keys where these values are our whole scaling."""
     order, gguf = base.gguf.order, base.gguf
     changes = []
     for name in NAMES:
         key, before = base.key(name), _before(base, name)
         has = key in gguf.entries
-        now = value_of(gguf, key) if has else None
+        now = _single(base, key)
         then = wanted.get(name, before)
         shown = "" if then is None else _text(then, order)
         was = _text(now, order) if now is not None else "an array" if has else None
@@ -145,7 +136,7 @@ def _original_change(base: Base, originals: Originals) -> tuple[KeyChange, ...]:
     action: Literal["add", "replace", "keep"] = (
         "add" if not has else "keep" if originals == base.originals else "replace"
     )
-    return (KeyChange(ORIGINAL_KEY, action, "what these keys held before, for remove"),)
+    return (KeyChange(ORIGINAL_KEY, action, "the old values of these keys, which remove restores"),)
 
 
 def _text(value: Value, order: str) -> str:

@@ -1,6 +1,10 @@
-"""RoPE as llama.cpp will compute it: what a file's header says of its scaling, changed by options of a context.
+"""RoPE scaling: how llama.cpp will rotate a file's layers (`RopeScaling`), and which keys say so (`Scaling`).
 
-Which layer factors are good, and which of them the patched library can apply, depends on it.
+Which layer factors are good, and which of them the patched library can apply, depends on the scaling.
+
+The keys to write are llama.cpp's, so that a server needs no option, and one of ours, `rope.scaling.dynamic_factor`,
+which makes the scaling depend on the context's length. A stock llama.cpp aborts on a type that it does not know; it
+finds "none" or "yarn" beside our key, and runs the model without scaling or with static YaRN.
 """
 
 from __future__ import annotations
@@ -9,15 +13,25 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from lrope_gguf.gguf_values import Values
+from lrope_gguf.errors import LropeError
+from lrope_gguf.gguf_file import Value, Values
 
 MAX_FACTOR = 1024
 """The largest layer factor, and 1 over the smallest: LLAMA_ROPE_LAYER_FACTOR_MAX of the patch."""
 _EXT_GAIN_MAX = 32.0  # LLAMA_ROPE_LAYER_EXT_GAIN_MAX of the patch
-_DYNAMIC = {"dynamic": "none", "dynamic-yarn": "yarn"}  # and the type that stands in a file beside the factor
-_SCALINGS = ("none", "linear", "yarn", "longrope", *_DYNAMIC)
+MAX_SCALE = 1024
+_DYNAMIC = {"dynamic": "none", "dynamic-yarn": "yarn"}  # and the type that a file has beside the dynamic factor
+_TYPES = {"linear": "linear", "yarn": "yarn", **_DYNAMIC}
+KINDS = ("none", *_TYPES)
+TYPE, FACTOR, DYNAMIC = "rope.scaling.type", "rope.scaling.factor", "rope.scaling.dynamic_factor"
+ORIGINAL, CONTEXT = "rope.scaling.original_context_length", "context_length"
+NAMES = (TYPE, FACTOR, ORIGINAL, CONTEXT, DYNAMIC)
+"""All keys that a scaling may take, in the order in which they are written, without their architecture."""
+_SECTIONS, _LOG_MULTIPLIER = "rope.dimension_sections", "rope.scaling.yarn_log_multiplier"
+_MAX_CONTEXT = 1 << 31
 # Facts of llama.cpp 0c1e570: who reads which key of YaRN (src/models/*.cpp), and the defaults (src/llama-hparams.h).
 _YARN_KEYS = {
     "grok": ("ext_factor", "attn_factor", "beta_fast", "beta_slow"),
@@ -41,6 +55,16 @@ def single(value: float) -> float:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
         return math.copysign(math.inf, value)
+
+
+def shortest(value: float) -> float:
+    """The float64 with the fewest decimal digits that is `value` in float32."""
+    try:
+        wanted = struct.pack("<f", value)
+    except OverflowError:
+        return value  # no float32 at all, which `write_factors` refuses
+    decimals = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+    return next((decimal for decimal in decimals if struct.pack("<f", decimal) == wanted), value)
 
 
 @dataclass(frozen=True)
@@ -75,14 +99,14 @@ class RopeScaling:
             value = gguf.scalar(f"{architecture}.{key}")
             return default if value is None else float(value)
 
-        factor = single(real("rope.scaling.factor", real("rope.scale_linear", 0.0)))
+        factor = single(real(FACTOR, real("rope.scale_linear", 0.0)))
         yarn = dict(_YARN_DEFAULTS) | ({"beta_fast": _GROK_BETA_FAST} if architecture == "grok" else {})
         for name in _YARN_KEYS.get(architecture, ()):
             yarn[name] = real(f"rope.scaling.yarn_{name}", yarn[name])
-        trained = gguf.integer(f"{architecture}.context_length") or 0
-        original = gguf.integer(f"{architecture}.rope.scaling.original_context_length")
-        scaling = gguf.text(f"{architecture}.rope.scaling.type") or "linear"
-        dynamic = gguf.scalar(f"{architecture}.rope.scaling.dynamic_factor")
+        trained = gguf.integer(f"{architecture}.{CONTEXT}") or 0
+        original = gguf.integer(f"{architecture}.{ORIGINAL}")
+        scaling = gguf.text(f"{architecture}.{TYPE}") or "linear"
+        dynamic = gguf.scalar(f"{architecture}.{DYNAMIC}")
         if dynamic is not None:
             scaling = "dynamic-yarn" if scaling == "yarn" else "dynamic"
         return cls(
@@ -123,14 +147,14 @@ class RopeScaling:
 
     @property
     def _freq_scales(self) -> list[float]:
-        """All factors of the frequencies that contexts come to, as far as they can matter to a layer factor."""
+        """All frequency scales that a context can come to, as far as they matter to a layer factor."""
         if self.scaling != "dynamic-yarn":
             return [self._freq_scale]
         steps = [2.0 ** (k / 2) for k in range(1, 2 * int(math.log2(MAX_FACTOR)))]
         return [single(1.0 / step) for step in (*(s for s in steps if s < self.factor), self.factor or math.inf)]
 
     def json(self) -> dict[str, Any]:
-        """What has an effect of all this, as a JSON object: two equal ones rotate alike."""
+        """The fields that have an effect, as a JSON object: two equal objects rotate alike."""
         plain = self.scaling in ("none", "linear") and self._freq_scale == 1.0
         said: dict[str, Any] = {
             "scaling": "none" if plain else self.scaling,
@@ -171,15 +195,13 @@ class RopeScaling:
         """
         s = single(factor)
         if not 1.0 / MAX_FACTOR <= s <= MAX_FACTOR:
-            return f"llama.cpp takes 1/{MAX_FACTOR} to {MAX_FACTOR}; give one near 1"
+            return f"llama.cpp accepts 1/{MAX_FACTOR} to {MAX_FACTOR}; give a factor in that range"
         if s == 1.0 or not self._ext_factor:
             return None
         for fs in self._freq_scales:
             steep = abs(single(1.0 - fs)) > single(_EXT_GAIN_MAX * abs(single(s - fs)))
             if steep or single(1.0 + single(single(0.1) * _log(single(s / fs if fs else math.inf)))) <= 0.0:
-                return (
-                    f"llama.cpp takes none so close to the model's YaRN frequency scale of {fs:g}; give one further off"
-                )
+                return f"llama.cpp accepts none so close to the model's YaRN frequency scale of {fs:g}; give another"
         return None
 
 
@@ -196,11 +218,11 @@ def _log(value: float) -> float:
 
 
 def differences(wanted: object, found: RopeScaling) -> dict[str, tuple[Any, Any]]:
-    """Where ``wanted``, a JSON value of unknown origin that should be of `RopeScaling.json`, is not what was found.
+    """Where ``wanted``, a value read from a file that should be of `RopeScaling.json`, differs from what was found.
 
-    By the names of llama.cpp's options, which make it so; what makes no sense is passed over.
+    Pairs of wanted and found values, by the names of llama.cpp's options for them. Senseless values are passed over.
     """
-    if not isinstance(wanted, dict) or wanted.get("scaling") not in _SCALINGS:
+    if not isinstance(wanted, dict) or wanted.get("scaling") not in (*KINDS, "longrope"):
         return {}
     result: dict[str, tuple[Any, Any]] = {}
     if wanted["scaling"] != (own := found.json()["scaling"]):
@@ -213,3 +235,148 @@ def differences(wanted: object, found: RopeScaling) -> dict[str, tuple[Any, Any]
         if is_number and not math.isclose(value, own, rel_tol=_CLOSE):
             result[_OPTIONS[name]] = (value, own)
     return result
+
+
+# Writing a scaling
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The scaling to write.
+
+    Args:
+        kind: one of `KINDS`; `none` takes away what was written before.
+        factor: 1 to 1024; by default `context_length` over the model's own, and 1 for `dynamic`, where it is that of
+            the NTK formula. For `dynamic-yarn` the largest factor that it goes up to.
+        context_length: tokens, at least `original`; by default `factor` times as many, and for `dynamic` what the
+            model has.
+        original: tokens that the model was trained on; by default what its file says.
+
+    Raises:
+        LropeError: a value out of range, or neither factor nor context length where one of them is needed.
+    """
+
+    kind: str
+    factor: float | None = None
+    context_length: int | None = None
+    original: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.kind not in KINDS:
+            raise LropeError(f"--rope-scaling {self.kind}: is unknown; give one of {', '.join(KINDS)}")
+        if self.factor is not None and not (_is_number(self.factor) and 1 <= self.factor <= MAX_SCALE):
+            raise LropeError(f"--rope-scale {self.factor}: is out of range; give a number from 1 to {MAX_SCALE}")
+        length = self.context_length
+        lengths = {"--context-length": length, "--yarn-orig-ctx": self.original}
+        for option, n in lengths.items():
+            if n is not None and not (isinstance(n, int) and _is_number(n) and 0 < n < _MAX_CONTEXT):
+                raise LropeError(f"{option} {n}: is out of range; give a whole number of tokens from 1 to 2147483647")
+        for option, value in (("--rope-scale", self.factor), *lengths.items()):
+            if self.kind == "none" and value is not None:
+                raise LropeError(f"{option} {value}: has no effect with --rope-scaling none; leave out one of the two")
+        if self.kind not in ("none", "dynamic") and self.factor is None and length is None:
+            raise LropeError(f"--rope-scaling {self.kind}: needs --rope-scale or --context-length; give one of them")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A `Scaling` for one model.
+
+    Attributes:
+        kind, factor: as in `Scaling`.
+        original: tokens of context that the model was trained on.
+        context_length: tokens of the scaled context; None where it stays as it is.
+        says_original: whether `original` is another number than that of the file.
+    """
+
+    kind: str
+    factor: float
+    original: int
+    context_length: int | None
+    says_original: bool = False
+
+    def values(self, order: str) -> dict[str, Value]:
+        """Names of `NAMES`, in that order, and the values to write."""
+        said: dict[str, str | int | float] = {TYPE: _TYPES[self.kind]}
+        if self.kind != "dynamic":
+            said[FACTOR] = float(self.factor)
+        said[ORIGINAL] = self.original
+        if self.context_length is not None:
+            said[CONTEXT] = self.context_length
+        if self.kind.startswith("dynamic"):
+            said[DYNAMIC] = float(self.factor)
+        return {name: Value.of(order, value) for name, value in said.items()}
+
+    def options(self) -> dict[str, str]:
+        """The same as options of `llama-server`, without the dashes."""
+        said = {"rope-scaling": self.kind, "rope-scale": f"{self.factor:.9g}"}
+        if self.says_original:
+            said["yarn-orig-ctx"] = str(self.original)
+        return said if self.context_length is None else said | {"ctx-size": str(self.context_length)}
+
+
+def recipe(scaling: Scaling, values: Values, architecture: str, path: Path) -> Recipe:
+    """What a scaling other than `none` comes to for the model with these values.
+
+    Raises:
+        LropeError: the model says not enough or cannot have it, or the factor does not reach that far.
+    """
+    kind, factor, length = scaling.kind, scaling.factor, scaling.context_length
+    trained = _length(values, f"{architecture}.{CONTEXT}", path)
+    if trained is None:
+        raise LropeError(f"{path}: has no {architecture}.{CONTEXT}, which every scaling needs; give a complete model")
+    original = scaling.original or _length(values, f"{architecture}.{ORIGINAL}", path) or trained
+    _check_kind(kind, values, architecture, path)
+    if length is not None and length < original:
+        raise LropeError(f"--context-length {length}: {path} was trained on {original} tokens; give at least as many")
+    if kind == "dynamic":
+        return Recipe(kind, factor or 1.0, original, length, scaling.original is not None)
+    if factor is None:
+        factor = (length or original) / original
+        if factor > MAX_SCALE:
+            raise LropeError(
+                f"--context-length {length}: is more than {MAX_SCALE} times the {original} tokens that {path} was "
+                f"trained on; give at most {MAX_SCALE * original}"
+            )
+    reach = round(factor * original)
+    if length is not None and length > reach:
+        raise LropeError(
+            f"--context-length {length}: the factor covers only {reach} tokens ({factor:g} times {original}); give at "
+            "most as many, or a larger --rope-scale"
+        )
+    if length is None and factor > 1:
+        if reach >= _MAX_CONTEXT:
+            raise LropeError(f"--rope-scale {factor:g}: gives {reach} tokens, above 2147483647; give a smaller one")
+        length = reach
+    return Recipe(kind, factor, original, length, scaling.original is not None)
+
+
+def _length(values: Values, key: str, path: Path) -> int | None:
+    """A number of tokens; None where there is none."""
+    length = values.integer(key)
+    if length is not None and not 0 <= length < _MAX_CONTEXT:
+        raise LropeError(f"{path}: {key} is {length}, which is not a number of tokens; the file is damaged")
+    return length or None
+
+
+def _check_kind(kind: str, values: Values, architecture: str, path: Path) -> None:
+    """Refuse what llama.cpp could not compute, or would compute otherwise than is asked."""
+    if values.text(f"{architecture}.{TYPE}") == "longrope":
+        raise long_factors_error(path)
+    if kind.startswith("dynamic") and values.has(f"{architecture}.{_SECTIONS}"):
+        raise LropeError(f"{path}: uses M-RoPE, for which there is no dynamic scaling; use linear or yarn")
+    if kind == "dynamic-yarn" and values.has(f"{architecture}.{_LOG_MULTIPLIER}"):
+        raise LropeError(
+            f"{path}: sets the magnitude of YaRN itself ({architecture}.{_LOG_MULTIPLIER}), which dynamic YaRN cannot "
+            "follow; use yarn"
+        )
+
+
+def long_factors_error(path: Path) -> LropeError:
+    """The refusal of a model with LongRoPE."""
+    return LropeError(f"{path}: uses LongRoPE, whose factors are in the file; no other scaling can be written to it")

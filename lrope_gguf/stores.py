@@ -38,7 +38,7 @@ HUB = (
 """Variables that say where the Hugging Face cache is, and the folder there; the first that is set counts."""
 
 DEFAULT_QUANTS = ("Q4_K_M", "Q8_0")
-"""What a repository's name alone means, the first that is there; else its first model."""
+"""The quantizations that a repository's name alone stands for, in this order; else its first model."""
 
 _WORD = r"[A-Za-z0-9_]+(?:[.-][A-Za-z0-9_]+)*"
 _NAME = re.compile(rf"({_WORD}/{_WORD})(?::([A-Za-z0-9_.-]+))?")
@@ -66,8 +66,8 @@ def check_changeable(path: str | os.PathLike[str]) -> None:
         which = ["-m", os.fspath(path)] if name is None else ["-hf", name]
         server = command_line(["llama-server", *which, "--rope-layer-factors", "best.json"])
         raise LropeError(
-            f"{path}: lies in {store}, which keeps files under the hash of their content, for all that share it; "
-            f"write a copy elsewhere with --output, or change nothing: {server}"
+            f"{path}: is in {store}, where other programs trust that a file has the content of its hash; "
+            f"write a copy elsewhere with --output, or leave the file as it is and run {server}"
         )
 
 
@@ -81,9 +81,9 @@ def caches() -> list[Path]:
 
 
 def find_model(name: str) -> str:
-    """The file that is meant by the name of a file, or by ``user/repo[:quant]`` of a model that is in a cache.
+    """The file that a name means: a path, or ``user/repo[:quant]`` of a model in a cache.
 
-    A file of that name counts more. Nothing is ever downloaded.
+    A file of that very name goes first. Nothing is ever downloaded.
 
     Returns:
         The name as it is unless it names a model of a cache; of a split model the first shard.
@@ -104,10 +104,10 @@ def find_model(name: str) -> str:
         if picked is not None:
             path = files[picked]
             if not path.exists():
-                raise LropeError(f"{name}: {path} is a link to nothing, its download broke off; {_bring(repo, quant)}")
+                raise LropeError(f"{name}: its download is incomplete, {path} is missing; {_bring(repo, quant)}")
             return str(path)
-        there.append(f"{cache} has {', '.join(_quants(files)) or 'no model'} of it")
-    looked = " and ".join(there) or f"no such model is in {' or '.join(map(str, _folders()))}"
+        there.append(f"{cache} has only {', '.join(_quants(files)) or 'other files'} of it")
+    looked = " and ".join(there) or f"this model is not in {' or '.join(map(str, _folders()))}"
     raise LropeError(f"{name}: no such file, and {looked}; {_bring(repo, quant)}")
 
 
@@ -206,12 +206,12 @@ def _shard(name: str) -> tuple[str, int]:
 
 
 def _quants(files: Sequence[str] | dict[str, Path]) -> list[str]:
-    """What one may ask for."""
+    """The quantizations that are there."""
     models = [name for name in files if _pick([name], None)]
     return [match[1].upper() if (match := _QUANT.search(_shard(name)[0])) else name for name in models]
 
 
 def _bring(repo: str, quant: str | None) -> str:
-    """The commands that would bring a model."""
+    """The commands that download a model, in words."""
     server = command_line(["llama-server", "-hf", repo if quant is None else f"{repo}:{quant}"])
-    return f"{server} or {command_line(['hf', 'download', repo])} FILE brings it"
+    return f"get it with {server} or {command_line(['hf', 'download', repo])} FILE"

@@ -3,6 +3,7 @@
 python proofs/architectures.py                      the table, with the library that is installed
 python proofs/architectures.py --library DIR        with a library that was built elsewhere
 python proofs/architectures.py llama gemma4         these fixtures only
+python proofs/architectures.py --csv docs/architectures.csv    the appendix of docs/patch.md
 
 A tiny model of each architecture, and of the branches that its metadata choose, is made from metadata alone. All its
 graphs (prompt, one token, images, encoder, draft, context shift) are computed with and without distinct factors, with
@@ -13,6 +14,7 @@ ROPE_BACK nodes are compared. The exit status is 1 if one is wrong or if an arch
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import sys
 import tempfile
@@ -56,6 +58,7 @@ def main() -> int:
     parser.add_argument("fixtures", nargs="*", help="only these (default: all)")
     parser.add_argument("--library", type=Path, help="folder of a patched library (default: the installed one)")
     parser.add_argument("--source", type=Path, help="llama.cpp source with the names (default: the pinned release's)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there too")
     args = parser.parse_args()
     if args.library:
         os.environ["LLAMA_CPP_LIB_PATH"] = str(args.library.resolve())
@@ -83,7 +86,11 @@ def main() -> int:
         audited = {fixture.arch for fixture in FIXTURES.values()} | UNUSABLE.keys()
         wrong += [f"{name}: no fixture" for name in sorted(names_in_source(args.source or fetch_source()) - audited)]
     header = ("model", "layers", "rotations", "of a context shift", "layers that rotate", "verdict")
-    print(table(header, sorted(rows, key=str)))
+    rows.sort(key=str)
+    print(table(header, rows))
+    if args.csv:
+        with args.csv.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
     print("\n".join(["", f"{len(rows)} models, {len(wrong)} problems", *wrong]))
     return 1 if wrong else 0
 

@@ -108,18 +108,25 @@ def commit_of(release: str, source: Path) -> str:
 
 
 def apply(source: Path) -> str:
-    """Apply the series to ``source`` as the build does; tells how, or which hunks fail."""
+    """Apply the series to ``source`` as the build does; tells how, which patches are left out, or which hunks fail."""
+    before = native_build.copy_source(source, source.with_name("before"))
+    try:
+        said = native_build.apply_series(source)
+    except CommandError as error:
+        said = " ".join(str(error).split())
+        lacks = re.search(r"cannot be used: \S+/(src/\S+ has no \w+)", said)
+        failed = [lacks[1]] if lacks else re.findall(r"patch failed: (\S+)", said)
+        return f"no: {', '.join(failed) or said}"
+    left_out = re.search(r"from (\S+)\s+on\s+are\s+left\s+out:\s+\S+\s+has\s+no\s+(\w+)", said)
+    usable = [folder for folder in native_build.patches() if left_out is None or folder.name < left_out[1]]
     with tempfile.NamedTemporaryFile("w", suffix=".patch") as series:
         # one file: git checks the patches of a file one after the other only inside one input
-        series.write("\n".join(path.read_text() for path in sorted(native_build.PATCHES.glob("*.patch"))))
+        series.write("\n".join((folder / "hooks.patch").read_text() for folder in usable))
         series.flush()
-        exact = _git_apply(source, Path(series.name), "--check")
-    try:
-        native_build.apply_series(source)
-    except CommandError as error:
-        failed = re.findall(r"patch\s+failed:\s+(\S+)", str(error))
-        return f"no: {', '.join(failed) or error}"
-    return "exactly" if exact else "indented otherwise"
+        exact = _git_apply(before, Path(series.name), "--check")
+    shutil.rmtree(before)
+    how = "exactly" if exact else "indented otherwise"
+    return f"{how}, up to {usable[-1].name} (no {left_out[2]})" if left_out else how
 
 
 def _git_apply(source: Path, patch: Path, *options: str) -> bool:

@@ -24,13 +24,19 @@ from support.synthetic import Landscape, noise
 from lrope_gguf.curve import Curve
 from lrope_gguf.errors import LropeError
 from lrope_search import optimizers
+from lrope_search.optimizers.cma_es import CmaEs
+from lrope_search.optimizers.differential_evolution import DifferentialEvolution
 from lrope_search.optimizers.generational import Generational, Generations, minimised
+from lrope_search.optimizers.genetic import GeneticAlgorithm
+from lrope_search.optimizers.longrope import LongRopeEvolution
+from lrope_search.optimizers.make import make_algorithm
 from lrope_search.optimizers.protocol import Candidate, Optimizer, Score, rank
-from lrope_search.optimizers.registry import ALGORITHMS, make_algorithm
+from lrope_search.optimizers.random_search import RandomSearch
+from lrope_search.optimizers.settings import OPTIMIZERS, optimizer_config
 from lrope_search.optimizers.space import CurveSpace, Ledger
 
 pytest.importorskip("cmaes")
-NAMES = pytest.mark.parametrize("name", ALGORITHMS)
+NAMES = pytest.mark.parametrize("name", list(OPTIMIZERS))
 BOUNDS = [(0.5, 4.0), (0.98, 1.02), (1.0, 1.3), (0.7, 1.0), (0.123456, 1.00001)]
 
 
@@ -67,7 +73,7 @@ def test_docstring_examples(module: str) -> None:
 
 
 def test_every_algorithm_has_an_example_that_runs() -> None:
-    for algorithm in ALGORITHMS.values():
+    for algorithm in (GeneticAlgorithm, CmaEs, DifferentialEvolution, RandomSearch, LongRopeEvolution):
         assert doctest.DocTestFinder().find(algorithm)[0].examples
 
 
@@ -83,7 +89,7 @@ def test_every_algorithm_has_an_example_that_runs() -> None:
 def test_candidates_are_legal_and_never_repeat(
     name: str, seed: int, n_layer: int, degree: int, bounds: tuple[float, float], width: float
 ) -> None:
-    algorithm = make_algorithm(name, n_layer, degree=degree, bounds=bounds, seed=seed, width=width)
+    algorithm = make_algorithm(optimizer_config(name, width=width), n_layer, degree=degree, bounds=bounds, seed=seed)
     told = play(algorithm, 36, lambda c: (1, noise(seed, c.factors)))
     for candidate, _ in told:
         x, y = zip(*candidate.curve.control_points, strict=True)
@@ -100,9 +106,9 @@ def test_candidates_are_legal_and_never_repeat(
 
 @NAMES
 def test_same_seed_same_candidates(name: str) -> None:
-    first = play(make_algorithm(name, 12, seed=3), 75, bumpy)
-    assert play(make_algorithm(name, 12, seed=3), 75, bumpy) == first
-    assert play(make_algorithm(name, 12, seed=4), 75, bumpy) != first
+    first = play(make_algorithm(optimizer_config(name), 12, seed=3), 75, bumpy)
+    assert play(make_algorithm(optimizer_config(name), 12, seed=3), 75, bumpy) == first
+    assert play(make_algorithm(optimizer_config(name), 12, seed=4), 75, bumpy) != first
 
 
 @NAMES
@@ -121,15 +127,15 @@ def test_asking_in_vain_changes_nothing(name: str) -> None:
                 assert len(pending) <= algorithm.lag
         return asked
 
-    told = play(make_algorithm(name, 12, seed=5), 90, bumpy)
-    assert [c for c, _ in told] == pestered(make_algorithm(name, 12, seed=5))
+    told = play(make_algorithm(optimizer_config(name), 12, seed=5), 90, bumpy)
+    assert [c for c, _ in told] == pestered(make_algorithm(optimizer_config(name), 12, seed=5))
 
 
 @NAMES
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_candidates_do_not_depend_on_which_result_comes_first(name: str, workers: int) -> None:
     """The driver's rule: ask for k when all up to k - lag are told; workers finish in an order nobody foresees."""
-    algorithm = make_algorithm(name, 12, seed=6)
+    algorithm = make_algorithm(optimizer_config(name), 12, seed=6)
     asked: list[Candidate] = []
     waiting: list[Candidate] = []  # in order of ids
     done: dict[int, Score] = {}
@@ -146,13 +152,13 @@ def test_candidates_do_not_depend_on_which_result_comes_first(name: str, workers
             done[finished.id] = bumpy(finished)
         algorithm.tell(waiting[0], done[waiting[0].id])
         del waiting[0]
-    told = play(make_algorithm(name, 12, seed=6), 50, bumpy)
+    told = play(make_algorithm(optimizer_config(name), 12, seed=6), 50, bumpy)
     assert [c for c, _ in told] == asked
 
 
 @NAMES
 def test_scores_are_told_in_order(name: str) -> None:
-    algorithm = make_algorithm(name, 8, seed=1)
+    algorithm = make_algorithm(optimizer_config(name), 8, seed=1)
     first, second = algorithm.ask(), algorithm.ask()
     with pytest.raises(ValueError, match="candidate 0 is next"):
         algorithm.tell(second, (1, 0.0))
@@ -169,10 +175,10 @@ def test_scores_are_told_in_order(name: str) -> None:
 def test_global_random_state_is_neither_used_nor_touched(name: str) -> None:
     np.random.seed(1)
     state = np.random.get_state()[1].tolist()
-    first = play(make_algorithm(name, 8), 40, bumpy)
+    first = play(make_algorithm(optimizer_config(name), 8), 40, bumpy)
     assert np.random.get_state()[1].tolist() == state
     np.random.seed(2)
-    assert play(make_algorithm(name, 8), 40, bumpy) == first
+    assert play(make_algorithm(optimizer_config(name), 8), 40, bumpy) == first
 
 
 @NAMES
@@ -182,15 +188,15 @@ def test_useless_candidates_do_no_harm(name: str) -> None:
     def score(c: Candidate) -> Score:
         return (1, -math.inf) if max(c.factors) > 1.06 else (2, -abs(sum(c.factors) - 8.2))
 
-    told = play(make_algorithm(name, 8, seed=1), 120, score)
+    told = play(make_algorithm(optimizer_config(name), 8, seed=1), 120, score)
     best = min(told, key=rank)
     assert max(best[0].factors) <= 1.06 and best[1][1] > -0.12
-    play(make_algorithm(name, 8, seed=1), 40, lambda c: (1, -math.inf))
+    play(make_algorithm(optimizer_config(name), 8, seed=1), 40, lambda c: (1, -math.inf))
 
 
 @NAMES
 def test_a_space_of_few_curves_is_exhausted(name: str) -> None:
-    algorithm = make_algorithm(name, 1, bounds=(0.998, 1.002), uniform_factors=(), width=0.001)
+    algorithm = make_algorithm(optimizer_config(name, width=0.001), 1, bounds=(0.998, 1.002), uniform_factors=())
     told = play(algorithm, 1000, lambda c: (1, -abs(c.factors[0] - 1.001)))
     assert {key(c) for c, _ in told} <= {(0.998,), (0.999,), (1.0,), (1.001,), (1.002,)}
     assert algorithm.should_stop() and algorithm.ask() is None
@@ -199,11 +205,11 @@ def test_a_space_of_few_curves_is_exhausted(name: str) -> None:
 @NAMES
 def test_callers_curves_come_early_and_of_the_right_degree(name: str) -> None:
     curve = Curve(((0.0, 1.0), (0.2, 1.1), (0.7, 1.2), (1.0, 0.9)))
-    told = play(make_algorithm(name, 9, uniform_factors=(0.9, 5.0), curves=(curve,)), 3, bumpy)
+    told = play(make_algorithm(optimizer_config(name), 9, uniform_factors=(0.9, 5.0), curves=(curve,)), 3, bumpy)
     assert [c.origin for c, _ in told] == ["identity", "uniform", "seed"]
     np.testing.assert_allclose(told[2][0].factors, curve.factors(9), atol=1e-4)
     with pytest.raises(ValueError, match="degree 1 in a search of degree 3"):
-        make_algorithm(name, 4, curves=(Curve(((0.0, 1.0), (1.0, 1.1))),))
+        make_algorithm(optimizer_config(name), 4, curves=(Curve(((0.0, 1.0), (1.0, 1.1))),))
 
 
 @pytest.mark.parametrize("name", ["ga", "cma-es", "de", "papers-ga"])
@@ -213,13 +219,18 @@ def test_learns_from_scores(name: str) -> None:
     def score(c: Candidate) -> Score:
         return 1, -float(np.sum(np.abs(np.log(c.factors) - np.linspace(0.0, 0.15, 8))))
 
-    values = [fitness for _, (_, fitness) in play(make_algorithm(name, 8, seed=2), 100 if name == "ga" else 240, score)]
+    values = [
+        fitness
+        for _, (_, fitness) in play(
+            make_algorithm(optimizer_config(name), 8, seed=2), 100 if name == "ga" else 240, score
+        )
+    ]
     assert np.median(values[-30:]) > np.median(values[8:16]) + 0.2
 
 
 def test_the_papers_setting() -> None:
     """64, then 16 mutations and 16 crossovers of the best 32, each coordinate changed with probability 0.3."""
-    algorithm: Any = make_algorithm("papers-ga", 12, seed=1)
+    algorithm: Any = make_algorithm(optimizer_config("papers-ga"), 12, seed=1)
     told = play(algorithm, 86, bumpy)
     space = CurveSpace(12)
     genomes = np.array([space.encode(c.curve) for c, _ in told])
@@ -258,10 +269,10 @@ def test_a_repeated_genome_has_its_first_score() -> None:
 
 
 def test_an_unknown_algorithm_or_option_is_an_error() -> None:
-    with pytest.raises(KeyError):
-        make_algorithm("simulated-annealing", 4)
-    with pytest.raises(TypeError):
-        make_algorithm("ga", 4, temperature=1.0)
+    with pytest.raises(LropeError, match=r"^--algorithm rando: unknown; choose from ga, cma-es"):
+        optimizer_config("rando")
+    with pytest.raises(LropeError, match=r"^ga.temperature: no such setting; algorithm ga has width, lag"):
+        optimizer_config("ga", temperature=1.0)
 
 
 def test_an_abandoned_differential_evolution_leaves_no_thread() -> None:
@@ -269,7 +280,7 @@ def test_an_abandoned_differential_evolution_leaves_no_thread() -> None:
         return sum(thread.name == "differential evolution" for thread in threading.enumerate())
 
     before = threads()
-    algorithm: Any = make_algorithm("de", 8)
+    algorithm: Any = make_algorithm(optimizer_config("de"), 8)
     play(algorithm, 20, bumpy)
     assert threads() == before + 1
     del algorithm
@@ -323,7 +334,7 @@ def test_the_ledger_knows_repeated_factors() -> None:
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     extras = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     monkeypatch.setitem(sys.modules, "cmaes", None)
-    algorithm = make_algorithm("cma-es", 4)
+    algorithm = make_algorithm(optimizer_config("cma-es"), 4)
     with pytest.raises(LropeError, match="cmaes is not installed") as raised:
         algorithm.ask()
     extra = re.search(r"lrope-gguf\[(.*)\]", str(raised.value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,8 +115,21 @@ def test_lrope_gguf_knows_nothing_of_the_search_but_its_commands() -> None:
             assert name.split(".")[0] not in ("scipy", "llama_cpp", "gguf"), f"{path.name} imports {name}"
 
 
-def test_tests_do_not_import_proofs() -> None:
-    proofs = {path.stem for path in (ROOT / "proofs").glob("*.py")}
-    for path in modules(ROOT / "tests"):
-        for name in imports(path, "tests"):
-            assert name.split(".")[0] not in proofs, f"{path.name} imports {name} of the proofs"
+def scripts(folder: str) -> set[str]:
+    return {path.stem for path in (ROOT / folder).glob("*.py")}
+
+
+def test_the_product_knows_nothing_of_the_research() -> None:
+    """Nor its tests, of proofs and benchmarks: these may import ``tests/support``, never the other way round."""
+    standard = sys.stdlib_module_names
+    may_not = {
+        "lrope_gguf": {"research", *scripts("research"), *scripts("proofs"), *scripts("benchmarks"), "support"},
+        "search": {"research", *scripts("research"), *scripts("proofs"), *scripts("benchmarks"), "support"},
+        "tests": {"research", *scripts("research"), *scripts("proofs"), *scripts("benchmarks")},
+        "proofs": {"research", *scripts("research"), *scripts("benchmarks")},
+        "benchmarks": {"research", *scripts("research"), *scripts("proofs")},
+    }
+    for folder, names in may_not.items():
+        for path in modules(ROOT / folder):
+            for name in imports(path, folder):
+                assert name.split(".")[0] not in names - standard, f"{folder}: {path.name} imports {name}"

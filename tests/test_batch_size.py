@@ -14,8 +14,10 @@ from lrope_search.evaluation.model import Model
 
 pytestmark = pytest.mark.native
 
-SEARCH = ["--identifiers", "number", "--keys", "6", "--probes", "3", "--max-evaluations", "3", "--search-contexts", "1",
-          "--validation-contexts", "1", "--test-contexts", "1", "--threads", "1", "--max-kl", "100"]  # fmt: skip
+SEARCH = ["--set", "kv.identifiers=number", "--keys", "6", "--set", "kv.probes=3", "--max-evaluations", "3",
+          "--set", "search_contexts=1",
+          "--set", "validation_contexts=1", "--set", "test_contexts=1", "--threads", "1",
+          "--max-kl", "100"]  # fmt: skip
 
 
 def pretend_a_gpu(patch: pytest.MonkeyPatch, there: bool) -> None:
@@ -53,9 +55,9 @@ def test_a_study_keeps_its_own(
     assert computing("cpu")["batch_size"] == 512
     assert run("gpu") == 0 and computing("gpu")["batch_size"] == 2048
     pretend_a_gpu(monkeypatch, False)
-    assert run("gpu") == 0 and run("gpu", "--batch-size", "2048") == 0
+    assert run("gpu") == 0 and run("gpu", "--set", "batch_size=2048") == 0
     capsys.readouterr()
-    assert run("gpu", "--batch-size", "512") == 1
+    assert run("gpu", "--set", "batch_size=512") == 1
     assert "computing.batch_size was 2048, is 512" in capsys.readouterr().err
     damaged = tmp_path / "cpu.study" / "config.json"
     damaged.write_text("{")

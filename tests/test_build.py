@@ -28,18 +28,18 @@ def test_binding_and_source_are_of_one_release() -> None:
 def checkout(tmp_path: Path) -> Path:
     """A folder with one file, and a series that changes and extends it, laid out like this project."""
     project, source = tmp_path / "project", tmp_path / "project" / "build" / "source"
-    patches = project / "patches"
-    (patches / "src" / "src").mkdir(parents=True)
+    patch = project / "patches" / "01-first"
+    (patch / "src").mkdir(parents=True)
     (source / "src").mkdir(parents=True)
     # the source lies inside another repository, as build/ does in ours
     subprocess.run(["git", "init", "-q", project], check=True)
     (source / "a.txt").write_text("one\ntwo\nthree\n")
-    (patches / "hooks.patch").write_text(
+    (patch / "hooks.patch").write_text(
         "a : change a line\n\n"
         "diff --git a/a.txt b/a.txt\n--- a/a.txt\n+++ b/a.txt\n@@ -1,3 +1,3 @@\n one\n-two\n+2\n three\n"
     )
-    (patches / "src" / "b.txt").write_text("new\nmore\n")
-    (patches / "src" / "src" / "c.txt").write_text("[new]; \\;\n")
+    (patch / "b.txt").write_text("new\nmore\n")
+    (patch / "src" / "c.txt").write_text("[new]; \\;\n")
     (project / "cmake").mkdir()
     (project / "cmake" / "llama-cpp.cmake").write_text((ROOT / "cmake" / "llama-cpp.cmake").read_text())
     (project / "run.cmake").write_text(f'include(cmake/llama-cpp.cmake)\nlrope_apply_patches("{source}")\n')
@@ -48,6 +48,16 @@ def checkout(tmp_path: Path) -> Path:
 
 def apply(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return cmake(source.parent.parent / "run.cmake", **environment)
+
+
+def later_patch(source: Path, message: str = "a : change it again") -> None:
+    """Add a patch that changes what the first one left, and brings a file."""
+    folder = source.parent.parent / "patches" / "02-later"
+    folder.mkdir()
+    (folder / "hooks.patch").write_text(
+        f"{message}\n\ndiff --git a/a.txt b/a.txt\n--- a/a.txt\n+++ b/a.txt\n@@ -1,3 +1,3 @@\n one\n-2\n+II\n three\n"
+    )
+    (folder / "d.txt").write_text("late\n")
 
 
 def cmake(script: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -92,18 +102,52 @@ def test_the_source_may_be_a_repository(checkout: Path) -> None:
 
 
 def test_a_later_patch_may_change_what_an_earlier_one_left(checkout: Path) -> None:
-    patches = checkout.parent.parent / "patches"
-    (patches / "later.patch").write_text(
-        "a : change it again\n\n"
-        "diff --git a/a.txt b/a.txt\n--- a/a.txt\n+++ b/a.txt\n@@ -1,3 +1,3 @@\n one\n-2\n+II\n three\n"
-    )
+    later_patch(checkout)
     for said in ("is patched", "already patched"):
         assert said in apply(checkout).stdout
         assert (checkout / "a.txt").read_text() == "one\nII\nthree\n"
+        assert (checkout / "d.txt").read_text() == "late\n"
+
+
+@pytest.mark.parametrize(
+    ("header", "lacks"),
+    [("int get_stream_id();\n", "get_stream"), ("int get_stream();\nint discarded;\n", "discard")],
+)
+def test_a_patch_is_left_out_where_the_source_lacks_what_it_needs(checkout: Path, header: str, lacks: str) -> None:
+    """Such as node-llama-cpp's llama.cpp, where the text applies and the code does not compile."""
+    later_patch(checkout, "a : change it again\n\nNeeds: src/e.h get_stream\nNeeds: src/e.h discard")
+    (checkout / "src" / "e.h").write_text(header)
+    for said in ("is patched", "already patched"):
+        result = apply(checkout)
+        warning = " ".join(result.stderr.split())
+        assert result.returncode == 0 and said in result.stdout
+        assert f"The patches from 02-later on are left out: {checkout}/src/e.h has no {lacks}." in warning
+        assert (checkout / "a.txt").read_text() == "one\n2\nthree\n"
+        assert not (checkout / "d.txt").exists()
+
+
+def test_a_source_that_lacks_what_the_first_patch_needs_is_refused(checkout: Path) -> None:
+    patch = checkout.parent.parent / "patches" / "01-first" / "hooks.patch"
+    patch.write_text(f"Needs: missing.h graph\n\n{patch.read_text()}")
+    before = contents(checkout)
+    result = apply(checkout)
+    said = " ".join(result.stderr.split())
+    assert result.returncode != 0 and f"The patches cannot be used: {checkout}/missing.h has no graph." in said
+    assert contents(checkout) == before
+
+
+def test_the_first_patches_alone(checkout: Path) -> None:
+    later_patch(checkout)
+    script = checkout.parent.parent / "run.cmake"
+    script.write_text(f"set(LROPE_PATCHES 1)\n{script.read_text()}")
+    for said in ("is patched", "already patched"):
+        assert said in apply(checkout).stdout
+        assert (checkout / "a.txt").read_text() == "one\n2\nthree\n"
+        assert not (checkout / "d.txt").exists()
 
 
 def test_context_that_is_only_indented_deeper_is_no_drift(checkout: Path) -> None:
-    patch = checkout.parent.parent / "patches" / "hooks.patch"
+    patch = checkout.parent.parent / "patches" / "01-first" / "hooks.patch"
     patch.write_text(patch.read_text().replace("\n one\n", "\n   one\n"))
     (checkout / "a.txt").write_text("        one\ntwo\nthree\n")
     assert "is patched" in apply(checkout).stdout
@@ -127,7 +171,7 @@ def test_a_file_in_the_way_is_left_alone(checkout: Path) -> None:
 def test_a_source_with_an_older_series_is_left_alone(checkout: Path) -> None:
     patches = checkout.parent.parent / "patches"
     assert apply(checkout).returncode == 0
-    (patches / "src" / "b.txt").write_text("new\nmore\nnewer\n")
+    (patches / "01-first" / "b.txt").write_text("new\nmore\nnewer\n")
     assert_refused(checkout, "an older series", "b.txt is there with other content.")
     (checkout / "b.txt").unlink()
     assert_refused(checkout, "an older series", "patch failed: a.txt:1")

@@ -1,10 +1,11 @@
-"""Curves and curve files, against de Casteljau's algorithm and a JSON Schema validator."""
+"""Curves and curve files, against SciPy and a JSON Schema validator."""
 
 from __future__ import annotations
 
 import json
 import math
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 import jsonschema
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.interpolate import BPoly
+from scipy.optimize import brentq
 
-from lrope_gguf.curve import Curve, CurveFile
+from lrope_gguf.curve import Curve, CurveFile, evaluate, height, layer_positions
 from lrope_gguf.errors import LropeError
 
 SCHEMA = json.loads((files("lrope_gguf") / "curve.schema.json").read_text())
@@ -21,43 +24,11 @@ GOOD = {"format": "lrope-curve", "version": 1, "control_points": [[0, 1], [0.3, 
 LIST = {"format": "lrope-curve", "version": 1, "layer_factors": [1, 1.1, 0.9]}
 
 
-def de_casteljau(points: np.ndarray, t: float) -> np.ndarray:
-    while len(points) > 1:
-        points = (1 - t) * points[:-1] + t * points[1:]
-    return points[0]
-
-
-def reference(points: tuple[tuple[float, float], ...], n_layer: int) -> list[float]:
-    """The factors by bisection of x(t): slow, plain, and without SciPy."""
-    array = np.array(points)
-    factors = [points[0][1]]
-    for layer in range(1, n_layer - 1):  # at the ends the curve meets its end points, and x(t) may be too flat there
-        x, low, high = layer / (n_layer - 1), 0.0, 1.0
-        for _ in range(80):
-            middle = (low + high) / 2
-            low, high = (middle, high) if de_casteljau(array, middle)[0] < x else (low, middle)
-        factors.append(float(de_casteljau(array, (low + high) / 2)[1]))
-    return factors if n_layer == 1 else [*factors, points[-1][1]]
-
-
 @st.composite
 def control_points(draw: st.DrawFn) -> tuple[tuple[float, float], ...]:
     inner = sorted(draw(st.lists(st.floats(0, 1), max_size=5)))
     ys = draw(st.lists(st.floats(0.5, 4), min_size=len(inner) + 2, max_size=len(inner) + 2))
     return tuple(zip([0.0, *inner, 1.0], ys, strict=True))
-
-
-@settings(deadline=None, max_examples=60)
-@given(control_points(), st.integers(1, 40))
-def test_factors_equal_de_casteljau(points: tuple[tuple[float, float], ...], n_layer: int) -> None:
-    factors = Curve(points).factors(n_layer)
-    assert factors.shape == (n_layer,) and factors.dtype == np.float64
-    np.testing.assert_allclose(factors, reference(points, n_layer), rtol=0, atol=1e-11)
-    ys = [y for _, y in points]
-    assert min(ys) <= factors.min() and factors.max() <= max(ys)
-    assert factors[0] == ys[0]
-    if n_layer > 1:
-        assert factors[-1] == ys[-1]
 
 
 def test_golden_values() -> None:
@@ -143,7 +114,7 @@ BAD_DOCUMENTS = {
     "holds the key 'a' twice": '{"format": "lrope-curve", "version": 1, "provenance": {"a": 1, "a": 2}}',
     "nested deeper than 32 levels": '{"provenance": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "holds more than 65536 lists and objects": json.dumps(LIST | {"provenance": [[]] * 70_000}),
-    "is above 1 MiB": json.dumps(LIST | {"provenance": "x" * (1 << 20)}),
+    "is larger than 1 MiB": json.dumps(LIST | {"provenance": "x" * (1 << 20)}),
     "architecture is 3, not a string": json.dumps(LIST | {"architecture": 3}),
     "block_count is 0": json.dumps(LIST | {"block_count": 0}),
     "block_count is True": json.dumps(LIST | {"block_count": True}),
@@ -268,20 +239,20 @@ def test_save_and_load(tmp_path: Path) -> None:
     for name, content, message in [
         ("missing.json", None, "no such file"),
         ("latin1.json", "Bézier".encode("latin1"), "is not UTF-8 text"),
-        ("big.json", b"[" + b" " * (1 << 20) + b"]", "is above 1 MiB"),
-        ("big.bin", b"\xff" * (2 << 20), "is above 1 MiB"),
+        ("big.json", b"[" + b" " * (1 << 20) + b"]", "is larger than 1 MiB"),
+        ("big.bin", b"\xff" * (2 << 20), "is larger than 1 MiB"),
     ]:
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(LropeError, match=message):
             CurveFile.load(tmp_path / name)
-    with pytest.raises(LropeError, match="is not a regular file"):
+    with pytest.raises(LropeError, match="is a folder"):
         CurveFile.load(tmp_path)
 
 
 def test_provenance_must_be_json() -> None:
     for value in (math.nan, object(), {1, 2}):
-        with pytest.raises(LropeError, match="is not JSON"):
+        with pytest.raises(LropeError, match="cannot be stored as JSON"):
             CurveFile(layer_factors=(1.0,), provenance=value).dumps()
 
 
@@ -294,3 +265,69 @@ def test_factors_for(n: int, other: int) -> None:
         listed.factors_for(other)
     curve = CurveFile(control_points=((0, 1), (1, 1)), layer_factors=(1.0,) * n)
     assert curve.factors_for(other) == (1.0,) * other
+
+
+# Evaluation, against SciPy's Bernstein polynomials and its bracketing root finder
+
+HEIGHTS = st.lists(st.floats(0.5, 4), min_size=2, max_size=8)
+
+
+@st.composite
+def well_conditioned(draw: st.DrawFn) -> tuple[list[float], list[float]]:
+    """Control points whose x are apart, so that dy/dx is bounded."""
+    heights = draw(HEIGHTS)
+    steps = np.array([draw(st.floats(0.5, 1.5)) for _ in heights[1:]])
+    xs = np.concatenate([[0.0], np.cumsum(steps) / steps.sum()])
+    xs[-1] = 1.0
+    return xs.tolist(), heights
+
+
+@given(HEIGHTS, st.floats(0, 1))
+def test_evaluation_is_bernsteins(heights: list[float], t: float) -> None:
+    expected = float(BPoly(np.array(heights)[:, None], [0.0, 1.0])(t))
+    assert evaluate(heights, t) == pytest.approx(expected, rel=0, abs=1e-14 * max(heights))
+
+
+@given(well_conditioned(), st.integers(1, 40))
+def test_height_is_that_of_the_bracketed_root(curve: tuple[list[float], list[float]], n_layer: int) -> None:
+    xs, heights = curve
+    of_x, of_y = (BPoly(np.array(values)[:, None], [0.0, 1.0]) for values in curve)
+    for x in layer_positions(n_layer):
+        t = x if x in (0.0, 1.0) else brentq(lambda t, x=x: float(of_x(t)) - x, 0.0, 1.0, xtol=1e-16, rtol=1e-15)
+        # both know t to some 2^-53, and a step of t is one of y by the slope
+        slope = max(abs(b - a) for a, b in pairwise(heights)) * len(heights)
+        assert height(xs, heights, x) == pytest.approx(float(of_y(t)), rel=0, abs=1e-14 * max(max(heights), slope))
+
+
+@given(st.lists(st.floats(0, 1), max_size=6), st.data(), st.integers(1, 40))
+def test_floats_and_arrays_alike_and_the_ends_exact(inner: list[float], data: st.DataObject, n_layer: int) -> None:
+    xs = [0.0, *sorted(inner), 1.0]
+    heights = data.draw(st.lists(st.floats(0.5, 4), min_size=len(xs), max_size=len(xs)))
+    curve = Curve(tuple(zip(xs, heights, strict=True)))
+    factors = curve.factor_list(n_layer)
+    array = curve.factors(n_layer)
+    assert factors == array.tolist() and array.shape == (n_layer,) and array.dtype == np.float64
+    assert all(min(heights) <= factor <= max(heights) for factor in factors)
+    assert factors[0] == heights[0] and factors[-1] == heights[-1 if n_layer > 1 else 0]
+
+
+@pytest.mark.parametrize(
+    ("xs", "heights", "x", "expected"),
+    [
+        ((0.0, 0.0, 1.0, 1.0), (1.0, 2.0, 0.6, 1.5), 0.5, 1.2875),  # by symmetry t is a half
+        ((0.0, 0.5, 0.5, 0.5, 1.0), (1.0, 2.0, 0.6, 3.0, 1.0), 0.5, 1.6),
+        ((0.0, 0.0, 0.0, 1.0), (1.0, 1.0, 1.0, 2.0), 0.125, 1.125),  # x = t^3, y = 1 + t^3
+        ((0.0, 1.0), (3.0, 3.0), 0.3, 3.0),
+    ],
+)
+def test_coinciding_x(xs: tuple[float, ...], heights: tuple[float, ...], x: float, expected: float) -> None:
+    assert height(xs, heights, x) == pytest.approx(expected, rel=1e-14)
+
+
+def test_large_curves_take_numpy_and_the_same_values() -> None:
+    curve = Curve(tuple((i / 63, 1.0 + i % 2) for i in range(64)))
+    assert curve.factor_list(5) == curve.factors(5).tolist() == Curve(curve.control_points).factor_list(5)
+
+
+def test_layer_positions() -> None:
+    assert layer_positions(1) == [0.0] and layer_positions(3) == [0.0, 0.5, 1.0]

@@ -18,7 +18,7 @@ from support.rope_reference import Config, Reference, Rope, rms_error
 from lrope_gguf import read_factors, write_factors
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.native import tool_path
-from lrope_search import ModelConfig, SearchConfig, TaskConfig, search
+from lrope_search import ModelConfig, SearchConfig, optimizer_config, search, task_config
 from lrope_search.demo.model import embedded_model
 from lrope_search.demo.server import LlamaServer
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
@@ -32,9 +32,10 @@ TRAINED, LONG = 48, 120  # pairs
 N_LAYER = 4
 BASE = (1.0,) * N_LAYER
 UNIFORM = (0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
-SEARCH = ["--identifiers", "word", "--keys", str(LONG), "--probes", "40", "--width", "0.3", "--max-kl", "100",
-          "--threads", "1", "--max-evaluations", "60", "--search-contexts", "3",
-          "--validation-contexts", "6", "--test-contexts", "12"]  # fmt: skip
+SEARCH = ["--set", "kv.identifiers=word", "--keys", str(LONG), "--set", "kv.probes=40", "--set", "ga.width=0.3",
+          "--max-kl", "100",
+          "--threads", "1", "--max-evaluations", "60", "--set", "search_contexts=3",
+          "--set", "validation_contexts=6", "--set", "test_contexts=12"]  # fmt: skip
 N_UNSEEN = 8
 UNSEEN = 99  # a seed that the search does not have
 
@@ -68,9 +69,14 @@ def written(base: Path, curve: CurveFile, folder: Path) -> Path:
 def test_a_python_call_is_the_same_search(base: Path, curve: CurveFile, folder: Path) -> None:
     outcome = search(
         ModelConfig(str(base), n_threads=1),
-        TaskConfig("kv", identifiers="word", keys=LONG, probes=40),
+        task_config("kv", identifiers="word", keys=LONG, probes=40),
         SearchConfig(
-            width=0.3, max_kl=100.0, max_evaluations=60, search_contexts=3, validation_contexts=6, test_contexts=12
+            algorithm=optimizer_config("ga", width=0.3),
+            max_kl=100.0,
+            max_evaluations=60,
+            search_contexts=3,
+            validation_contexts=6,
+            test_contexts=12,
         ),
         folder / "python.study",
     )
@@ -88,9 +94,8 @@ def accuracy(path: Path, sides: Sequence[Sequence[float]], split: str = "test", 
 
 def file_factors(path: Path) -> tuple[float, ...]:
     with Model(path) as model:
-        found = model.file_factors()
-    assert found is not None
-    return found
+        model.reserve(64)
+        return model.get_factors()
 
 
 def weights(path: Path) -> dict[str, NDArray[np.float32]]:

@@ -16,11 +16,11 @@ import pytest
 from support.tiny_models import write_readable
 
 from lrope_gguf.cli import main
-from lrope_search import ModelConfig, TaskConfig, measure
+from lrope_search import ModelConfig, measure, task_config
 
 pytestmark = pytest.mark.native
 
-TASK = ["--identifiers", "number", "--keys", "12", "--probes", "4", "--threads", "1"]
+TASK = ["--set", "kv.identifiers=number", "--keys", "12", "--set", "kv.probes=4", "--threads", "1"]
 FACTORS = "1,1,1.3,0.7,1,1"
 
 
@@ -87,7 +87,7 @@ def test_the_first_side_stands_beside_the_others(
     assert "curve one over uniform 1.1: accuracy " in said
 
     sides = {"one": (1.3,) * 6, "two": (0.8,) * 6}
-    task = TaskConfig(identifiers="number", keys=12, probes=4)
+    task = task_config(identifiers="number", keys=12, probes=4)
     found = measure(ModelConfig(str(model), n_threads=1), task, sides, contexts=3)
     means = {
         name: sum(probe.log_probability for score in scores for probe in score.probes) / 12
@@ -105,8 +105,9 @@ def test_a_search_and_a_measurement_do_not_share_a_directory(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     searched, measured = str(tmp_path / "searched"), str(tmp_path / "measured")
-    search = ["search", str(model), *TASK, "--max-evaluations", "4", "--population", "4", "--search-contexts", "1",
-              "--validation-contexts", "1", "--test-contexts", "1", "--max-kl", "100",
+    search = ["search", str(model), *TASK, "--max-evaluations", "4", "--set", "ga.population=4",
+              "--set", "search_contexts=1",
+              "--set", "validation_contexts=1", "--set", "test_contexts=1", "--max-kl", "100",
               "--output", str(tmp_path / "best.json"), "--study"]  # fmt: skip
     assert main([*search, searched]) == 0
     capsys.readouterr()

@@ -24,10 +24,11 @@ from support.tiny_models import BOS, CHAT_TEMPLATE, EOS, TOKENS, USER, readable,
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
 from lrope_search.evaluation import binding as binding_module
+from lrope_search.evaluation import evaluator as evaluator_module
 from lrope_search.evaluation import model as model_module
 from lrope_search.evaluation.divergence import Guard, GuardTexts
 from lrope_search.evaluation.encoding import Encoder
-from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
+from lrope_search.evaluation.evaluator import KEPT_BYTES, TeacherForcedEvaluator
 from lrope_search.evaluation.generation import write_answers
 from lrope_search.evaluation.lead import Frame, Lead
 from lrope_search.evaluation.memory import memory_needed
@@ -211,7 +212,7 @@ def test_the_lead_is_what_the_base_model_writes_before_the_value(model: Model) -
 def test_a_given_beginning_of_the_answer_belongs_to_the_prompt(model: Model) -> None:
     task = KeyValueTask(6, probes=4, seed=3)
     given = TeacherForcedEvaluator(model, task, answer_prefix=' "')
-    assert given.lead == ""
+    assert [str(lead) for lead in given.leads] == [""]
     plain = TeacherForcedEvaluator(model, task)
     assert given.n_tokens("test", 0) == plain.n_tokens("test", 0)
     mine, other = (e.evaluate(CURVE, "test", 0).log_probability for e in (given, plain))
@@ -256,7 +257,7 @@ def test_the_key_is_what_differs_between_questions(keys: list[str], head: str, t
 def test_a_lead_can_hold_the_key(model: Model) -> None:
     evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4, seed=3))
     evaluator._encoders[0].lead = Lead(' The value of "\0" is "', own_tokens=True)
-    assert evaluator.lead == ' The value of "{key}" is "'
+    assert str(evaluator.leads[0]) == ' The value of "{key}" is "'
     evaluator._encodings.clear()
     context = KeyValueTask(6, probes=4, seed=3).context("test", 0)
     encoding = evaluator._encode("test", 0)
@@ -284,7 +285,7 @@ def test_chat_templates_are_rendered_without_a_second_bos_or_the_date(tmp_path: 
         assert raw.text(raw.tokenize_prompt("Hi <user>")) == "Hi <user>"
         assert USER not in raw.tokenize_prompt("Hi <user>")
     with (
-        pytest.raises(LropeError, match=r"chat template fails .*no system.*--no-chat-template"),
+        pytest.raises(LropeError, match=r"chat template fails .*no system.*--set chat_template=false"),
         Model(write_readable(tmp_path / "bad.gguf", chat_template="{{ raise_exception('no system') }}")) as bad,
     ):
         bad.tokenize_prompt("Hi")
@@ -295,7 +296,7 @@ def test_factors_at_run_time(tmp_path: Path) -> None:
     stored = [1.5, 1.0, 0.75, 1.25, 1.0, 2.0]
     with Model(write_readable(tmp_path / "with.gguf", factors=stored), n_threads=1) as model:
         model.reserve(64)
-        assert model.file_factors() == model.get_factors() == tuple(stored)
+        assert model.get_factors() == tuple(stored)
         model.set_factors(ONES)
         assert model.get_factors() == ONES
         model.set_factors([float(np.float32(x)) for x in CURVE])
@@ -305,11 +306,12 @@ def test_factors_at_run_time(tmp_path: Path) -> None:
                 model.set_factors(bad)
             assert "\n" not in str(caught.value)
         assert model.get_factors() == pytest.approx(CURVE)
-        model.prefill([np.array([BOS, 5, 6], np.int32)])
+        model.prefill(np.array([BOS, 5, 6], np.int32))
         with pytest.raises(LropeError, match="memory is not empty"):
             model.set_factors(ONES)
     with Model(write_readable(tmp_path / "without.gguf"), n_threads=1) as model:
-        assert model.file_factors() is None
+        model.reserve(64)
+        assert model.get_factors() == ONES
 
 
 @native
@@ -354,42 +356,32 @@ def test_nan_is_the_worst_of_scores_and_reaches_no_other(tmp_path: Path) -> None
         evaluator = TeacherForcedEvaluator(model, task)
         clean, lost, partly = (evaluator.evaluate(CURVE, "test", i) for i in range(3))
         again = evaluator.evaluate(CURVE, "test", 0)
-        packed = TeacherForcedEvaluator(model, task, pack_tokens=10_000)
-        together = packed.evaluate_many(CURVE, [("test", i) for i in range(3)])
     assert again.probes == clean.probes
     assert math.isfinite(clean.log_probability)
     for score in (lost, partly):
         assert [(p.log_probability, p.correct) for p in score.probes] == [(-math.inf, False)] * 3
         assert [p.depth for p in score.probes] == [0.0, 0.5, 1.0]
         assert score.log_probability == -math.inf
-    assert [score.probes for score in together] == [clean.probes, lost.probes, partly.probes]
 
 
 @native
-def test_contexts_packed_in_one_batch_score_as_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = KeyValueTask(6, probes=4, seed=3)
-    alone = TeacherForcedEvaluator(model, task)
-    jobs = [("test", 3), ("search", 0), ("validation", 2), ("test", 1), ("search", 1)]
-    expected = [alone.evaluate(CURVE, *job) for job in jobs]
-    assert [s.probes for s in alone.evaluate_many(CURVE, jobs)] == [s.probes for s in expected]  # off by default
-
-    n_tokens = alone.n_tokens("test", 0)
-    packed = TeacherForcedEvaluator(model, task, pack_tokens=int(2.5 * n_tokens))
-    n_ctx, sizes = model.n_ctx, []
-    evaluate_pack = packed._evaluate_pack
-    monkeypatch.setattr(packed, "_evaluate_pack", lambda f, pack: sizes.append(len(pack)) or evaluate_pack(f, pack))
-    found = packed.evaluate_many(CURVE, jobs)
-    assert sizes == [2, 2, 1]
-    assert model.n_ctx == n_ctx  # room was made beforehand
-    for ours, theirs in zip(found, expected, strict=True):
-        assert (ours.split, ours.index, ours.n_tokens) == (theirs.split, theirs.index, theirs.n_tokens)
-        assert [p.depth for p in ours.probes] == [p.depth for p in theirs.probes]
-        assert [p.correct for p in ours.probes] == [p.correct for p in theirs.probes]
-        assert [p.log_probability for p in ours.probes] == pytest.approx(
-            [p.log_probability for p in theirs.probes], abs=1e-4
-        )
-    assert found[-1].probes == expected[-1].probes  # alone in its pack: the same batches, the same bits
-    assert [s.probes for s in packed.evaluate_many(CURVE, jobs)] == [s.probes for s in found]
+def test_contexts_in_tokens_are_kept_up_to_a_size(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4))
+    made: list[int] = []
+    monkeypatch.setattr(
+        evaluator, "_task", SimpleNamespace(context=lambda *key: made.append(key[1]) or KeyValueTask(6).context(*key))
+    )
+    evaluator._encodings.clear()
+    size = evaluator._encode("test", 0).n_bytes
+    assert size > 1000
+    monkeypatch.setattr(evaluator_module, "KEPT_BYTES", 3 * size + size // 2)
+    for index in (0, 1, 2, 0, 3, 0, 2, 1):  # whichever was used longest ago goes
+        evaluator._encode("test", index)
+    assert made == [0, 1, 2, 3, 1]
+    assert sum(kept.n_bytes for kept in evaluator._encodings.values()) <= 3.5 * size
+    monkeypatch.setattr(evaluator_module, "KEPT_BYTES", 1)  # one is kept however large it is
+    evaluator._encode("test", 9)
+    assert list(evaluator._encodings) == [("test", 9)]
 
 
 @native
@@ -438,12 +430,12 @@ def test_eleven_depths_cost_an_eighth_of_a_prompt_each(model: Model) -> None:
 def test_the_evaluator_foresees_its_memory(model: Model) -> None:
     plain = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4))
     alone = plain.memory_needed()
-    assert alone == memory_needed(model.path, model.n_ctx, n_seq=5, n_batch=model.n_batch)
+    with model.without_weights() as empty:
+        needed = memory_needed(empty, model.n_ctx, 5)
+    assert alone == replace(needed, compute=needed.compute + KEPT_BYTES)
     guard = Guard(model, GuardTexts(((1, 2, 3),), tuple(range(1, 90)) * 10))
     both = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4), guard=guard).memory_needed()
     assert (both.weights, both.kv_cache > alone.kv_cache, both.compute > alone.compute) == (alone.weights, True, True)
-    packed = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4), pack_tokens=5_000).memory_needed()
-    assert packed.kv_cache > 3 * alone.kv_cache
 
 
 @native
@@ -454,7 +446,7 @@ def test_no_token_is_left_to_a_batch_of_its_own(model: Model, monkeypatch: pytes
     model.reserve(2048)
     for n in (model.n_batch + 1, 2 * model.n_batch + 1, 1, 2, model.n_batch):
         model.clear()
-        model.prefill([np.full(n, 5, np.int32)])
+        model.prefill(np.full(n, 5, np.int32))
     assert sizes == [511, 2, 512, 511, 2, 1, 2, 512]
 
 
@@ -465,10 +457,10 @@ def test_another_context_has_the_weights_and_factors_of_its_own(model: Model) ->
     with model.another_context() as other:
         other.reserve(32)
         other.set_factors(ONES)
-        other.prefill([np.array([BOS, 5, 6], np.int32)])
+        other.prefill(np.array([BOS, 5, 6], np.int32))
         assert model.get_factors() == pytest.approx(CURVE)
         model.set_factors(ONES)  # whose memory is empty
-    model.prefill([np.array([BOS, 5, 6], np.int32)])
+    model.prefill(np.array([BOS, 5, 6], np.int32))
     assert model.text([5]) == TOKENS[5]
 
 
@@ -490,18 +482,6 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> N
             Model(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name))
         assert "\n" not in str(caught.value)
-
-
-@native
-def test_contexts_beyond_the_trained_length_are_allowed_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with Model(write_readable(tmp_path / "short.gguf", context_length=128), n_threads=1) as model:
-        evaluator = TeacherForcedEvaluator(model, KeyValueTask(6, probes=4))
-        evaluator.evaluate(ONES, "test", 0)
-        evaluator.evaluate(CURVE, "test", 1)
-    assert [r.getMessage() for r in caplog.records if "trained on" in r.getMessage()] != []
-    assert sum("trained on" in r.getMessage() for r in caplog.records) == 1
 
 
 @native
@@ -576,8 +556,8 @@ def test_a_table_of_numbers_that_are_not_finite_is_valid_json() -> None:
 @native
 def test_eval_compares_base_and_factors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_readable(tmp_path / "model.gguf", factors=list(CURVE))
-    command = ["eval", str(path), "--keys", "6", "--probes", "3", "--positions", "even", "--contexts", "2"]
-    command += ["--threads", "1", "--seed", "4"]
+    command = ["eval", str(path), "--keys", "6", "--set", "kv.probes=3", "--set", "kv.positions=even"]
+    command += ["--contexts", "2", "--threads", "1", "--seed", "4"]
     assert main([*command, "--generate", "--json"]) == 0
     out, err = capsys.readouterr()
     assert any(line.startswith("test context 1: 4/4 evaluations") for line in err.splitlines())
@@ -609,8 +589,8 @@ def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     records = [[[f"k{n}-{i}", f"v{n}-{i}"] for i in range(9)] for n in range(10)]
     data = tmp_path / "kv.jsonl.gz"
     data.write_bytes(gzip.compress("".join(json.dumps({"ordered_kv_records": r}) + "\n" for r in records).encode()))
-    command = ["eval", str(path), "--data", str(data), "--keys", "5", "--probes", "5", "--threads", "1", "--json"]
-    assert main([*command, "--contexts", "3"]) == 0
+    command = ["eval", str(path), "--data", str(data), "--keys", "5", "--set", "kv.probes=5", "--threads", "1"]
+    assert main([*command, "--json", "--contexts", "3"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert list(document["factors"]) == ["base"]
     assert document["probes"] == 15
@@ -625,8 +605,8 @@ def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--factors", "1,1,1"], 1, "--factors: .*: 3 factors for a model of 6 layers"),
         (["--factors", "1,1,1,0,1,1"], 1, "refused by llama.cpp"),
         (["--factors", "1,a"], 2, "not a list of numbers"),
-        (["--keys", "0"], 2, "--keys.: 0 is not in the range x>=1"),
-        (["--keys", "5", "--probes", "11"], 1, "--keys 5: too few for 11 probes"),
+        (["--keys", "0"], 1, "--keys 0: too small; give at least 1"),
+        (["--keys", "5", "--set", "kv.probes=11"], 1, "--keys 5: too few for 11 probes"),
         (["--curve", "none.json"], 1, "none.json"),
     ],
 )

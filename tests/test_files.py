@@ -77,7 +77,7 @@ def test_failure_after_the_rename_says_so(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("lrope_gguf.files.sync_directory", fail)
-    with pytest.raises(LropeError, match="the new content is in place but perhaps not yet on the disk"):
+    with pytest.raises(LropeError, match="the new content is in place, but may not be on the disk yet"):
         atomic_write_bytes(path, b"new")
     assert path.read_bytes() == b"new"
 

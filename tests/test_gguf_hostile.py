@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 import struct
 import subprocess
@@ -21,7 +22,7 @@ from support import hostile_gguf
 from support.gguf_fixtures import header, number_pair, string, text_pair, u64, write_model
 
 from lrope_gguf import LropeError, read_factors, read_model, remove_factors, write_factors
-from lrope_gguf.gguf_scan import GGUFFile
+from lrope_gguf.gguf_file import GGUFFile
 
 MIB = 1 << 20
 
@@ -76,7 +77,28 @@ def cases(order: str, version: int) -> dict[str, tuple[str, bytes]]:
 
     head = struct.pack(order + "IQ", 9, 1)
     long_name = b"\xff" * 65535
+    llama = text_pair("general.architecture", "llama", order) + number("llama.block_count", 4)
+    whole = tensor(b"t", [8, 4])
     return {
+        "nothing": ("is not a GGUF file (it begins with b'')", b""),
+        "another file": ("is not a GGUF file (it begins with b'PK\\x03\\x04')", b"PK\3\4 some other file"),
+        "alignment text": (
+            "general.alignment None, not a power of two up to 1048576 at byte 61",
+            made(text_pair("general.alignment", "32", order), 1),
+        ),
+        "block count 2^31": (
+            "llama.block_count is 2147483648 (byte 98)",
+            made(llama[:-4] + struct.pack(order + "I", 1 << 31), 2),
+        ),
+        "block count 0": ("llama.block_count is 0 (byte 98)", made(llama[:-4] + bytes(4), 2)),
+        "prediction layers": (
+            "llama.nextn_predict_layers is 5 (byte 140)",
+            made(llama + number("llama.nextn_predict_layers", 5), 3),
+        ),
+        "data one byte short": (
+            "is truncated: tensor 't' ends at byte 224, the file at byte 223 (described at byte 24)",
+            whole.ljust(223, b"\0"),
+        ),
         "keys 2^60": (f"an impossible number of keys ({2**60}) at byte 16", made(bytes(99), 2**60)),
         "keys 2^64 - 1": (f"an impossible number of keys ({2**64 - 1}) at byte 16", made(bytes(99), 2**64 - 1)),
         "tensors 2^60": (f"an impossible number of tensors ({2**60}) at byte 8", made(bytes(99), 0, 2**60)),
@@ -238,6 +260,18 @@ def test_strings_are_stepped_over_fast(tmp_path: Path, count: int) -> None:
         read_model(path)
 
 
+def test_complete_data_is_enough(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(cases("<", 3)["data one byte short"][1] + b"\0")
+    assert read_model(path).n_tensors == 1
+
+
+def test_places_that_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in (".", "pipe"):
+        assert refusal(tmp_path / name) == "is not a regular file; give a model"
+
+
 def sparse(path: Path, head: bytes, size: int) -> Path:
     with path.open("wb") as file:
         file.write(head)
@@ -302,7 +336,6 @@ def listed(item: bytes) -> bytes:
     return b"[" + b",".join([item] * ((ROOM - 2) // (len(item) + 1))) + b"]"
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
 @pytest.mark.parametrize(
     "provenance",
     [
@@ -313,9 +346,7 @@ def listed(item: bytes) -> bytes:
     ],
     ids=["lists", "deep", "objects", "deep objects", "numbers", "strings", "keys", "text", "damaged"],
 )
-def test_show_takes_little_memory_whatever_the_curve_holds(
-    tmp_path: Path, provenance: bytes, options: list[str]
-) -> None:
+def test_show_takes_little_memory_whatever_the_curve_holds(tmp_path: Path, provenance: bytes) -> None:
     """The whole process, interpreter included."""
     path = tmp_path / "m.gguf"
     document = DOCUMENT % provenance
@@ -324,14 +355,13 @@ def test_show_takes_little_memory_whatever_the_curve_holds(
     pairs += string(b"lrope.curve") + struct.pack("<I", 8) + string(document)
     path.write_bytes(header(pairs, 3))
     code = (
-        "import os, resource, sys; from lrope_gguf.cli import main; assert main(sys.argv[1:]) == 0; sys.stdout.flush()"
+        "import os, resource, sys; from lrope_gguf.cli import main; "
+        "assert main(sys.argv[1:]) == main([*sys.argv[1:], '--json']) == 0; sys.stdout.flush()"
     )
     code += "; os.write(2, str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss).encode())"
     # through a small process: on Linux, a child's peak begins with its parent's
     small = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
-    done = subprocess.run(
-        [sys.executable, "-c", small, "-c", code, "show", *options, str(path)], capture_output=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", small, "-c", code, "show", str(path)], capture_output=True, check=True)
     assert int(done.stderr) < 60 << 10
     assert b"lrope" in done.stdout or b"curve" in done.stdout
 
@@ -346,7 +376,7 @@ def test_every_truncation_is_seen_and_said_where(seeds: list[Path], tmp_path: Pa
         with GGUFFile(source) as gguf:
             end = gguf.info_end
         data = source.read_bytes()
-        for length in sorted({*range(24), *rng.sample(range(end), 40), end - 1}):
+        for length in sorted({*range(24), *rng.sample(range(end), 20), end - 1}):
             path.write_bytes(data[:length])
             message = refusal(path)
             assert "byte" in message if length >= 4 else message.startswith("is not a GGUF file"), (source, length)
@@ -357,13 +387,13 @@ def test_mutants(seeds: list[Path], tmp_path: Path) -> None:
     outcomes: Counter[str] = Counter()
     path = tmp_path / "mutant.gguf"
     with memory_below(16 * MIB):
-        for number in range(500):
+        for number in range(300):
             data = hostile_gguf.mutant(loaded, 7, number)
             outcome = hostile_gguf.guarded(path, data, deep=number % 8 == 0, seconds=20)
             assert not outcome.finding, (number, outcome.finding)
             outcomes[outcome.kind] += 1
-    assert outcomes["refused, with the byte"] > 200 and outcomes["read"] > 50, outcomes
-    assert outcomes["read, written, restored byte for byte"] > 5, outcomes
+    assert outcomes["refused, with the byte"] > 120 and outcomes["read"] > 30, outcomes
+    assert outcomes["read, written, restored byte for byte"] > 3, outcomes
 
 
 def test_mutants_depend_on_seed_and_number_only(seeds: list[Path]) -> None:

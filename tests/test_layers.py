@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrope_search.optimizers.genetic import GeneticAlgorithm
-from lrope_search.optimizers.layers import LayerScan, LayerSpace
-from lrope_search.optimizers.protocol import Candidate, Score
+from lrope_search.optimizers.layers import LayerSpace
+from lrope_search.optimizers.make import make_algorithm
+from lrope_search.optimizers.protocol import Candidate, Optimizer, Score
+from lrope_search.optimizers.scan import LayerScan, ScanFirst
+from lrope_search.optimizers.settings import optimizer_config
 from lrope_search.optimizers.space import CurveSpace
 
 N_LAYER = 24
@@ -31,7 +35,7 @@ def sparse(factors: Sequence[float]) -> float:
     return wants(8, 0.18, 0.037) + wants(12, 0.14, 0.009) - harm
 
 
-def play(optimizer: GeneticAlgorithm, n: int, landscape: Landscape, lag: int) -> list[tuple[Candidate, Score]]:
+def play(optimizer: Optimizer, n: int, landscape: Landscape, lag: int) -> list[tuple[Candidate, Score]]:
     """Ask for ``n`` candidates, up to ``lag`` at once, and tell them in their order."""
     told: list[tuple[Candidate, Score]] = []
     pending: list[Candidate] = []
@@ -187,3 +191,54 @@ def test_a_curve_alone_stays_a_curve() -> None:
     assert curve is not None and factors == (1.1,) * 6
     curve, factors = space.express(space.moved((2,), 0.1))
     assert curve is None and factors == (1.0, 1.0, round(math.exp(0.1), 4), 1.0, 1.0, 1.0)
+
+
+def test_any_optimizer_can_follow_the_scan() -> None:
+    """CMA-ES goes on from the layers that gained together."""
+    optimizer = make_algorithm(optimizer_config("cma-es", scan=True), N_LAYER, parametrization="layers", seed=3)
+    told = play(optimizer, 120, sparse, optimizer.lag)
+    assert [candidate.id for candidate, _ in told] == list(range(len(told)))
+    assert len({candidate.factors for candidate, _ in told}) == len(told)
+    origins = [candidate.origin for candidate, _ in told]
+    assert set(origins[origins.index("cma-es") :]) == {"cma-es"}
+    best = {origin: max(s for c, (_, s) in told if c.origin == origin) for origin in ("together", "cma-es")}
+    assert best["together"] > 0.03 < best["cma-es"]
+
+
+@pytest.mark.parametrize("lag", [1, 5])
+@pytest.mark.parametrize("name", ["cma-es", "random", "de"])
+def test_what_follows_the_scan_is_told_all_that_it_asks(name: str, lag: int) -> None:
+    class Spy:
+        """Checks the protocol on behalf of the optimizer that follows."""
+
+        def __init__(self, inner: Optimizer) -> None:
+            self.inner, self.asked, self.told = inner, [], []  # type: ignore[var-annotated]
+
+        lag = property(lambda self: self.inner.lag)
+
+        def ask(self) -> Candidate | None:
+            candidate = self.inner.ask()
+            self.asked += [] if candidate is None else [candidate]
+            return candidate
+
+        def tell(self, candidate: Candidate, score: Score) -> None:
+            self.told.append((candidate, score))
+            self.inner.tell(candidate, score)
+
+        def should_stop(self) -> bool:
+            return self.inner.should_stop()
+
+    spies: list[Spy] = []
+
+    def follow(space: LayerSpace, start: Sequence[Any]) -> Optimizer:
+        assert set(space.layers) < set(range(N_LAYER)) and {8, 15} <= set(space.layers)
+        spies.append(Spy(optimizer_config(name).make(space, start, 0)))
+        return spies[0]
+
+    space = LayerSpace(N_LAYER, range(N_LAYER), curve=CurveSpace(N_LAYER))
+    told = play(ScanFirst(space, space.known_good(), follow, lag=lag), 90, sparse, lag)
+    (spy,) = spies
+    assert [candidate for candidate, _ in spy.told] == spy.asked[: len(spy.told)] and len(spy.told) >= 20
+    for candidate, (_, fitness) in spy.told:
+        assert fitness == pytest.approx(sparse(candidate.factors), abs=2e-4)  # to the digits of factors
+    assert len(told) == 90

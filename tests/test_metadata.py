@@ -6,11 +6,8 @@ import errno
 import json
 import math
 import os
-import random
 import shutil
 import struct
-import time
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,13 +28,12 @@ from support.gguf_fixtures import (
     write_model,
 )
 
-import lrope_gguf
-from lrope_gguf import CurveFile, LropeError, plan_remove, read_factors, read_model, remove_factors, write_factors
+from lrope_gguf import CurveFile, LropeError, read_factors, read_model, remove_factors, write_factors
 from lrope_gguf import metadata as metadata_module
 from lrope_gguf.cli import main
 from lrope_gguf.curve import Curve
-from lrope_gguf.gguf_scan import GGUFFile
-from lrope_gguf.model_info import shortest
+from lrope_gguf.gguf_file import GGUFFile
+from lrope_gguf.rope_scaling import shortest
 
 KEY = "llama.rope.scaling.layer_factors"
 FACTORS = (1.0, 1.25, 0.75, 1.1)
@@ -115,7 +111,7 @@ def random_keys(draw: st.DrawFn) -> Callable[[GGUFWriter], None]:
     return add
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(
     add=random_keys(),
     big_endian=st.booleans(),
@@ -350,7 +346,7 @@ def test_too_little_space_is_seen_before_writing(model: Path, monkeypatch: pytes
     original = model.read_bytes()
     monkeypatch.setattr(metadata_module, "free_bytes", lambda _: 10)
     monkeypatch.setattr(metadata_module, "replacing", fail_with(0))
-    with pytest.raises(LropeError, match=r"needs \d+ bytes beside it, 10 are free"):
+    with pytest.raises(LropeError, match=r"needs \d+ bytes in its directory, 10 are free"):
         write_factors(model, FACTORS)
     assert model.read_bytes() == original
 
@@ -361,7 +357,7 @@ def test_a_model_that_shrinks_while_it_is_copied(model: Path, monkeypatch: pytes
         return 0
 
     monkeypatch.setattr(os, "copy_file_range", shrink)
-    with pytest.raises(LropeError, match="ended at byte 1000 while being read"):
+    with pytest.raises(LropeError, match="was shortened while being read, to 1000 bytes"):
         write_factors(model, FACTORS)
     assert names(model.parent) == ["m.gguf"]
 
@@ -410,29 +406,6 @@ def test_write_protected_places(model: Path, monkeypatch: pytest.MonkeyPatch) ->
 # Which models and factors
 
 
-@pytest.mark.parametrize(
-    ("factors", "message"),
-    [
-        ((1.0,) * 3, "3 factors for a model of 4 layers"),
-        ((1.0,) * 5, "5 factors for a model of 4 layers"),
-        ((), "0 factors"),
-        ((1, 1, math.nan, 1), "the factor of layer 2 is NaN"),
-        ((1, 1, math.inf, 1), "the factor of layer 2 is infinite"),
-        ((1, 0, 1, 1), "the factor of layer 1 is zero"),
-        ((1, 1, 1, -1), "the factor of layer 3 is negative"),
-        ((1, 1, 1, 1e-40), "the factor of layer 3 is 1e-40, but llama.cpp takes 1/1024 to 1024"),
-        ((1e300, 1, 1, 1), "the factor of layer 0 is 1e+300, but llama.cpp takes 1/1024 to 1024"),
-        ((1, 1, 1, "x"), "the factor of layer 3 is 'x', not a number"),
-    ],
-)
-def test_bad_factors(model: Path, factors: tuple[float, ...], message: str) -> None:
-    original = model.read_bytes()
-    with pytest.raises(LropeError) as caught:
-        write_factors(model, factors)
-    assert message in str(caught.value) and str(model) in str(caught.value)
-    assert model.read_bytes() == original
-
-
 @pytest.mark.parametrize("text", ["", "{}", "[1", '{"format":"lrope-curve","version":1,"layer_factors":[NaN]}'])
 def test_bad_curve_json(model: Path, text: str) -> None:
     original = model.read_bytes()
@@ -447,31 +420,10 @@ def test_multi_token_prediction_layers_keep_one(tmp_path: Path) -> None:
     assert write_factors(model, (1.5, 1.25, 2)).factors == (1.5, 1.25, 2, 1)
     assert read_factors(model) == (1.5, 1.25, 2, 1)
     write_factors(model, (2, 2, 2, 1))
-    with pytest.raises(LropeError, match="layer 3 is of a multi-token-prediction head"):
+    with pytest.raises(LropeError, match="layer 3 belongs to a multi-token-prediction head"):
         write_factors(model, (2, 2, 2, 2))
     with pytest.raises(LropeError, match="2 factors for a model of 3 layers"):
         write_factors(model, (2, 2))
-
-
-def test_a_list_for_all_layers_is_one_for_those_that_a_curve_shapes(tmp_path: Path) -> None:
-    info = read_model(write_model(tmp_path / "m.gguf", add=lambda writer: writer.add_nextn_predict_layers(1)))
-    assert info.shaped((2, 3, 4)) == info.shaped((2, 3, 4, 1)) == (2, 3, 4)
-    with pytest.raises(LropeError, match="layer 3 is of a multi-token-prediction head"):
-        info.shaped((2, 3, 4, 5))
-
-
-def test_a_head_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its layers are all of them counted as the head's (gemma4-assistant)."""
-    model = write_model(tmp_path / "m.gguf", add=lambda writer: writer.add_nextn_predict_layers(LAYERS))
-    assert read_model(model).n_layer == 0
-    assert main(["show", str(model)]) == 0
-    assert f"{LAYERS} ({LAYERS} of them multi-token prediction)" in capsys.readouterr().out
-    CurveFile(((0.0, 1.0), (1.0, 1.5))).save(tmp_path / "best.json")
-    original = model.read_bytes()
-    for option, value in (("uniform", "1.5"), ("factors", "1,1,1,1"), ("curve", str(tmp_path / "best.json"))):
-        assert main(["write", str(model), f"--{option}", value]) == 1
-        assert "is a multi-token-prediction head alone" in capsys.readouterr().err
-    assert model.read_bytes() == original
 
 
 HEAD_TENSOR = f"blk.{LAYERS - 1}.nextn.eh_proj.weight"
@@ -532,7 +484,7 @@ def test_a_search_s_document_fits_a_model_with_multi_token_prediction_layers(tmp
 def test_models_without_rope_are_refused(tmp_path: Path, architecture: str) -> None:
     model = write_model(tmp_path / "m.gguf", architecture=architecture)
     assert not read_model(model).has_rope
-    with pytest.raises(LropeError, match=f"'{architecture}'.*use no RoPE"):
+    with pytest.raises(LropeError, match=f"has no RoPE .architecture '{architecture}'"):
         write_factors(model, FACTORS)
 
 
@@ -552,20 +504,6 @@ def test_switched_off_rope(tmp_path: Path) -> None:
     assert not read_model(write_model(tmp_path / "m.gguf", add=lambda w: w.add_rope_dimension_count(0))).has_rope
 
 
-def test_files_that_are_no_models(tmp_path: Path) -> None:
-    adapter = write_model(tmp_path / "a.gguf", block_count=None, add=lambda writer: writer.add_type("adapter"))
-    with pytest.raises(LropeError, match="is a LoRA adapter"):
-        write_factors(adapter, FACTORS)
-    layerless = write_model(tmp_path / "b.gguf", block_count=None)
-    with pytest.raises(LropeError, match=r"has no llama\.block_count"):
-        write_factors(layerless, FACTORS)
-    assert read_factors(layerless) is None and read_model(layerless).n_layer is None
-    empty = hand_made(tmp_path / "c.gguf", b"", 0)
-    with pytest.raises(LropeError, match="names no architecture"):
-        write_factors(empty, FACTORS)
-    assert remove_factors(empty).how == "unchanged"
-
-
 def test_split_models(tmp_path: Path) -> None:
     def shard(number: int) -> Callable[[GGUFWriter], None]:
         def add(writer: GGUFWriter) -> None:
@@ -583,7 +521,7 @@ def test_split_models(tmp_path: Path) -> None:
     write_factors(first, FACTORS)
     assert read_factors(first) == STORED and second.read_bytes() == before
     assert read_model(first).shards == 2
-    with pytest.raises(LropeError, match=r"end it in -00001-of-00002\.gguf"):
+    with pytest.raises(LropeError, match=r"must end in -00001-of-00002\.gguf"):
         write_factors(first, FACTORS, output=tmp_path / "out.gguf")
     write_factors(first, FACTORS, output=tmp_path / "out-00001-of-00002.gguf")
 
@@ -608,174 +546,13 @@ def test_fingerprint_tells_models_apart(tmp_path: Path) -> None:
 # Damaged and hostile files
 
 
-def bad_files() -> dict[str, tuple[str, bytes]]:
-    huge = struct.pack("<Q", 1 << 60)
-    tensor = string(b"t") + struct.pack("<I2QIQ", 2, 8, 4, 0, 0)
-    return {
-        "empty": ("is not a GGUF file", b""),
-        "other": ("is not a GGUF file", b"PK\3\4 some other file"),
-        "magic only": ("at byte 4", b"GGUF"),
-        "version 1": ("is GGUF version 1", header(b"", 0, version=1)),
-        "version 4": ("is GGUF version 4", header(b"", 0, version=4)),
-        "keys 2^60": (f"an impossible number of keys ({1 << 60}) at byte 16", header(b"", 1 << 60)),
-        "keys 2^63": ("an impossible number of keys", header(b"", 1 << 63)),
-        "keys more than bytes": ("an impossible number of keys (5000)", header(b"x" * 100, 5000)),
-        "tensors 2^60": (f"an impossible number of tensors ({1 << 60}) at byte 8", header(b"", 0, n_tensors=1 << 60)),
-        "key of 2^60": ("a key of 1152921504606846976 bytes at byte 24", header(huge + b"x" * 20, 1)),
-        "empty key": ("a key of 0 bytes at byte 24", header(string(b"") + b"x" * 20, 1)),
-        "key cut": ("the end of the file (37 bytes) inside a key", header(struct.pack("<Q", 30) + b"abcde", 1)),
-        "string of 2^60": (
-            "inside the string of 'k' at byte 45",
-            header(string(b"k") + struct.pack("<I", 8) + huge, 1),
-        ),
-        "type 99": (
-            "a value of unknown type 99 for 'k' at byte 33",
-            header(string(b"k") + struct.pack("<IQ", 99, 0), 1),
-        ),
-        "array type 99": ("an array of unknown type 99", header(string(b"k") + struct.pack("<IIQ", 9, 99, 0), 1)),
-        "array of 2^60": (
-            "inside the array of 'k' (1152921504606846976 items)",
-            header(string(b"k") + struct.pack("<II", 9, 6) + huge, 1),
-        ),
-        "strings 2^60": ("an impossible length", header(string(b"k") + struct.pack("<II", 9, 8) + huge, 1)),
-        "arrays 2^60": ("an impossible length", header(string(b"k") + struct.pack("<II", 9, 9) + huge, 1)),
-        "string in array of 2^64 - 1": (
-            "the end of the file inside the array of 'k'",
-            header(string(b"k") + struct.pack("<IIQQ", 9, 8, 1, 2**64 - 1), 1),
-        ),
-        "deep arrays": (
-            "arrays nested deeper than 8",
-            header(string(b"k") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000, 1),
-        ),
-        "same key twice": (
-            "the key 'llama.block_count' for the second time",
-            header(LLAMA + number_pair("llama.block_count", 4), 3),
-        ),
-        "alignment 0": ("general.alignment 0", header(number_pair("general.alignment", 0), 1)),
-        "alignment 24": ("general.alignment 24", header(number_pair("general.alignment", 24), 1)),
-        "alignment 2^31": ("general.alignment 2147483648", header(number_pair("general.alignment", 1 << 31), 1)),
-        "alignment text": ("general.alignment None", header(text_pair("general.alignment", "32"), 1)),
-        "block count 2^31": (
-            "llama.block_count is 2147483648 (byte",
-            header(ARCHITECTURE + number_pair("llama.block_count", 1 << 31), 2),
-        ),
-        "block count 0": ("llama.block_count is 0", header(ARCHITECTURE + number_pair("llama.block_count", 0), 2)),
-        "prediction layers": (
-            "llama.nextn_predict_layers is 5",
-            header(LLAMA + number_pair("llama.nextn_predict_layers", 5), 3),
-        ),
-        "tensor cut": ("inside a tensor's", header(tensor[:-1], 0, n_tensors=1)),
-        "tensor of 5 dimensions": (
-            "a tensor of 5 dimensions",
-            header(string(b"t") + struct.pack("<I5QIQ", 5, 1, 1, 1, 1, 1, 0, 0), 0, n_tensors=1),
-        ),
-        "tensor's name of 2^60": ("a tensor's name of", header(huge + bytes(30), 0, n_tensors=1)),
-        "no data": ("is truncated: tensor 't' ends at byte 224, the file at byte 65", header(tensor, 0, n_tensors=1)),
-        "data one byte short": (
-            "is truncated: tensor 't' ends at byte 224, the file at byte 223",
-            header(tensor, 0, n_tensors=1).ljust(223, b"\0"),
-        ),
-        "tensor of 2^190 bytes": (
-            "is truncated",
-            header(string(b"t") + struct.pack("<I3QIQ", 3, *[2**63] * 3, 0, 0), 0, n_tensors=1),
-        ),
-    }
-
-
-@pytest.mark.parametrize("case", bad_files())
-def test_bad_files(tmp_path: Path, case: str) -> None:
-    message, content = bad_files()[case]
-    path = tmp_path / "bad.gguf"
-    path.write_bytes(content)
-    for call in (read_model, remove_factors, lambda path: write_factors(path, FACTORS)):
-        with pytest.raises(LropeError) as caught:
-            call(path)
-        assert message in str(caught.value) and str(caught.value).startswith(f"{path}: ")
-        assert "\n" not in str(caught.value)
-    assert path.read_bytes() == content and names(tmp_path) == ["bad.gguf"]
-
-
-def test_complete_data_is_enough(tmp_path: Path) -> None:
-    tensor = string(b"t") + struct.pack("<I2QIQ", 2, 8, 4, 0, 0)
-    path = tmp_path / "m.gguf"
-    path.write_bytes(header(tensor, 0, n_tensors=1).ljust(224, b"\0"))
-    assert read_model(path).n_tensors == 1
-
-
 def test_block_sizes_are_ggmls() -> None:
     from gguf.constants import GGML_QUANT_SIZES
 
-    from lrope_gguf.gguf_scan import _BLOCKS
+    from lrope_gguf.gguf_file import _BLOCKS
 
     known = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
     assert {kind: _BLOCKS[kind] for kind in known} == known
-
-
-def test_places_that_are_no_files(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for path, message in [("no.gguf", "no such file"), (".", "not a regular file"), ("pipe", "not a regular file")]:
-        with pytest.raises(LropeError, match=message):
-            read_model(tmp_path / path)
-
-
-def test_large_vocabularies_are_stepped_over_fast(tmp_path: Path) -> None:
-    """Many more strings than the window holds, some longer than it, cost one pass and little memory."""
-    rng = random.Random(1)
-    words = [b"w" * rng.choice((0, 3, 7, 40)) for _ in range(300_000)]
-    words[1000] = words[-1] = b"long" * 200_000
-    pairs = string(b"words") + struct.pack("<IIQ", 9, 8, len(words)) + b"".join(map(string, words)) + LLAMA
-    path = hand_made(tmp_path / "m.gguf", pairs, 3)
-    start = time.perf_counter()
-    assert read_model(path).block_count == LAYERS
-    assert time.perf_counter() - start < 1
-    tracemalloc.start()
-    read_model(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4 << 20
-
-
-def test_every_truncation_is_seen(model: Path) -> None:
-    write_factors(model, FACTORS)
-    data = model.read_bytes()
-    with GGUFFile(model) as gguf:
-        header_end = gguf.data_start
-    short = model.with_name("short.gguf")
-    needed = header_end + (1 + 2 + 3) * 37 * 4 + 2 * 31  # at least: three tensors, the last unpadded
-    lengths = {*range(0, header_end, 97), *range(header_end - 40, header_end + 200, 7)}
-    for length in sorted(n for n in lengths if n < min(needed, len(data)) - 128):
-        short.write_bytes(data[:length])
-        with pytest.raises(LropeError):
-            read_model(short)
-
-
-def test_mutated_files_never_do_worse_than_an_error(model: Path) -> None:
-    write_factors(model, FACTORS)
-    original = model.read_bytes()
-    with GGUFFile(model) as gguf:
-        end = gguf.info_end
-        curve = gguf.entries["lrope.curve"]
-    interesting = [i for i in range(end) if not curve.value + 200 < i < curve.end]
-    rng = random.Random(1)
-    outcomes = {"error": 0, "fine": 0}
-    tracemalloc.start()
-    for _ in range(600):
-        data = bytearray(original)
-        for _ in range(rng.choice((1, 1, 2, 8))):
-            at = rng.choice(interesting)
-            size = rng.choice((1, 1, 4, 8))
-            data[at : at + size] = rng.choice((rng.randbytes(size), b"\xff" * size, b"\0" * size))
-        model.write_bytes(data)
-        try:
-            read_model(model).fingerprint()
-            outcomes["fine"] += 1
-        except LropeError as error:
-            assert "\n" not in str(error)
-            outcomes["error"] += 1
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert min(outcomes.values()) > 50, outcomes
-    assert peak < 16 << 20
 
 
 # Details
@@ -785,25 +562,3 @@ def test_mutated_files_never_do_worse_than_an_error(model: Path) -> None:
 def test_shortest_is_the_same_float32(value: float) -> None:
     assert np.float32(shortest(value)) == np.float32(value)
     assert len(repr(shortest(value))) <= len(repr(value))
-
-
-def test_names_are_loaded_on_first_use() -> None:
-    assert set(lrope_gguf.__all__) <= set(dir(lrope_gguf))
-    for name in lrope_gguf.__all__:
-        assert getattr(lrope_gguf, name) is not None
-    with pytest.raises(AttributeError, match="no_such_name"):
-        lrope_gguf.no_such_name  # noqa: B018
-
-
-def test_a_planned_removal_tells_what_a_removal_does(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "m.gguf")
-    original = model.read_bytes()
-    assert (plan_remove(model).how, plan_remove(model).removed) == ("unchanged", ())
-    write_factors(model, FACTORS)
-    written = model.read_bytes()
-    plan = plan_remove(model)
-    assert (plan.path, plan.how, plan.bytes_written) == (model, "rewritten", len(original))
-    assert plan.removed == ("llama.rope.scaling.layer_factors", "lrope.curve")
-    assert model.read_bytes() == written
-    assert remove_factors(model).bytes_written == plan.bytes_written
-    assert model.read_bytes() == original

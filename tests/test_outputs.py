@@ -26,20 +26,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 CASES = [
-    ("search model.gguf --output model.gguf", "--output model.gguf: is the file that MODEL names"),
-    ("search model.gguf --output link.gguf", "--output link.gguf: is the file that MODEL names"),
-    ("search link.gguf --output model.gguf", "is the file that MODEL names"),
-    ("search model.gguf --output sub/../model.gguf", "is the file that MODEL names"),
-    ("search model.gguf --probes 1 --data data.jsonl --output hard.jsonl", "is the file that --data names"),
-    ("search model.gguf --guard-text text.txt --output text.txt", "is the file that --guard-text names"),
-    ("search model.gguf --degree 1 --start curve.json --output curve.json", "that --start curve.json names"),
-    ("search model.gguf --output sub", "is no name of a file but a folder's"),
+    ("search model.gguf --output model.gguf", "--output model.gguf: would overwrite the file given as MODEL"),
+    ("search model.gguf --output link.gguf", "--output link.gguf: would overwrite the file given as MODEL"),
+    ("search link.gguf --output model.gguf", "would overwrite the file given as MODEL"),
+    ("search model.gguf --output sub/../model.gguf", "would overwrite the file given as MODEL"),
+    ("search model.gguf --set kv.probes=1 --data data.jsonl --output hard.jsonl", "the file given as --data"),
+    ("search model.gguf --set guard_text=text.txt --output text.txt", "would overwrite the file given as guard_text"),
+    ("search model.gguf --set degree=1 --start curve.json --output curve.json", "file given as --start curve.json"),
+    ("search model.gguf --output sub", "is a folder; name a file"),
     ("search model.gguf --output none/best.json", "its directory does not exist"),
     ("search model.gguf --output best.json --study text.txt", "--study text.txt: is a file"),
-    ("write model.gguf --curve curve.json --output curve.json", "is the file that --curve names"),
-    ("show model.gguf --plot model.gguf", "--plot model.gguf: is the file that MODEL names"),
-    ("report sub --output sub/best.json", "is the file that STUDY's best.json names"),
-    ("report sub --output sub", "is no name of a file but a folder's"),
+    ("write model.gguf --curve curve.json --output curve.json", "would overwrite the file given as --curve"),
+    ("show model.gguf --plot model.gguf", "--plot model.gguf: would overwrite the file given as MODEL"),
+    ("report sub --output sub/best.json", "would overwrite the file given as STUDY's best.json"),
+    ("report sub --output sub", "is a folder; name a file"),
 ]
 
 

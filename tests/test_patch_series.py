@@ -11,17 +11,16 @@ from pathlib import Path
 
 import pytest
 from support import call_sites, native_build
+from support.bisect_series import bisect
 from support.commands import CommandError
 
 ROOT = Path(__file__).parent.parent
-PATCHES = sorted((ROOT / "patches").glob("*.patch"))
+FOLDERS = native_build.patches()
+PATCHES = [folder / "hooks.patch" for folder in FOLDERS]
 FILES = native_build.series_files()
-PARTS = {
-    "scores": ("score.patch", "src/llama-score"),
-    "dynamic": ("rope-dynamic.patch", "src/llama-rope-dynamic"),
-    "states": ("rope-state.patch", "src/llama-rope-state"),
-}
-MAX_ADDED = {"factors": 470, "scores": 200, "dynamic": 700, "states": 160}
+MAX_ADDED = {
+    "01-layer-factors": 450, "02-scores": 200, "03-memory-size": 30, "04-dynamic-scaling": 710, "05-states": 160,
+}  # fmt: skip
 MAX_HUNK, MAX_LINE = 8, 160
 # a template, lambdas, an inverse rotation, an indexer and a cache, besides the usual
 QUICK = ("llama.cpp", "dflash.cpp", "hy-v4.cpp", "deepseek4.cpp", "llama-kv-cache.cpp", "llama-model-loader.cpp")
@@ -60,8 +59,8 @@ def parse(patches: list[Path]) -> list[Hunk]:
                 file = match[2]
             elif match := re.match(r"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@", line):
                 left = [int(match[1] or 1), int(match[2] or 1)]
-                hunks.append(Hunk(path.name, file, []))
-        assert left == [0, 0], f"{path.name}: cut short"
+                hunks.append(Hunk(path.parent.name, file, []))
+        assert left == [0, 0], f"{path.parent.name}: cut short"
     return hunks
 
 
@@ -88,17 +87,15 @@ def test_new_files_are_files_and_not_patches() -> None:
         assert not re.search(r"^(new|deleted) file mode|^rename |^(---|\+\+\+) /dev/null", path.read_text(), re.M)
 
 
-def test_each_part_of_the_series_is_small() -> None:
+def test_each_patch_is_small() -> None:
     """Blank lines do not count."""
-    added = {part: Counter[str]() for part in MAX_ADDED}
-    for hunk in HUNKS:
-        part = next((part for part, (patch, _) in PARTS.items() if hunk.patch == patch), "factors")
-        added[part][hunk.file] += sum(bool(line.strip()) for line in hunk.added)
-    for file, path in FILES.items():
-        part = next((part for part, (_, start) in PARTS.items() if file.startswith(start)), "factors")
-        added[part][file] += sum(bool(line.strip()) for line in path.read_text().splitlines())
-    print({part: (sum(lines.values()), lines) for part, lines in added.items()})
-    assert [part for part, most in MAX_ADDED.items() if sum(added[part].values()) > most] == []
+    added = Counter(hunk.patch for hunk in HUNKS for line in hunk.added if line.strip())
+    for folder in FOLDERS:
+        lines = (line for path in native_build.added_files(folder).values() for line in path.read_text().splitlines())
+        added[folder.name] += sum(bool(line.strip()) for line in lines)
+    print(added)
+    assert added.keys() == MAX_ADDED.keys()
+    assert [patch for patch, most in MAX_ADDED.items() if added[patch] > most] == []
 
 
 def test_hunks_of_upstream_files_add_few_lines() -> None:
@@ -117,14 +114,16 @@ def test_added_lines_are_clean() -> None:
     assert not [file for file, path in FILES.items() if not re.search(r"\S\n\Z", path.read_text())]
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.parent.name)
 def test_patches_say_what_they_do(patch: Path) -> None:
     head = patch.read_text().split("\ndiff --git ")[0]
     subject, _, body = head.partition("\nSubject: ")[2].partition("\n\n")
-    assert re.fullmatch(r"\[PATCH\] [a-z][a-z0-9/-]* : \S.{1,60}[^.\s]", subject), "upstream: 'module : what it does'"
+    assert re.fullmatch(r"\[PATCH \d/5\] [a-z][a-z0-9/-]* : \S.{1,60}[^.\s]", subject), (
+        "upstream: 'module : what it does'"
+    )
     assert len(body.split()) >= 10
     places = [place for place in re.findall(r"[\w/-]+", body) if place == "common" or "/" in place]
-    hooked = {hunk.file for hunk in HUNKS if hunk.patch == patch.name}
+    hooked = {hunk.file for hunk in HUNKS if hunk.patch == patch.parent.name}
     assert not [file for file in hooked if not file.startswith(tuple(places))]
 
 
@@ -171,6 +170,29 @@ def test_a_call_that_members_do_not_hide_is_found(source: Path, tmp_path: Path) 
     file.write_text(file.read_text() + "\nggml_tensor * f(ggml_context * c) { return ggml_rope(c, 0, 0, 8, 0); }\n")
     result = call_sites.prove(tmp_path, ["llama.cpp"])
     assert result.differences == [f"src/models/llama.cpp:{lines + 2} ggml_rope"]
+
+
+def test_what_a_patch_needs_is_in_the_source(source: Path) -> None:
+    needs = [line.split() for patch in PATCHES for line in patch.read_text().splitlines() if line.startswith("Needs: ")]
+    assert needs and all(len(words) == 3 for words in needs)
+    for _, file, name in needs:
+        assert re.search(rf"\b{name}\b", (source / file).read_text()), (file, name)
+
+
+def test_a_patch_that_needs_a_later_one_does_not_compile(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the series once was: the logic of dynamic scaling came with another patch than its hooks."""
+    for folder in ("patches", "cmake"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    monkeypatch.setattr(native_build, "PROJECT", tmp_path)
+    monkeypatch.setattr(native_build, "PATCHES", tmp_path / "patches")
+    file = tmp_path / "patches/03-memory-size/src/llama-memory-size.cpp"
+    file.write_text(file.read_text() + '#include "llama-rope-state.h"\n')  # comes with 05-states
+    steps = bisect(source, [file.name])
+    assert [step.patch for step in steps if step.files] == [step.patch for step in steps if step.errors]
+    assert [step.patch for step in steps if step.errors] == ["03-memory-size"]
+    assert "llama-rope-state.h" in steps[2].errors[0]
 
 
 def test_mentions_in_comments_and_strings_do_not_count() -> None:

@@ -23,8 +23,8 @@ from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import read_factors, remove_factors, write_factors
 from lrope_gguf.native import tool_path
+from lrope_search import ModelConfig, task_config
 from lrope_search.commands.search import at_the_bounds
-from lrope_search.config import ModelConfig, TaskConfig
 from lrope_search.demo.server import LlamaServer
 from lrope_search.evaluation.divergence import GuardTexts
 from lrope_search.evaluation.make import EvaluatorSpec
@@ -33,8 +33,10 @@ pytestmark = pytest.mark.native
 
 FACTORS = [1.0, 1.3, 0.8, 2.5, 1.07, 3.1]
 PROMPT = 'Key: "4711" has the value "123" and Key: "815" has another value, so what is it? '
-SEARCH = ["--identifiers", "number", "--keys", "12", "--probes", "4", "--max-evaluations", "20", "--population", "8",
-          "--search-contexts", "2", "--racing-fraction", "0.5", "--validation-contexts", "3", "--test-contexts", "6",
+SEARCH = ["--set", "kv.identifiers=number", "--keys", "12", "--set", "kv.probes=4", "--max-evaluations", "20",
+          "--set", "ga.population=8",
+          "--set", "search_contexts=2", "--set", "racing_fraction=0.5", "--set", "validation_contexts=3",
+          "--set", "test_contexts=6",
           "--threads", "1", "--max-kl", "100"]  # fmt: skip
 
 
@@ -178,7 +180,7 @@ def test_other_settings_on_a_study_are_refused_with_the_difference(model: Path, 
     other = tmp_path / "other.gguf"
     other.write_bytes(model.read_bytes()[:-64] + bytes(64))
     study = ["--study", tmp_path / "a.study", "--output", tmp_path / "a.json"]
-    third = run(["search", other, *SEARCH, *study, "--batch-size", "256"])
+    third = run(["search", other, *SEARCH, *study, "--set", "batch_size=256"])
     assert third.returncode == 1 and len(third.stderr.splitlines()) == 1
     assert "model.fingerprint was " in third.stderr and "computing.batch_size was 512, is 256" in third.stderr
 
@@ -186,11 +188,11 @@ def test_other_settings_on_a_study_are_refused_with_the_difference(model: Path, 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--search-contexts", "0"],
-        ["--bounds", "2,4"],
-        ["--finalists", "0"],
-        ["--population", "9", "--algorithm", "random"],
-        ["--guard-text", "none.txt"],
+        ["--set", "search_contexts=0"],
+        ["--set", "bounds=2,4"],
+        ["--set", "finalists=0"],
+        ["--set", "ga.population=9", "--set", "algorithm=random"],
+        ["--set", "guard_text=none.txt"],
         ["--workers", "100000"],
         ["--start", "none.json"],
     ],
@@ -198,7 +200,8 @@ def test_other_settings_on_a_study_are_refused_with_the_difference(model: Path, 
 def test_search_refuses_bad_options_in_one_line(arguments: list[str], model: Path, tmp_path: Path) -> None:
     result = run(["search", model, *SEARCH, *arguments, "--output", tmp_path / "b.json"])
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert arguments[0] in result.stderr or arguments[1] in result.stderr
+    said = [*arguments, arguments[1].rpartition("=")[2]]
+    assert any(word in result.stderr for word in said if word != "--set")
 
 
 def test_a_search_begins_with_the_curves_it_is_given(model: Path, tmp_path: Path) -> None:
@@ -215,17 +218,17 @@ def test_a_search_begins_with_the_curves_it_is_given(model: Path, tmp_path: Path
     other = run(["search", model, *SEARCH, *few[:4]])  # it is part of what a study is bound to
     assert other.returncode == 1 and "search.start" in other.stderr
 
-    bezier = ["--parametrization", "bezier"]
+    bezier = ["--set", "parametrization=bezier"]
     for wrong, said in (
-        ([*bezier, "--degree", "2"], "give --degree 3"),
-        (["--bounds", "0.5,3"], "outside --bounds 0.5,3"),
+        ([*bezier, "--set", "degree=2"], "give --set degree=3"),
+        (["--set", "bounds=0.5,3"], "outside the bounds 0.5,3"),
     ):
         refused = run(["search", model, *SEARCH, *few, *wrong])
         assert refused.returncode == 1 and said in refused.stderr and len(refused.stderr.splitlines()) == 1
     factors = (1.0, 1.1, 1.0, 0.9, 1.2, 1.3)
     for numbers, more, said in (
-        (factors, bezier, f"--start {known}: holds factors but no control points"),
-        (factors, ["--bounds", "0.5,1.2"], f"--start {known}: outside --bounds 0.5,1.2 (a factor of 1.3)"),
+        (factors, bezier, f"--start {known}: has factors of layers but no curve"),
+        (factors, ["--set", "bounds=0.5,1.2"], f"--start {known}: outside the bounds 0.5,1.2 (a factor of 1.3)"),
         (factors[:2], [], "--start: 2 factors, but"),
     ):
         CurveFile(layer_factors=numbers).save(known)
@@ -245,7 +248,10 @@ def test_a_control_point_at_the_bounds_is_pointed_out() -> None:
     inside = Curve(((0.0, 1.0), (0.5, 1.2), (1.0, 3.9)))
     assert at_the_bounds(inside) is None
     outside = Curve(((0.0, 0.8), (0.5, 1.5), (1.0, 1.1)), bounds=(0.8, 1.5))
-    assert at_the_bounds(outside) == "control points lie at the bounds (0.8 and 1.5): wider --bounds may find more"
+    assert (
+        at_the_bounds(outside)
+        == "control points lie at the bounds (0.8 and 1.5): wider ones may find more (--set bounds=LOW,HIGH)"
+    )
 
 
 def test_a_verdict_without_a_gain_has_a_status_of_its_own_if_asked(model: Path, tmp_path: Path) -> None:
@@ -274,7 +280,7 @@ def test_the_number_of_workers_does_not_matter(model: Path, tmp_path: Path) -> N
 def test_ray_finds_the_same(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     outputs = [tmp_path / f"{name}.json" for name in ("local", "ray")]
-    for output, options in zip(outputs, ([], ["--executor", "ray", "--workers", "2"]), strict=True):
+    for output, options in zip(outputs, ([], ["--set", "executor=ray", "--workers", "2"]), strict=True):
         result = run(["search", model, *SEARCH, *options, "--output", output])
         assert result.returncode == 0, result.stderr
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
@@ -282,7 +288,7 @@ def test_ray_finds_the_same(model: Path, tmp_path: Path) -> None:
 
 def test_the_number_of_threads_does_not_matter(model: Path) -> None:
     """Which is why workers may share the threads that one would have: scores are equal bit by bit."""
-    how, task = ModelConfig(str(model)), TaskConfig(identifiers="number", keys=12, probes=4)
+    how, task = ModelConfig(str(model)), task_config(identifiers="number", keys=12, probes=4)
     text = tuple(range(10, 74))
     texts = GuardTexts((text[:16], text[16:32]), text)
     scores = []

@@ -97,7 +97,7 @@ def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (model, "p.pdf", "ends in .png or .svg"),
         (model, "png", "ends in .png or .svg"),
         (model, "no/p.svg", "its directory does not exist"),
-        (plain, "p.svg", "nothing to plot, it holds no layer factors"),
+        (plain, "p.svg", "nothing to plot, because it has no layer factors"),
     ]:
         assert main(["show", str(path), "--plot", str(tmp_path / name)]) == 1
         out, err = capsys.readouterr()

@@ -15,8 +15,7 @@ from support.synthetic import Landscape
 from support.worker_evaluators import Workers, see
 
 from lrope_gguf.errors import LropeError
-from lrope_search import machine
-from lrope_search.config import SearchConfig
+from lrope_search import SearchConfig, machine
 from lrope_search.machine import free_memory, visible_gpus
 from lrope_search.scores import GUARD, Job
 from lrope_search.study.progress import Progress
@@ -153,6 +152,28 @@ def test_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_free_memory() -> None:
     free = free_memory()
     assert free is not None and 1 << 20 < free < 1 << 50
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from support.worker_evaluators import Workers
+from lrope_search.scores import Job
+from lrope_search.workers.processes import ProcessExecutor
+print("run", __spec__, __file__ == sys.argv[0])
+with ProcessExecutor(Workers(), 2) as executor:
+    executor.submit(Job((1.0,) * 12, "search", 0))
+    executor.next()
+print("done", __spec__, __file__ == sys.argv[0])
+"""
+
+
+def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
+    """Its workers do not run it again."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("run None True\ndone None True\n", "")
 
 
 PROGRAM = """

@@ -15,7 +15,7 @@ from support.synthetic import Landscape
 from support.worker_evaluators import Workers, see
 
 from lrope_gguf.errors import LropeError
-from lrope_search.config import SearchConfig
+from lrope_search import SearchConfig
 from lrope_search.scores import Job
 from lrope_search.study.progress import Progress
 from lrope_search.study.run import run_search
@@ -173,7 +173,5 @@ def test_errors_name_what_is_wrong(tmp_path: Path, cluster: Any) -> None:
 
 def test_without_ray_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(
-        LropeError, match=r"^--executor ray: Ray is not installed; run: pip install 'lrope-gguf\[ray\]'$"
-    ):
+    with pytest.raises(LropeError, match=r"^executor ray: Ray is not installed; run: pip install 'lrope-gguf\[ray\]'$"):
         RayExecutor(Workers())

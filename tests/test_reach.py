@@ -1,4 +1,4 @@
-"""Which layers rotate over a whole context, from headers of models whose pattern is known from llama.cpp's source."""
+"""Which layers see a whole context, from headers of models whose pattern is known from llama.cpp's source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import gguf
 import pytest
 
 from lrope_gguf.cli import main
-from lrope_gguf.model_info import read_model
+from lrope_gguf.model_info import read_factors, read_model
 
 
 def reach(path: Path, architecture: str, n_layer: int, **keys: int | list[int] | list[bool]) -> tuple[int | None, ...]:
@@ -26,7 +26,7 @@ def reach(path: Path, architecture: str, n_layer: int, **keys: int | list[int] |
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return read_model(path).rope_reach
+    return read_model(path).windows
 
 
 @pytest.mark.parametrize(
@@ -34,46 +34,86 @@ def reach(path: Path, architecture: str, n_layer: int, **keys: int | list[int] |
     [
         ("llama", 3, {}, (None,) * 3),
         ("llama", 3, {"attention__sliding_window": 512}, (None,) * 3),  # llama.cpp has no window for it
-        ("qwen2", 2, {}, (None,) * 2),
         ("gemma3", 7, {"attention__sliding_window": 512}, (512,) * 5 + (None, 512)),
         ("gemma2", 4, {}, (4096, None, 4096, None)),
         ("gpt-oss", 4, {"attention__sliding_window": 128}, (128, None, 128, None)),
         ("gemma4", 3, {"attention__sliding_window": 9, "attention__sliding_window_pattern": [True, False, True]},
          (9, None, 9)),
         ("gemma3", 4, {"attention__sliding_window": 9, "attention__sliding_window_pattern": 2}, (9, None, 9, None)),
-        ("smollm3", 8, {}, (None, None, None, 0) * 2),
-        ("llama4", 4, {}, (8192, 8192, 8192, 0)),
+        ("llama4", 4, {}, (8192, 8192, 8192, None)),
         ("exaone4", 4, {"attention__sliding_window": 4096}, (None,) * 4),  # only the model of 64 layers has windows
-        ("cohere2", 4, {"attention__sliding_window": 4096}, (4096, 4096, 4096, 0)),
-        ("qwen3next", 4, {"full_attention_interval": 4}, (0, 0, 0, None)),
-        ("gpt2", 2, {}, (0, 0)),
-        ("llama", 2, {"full_attention_interval": 2}, (None, None)),  # means nothing to it
-        ("minimax-01", 8, {}, (0,) * 7 + (None,)),
-        ("qwen35", 3, {"attention__recurrent_layers": [True, False, True]}, (0, None, 0)),
-        ("granite", 2, {"rope__scaling__finetuned": False}, (0, 0)),
-        ("granite", 2, {"rope__scaling__finetuned": True}, (None, None)),
-        ("afmoe", 4, {}, (None, None, None, 0)),
-        ("smallthinker", 4, {"attention__sliding_window": 9}, (0, 9, 9, 9)),
+        ("cohere2", 4, {"attention__sliding_window": 4096}, (4096, 4096, 4096, None)),
+        ("smallthinker", 4, {"attention__sliding_window": 9}, (None, 9, 9, 9)),
         ("smallthinker", 4, {}, (None,) * 4),
-        ("maple", 2, {"attention__sliding_window": 9, "attention__sliding_window_pattern": [True, False]}, (9, 0)),
-        ("baichuan", 40, {}, (0,) * 40),  # ALiBi
-        ("llama", 2, {"rope__dimension_count": 0}, (0, 0)),
-        ("lfm2", 3, {"attention__head_count_kv": [0, 2, 0]}, (0, None, 0)),
     ],
 )  # fmt: skip
-def test_reach(
+def test_windows(
     tmp_path: Path, architecture: str, n_layer: int, keys: dict[str, int], expected: tuple[int | None, ...]
 ) -> None:
     assert reach(tmp_path / "model.gguf", architecture, n_layer, **keys) == expected
-    info = read_model(tmp_path / "model.gguf")
-    assert info.layers_reaching(100) == tuple(i for i, r in enumerate(expected) if r is None or r >= 100)
 
 
-def test_a_model_where_no_layer_rotates_is_refused_before_it_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+# A uniform factor
+
+
+GEMMA = {"attention__sliding_window": 512, "context_length": 2048}
+MOVED = [
+    ("llama", 4, {}, (0, 1, 2, 3), "all 4 layers"),
+    ("gemma3", 7, GEMMA, (5,), "1 of 7 layers, those that see the whole context"),
+    ("gemma3", 7, GEMMA | {"context_length": 512}, tuple(range(7)), "all 7 layers"),  # no longer than the window
+    ("phi3", 2, GEMMA, (0, 1), "all 2 layers"),
+    ("brand-new", 2, {}, (0, 1), "all 2 layers"),  # names no window
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "n_layer", "keys", "layers", "words"), MOVED)
+def test_write_uniform_moves_the_layers_that_a_search_moves(
+    tmp_path: Path, architecture: str, n_layer: int, keys: dict[str, int], layers: tuple[int, ...], words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = tmp_path / "model.gguf"
+    reach(path, architecture, n_layer, **keys)
+    for options in (["--dry-run"], []):
+        assert main(["write", str(path), "--uniform", "1.25", *options]) == 0
+        assert f"layer factor 1.25 in {words}" in capsys.readouterr().out
+    assert read_factors(path) == tuple(1.25 if layer in layers else 1.0 for layer in range(n_layer))
+    assert main(["show", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert (f"in {len(layers)} of {n_layer} layers other than 1" in shown) == (len(layers) < n_layer)
+    assert ("1 of them see the whole context: 5" in shown) == (len(layers) == 1)
+    # a list reaches every layer
+    assert main(["write", str(path), "--factors", ",".join(["1.25"] * n_layer)]) == 0
+    assert read_factors(path) == (1.25,) * n_layer
+
+
+UNTOLD = [
+    ("brand-new", GEMMA, "does not tell which layers of 'brand-new' have the sliding window of brand-new.attention"),
+    ("lfm2", GEMMA, "does not tell which layers of 'lfm2'"),
+    ("llama4", {"context_length": 99999}, "no layer sees the whole context"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "keys", "message"), UNTOLD)
+def test_write_uniform_asks_where_the_header_does_not_tell(
+    tmp_path: Path, architecture: str, keys: dict[str, int], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "model.gguf"
-    reach(path, "qwen3next", 3, full_attention_interval=4)
-    assert main(["search", str(path), "--output", str(tmp_path / "best.json")]) == 1
-    assert "none of its layers rotates" in capsys.readouterr().err
-    assert not (tmp_path / "best.study").exists()
+    reach(path, architecture, 3, **keys)
+    before = path.read_bytes()
+    assert main(["write", str(path), "--uniform", "1.25"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and line.endswith("; give one factor per layer with --factors")
+    assert path.read_bytes() == before
+    assert main(["show", str(path)]) == 0
+
+
+def test_a_published_uniform_factor_is_what_the_search_measured(tmp_path: Path) -> None:
+    """Gemma 3 270M: the winner of its study is the uniform factor 1.25, on 3 of 18 layers."""
+    path, named = tmp_path / "uniform.gguf", tmp_path / "named.gguf"
+    for model in (path, named):
+        reach(model, "gemma3", 18, attention__sliding_window=512, context_length=32768)
+    assert (
+        main(["write", str(path), "--uniform", "1.25"]) == main(["write", str(named), "--curve", "gemma-3-270m"]) == 0
+    )
+    measured = tuple(1.25 if layer in (5, 11, 17) else 1.0 for layer in range(18))
+    assert read_factors(path) == read_factors(named) == measured

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.study_fixtures import CONFIG, SETTINGS, Timed, make_study
 from support.synthetic import Landscape
@@ -19,16 +20,17 @@ from support.synthetic import Landscape
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
 from lrope_gguf.plot import PlotUnavailableError
+from lrope_search.report import pictures as pictures_module
 from lrope_search.report.page import page_text, write_report
-from lrope_search.report.pictures import draw_pictures, wilson
+from lrope_search.report.pictures import draw_pictures
 from lrope_search.report.reading import read_study
 from lrope_search.report.text import scan_words, summary_lines
 from lrope_search.results import table
 from lrope_search.results.comparison import Comparison, compare
+from lrope_search.results.intervals import wilson
 from lrope_search.results.summary import LayerEffect, StudySummary
 from lrope_search.results.table import depth_table
-from lrope_search.scores import ContextScore, Job
-from lrope_search.study import conclude
+from lrope_search.scores import ContextScore, Job, ProbeScore
 from lrope_search.study.run import SearchOutcome
 from lrope_search.study.store import parse_evaluations
 
@@ -113,7 +115,7 @@ def test_the_summary_is_what_was_measured(whole: tuple[Path, SearchOutcome]) -> 
     summary = read_study(study)
     assert outcome.winner is not None and outcome.uniform is not None
     assert summary == outcome.summary
-    assert summary.factors == outcome.winner.factors and summary.uniform == outcome.uniform.factors[0]
+    assert summary.factors == outcome.winner.factors and summary.uniform.factors == outcome.uniform.factors
     results = dict(parse_evaluations((study / "evaluations.jsonl").read_bytes(), study)[0])
     factors = {
         "base": (1.0,) * 24, f"uniform {outcome.uniform.factors[0]:g}": outcome.uniform.factors,
@@ -122,7 +124,7 @@ def test_the_summary_is_what_was_measured(whole: tuple[Path, SearchOutcome]) -> 
     sides = {
         name: [results[Job(side, "test", i)] for i in range(SETTINGS.test_contexts)] for name, side in factors.items()
     }
-    assert summary.table == depth_table(sides, seed=SETTINGS.seed, confidence=SETTINGS.confidence)
+    assert summary.table == depth_table(sides, seed=SETTINGS.seed, confidence=SETTINGS.confidence, over=True)
     trials = {trial.factors: (trial.contexts, trial.fitness) for trial in summary.trials}
     assert trials == {candidate.factors: score for candidate, score in outcome.candidates}
     seen = sorted(outcome.candidates, key=lambda item: item[0].id)
@@ -145,14 +147,36 @@ def test_each_pair_of_sides_is_compared_once(tmp_path: Path, monkeypatch: pytest
         return compare(*args, **options)
 
     monkeypatch.setattr(table, "compare", counted)
-    monkeypatch.setattr(conclude, "compare", counted)
     summary = make_study(tmp_path, SMALL).summary
     write_report(summary)
     assert "curve" in str(summary.table) and summary.json()
     assert len(calls) == 3  # base and uniform, base and curve, uniform and curve
     calls.clear()
     assert main(["report", str(tmp_path)]) == 0
-    assert len(calls) == 2  # what the curve gains over the uniform factor stands in best.json
+    assert len(calls) == 3
+
+
+def test_a_picture_draws_the_interval_of_the_questions_of_each_depth(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the contexts, as if each had one question: six of them made bars of 36 questions too long."""
+    bars: list[Any] = []
+    monkeypatch.setattr(pictures_module, "_whiskers", lambda axes, look, x, rows: bars.append(np.asarray(rows)))
+    study = read_study(copy)
+    draw_pictures(dataclasses.replace(study, trials=(), costs=()))
+    assert study.table is not None
+    cells = [[(c.accuracy, c.interval.low, c.interval.high) for c in side] for side in study.table.cells.values()]
+    np.testing.assert_allclose(bars[0], 100.0 * np.array(cells[0]))
+    six = {
+        name: [
+            ContextScore("test", i, tuple(ProbeScore(0.5, -1.0, (i + j + step) % 2) for j in range(6)), 1, 0.0)
+            for i in range(6)
+        ]
+        for step, name in enumerate(("base", "curve"))
+    }
+    ((cell,), _) = depth_table(six).cells.values()
+    few = wilson(cell.accuracy, 6)
+    assert cell.interval.high - cell.interval.low < 0.6 * (few.high - few.low)
 
 
 def test_old_studies_list_no_factors(copy: Path) -> None:
@@ -161,6 +185,29 @@ def test_old_studies_list_no_factors(copy: Path) -> None:
     assert tuple(document.pop("layer_factors")) == with_factors.factors
     (copy / "best.json").write_text(json.dumps(document))
     assert read_study(copy) == with_factors
+
+
+def test_a_uniform_factor_of_some_layers_is_that_of_these_layers(tmp_path: Path) -> None:
+    """Its factors are carried from the search to the report; older records, which hold one number, get them back."""
+    outcome = make_study(tmp_path, dataclasses.replace(SMALL, parametrization="layers"), n_layer=6, layers=(1, 4))
+    assert outcome.uniform is not None
+    factor, factors = outcome.uniform.factors[1], outcome.uniform.factors
+    assert factors == (1.0, factor, 1.0, 1.0, factor, 1.0)
+    summary = read_study(tmp_path)
+    assert summary == outcome.summary and summary.uniform is not None
+    assert summary.uniform.factors == factors and "(2 of 6 layers)" in summary.verdict
+    assert summary.table is not None and f"uniform {factor:g}" in summary.table.comparisons
+    document = json.loads((tmp_path / "best.json").read_text())
+    results = document["provenance"]["results"]
+    assert results["best_uniform"].pop("factors") == list(factors)
+    older = [results.pop("look"), results["test"].pop("accuracy_gain")]
+    results["test"]["accuracy_gain"] = [older[1][0], older[1][0], older[1][0]]  # as of old: no width
+    (tmp_path / "best.json").write_text(json.dumps(document))
+    (tmp_path / "looks.jsonl").unlink()
+    again = read_study(tmp_path)
+    assert again.uniform == summary.uniform and again.table is not None and summary.table is not None
+    assert again.table.comparisons == summary.table.comparisons and again.verdict == summary.verdict
+    assert f"uniform {factor:g}" in str(again.table) and "factors" in draw_pictures(again)
 
 
 def test_without_candidates_the_evaluations_tell_the_same(whole: tuple[Path, SearchOutcome], copy: Path) -> None:
@@ -328,7 +375,7 @@ def test_free_json_may_be_anything(copy: Path) -> None:
 def test_text_and_json(whole: tuple[Path, SearchOutcome], copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(copy)]) == 0
     out = capsys.readouterr().out
-    assert whole[1].verdict.text in out and "log-probability" in out and "accuracy by depth" in out
+    assert whole[1].verdict.text in out
     assert f"next: lrope-gguf write MODEL --curve {copy / 'best.json'}" in out and "report.html: written" in out
     (copy / "report.html").unlink()
     assert main(["report", str(copy), "--json"]) == 0

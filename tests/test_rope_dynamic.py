@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support.dynamic_rope import DynamicReference, Scaling, level_of
+from support.dynamic_rope import DynamicReference, Scaling, level_of, rope_n_ctx
 from support.llama_direct import GGML_TYPE_F16, GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, Context, errors
 from support.rope_models import (
     FACTORS,
@@ -370,3 +372,32 @@ def test_layer_factors_that_some_level_cannot_have_are_refused() -> None:
     assert "too close to the YaRN frequency scale of 0.5" in "".join(logged)
     with Context(file_of(LLAMA), **NTK.parameters()) as context:
         assert context.set_factors(factors) == 0
+
+
+def test_the_model_that_contexts_share_stays_as_it_is() -> None:
+    """A plain context made after a scaled one is as long as the model was trained for."""
+    with Context(file_of(LLAMA), 64) as plain:
+        lib, model = plain.lib, plain.model
+        trained = lib.llama_model_n_ctx_train(model)
+        assert rope_n_ctx(plain) == trained < 6400
+        with Context(plain, 8192, n_batch=64, n_ubatch=64, **NTK.parameters()) as scaled:
+            assert (lib.llama_model_n_ctx_train(model), rope_n_ctx(scaled)) == (trained, 8192)
+        yarn = Scaling(N_TRAIN, yarn=True, factor=200.0).parameters()
+        with Context(plain, 8192, n_batch=64, n_ubatch=64, **yarn) as scaled:
+            assert (lib.llama_model_n_ctx_train(model), rope_n_ctx(scaled)) == (trained, 6400)
+        with Context(plain, 0, n_batch=64, n_ubatch=64) as later:
+            assert lib.llama_n_ctx(later.context) == trained
+
+
+def test_contexts_made_at_the_same_time_do_not_meddle() -> None:
+    barrier = Barrier(2, timeout=60)
+
+    def made(n_ctx: int) -> tuple[int, int]:
+        barrier.wait()
+        with Context(plain, n_ctx, n_batch=64, n_ubatch=64, **NTK.parameters()) as context:
+            return rope_n_ctx(context), context.lib.llama_model_n_ctx_train(plain.model)
+
+    with Context(file_of(LLAMA), 64) as plain, ThreadPoolExecutor(2) as pool:
+        trained = plain.lib.llama_model_n_ctx_train(plain.model)
+        for _ in range(5):
+            assert list(pool.map(made, (8192, 16384))) == [(8192, trained), (16384, trained)]

@@ -14,7 +14,7 @@ from support.tiny_models import readable, write_readable
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import remove_factors, write_factors
 from lrope_gguf.native import tool_path
-from lrope_gguf.scaling_keys import Scaling
+from lrope_gguf.rope_scaling import Scaling
 from lrope_search.demo.server import LlamaServer
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.model import Model
@@ -133,12 +133,11 @@ def test_an_evaluation_asks_what_the_server_is_asked(kind: str) -> None:
     task = KeyValueTask(N_KEYS, probes=20, identifiers="word")
     options = {"rope_scaling": kind, "yarn_orig_ctx": TRAINED}
     with Model(MODEL, n_threads=1, llama_options=options) as model:
-        assert model.scaling_moves
         evaluator = TeacherForcedEvaluator(model, task)
         scores = {}
         for evaluator.scoring in ("host", "device"):
-            jobs = [("test", index) for index in range(N_CONTEXTS)]
-            scores[evaluator.scoring] = evaluator.evaluate_many((1.0,) * evaluator.n_layer, jobs)
+            base = (1.0,) * evaluator.n_layer
+            scores[evaluator.scoring] = [evaluator.evaluate(base, "test", index) for index in range(N_CONTEXTS)]
     host, device = ([p for score in scores[name] for p in score.probes] for name in ("host", "device"))
     assert [p.correct for p in host] == [p.correct for p in device]
     assert max(abs(a.log_probability - b.log_probability) for a, b in zip(host, device, strict=True)) < 1e-3

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrope_search.config import SearchConfig
+from lrope_search import SearchConfig
 from lrope_search.results.variation import components, typical, variation_text
 from lrope_search.sample import ERRORS, SPREAD, Components, cheapest, default_contexts, default_probes
 from lrope_search.scores import ContextScore, ProbeScore

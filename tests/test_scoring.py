@@ -13,7 +13,7 @@ from support.rope_models import GEMMA3, LLAMA, TinyModel, by_name
 from support.tiny_models import write_readable
 
 from lrope_gguf.errors import LropeError
-from lrope_search import ModelConfig, SearchConfig, TaskConfig, search
+from lrope_search import ModelConfig, SearchConfig, search, task_config
 from lrope_search.evaluation import evaluator as evaluator_module
 from lrope_search.evaluation import model as model_module
 from lrope_search.evaluation.evaluator import SCORINGS, TeacherForcedEvaluator, default_scoring
@@ -25,7 +25,7 @@ from lrope_search.tasks import KeyValueTask
 
 native = pytest.mark.native
 ONES, CURVE = (1.0,) * 6, (0.8, 1.0, 1.3, 1.7, 1.1, 2.5)
-TASK = TaskConfig("kv", keys=6, probes=4, seed=3)
+TASK = task_config("kv", keys=6, probes=4, seed=3)
 SEARCH = SearchConfig(max_evaluations=3, search_contexts=1, validation_contexts=1, test_contexts=2, finalists=1)
 
 
@@ -68,11 +68,12 @@ def test_the_device_scores_as_the_host_does(
 
 @native
 @pytest.mark.parametrize("shares", [True, False])
-def test_packed_contexts_and_copied_states(model: Model, shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_scores_copied_states_as_the_host_does(
+    model: Model, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(model, "shares_tokens", shares)
-    jobs = [("test", i) for i in range(3)]
-    host, device = (evaluator_of(model, s, pack_tokens=2000).evaluate_many(CURVE, jobs) for s in SCORINGS)
-    assert all(itertools.starmap(same, zip(host, device, strict=True)))
+    host, device = (evaluator_of(model, scoring).evaluate(CURVE, "test", 1) for scoring in SCORINGS)
+    assert same(host, device)
 
 
 @native
@@ -140,8 +141,12 @@ def test_the_output_layer_is_the_last_on_a_gpu(path: Path, monkeypatch: pytest.M
 def test_memory_for_scores_on_the_device(model: Model) -> None:
     needed = {s: evaluator_of(model, s).memory_needed() for s in SCORINGS}
     assert needed["host"].kv_cache == needed["device"].kv_cache
-    big = {on: memory_needed(model.path, 512, n_seq=60, score_on_device=on).compute for on in (False, True)}
+    with model.without_weights() as empty:
+        big = {on: memory_needed(empty, 512, 60, score_on_device=on).compute for on in (False, True)}
     assert 0.5 < big[True] / big[False] < 2.0
+    # what is foreseen is what is taken once scores were asked for
+    evaluator_of(model, "device").evaluate((1.0,) * model.n_layer, "search", 0)
+    assert model.memory_size(score_on_device=True)[2:] == (needed["device"].kv_cache, needed["device"].compute)
 
 
 def test_what_an_old_study_says() -> None:

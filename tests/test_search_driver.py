@@ -22,7 +22,7 @@ from support.virtual_workers import VirtualExecutor
 
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
-from lrope_search.config import SearchConfig
+from lrope_search import SearchConfig, optimizer_config
 from lrope_search.optimizers.protocol import Candidate, Optimizer, Score
 from lrope_search.results.objective import Objective
 from lrope_search.scores import GUARD, ContextScore, DivergenceScore, Evaluator, Job, ProbeScore
@@ -205,7 +205,9 @@ def test_neither_workers_nor_the_order_of_results_matter(tmp_path: Path, whole: 
 
 @pytest.mark.parametrize(("lag", "utilisation"), [(8, 0.93), (16, 0.98)])
 def test_no_worker_idles_longer_than_one_evaluation(tmp_path: Path, lag: int, utilisation: float) -> None:
-    settings = dataclasses.replace(SETTINGS, max_evaluations=120, search_contexts=4, lag=lag)
+    settings = dataclasses.replace(
+        SETTINGS, max_evaluations=120, search_contexts=4, algorithm=optimizer_config("ga", lag=lag)
+    )
     executor = VirtualExecutor(Landscape(), 4, uneven)
     search(tmp_path, settings=settings, executor=lambda evaluator: executor)
     searches = [span for span in executor.spans if span.job.split == "search"]
@@ -255,11 +257,11 @@ def test_the_guard_passes_over_who_strays(tmp_path: Path) -> None:
     if bounded.winner is not None:
         assert max(bounded.summary.guard.values()) <= tight.max_kl
     assert bounded.best.provenance["results"]["guard"]["passed_over"] >= 1
-    assert "is passed over: KL divergence" in (tmp_path / "bounded" / "log.txt").read_text()
+    assert "is passed over: it changes ordinary text by" in (tmp_path / "bounded" / "log.txt").read_text()
 
     nobody = search(tmp_path / "none", Guarded(), dataclasses.replace(SETTINGS, max_kl=0.0), guard_contexts=1)
     assert nobody.winner is None and not nobody.verdict.recommended
-    assert "stays within 0 nats a token of it on ordinary text (--max-kl), not recommended" in nobody.verdict.text
+    assert "changes ordinary text by more than 0 nats a token (--max-kl)" in nobody.verdict.text
 
     class Broken(Guarded):
         limit = 0.0
@@ -317,11 +319,11 @@ def test_the_other_algorithms_search_too(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_the_algorithm_lacks_is_refused() -> None:
-    with pytest.raises(LropeError, match=r"^--population: means nothing to --algorithm random; leave it out$"):
-        SearchConfig(algorithm="random", population=12)
-    with pytest.raises(LropeError, match=r"^--lag: means nothing to --algorithm de"):
-        SearchConfig(algorithm="de", lag=20)
-    assert make_optimizer(SearchConfig(population=12), 4).lag == 8
+    with pytest.raises(
+        LropeError, match=r"^random.population: no such setting; algorithm random has width, scan, lag$"
+    ):
+        optimizer_config("random", population=12)
+    assert make_optimizer(SearchConfig(algorithm=optimizer_config("ga", population=12)), 4).lag == 8
 
 
 def test_a_finished_search_runs_again_without_evaluating(tmp_path: Path) -> None:
@@ -636,10 +638,10 @@ def test_the_base_model_is_told_in_full_whatever_the_race_makes_of_it(tmp_path: 
     ("option", "value"),
     [
         ("max_evaluations", 0),
+        ("max_evaluations", 1.5),
         ("test_contexts", 0),
-        ("lag", 0),
-        ("population", -1),
         ("max_kl", -0.1),
+        ("max_kl", True),
         ("algorithm", "annealing"),
         ("seed", -1),
         ("max_hours", 0.0),
@@ -647,15 +649,30 @@ def test_the_base_model_is_told_in_full_whatever_the_race_makes_of_it(tmp_path: 
         ("racing_fraction", 1.5),
         ("bounds", (1.1, 2.0)),
         ("bounds", (1.0, 1.0)),
+        ("bounds", (0.5,)),
         ("uniform_factors", (1.1, -1.0)),
-        ("width", math.nan),
         ("middle_weight", math.inf),
         ("confidence", 1.0),
     ],
 )
 def test_settings_out_of_range_are_named(option: str, value: object) -> None:
-    with pytest.raises(LropeError, match=rf"^--{option.replace('_', '-')} "):
+    with pytest.raises(LropeError, match=rf"^({option}|--{option.replace('_', '-')}) "):
         SearchConfig(**{option: value})
+
+
+@pytest.mark.parametrize(("option", "value"), [("lag", 0), ("population", -1), ("width", math.nan), ("width", 0.0)])
+def test_settings_of_an_optimizer_out_of_range_are_named(option: str, value: object) -> None:
+    with pytest.raises(LropeError, match=rf"^ga.{option} "):
+        optimizer_config("ga", **{option: value})
+
+
+def test_racing_is_derived_from_the_contexts_and_a_study_keeps_its_own() -> None:
+    settled = [SearchConfig(search_contexts=n).settled(20) for n in (2, 7, 8, 40)]
+    assert [(s.racing_first, s.racing_fraction) for s in settled] == [(1, 1.0), (1, 1.0), (1, 0.3), (5, 0.3)]
+    assert SearchConfig(search_contexts=16).settled(20, n_tasks=4).racing_fraction == 1.0
+    before = {"search": {"racing_first": 1, "racing_fraction": 0.5}}
+    assert SearchConfig(search_contexts=8).settled(20, kept=before).racing_fraction == 0.5
+    assert SearchConfig(search_contexts=8, racing_fraction=0.25).settled(20, kept=before).racing_fraction == 0.25
 
 
 def context(index: int, *log_probabilities: float) -> ContextScore:

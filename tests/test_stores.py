@@ -114,7 +114,7 @@ def test_a_store_is_never_changed(
     for command in commands:
         assert main(command) == 1
         out, err = capsys.readouterr()
-        assert out == "" and err.count("\n") == 1 and f": lies in {store}, which" in err
+        assert out == "" and err.count("\n") == 1 and f": is in {store}, where" in err
         assert "a copy elsewhere with --output" in err and "--rope-layer-factors best.json" in err
     assert path.read_bytes() == content and [path.resolve(), *path.resolve().parent.iterdir()] == hidden
     # what changes nothing there is free
@@ -130,7 +130,7 @@ def test_factors_that_a_store_holds_stay(tmp_path: Path, content: bytes) -> None
     path = huggingface(tmp_path, made.read_bytes())
     assert write_factors(path, [1.0, 1.2, 1.1, 1.0]).how == "unchanged"
     for change in (lambda: write_factors(path, [1.1] * LAYERS), lambda: remove_factors(path)):
-        with pytest.raises(LropeError, match="lies in the Hugging Face cache"):
+        with pytest.raises(LropeError, match="is in the Hugging Face cache"):
             change()
     assert path.is_symlink() and path.read_bytes() == made.read_bytes()
 
@@ -222,14 +222,14 @@ def test_a_file_of_that_name_wins(cache: Path, tmp_path: Path) -> None:
         assert find_model(name) == name
 
 
-BRING = "llama-server -hf {0} or hf download {1} FILE brings it"
+BRING = "get it with llama-server -hf {0} or hf download {1} FILE"
 MISSING = [
-    ("you/none", "no such file, and no such model is in {cache} or {home}/.cache/llama.cpp; "
+    ("you/none", "no such file, and this model is not in {cache} or {home}/.cache/llama.cpp; "
                  + BRING.format("you/none", "you/none")),
-    ("me/m:Q6_K", "no such file, and {cache} has Q4_K_M, Q8_0 of it; "
+    ("me/m:Q6_K", "no such file, and {cache} has only Q4_K_M, Q8_0 of it; "
                   + BRING.format("me/m:Q6_K", "me/m")),
-    ("me/empty", "no such file, and {cache} has no model of it; " + BRING.format("me/empty", "me/empty")),
-    ("me/broken:Q4_K_M", "is a link to nothing, its download broke off; llama-server -hf me/broken:Q4_K_M or"),
+    ("me/empty", "no such file, and {cache} has only other files of it; " + BRING.format("me/empty", "me/empty")),
+    ("me/broken:Q4_K_M", "its download is incomplete, {cache}/models--me--broken/"),
 ]  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def test_commands_take_names(cache: Path, content: bytes, capsys: pytest.Capture
     assert main(["show", "me/m"]) == 0
     assert str(path) in capsys.readouterr().out
     assert main(["write", "me/m", "--factors", FACTORS]) == 1
-    assert "lies in the Hugging Face cache" in capsys.readouterr().err
+    assert "is in the Hugging Face cache" in capsys.readouterr().err
     assert main(["write", "me/m:q4_k_m", "--factors", FACTORS, "--output", "copy.gguf"]) == 0
     assert main(["remove", "me/m"]) == 0
     assert path.read_bytes() == content

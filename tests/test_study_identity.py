@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from support.tiny_models import write_readable
 
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
+from lrope_search import SearchConfig, task_config
 from lrope_search.study.store import Study
 
 ONE, TWO = "sha256:0123456789abcdef", "sha256:fedcba9876543210"
@@ -51,8 +53,9 @@ def records() -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-OPTIONS = ["--probes", "2", "--max-evaluations", "6", "--population", "4", "--search-contexts", "1", "--threads", "1",
-           "--validation-contexts", "1", "--test-contexts", "2", "--max-kl", "100", "--study", "s"]  # fmt: skip
+OPTIONS = ["--set", "kv.probes=2", "--max-evaluations", "6", "--set", "ga.population=4",
+           "--set", "search_contexts=1", "--threads", "1",
+           "--set", "validation_contexts=1", "--set", "test_contexts=2", "--max-kl", "100", "--study", "s"]  # fmt: skip
 
 
 @pytest.mark.native
@@ -72,7 +75,7 @@ def test_a_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert json.loads((tmp_path / "best.json").read_text())["layer_factors"] == best["layer_factors"]
     capsys.readouterr()
 
-    monkeypatch.setattr("lrope_search.start.binding_version", lambda: "99.0")
+    monkeypatch.setattr("lrope_search.session.binding_version", lambda: "99.0")
     assert main([*command, "b.jsonl"]) == 0
     err = capsys.readouterr().err
     assert "s: begun with other versions (llama-cpp-python was " in err and ", is 99.0); one result was measured" in err
@@ -87,3 +90,43 @@ def test_a_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     err = capsys.readouterr().err
     assert "what they measured comes out otherwise now (0.25 nats apart): go back to them (pip install " in err
     assert "llama-cpp-python==" in err and err.rstrip().endswith("or choose another --study")
+
+
+# as studies that are kept since version 0.1.0 have them
+SEARCH_BEFORE = {
+    "algorithm": "ga", "bounds": [0.5, 4.0], "confidence": 0.95, "degree": 3, "finalists": 3, "lag": 2, "max_kl": 0.1,
+    "middle_weight": 0.0, "parametrization": "layers", "parents": None, "population": None, "racing_first": 1,
+    "racing_fraction": 0.3, "search_contexts": 8, "seed": 3, "test_contexts": 16,
+    "uniform_factors": [0.95, 1.05, 1.1, 1.25], "validation_contexts": 8, "width": 0.05,
+}  # fmt: skip
+TASKS_BEFORE: list[dict[str, Any]] = [
+    {"context_tokens": None, "data": None, "identifiers": "word", "keys": 240, "name": "kv", "positions": "jittered",
+     "probes": 40},
+    {"context_tokens": None, "data": f"nq.jsonl.gz {ONE}", "documents": 5, "name": "mdqa", "positions": "jittered",
+     "probes": None},
+    {"context_tokens": 1100, "keys": None, "name": "multikey", "positions": "jittered", "probes": None},
+    {"context_tokens": None, "lines": 40, "name": "vt", "positions": "jittered", "probes": 1},
+    {"context_tokens": None, "name": "cwe", "words": 70},
+    {"data": f"own.jsonl {ONE}", "name": "jsonl", "prompt_template": r"{context}\n\nQuestion: {question}\nAnswer:"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", ["ga", "cma-es", "de", "random", "papers-ga"])
+def test_a_study_from_before_goes_on_with_the_settings_that_it_was_begun_with(algorithm: str) -> None:
+    lag = 2 if algorithm in ("ga", "random") else 8
+    before = SEARCH_BEFORE | {"algorithm": algorithm, "lag": lag}
+    settings = SearchConfig.from_json(before)
+    assert json.loads(json.dumps(settings.identity())) == before
+    unsaid = replace(settings, racing_first=None, racing_fraction=None)  # options that nobody need repeat
+    assert unsaid.settled(40, kept={"search": before}).identity() == settings.identity()
+
+
+@pytest.mark.parametrize("before", TASKS_BEFORE, ids=lambda task: task["name"])
+def test_a_tasks_settings_are_kept_as_before(before: dict[str, Any]) -> None:
+    before = before | {"seed": 3, "answer_prefix": ""}
+    assert json.loads(json.dumps(task_config(**before).to_json())) == before
+
+
+def test_a_setting_of_a_study_that_there_is_no_more_is_named() -> None:
+    with pytest.raises(LropeError, match=r"^kv.depths: no such setting; task kv has"):
+        task_config("kv", depths=11)

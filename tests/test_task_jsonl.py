@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support.task_files import write
 
 from lrope_gguf.errors import LropeError
-from lrope_search.tasks import SPLITS, JsonlTask
+from lrope_search.sample import SPLITS
+from lrope_search.tasks import JsonlTask
 
 
 def line(n: int, **changes: Any) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def test_templates(tmp_path: Path) -> None:
     assert context.prefix.startswith("Read {this}:\nItem ")
     assert context.probes[0].question.startswith("\n--\nWhat does") and context.probes[0].question.endswith("cost? ->")
     for template in ("{context}", "{question}{context}", "{context}{context}{question}", ""):
-        with pytest.raises(LropeError, match=r"--prompt-template .*once"):
+        with pytest.raises(LropeError, match=r"jsonl\.prompt_template .*once"):
             JsonlTask(data, template=template)
 
 
@@ -111,5 +112,5 @@ def test_a_bad_line_is_named(tmp_path: Path, bad: Any, message: str) -> None:
 
 
 def test_a_file_of_one_context_cannot_be_split(tmp_path: Path) -> None:
-    with pytest.raises(LropeError, match=r"my\.jsonl: holds 1 contexts .* one each"):
+    with pytest.raises(LropeError, match=r"my\.jsonl: has only 1 contexts .* one each"):
         JsonlTask(write(tmp_path / "my.jsonl", [line(0), line(0, question="And?")]))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support.task_files import words, write
 
 from lrope_gguf.errors import LropeError
-from lrope_search.tasks import SPLITS, MultiDocumentTask, TokenLimit
+from lrope_search.sample import SPLITS
+from lrope_search.tasks import MultiDocumentTask, TokenLimit, mdqa
 from lrope_search.tasks.answers import holds
 from lrope_search.tasks.task import Context
 
@@ -82,6 +83,17 @@ def test_gold_documents_stand_at_their_depths(tmp_path: Path, others: int, name:
                 holding = [i for i, (_, text) in enumerate(documents) if probe.answered_by(text)]
                 assert holding == [place]
     assert (len(seen) > 1) == (positions == "jittered")
+
+
+def test_contexts_are_kept_up_to_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    make = MultiDocumentTask._make
+    monkeypatch.setattr(mdqa, "_KEPT", 2)
+    monkeypatch.setattr(MultiDocumentTask, "_make", lambda self, s, i: made.append(i) or make(self, s, i))
+    task = MultiDocumentTask(write(tmp_path / "qa.jsonl", [line(n) for n in range(40)]), 4, probes=2)
+    for index in (0, 1, 0, 2, 0, 1):  # whichever was used longest ago goes
+        task.context("search", index)
+    assert made == [0, 1, 2, 1]
 
 
 SPEC = st.tuples(  # page, passage, numbers of aliases, first of what the retriever found
@@ -184,11 +196,11 @@ def test_as_many_documents_as_fit_into_the_tokens(tmp_path: Path, tokens: int) -
 
 def test_sizes_that_cannot_be(tmp_path: Path) -> None:
     data = write(tmp_path / "qa.jsonl", [line(n) for n in range(30)])
-    with pytest.raises(LropeError, match="--documents 10: too few for 11 probes"):
+    with pytest.raises(LropeError, match=r"mdqa\.documents 10: too few for 11 probes"):
         MultiDocumentTask(data, 10, probes=11)
-    with pytest.raises(LropeError, match="--probes 0"):
+    with pytest.raises(LropeError, match="probes 0"):
         MultiDocumentTask(data, probes=0)
-    with pytest.raises(LropeError, match=r"qa\.jsonl: 6 passages are for validation, fewer than --documents 7"):
+    with pytest.raises(LropeError, match=r"qa\.jsonl: 6 passages are for validation, fewer than mdqa\.documents 7"):
         MultiDocumentTask(data, 7, probes=2)
     with pytest.raises(LropeError, match="--context-tokens 30: the documents of 2 questions alone take"):
         MultiDocumentTask(data, probes=2, limit=TokenLimit(30, words)).context("test", 0)

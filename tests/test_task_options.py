@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import pickle
 import re
@@ -11,6 +10,7 @@ from typing import Any
 
 import click
 import pytest
+from support.rope_models import GEMMA3, N_LAYER
 from support.task_files import words, write
 from support.tiny_models import write_readable
 from test_task_jsonl import line as own_line
@@ -18,14 +18,11 @@ from test_task_mdqa import line as qa_line
 
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
-from lrope_search import config
-from lrope_search.commands.options import first_task_options, model_config, model_options, task_config, task_options
-from lrope_search.config import ModelConfig, TaskConfig
+from lrope_search import ModelConfig, SearchConfig, TaskConfig, optimizer_config, task_config
+from lrope_search.commands.options import Gathered, RunConfig, config_options, options_of, task_options
 from lrope_search.evaluation.make import task_for
 from lrope_search.evaluation.model import Model
-from lrope_search.optimizers.registry import ALGORITHMS
 from lrope_search.tasks import (
-    IDENTIFIERS,
     JsonlTask,
     KeyValueTask,
     MultiDocumentTask,
@@ -36,19 +33,22 @@ from lrope_search.tasks import (
 )
 
 native = pytest.mark.native
+SETTING = re.compile(r"[a-z]+\.[a-z_]+=")
 
 
 def configs(*options: str) -> tuple[ModelConfig, TaskConfig]:
-    """The settings that a command makes of these options."""
+    """The settings that a command makes of these options; ``kv.probes=3`` stands for ``--set kv.probes=3``."""
+    words = [word for text in options for word in (sets(text) if SETTING.match(text) else [text])]
 
     @click.command()
-    @first_task_options
+    @options_of(RunConfig, ModelConfig)
     @task_options
-    @model_options
+    @config_options
     def command(**values: Any) -> tuple[ModelConfig, TaskConfig]:
-        return model_config("m.gguf", values), task_config(values)
+        gathered = Gathered(values, (RunConfig, ModelConfig), "eval")
+        return gathered.make(ModelConfig, "m.gguf"), gathered.task(gathered.make(RunConfig).seed)
 
-    made: tuple[ModelConfig, TaskConfig] = command.main(list(options), standalone_mode=False)
+    made: tuple[ModelConfig, TaskConfig] = command.main(words, standalone_mode=False)
     return made
 
 
@@ -75,19 +75,17 @@ def data(tmp_path: Path) -> dict[str, str]:
 
 
 def test_every_option_reaches_its_task(data: dict[str, str]) -> None:
-    context = open_task(parse("--keys", "9", "--probes", "3", "--seed", "5", "--identifiers", "number")).context(
-        "test", 0
-    )
+    context = open_task(parse("--keys", "9", "kv.probes=3", "--seed", "5", "kv.identifiers=number")).context("test", 0)
     assert context == KeyValueTask(9, probes=3, seed=5, identifiers="number").context("test", 0)
     assert open_task(parse()).context("test", 0) == KeyValueTask(40, probes=27).context("test", 0)
-    qa = parse("--task", "mdqa", "--data", data["mdqa"], "--documents", "6", "--probes", "4", "--seed", "5")
+    qa = parse("--task", "mdqa", "--data", data["mdqa"], "mdqa.documents=6", "mdqa.probes=4", "--seed", "5")
     assert open_task(qa).context("test", 0) == MultiDocumentTask(data["mdqa"], 6, probes=4, seed=5).context("test", 0)
     own = parse(
-        "--task", "jsonl", "--data", data["jsonl"], "--seed", "5", "--prompt-template", r"{context}\n\n{question}\n"
+        "--task", "jsonl", "--data", data["jsonl"], "--seed", "5", r"jsonl.prompt_template={context}\n\n{question}\n"
     )
     expected = JsonlTask(data["jsonl"], seed=5, template="{context}\n\n{question}\n").context("test", 0)
     assert open_task(own).context("test", 0) == expected
-    assert open_task(TaskConfig(keys=9, probes=3)).context("test", 0).prefix.count("-") == 4 * 18
+    assert open_task(task_config(keys=9, probes=3)).context("test", 0).prefix.count("-") == 4 * 18
 
 
 def test_contexts_are_sized_when_a_model_is_there(data: dict[str, str]) -> None:
@@ -95,37 +93,32 @@ def test_contexts_are_sized_when_a_model_is_there(data: dict[str, str]) -> None:
         def tokenize_prompt(self, prompt: str, answer: str = "") -> list[str]:
             return ["bos"] * words(prompt + answer)
 
-    options = ("--probes", "3", "--context-tokens", "90", "--answer-prefix", ' "')
-    kv = parse(*options)
+    options = ("--context-tokens", "90")
+    kv = parse(*options, "kv.probes=3", 'kv.answer_prefix= "')
     assert len(open_task(kv).context("test", 0).prefix) < 400  # as small as can be
     limit = TokenLimit(89, words)  # less the answer's beginning
     fitted = task_for(Counting(), kv)  # type: ignore[arg-type]
     assert fitted.context("test", 0) == KeyValueTask(probes=3, limit=limit).context("test", 0)
-    qa = parse("--task", "mdqa", "--data", data["mdqa"], *options)
+    qa = parse("--task", "mdqa", "--data", data["mdqa"], *options, "mdqa.probes=3", 'mdqa.answer_prefix= "')
     fitted = task_for(Counting(), qa)  # type: ignore[arg-type]
     assert fitted.context("test", 0) == MultiDocumentTask(data["mdqa"], probes=3, limit=limit).context("test", 0)
     same = task_for(Counting(), parse("--keys", "12"))  # type: ignore[arg-type]
     assert same.context("test", 0) == open_task(parse("--keys", "12")).context("test", 0)
-    many = parse("--context-tokens", "900", "--probes", "60")
+    many = parse("--context-tokens", "900", "kv.probes=60")
     assert len(open_task(many).context("test", 0).probes) == 60
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--documents", "20"), "--documents: means nothing to --task kv; it is for --task mdqa"),
-        (("--prompt-template", "x"), "--prompt-template: means nothing to --task kv; it is for --task jsonl"),
+        (("mdqa.documents=20",), "--set mdqa.documents=20: no --task mdqa is given, only kv; add it or leave this out"),
+        (("kv.documents=20",), "--set kv.documents=20: no such setting; did you mean mdqa.documents"),
         (("--task", "mdqa", "--keys", "20"), "--keys: means nothing to --task mdqa; it is for --task kv"),
-        (("--task", "mdqa", "--identifiers", "uuid"), "--identifiers: means nothing to --task mdqa"),
-        (
-            ("--task", "jsonl", "--probes", "11"),
-            "--probes: means nothing to --task jsonl; .* --task kv and --task mdqa",
-        ),
         (("--task", "jsonl", "--context-tokens", "9"), "--context-tokens: means nothing to --task jsonl"),
         (("--task", "mdqa"), "--task mdqa: needs an nq-open file; give --data FILE"),
         (("--task", "jsonl"), "--task jsonl: needs your file of questions; give --data FILE"),
-        (("--keys", "20", "--context-tokens", "9"), "--keys, --context-tokens: both"),
-        (("--task", "mdqa", "--documents", "20", "--context-tokens", "9"), "--documents, --context-tokens: both"),
+        (("--keys", "20", "--context-tokens", "9"), "--keys 20, --context-tokens 9: both give a context's size"),
+        (("--keys", "20", "kv.keys=9"), "--set kv.keys=9, --keys 20: both set kv.keys; leave out one of them"),
         (("--task", "jsonl", "--data", "none.jsonl"), "none.jsonl: cannot read .*No such file"),
     ],
 )
@@ -136,7 +129,7 @@ def test_options_that_mean_nothing_are_refused(options: tuple[str, ...], message
 
 def test_all_that_decides_the_prompts_is_in_a_studys_configuration(data: dict[str, str]) -> None:
     plain = studied()
-    assert plain == studied("--probes", "27", "--identifiers", "uuid")  # however it was said
+    assert plain == studied("kv.probes=27", "kv.identifiers=uuid")  # however it was said
     assert plain == {
         "name": "kv", "keys": None, "data": None, "identifiers": "uuid", "probes": 27,
         "positions": "jittered", "context_tokens": None,
@@ -144,15 +137,21 @@ def test_all_that_decides_the_prompts_is_in_a_studys_configuration(data: dict[st
     }  # fmt: skip
     json.dumps(plain)
     changes: dict[str, list[tuple[str, ...]]] = {
-        "kv": [("--keys", "9"), ("--probes", "4"), ("--identifiers", "number"), ("--context-tokens", "900"),
-               ("--data", data["kv"]), ("--seed", "1"), ("--answer-prefix", "x"), ("--no-chat-template",)],
-        "mdqa": [("--documents", "9"), ("--probes", "4"), ("--context-tokens", "900"), ("--data", data["kv"])],
-        "jsonl": [("--prompt-template", "{context}{question}"), ("--data", data["kv"]), ("--seed", "1")],
+        "kv": [("--keys", "9"), ("kv.probes=4",), ("kv.identifiers=number",), ("--context-tokens", "900"),
+               ("--data", data["kv"]), ("--seed", "1"), ("kv.answer_prefix=x",), ("--set", "chat_template=false")],
+        "mdqa": [("mdqa.documents=9",), ("mdqa.probes=4",), ("--context-tokens", "900"), ("--data", data["kv"])],
+        "jsonl": [("jsonl.prompt_template={context}{question}",), ("--data", data["kv"]), ("--seed", "1")],
     }  # fmt: skip
     for name, options in changes.items():
         common = ("--task", name) if name == "kv" else ("--task", name, "--data", data[name])
-        made = [studied(*common), *(studied(*common, *more) for more in options)]
+        last = [(*common, *more) if "--data" not in more else (*common[:2], *more) for more in options]
+        made = [studied(*common), *(studied(*words) for words in last)]
         assert len({json.dumps(c, sort_keys=True) for c in made}) == len(made)
+
+
+def sets(*settings: str) -> list[str]:
+    """The options that give these settings."""
+    return [word for setting in settings for word in ("--set", setting)]
 
 
 def evaluate(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
@@ -171,12 +170,7 @@ def test_eval_on_every_task(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         "mdqa",
         "--data",
         data["mdqa"],
-        "--documents",
-        "5",
-        "--probes",
-        "3",
-        "--positions",
-        "even",
+        *sets("mdqa.documents=5", "mdqa.probes=3", "mdqa.positions=even"),
         "--generate",
     )
     assert qa["probes"] == 6
@@ -195,13 +189,14 @@ def test_eval_of_contexts_sized_by_tokens(
 ) -> None:
     path = write_readable(tmp_path / "model.gguf", context_length=4096)
     for options in (("--task", "kv"), ("--task", "mdqa", "--data", data["mdqa"])):
-        asked = parse(*options, "--probes", "3", "--context-tokens", "1500")
+        probes = f"{options[1]}.probes=3"
+        asked = parse(*options, probes, "--context-tokens", "1500")
         with Model(path, n_threads=1) as model:
             task = task_for(model, asked)
             context = task.context("test", 1)
             sizes = [len(model.tokenize_prompt(context.prefix + probe.question)) for probe in context.probes]
         assert 1350 < max(sizes) <= 1500
-        document = evaluate(path, capsys, *options, "--probes", "3", "--context-tokens", "1500")
+        document = evaluate(path, capsys, *options, *sets(probes), "--context-tokens", "1500")
         assert 2 * 1350 < document["tokens"] < 2 * 2500
         assert document["task"]["context_tokens"] == 1500
 
@@ -209,7 +204,7 @@ def test_eval_of_contexts_sized_by_tokens(
 @native
 def test_eval_of_a_curve_beside_a_uniform_factor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_readable(tmp_path / "model.gguf", factors=[1.2] * 6)
-    options = ("--keys", "5", "--probes", "2")
+    options = ("--keys", "5", *sets("kv.probes=2"))
     both = evaluate(path, capsys, *options, "--factors", "1,1,1.1,1.1,1,1", "--uniform", "1.2")
     assert list(both["factors"]) == ["base", "given", "uniform 1.2"]
     assert both["given"]["log_probability"] != both["uniform 1.2"]["log_probability"]
@@ -219,27 +214,44 @@ def test_eval_of_a_curve_beside_a_uniform_factor(tmp_path: Path, capsys: pytest.
     assert re.search("refused by llama.cpp", capsys.readouterr().err)
 
 
+@native
+def test_uniform_moves_the_layers_that_a_search_would_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model with sliding windows those without one, as a search's own uniform factors do; not all."""
+    path = write_readable(tmp_path / "model.gguf", GEMMA3)
+    windowed = [i for i in range(N_LAYER) if (i + 1) % 6]  # src/models/gemma3.cpp: every sixth layer is dense
+    options = ["--keys", "20", *sets("kv.probes=2"), "--threads", "1"]
+    assert main(["eval", str(path), *options, "--contexts", "1", "--json", "--uniform", "1.3"]) == 0
+    out, err = capsys.readouterr()
+    moved = json.loads(out)["factors"]["uniform 1.3"]
+    assert moved == [1.0 if i in windowed else 1.3 for i in range(N_LAYER)]
+    assert f"uniform: {N_LAYER - len(windowed)} of {N_LAYER} layers move" in err
+
+    how = ["--max-evaluations", "2", *sets("search_contexts=1", "validation_contexts=1", "test_contexts=1",
+           "uniform_factors=1.3", "parametrization=layers"), "--output", str(tmp_path / "best.json")]  # fmt: skip
+    assert main(["search", str(path), *options, *how]) == 0
+    lines = (tmp_path / "best.study" / "candidates.jsonl").read_text().splitlines()
+    asked = {record["origin"]: record["factors"] for record in map(json.loads, lines)}
+    assert asked["uniform"] == moved
+
+
 def test_settings_travel_as_json_and_by_pickle(data: dict[str, str]) -> None:
     made = [
         ModelConfig("m.gguf", n_threads=3, chat_template=False),
-        TaskConfig(keys=9, seed=4),
-        TaskConfig("jsonl", data=data["jsonl"], prompt_template="{context}{question}"),
-        config.SearchConfig(
-            start=(((0.0, 1.0), (0.3, 1.1), (0.6, 1.0), (1.0, 1.2)),), bounds=(0.5, 2.0), max_hours=2.5
+        task_config(keys=9, seed=4),
+        task_config("jsonl", data=data["jsonl"], prompt_template="{context}{question}"),
+        SearchConfig(
+            algorithm=optimizer_config("ga", lag=3),
+            start=(((0.0, 1.0), (0.3, 1.1), (0.6, 1.0), (1.0, 1.2)),),
+            bounds=(0.5, 2.0),
+            max_hours=2.5,
         ),
     ]
     for value in made:
         assert pickle.loads(pickle.dumps(value)) == value
-        back = type(value).from_json(json.loads(json.dumps(value.to_json())))  # type: ignore[attr-defined]
+        stored = json.loads(json.dumps(value.to_json()))
+        back = task_config(**stored) if isinstance(value, TaskConfig) else type(value).from_json(stored)
         assert back.to_json() == value.to_json()
-    with pytest.raises(LropeError, match="depth: no setting of TaskConfig"):
-        TaskConfig.from_json({"depth": 3})
-
-
-def test_the_settings_know_what_the_rooms_offer() -> None:
-    """config.py imports none of them, so that commands start fast."""
-    assert tuple(IDENTIFIERS) == config.IDENTIFIER_KINDS
-    assert list(ALGORITHMS) == list(config.ALGORITHM_FIELDS)
-    for name, make in ALGORITHMS.items():
-        known = inspect.signature(make).parameters.keys() & {"lag", "population", "parents", "width"}
-        assert known == config.ALGORITHM_FIELDS[name]
+    with pytest.raises(LropeError, match=r"depth: no setting of ModelConfig"):
+        ModelConfig.from_json({"path": "m.gguf", "depth": 3})
+    with pytest.raises(LropeError, match=r"kv\.depth: no such setting; task kv has"):
+        task_config("kv", depth=3)

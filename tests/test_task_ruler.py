@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_models import write_readable
-from test_task_options import configs, evaluate, parse, words
+from test_task_options import configs, evaluate, parse, sets, words
 
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
-from lrope_search.config import TASK_FIELDS, TaskConfig
+from lrope_search import task_config
 from lrope_search.evaluation.encoding import MAX_NEW_TOKENS, Encoder
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.generation import Generation
@@ -39,10 +39,16 @@ from lrope_search.tasks import (
     task_identity,
 )
 from lrope_search.tasks.answers import share
+from lrope_search.tasks.settings import TASKS as TASKS_THERE
 from lrope_search.tasks.task import Context, Probe
 
 native = pytest.mark.native
-SMALL = {"multikey": "--keys 6 --probes 3", "vt": "--lines 12", "cwe": "--words 70", "fwe": "--words 80"}
+SMALL = {
+    "multikey": "--keys 6 --set multikey.probes=3",
+    "vt": "--set vt.lines=12",
+    "cwe": "--set cwe.words=70",
+    "fwe": "--set fwe.words=80",
+}
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -230,19 +236,18 @@ def test_contexts_fill_the_tokens_asked_for(name: str, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--task vt --lines 4", "--lines 4: too few for a chain of 5 lines; ask for at least 5"),
-        ("--task vt --lines 9 --probes 2", "--lines 9: too few for 2 chains of 5 lines; ask for at least 10"),
+        ("--task vt --set vt.lines=4", "vt.lines 4: too few for a chain of 5 lines; ask for at least 5"),
+        (
+            "--task vt --set vt.lines=9 --set vt.probes=2",
+            "vt.lines 9: too few for 2 chains of 5 lines; ask for at least 10",
+        ),
         ("--task vt --keys 9", "--keys: means nothing to --task vt; it is for --task kv and --task multikey"),
-        ("--task cwe --words 60", "--words 60: too few for a list with 10 common words; ask for at least 61"),
-        ("--task cwe --words 999999", "--words 999999: there are words for 257460; ask for fewer"),
-        ("--task cwe --probes 2", "--probes: means nothing to --task cwe"),
-        ("--task fwe --words 73", "--words 73: too few for a text in which 3 words .*; ask for at least 74"),
-        ("--task fwe --lines 73", "--lines: means nothing to --task fwe; it is for --task vt"),
-        ("--words 73", "--words: means nothing to --task kv; it is for --task cwe and --task fwe"),
-        ("--task fwe --words 90 --context-tokens 99", "--words, --context-tokens: both"),
-        ("--task vt --lines 90 --context-tokens 99", "--lines, --context-tokens: both"),
-        ("--task multikey --keys 3 --probes 4", "--keys 3: too few for 4 probes"),
-        ("--task multikey --identifiers uuid", "--identifiers: means nothing to --task multikey; it is for --task kv"),
+        ("--task cwe --set cwe.words=60", "cwe.words 60: too few for a list with 10 common words; ask for at least 61"),
+        ("--task cwe --set cwe.words=999999", "cwe.words 999999: there are words for 257460; ask for fewer"),
+        ("--task cwe --set cwe.probes=2", "--set cwe.probes=2: no such setting; did you mean kv.probes"),
+        ("--task fwe --set fwe.words=73", "fwe.words 73: too few for a text in which 3 words .*; ask for at least 74"),
+        ("--task fwe --set fwe.words=90 --context-tokens 99", "--set fwe.words=90, --context-tokens 99: both"),
+        ("--task multikey --keys 3 --set multikey.probes=4", "--keys 3: too few for 4 probes"),
         ("--task multikey --data kv.jsonl", "--data: means nothing to --task multikey"),
     ],
 )
@@ -263,9 +268,9 @@ def test_mistakes_are_named_before_a_model_is_loaded(
 
 def test_tokens_that_hold_no_context() -> None:
     for name, message in (
-        ("vt", r"^--context-tokens 60: a chain of 5 lines alone takes \d+; ask for more tokens$"),
-        ("cwe", r"^--context-tokens 60: a list with 10 common words alone takes"),
-        ("fwe", r"^--context-tokens 60: a text in which 3 words are the most frequent alone takes"),
+        ("vt", r"^--context-tokens 60: a chain of 5 lines takes \d+ tokens already; ask for more$"),
+        ("cwe", r"^--context-tokens 60: a list with 10 common words takes"),
+        ("fwe", r"^--context-tokens 60: a text in which 3 words are the most frequent takes"),
         ("multikey", r"^--context-tokens 20: one pair alone takes"),
     ):
         with pytest.raises(LropeError, match=message):
@@ -280,8 +285,9 @@ def test_all_that_decides_the_prompts_is_in_a_studys_configuration() -> None:
     assert task_identity(parse("--task", "multikey", "--keys", "9"))["probes"] == default_probes(9)
     assert "probes" not in task_identity(parse("--task", "cwe"))
     for name in TASKS:
-        made = TaskConfig.from_json(TaskConfig(name, seed=3).to_json())
-        assert made.to_json() == TaskConfig(name, seed=3).to_json() and made.name in TASK_FIELDS
+        json_value = task_config(name, seed=3).to_json()
+        made = task_config(**json_value)
+        assert made.to_json() == task_config(name, seed=3).to_json() and made.name in TASKS_THERE
     kv, multikey = (configs("--task", name, "--keys", "9")[1].keys for name in ("kv", "multikey"))
     assert kv == multikey == 9
 
@@ -300,7 +306,7 @@ def test_eval(name: str, path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("name", TASKS)
 def test_contexts_sized_by_a_models_tokens(name: str, path: Path) -> None:
     with Model(path, n_threads=1) as model:
-        context = task_for(model, TaskConfig(name, context_tokens=3000)).context("test", 1)
+        context = task_for(model, task_config(name, context_tokens=3000)).context("test", 1)
         sizes = [len(model.tokenize_prompt(context.prefix + probe.question)) for probe in context.probes]
     assert 2880 < max(sizes) <= 3000
 
@@ -324,11 +330,13 @@ def test_a_table_of_shares(path: Path, capsys: pytest.CaptureFixture[str], monke
         return (Generation(0.5, "", 0.2 + 0.6 * index),)
 
     monkeypatch.setattr(TeacherForcedEvaluator, "generate", generate)
-    found = evaluate(path, capsys, "--task", "vt", "--lines", "12", "--generate")
+    found = evaluate(path, capsys, "--task", "vt", *sets("vt.lines=12"), "--generate")
     assert found["generated"]["base"]["accuracy"] == pytest.approx(0.5)
     assert found["base"]["accuracy"] == 0.0 and found["generated"]["agreement"] == 1.0  # none is wholly right
     assert (
-        main(["eval", str(path), "--threads", "1", "--contexts", "2", "--task", "vt", "--lines", "12", "--generate"])
+        main(
+            ["eval", str(path), "--threads", "1", "--contexts", "2", "--task", "vt", *sets("vt.lines=12"), "--generate"]
+        )
         == 0
     )
     shown = capsys.readouterr()
@@ -351,9 +359,10 @@ def test_answers_of_several_parts_have_room(path: Path) -> None:
 @native
 def test_a_search_with_needles_and_variables(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     best = tmp_path / "best.json"
-    how = ("--threads", "1", "--max-evaluations", "3", "--search-contexts", "2", "--validation-contexts", "2",
-           "--test-contexts", "2", "--finalists", "1", "--output", str(best))  # fmt: skip
-    tasks = ("--task", "multikey", "--keys", "6", "--probes", "multikey=3", "--task", "vt", "--lines", "12")
+    how = ("--threads", "1", "--max-evaluations", "3",
+           *sets("validation_contexts=2", "test_contexts=2", "finalists=1", "search_contexts=2"),
+           "--output", str(best))  # fmt: skip
+    tasks = ("--task", "multikey", "--keys", "6", *sets("multikey.probes=3"), "--task", "vt", *sets("vt.lines=12"))
     assert main(["search", str(path), *tasks, *how]) == 0
     study = json.loads((tmp_path / "best.study" / "config.json").read_text())
     assert study["task"]["name"] == "multikey+vt"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from support.task_files import words, write
 
 from lrope_gguf.errors import LropeError
-from lrope_search.tasks import SPLITS, KeyValueTask, TokenLimit
+from lrope_search.sample import SPLITS
+from lrope_search.tasks import KeyValueTask, TokenLimit
 from lrope_search.tasks.task import Context, places
 
 
@@ -128,7 +129,7 @@ def test_numbers_as_identifiers(n_pairs: int, seed: int) -> None:
 def test_identifiers_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
     data = write(tmp_path / "kv.jsonl", [record(n) for n in range(10)])
     for options in ({"identifiers": "words"}, {"identifiers": "number", "data": data}):
-        with pytest.raises(LropeError, match="--identifiers"):
+        with pytest.raises(LropeError, match=r"kv\.identifiers"):
             KeyValueTask(12, **options)
     with pytest.raises(LropeError, match="--keys 9001"):
         KeyValueTask(9001, identifiers="number")
@@ -180,7 +181,7 @@ def test_a_bad_record_is_named_by_its_line(tmp_path: Path, line: Any, message: s
 def test_unusable_files_and_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LropeError, match="No such file"):
         KeyValueTask(data=tmp_path / "none.jsonl")
-    with pytest.raises(LropeError, match="holds no records"):
+    with pytest.raises(LropeError, match="has no records"):
         KeyValueTask(data=write(tmp_path / "empty.jsonl", []))
     (tmp_path / "latin.jsonl").write_bytes(b'{"\xe9": 1}\n')
     with pytest.raises(LropeError, match=r"latin\.jsonl: cannot read"):
@@ -196,7 +197,7 @@ def test_unusable_files_and_numbers_are_refused(tmp_path: Path) -> None:
         KeyValueTask(data=write(tmp_path / "short.jsonl", [record(0, 8)]), probes=11)
     with pytest.raises(LropeError, match="--keys 10: too few for 11 probes"):
         KeyValueTask(10, probes=11)
-    with pytest.raises(LropeError, match="--probes 0"):
+    with pytest.raises(LropeError, match="probes 0"):
         KeyValueTask(10, probes=0)
 
 
@@ -223,12 +224,12 @@ def test_number_identifiers_have_limits(tmp_path: Path) -> None:
         KeyValueTask(9001, identifiers="number")
     with pytest.raises(LropeError, match="without --data"):
         KeyValueTask(10, probes=1, identifiers="number", data=tmp_path / "x.jsonl")
-    with pytest.raises(LropeError, match="--identifiers words"):
+    with pytest.raises(LropeError, match=r"kv\.identifiers words"):
         KeyValueTask(20, identifiers="words")
 
 
 def test_a_file_is_refused_that_splits_cannot_share(tmp_path: Path) -> None:
-    with pytest.raises(LropeError, match=r"kv\.jsonl: holds 2 contexts .* one each"):
+    with pytest.raises(LropeError, match=r"kv\.jsonl: has only 2 contexts .* one each"):
         KeyValueTask(data=write(tmp_path / "kv.jsonl", [record(0), record(1)]))
     task = KeyValueTask(data=write(tmp_path / "kv.jsonl", [record(n) for n in range(3)]))
     assert [task.size(split) for split in SPLITS] == [1, 1, 1]

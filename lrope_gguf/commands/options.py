@@ -12,7 +12,7 @@ import click
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 FILE = click.Path(readable=False)
-"""A file's name, completed by the shell; whoever opens it says what is wrong with it."""
+"""A file name that the shell completes. Whoever opens the file reports what is wrong with it."""
 
 
 _NUMBER = re.compile(r" *-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)? *")
@@ -80,8 +80,8 @@ class Model(click.Path):
 
 _MODEL = """
 
-    MODEL is a GGUF file (of a split model the first shard), or user/repo[:quant] of a model that llama-server -hf or hf
-    download has brought.
+    MODEL is a GGUF file (of a split model the first one), or user/repo[:quant] of a model that llama-server -hf or hf
+    download has downloaded.
     """
 
 
@@ -95,8 +95,8 @@ def output_options(function: Function) -> Function:
     """Declare what `write` and `remove` share: where the result goes and what is said."""
     for option in reversed(
         (
-            click.option("--output", type=FILE, metavar="OUT", help="write this file and leave MODEL as it is"),
-            click.option("--dry-run", is_flag=True, help="say what would change and change nothing"),
+            click.option("--output", type=FILE, metavar="OUT", help="write to this file and leave MODEL unchanged"),
+            click.option("--dry-run", is_flag=True, help="say what would change, and change nothing"),
             click.option("--quiet", is_flag=True, help="print notes and errors only"),
         )
     ):

@@ -10,7 +10,7 @@ from lrope_gguf.commands.write import change_line, plan_line, report, whole_file
 from lrope_gguf.metadata import WriteResult, plan_remove, remove_factors
 from lrope_gguf.model_info import ModelInfo, read_model
 
-_NOTHING = "holds no layer factors, and no scaling that write has added"
+_NOTHING = "has no layer factors and no scaling that write has added"
 
 
 @click.command("remove", cls=Command)

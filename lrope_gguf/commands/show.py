@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -17,7 +18,8 @@ from lrope_gguf.curve import AGREEMENT, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.layout import factors_key
-from lrope_gguf.model_info import ModelInfo, read_model, shortest
+from lrope_gguf.model_info import ModelInfo, read_model
+from lrope_gguf.rope_scaling import shortest
 from lrope_gguf.text import printable, shown_in, sparkline
 
 _LABEL = 16
@@ -116,16 +118,17 @@ def _lines(
 
 def _row(name: str, text: str, width: int | None) -> list[str]:
     """A row, its text broken between words to a terminal's width."""
+    first = f"{name:<{_LABEL - 1}} "
     if width is None:
-        return [f"{name:<{_LABEL - 1}} {text}".rstrip()]
-    lines, line = [], f"{name:<{_LABEL - 1}}"
-    room = max(width, _LEAST)
-    for word in text.split(" "):
-        if len(line) + 1 + len(word) > room and len(line) > _LABEL:
-            lines.append(line)
-            line = " " * (_LABEL - 1)
-        line += f" {word}"
-    return [*lines, line.rstrip()]
+        return [f"{first}{text}".rstrip()]
+    wrapper = textwrap.TextWrapper(
+        max(width, _LEAST),
+        initial_indent=first,
+        subsequent_indent=" " * _LABEL,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return wrapper.wrap(text) or [first.rstrip()]
 
 
 def _table(factors: Sequence[float], width: int | None) -> list[str]:
@@ -153,7 +156,18 @@ def _layers(info: ModelInfo) -> str:
     if info.block_count is None:
         return "not given"
     head = f" ({info.nextn_predict_layers} of them multi-token prediction)" if info.nextn_predict_layers else ""
-    return f"{info.block_count}{head}"
+    return f"{info.block_count}{head}{_whole_context(info)}"
+
+
+def _whole_context(info: ModelInfo) -> str:
+    """Which layers see the whole context, where not all do."""
+    if info.windows_error is not None:
+        return f"; {info.windows_error}"
+    layers = info.whole_context_layers
+    if not info.has_rope or len(layers) == info.n_layer:
+        return ""
+    listed = f": {', '.join(map(str, layers))}" if layers else ""
+    return f"; {len(layers) or 'none'} of them see the whole context{listed}"
 
 
 def _scaling(info: ModelInfo) -> str | None:
@@ -162,7 +176,7 @@ def _scaling(info: ModelInfo) -> str | None:
     if not info.has_rope:
         return "the model uses no RoPE"
     if info.scaling_error is not None:
-        return f"{info.rope.words()} (written by lrope-gguf; what was there before is not known: {info.scaling_error})"
+        return f"{info.rope.words()} (written by lrope-gguf; what was there before is unknown: {info.scaling_error})"
     if info.rope_before is not None:
         return f"{info.rope.words()} (written by lrope-gguf; was: {info.rope_before.words()})"
     if info.rope_dynamic_factor is not None:
@@ -185,13 +199,15 @@ def _factors_line(info: ModelInfo, width: int | None) -> str | None:
     if info.factors is None:
         if info.kind == "adapter":
             return None
-        return "none (1 in every layer)" if info.has_rope else "none, and none can be used"
+        return "none (1 in every layer)" if info.has_rope else "none, and they would have no effect"
     low, high = min(info.factors), max(info.factors)
     line = sparkline(info.factors)
     if width is not None:  # break it where it is longer than the terminal is wide
         room = max(width, _LEAST) - _LABEL
         line = " ".join(line[i : i + room] for i in range(0, len(line), room))
-    return f"{line}  {shortest(low)} to {shortest(high)}"
+    moved = sum(factor != 1 for factor in info.factors)
+    others = "" if moved == len(info.factors) else f", in {moved} of {len(info.factors)} layers other than 1"
+    return f"{line}  {shortest(low)} to {shortest(high)}{others}"
 
 
 def _curve_line(document: CurveFile | None, error: str | None, agreement: bool | None) -> str | None:
@@ -241,8 +257,8 @@ def _brief(value: Any) -> str:
 
 def _plot(path: str, info: ModelInfo, document: CurveFile | None, agreement: bool | None) -> None:
     if info.factors is None:
-        why = info.factors_error or "it holds no layer factors"
-        raise LropeError(f"{info.path}: nothing to plot, {why}; write factors first")
+        why = info.factors_error or "it has no layer factors"
+        raise LropeError(f"{info.path}: there is nothing to plot, because {why}; write factors first")
     from lrope_gguf.plot import plot_factors
 
     plot_factors(

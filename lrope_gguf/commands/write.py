@@ -17,11 +17,10 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.layout import CURVE_KEY, factors_key
 from lrope_gguf.metadata import WritePlan, WriteResult, plan_scaling, plan_write, storable_factors, write_factors
-from lrope_gguf.model_info import ModelInfo, read_model, shortest
+from lrope_gguf.model_info import ModelInfo, read_model
 from lrope_gguf.presets import CONTEXT, FACTORS, MODEL, SCALING, plan_preset, write_preset
 from lrope_gguf.rescale import KeyChange
-from lrope_gguf.rope_scaling import RopeScaling, differences
-from lrope_gguf.scaling_keys import KINDS, Recipe, Scaling
+from lrope_gguf.rope_scaling import KINDS, Recipe, RopeScaling, Scaling, differences, shortest
 from lrope_gguf.stores import model_name, reference
 from lrope_gguf.text import command_line, printable, say
 
@@ -31,32 +30,42 @@ _TYPE = re.compile(r"[a-z0-9_]{1,16}")
 @click.command("write", cls=Command)
 @model_argument
 @click.option(
-    "--curve", type=FILE, metavar="FILE", help="curve file, such as a search's best.json, or the name of one of ours"
+    "--curve",
+    type=FILE,
+    metavar="FILE",
+    help="curve file (a search's best.json), or the name of a curve that comes with lrope-gguf",
+)  # fmt: skip
+@click.option("--factors", type=Numbers(), metavar="F0,F1,...", help="one factor per layer")
+@click.option(
+    "--uniform",
+    type=float,
+    metavar="S",
+    help="this factor for the layers that see the whole context, 1 for those with a sliding window",
 )
-@click.option("--factors", type=Numbers(), metavar="F0,F1,...", help="one factor a layer")
-@click.option("--uniform", type=float, metavar="S", help="the same factor for all layers")
 @click.option(
     "--rope-scaling", type=click.Choice(KINDS),
-    help="make MODEL scale RoPE so without an option of the server; none takes that away again",
+    help="store this RoPE scaling in MODEL, so that a server needs no option for it; none removes it",
 )  # fmt: skip
 @click.option(
     "--rope-scale", type=float, metavar="F",
-    help="how many times longer contexts become, 1 to 1024; the most that dynamic-yarn goes up to; of dynamic, the "
-         "factor in the NTK formula (1)",
+    help="how many times longer contexts become, 1 to 1024; with dynamic-yarn, at most; with dynamic, the factor of "
+         "the NTK formula (default 1)",
 )  # fmt: skip
 @click.option(
     "--context-length", type=int, metavar="N",
-    help="tokens of the scaled context (F times the model's own; for dynamic, the model's own)",
+    help="tokens of the scaled context (default: F times the model's own; with dynamic, the model's own)",
 )  # fmt: skip
-@click.option("--yarn-orig-ctx", type=int, metavar="N", help="tokens that MODEL was trained on (its file's)")
+@click.option(
+    "--yarn-orig-ctx", type=int, metavar="N", help="tokens that MODEL was trained on (default: what its file says)"
+)
 @output_options
-@click.option("--mapped-ok", is_flag=True, help="change MODEL in place even while a running program maps it")
+@click.option("--mapped-ok", is_flag=True, help="change MODEL in place even while a running program has it mapped")
 @click.option(
     "--preset", type=FILE, metavar="INI",
-    help="leave MODEL as it is, and write an entry for it with factors and scaling into this file, for llama-server "
+    help="leave MODEL unchanged; write an entry with its factors and scaling to this file, for llama-server "
          "--models-preset",
 )  # fmt: skip
-@click.option("--preset-name", metavar="NAME", help="that entry's name (MODEL's, with -lrope)")
+@click.option("--preset-name", metavar="NAME", help="name of that entry (default: MODEL's name with -lrope)")
 def command(
     model: str,
     curve: str | None,
@@ -97,7 +106,7 @@ def command(
         curve_json = document.dumps(compact=True)
         served = _served(document, info, rope, scaling is not None)
     elif uniform is not None:
-        factors = (uniform,) * (info.n_layer or 1)
+        factors = info.uniform(uniform)
     if preset is not None:
         check_output("--preset", preset, {"MODEL": model, "--curve": curve})
         asked = _Asked(model, info, factors, scaling, recipe, rope)
@@ -106,7 +115,7 @@ def command(
     notes = [*served.notes, *_own_scaling(info, scaling, rope)]
     if dry_run:
         plan = plan_write(model, factors, curve_json=curve_json, scaling=scaling, output=output, mapped_ok=mapped_ok)
-        report((*notes, *plan.notes), [] if quiet else _plan_lines(plan, info, factors is None))
+        report((*notes, *plan.notes), [] if quiet else _plan_lines(plan, info, factors is None, uniform))
         return
     with CopyProgress(quiet=quiet) as progress:
         result = write_factors(
@@ -121,11 +130,11 @@ def command(
     done = {
         "in place": f"written in place ({result.bytes_written} bytes)",
         "rewritten": f"written ({result.bytes_written} bytes, {whole_file(result)})",
-        "unchanged": f"unchanged, it held {'them' if scaling is None else 'that'} already",
+        "unchanged": f"unchanged, {'it already has these factors' if scaling is None else 'nothing had to change'}",
     }[result.how]
     said = [f"{result.path}: {done}"]
     if result.factors:
-        said.append(_factors(result.factors))
+        said.append(_factors(result.factors, info, uniform))
     if scaling is not None:
         said.append(f"RoPE scaling {rope.words().replace('; ', ', ')}")
     said.append(f"next: {command_line(['llama-server', '-m', str(result.path), *served.options])}")
@@ -133,17 +142,15 @@ def command(
 
 
 def _own_scaling(info: ModelInfo, scaling: Scaling | None, rope: RopeScaling) -> list[str]:
-    """What to know where `none` finds a scaling that is the model's own."""
+    """A note where `none` leaves a scaling, because it is the model's own."""
     if scaling is None or scaling.kind != "none" or (own := rope.words()) == "none":
         return []
-    return [
-        f"{info.path}: keeps its own RoPE scaling ({own}); --rope-scaling none takes away only what write has added"
-    ]
+    return [f"{info.path}: keeps its own RoPE scaling ({own}); --rope-scaling none removes only what write has added"]
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What an entry is to say: of which model, which factors, and which scaling, with what it comes to."""
+    """What to write into a preset's entry: the model, its factors, and a scaling, with that in numbers."""
 
     model: str
     info: ModelInfo
@@ -153,7 +160,7 @@ class _Asked:
     rope: RopeScaling
 
     def options(self, served: _Served) -> dict[str, str]:
-        """The entry of a model that keeps its file."""
+        """The options of the entry."""
         name = reference(self.model)
         said = {"model": str(Path(self.model).absolute())} if name is None else {"hf": name}
         factors = self.info.factors if self.factors is None else self.factors
@@ -168,7 +175,7 @@ class _Asked:
 
     @property
     def replaced(self) -> frozenset[str]:
-        """Options of an entry that is there which these stand for."""
+        """The options of an existing entry that the new ones replace."""
         names = MODEL if self.factors is None else MODEL | FACTORS
         if self.scaling is None:
             return names
@@ -193,22 +200,22 @@ def _preset(
     notes = list(served.notes) if served.beyond else []  # the entry has the rest
     if kept:
         listed = ", ".join(f"{option} = {value}" for option, value in kept.items())
-        notes.append(f"{path}: [{name}] keeps {listed}; the factors are good for what they were searched with")
+        notes.append(f"{path}: [{name}] keeps {listed}; check that the factors were found with the same")
     if quiet:
         return notes, []
     if dry_run:
         return notes, [
-            f"{path}: would hold",
+            f"{path}: would contain",
             f"[{name}]",
             *(f"{option} = {value}" for option, value in options.items()),
         ]
     server = command_line(["llama-server", "--models-preset", path])
-    return notes, [f"{path}: [{name}] written, the name to ask for; next: {server}"]
+    return notes, [f"{path}: entry [{name}] written; ask the server for the model by this name; next: {server}"]
 
 
 @dataclass(frozen=True)
 class _Served:
-    """What a server must be told for the factors to be those that were found: options, and notes that say why.
+    """The options that a server needs to rotate as when the factors were found, and notes that say why.
 
     `beyond`: whether a note says more than the options do.
     """
@@ -219,9 +226,9 @@ class _Served:
 
 
 def _served(document: CurveFile, info: ModelInfo, rope: RopeScaling, asked: bool) -> _Served:
-    """Hold what a curve was found under, as far as its provenance tells, against how the file will rotate.
+    """Compare how layers rotated when a curve was found, as its provenance says, with how the file will rotate.
 
-    A scaling that was asked for is not taken back by options.
+    No option takes back a scaling that the user asks for (`asked`).
     """
     provenance = document.provenance if isinstance(document.provenance, dict) else {}
     said: list[str] = []
@@ -242,7 +249,7 @@ def _served(document: CurveFile, info: ModelInfo, rope: RopeScaling, asked: bool
     for name in ("cache_type_k", "cache_type_v"):
         kind = given.get(name) if isinstance(given, dict) else None
         if isinstance(kind, str) and _TYPE.fullmatch(kind):
-            add(name, kind, "no file says that")
+            add(name, kind, "no model file stores it")
     if not said:
         return _Served()
     beyond = len(options) < 2 * len(said)
@@ -252,14 +259,14 @@ def _served(document: CurveFile, info: ModelInfo, rope: RopeScaling, asked: bool
 
 
 def whole_file(result: WriteResult) -> str:
-    """What the bytes of a rewritten file are."""
+    """Which bytes of a rewritten file are new, in words."""
     if not result.bytes_shared:
         return "the whole file"
     return f"{result.bytes_shared} of them shared with the old file"
 
 
 def report(notes: Iterable[str], lines: Iterable[str]) -> None:
-    """Print lines, and on the standard error what the user should know besides."""
+    """Print lines to the standard output, and notes to the standard error."""
     for note in notes:
         say(printable(f"lrope-gguf: note: {note}"), err=True)  # one line, whatever a name holds
     for line in lines:
@@ -280,15 +287,15 @@ def plan_line(plan: WritePlan) -> str:
     return f"{plan.path}: would be a new file of {plan.bytes_written} bytes, {data}"
 
 
-def _plan_lines(plan: WritePlan, info: ModelInfo, keeps_factors: bool) -> list[str]:
+def _plan_lines(plan: WritePlan, info: ModelInfo, keeps_factors: bool, uniform: float | None) -> list[str]:
     changes = [f"  {change_line(change)}" for change in plan.changes]
     if keeps_factors and not plan.factors:
-        return [plan_line(plan), *(changes or ["  nothing: it holds no scaling that write has added"])]
+        return [plan_line(plan), *(changes or ["  nothing: it has no scaling that write has added"])]
     lines = [plan_line(plan)]
     key = factors_key(info.architecture or "")
     had_array = info.factors is not None or info.factors_error is not None
     for name, had, what in (
-        (key, had_array, _factors(plan.factors)),
+        (key, had_array, _factors(plan.factors, info, uniform)),
         (CURVE_KEY, info.curve_json is not None, "where the factors come from"),
     ):
         kept = keeps_factors or plan.how == "unchanged" or (name == key and info.factors == plan.factors)
@@ -297,13 +304,18 @@ def _plan_lines(plan: WritePlan, info: ModelInfo, keeps_factors: bool) -> list[s
 
 
 def change_line(change: KeyChange) -> str:
-    """What becomes of a key, in words."""
+    """What happens to a key, in words."""
     value = f": {change.value}" if change.value else ""
     return f"{change.action} {change.key}{value}" + (f" (was {change.was})" if change.was is not None else "")
 
 
-def _factors(factors: tuple[float, ...]) -> str:
-    return f"{len(factors)} layer factors from {shortest(min(factors))} to {shortest(max(factors))}"
+def _factors(factors: tuple[float, ...], info: ModelInfo, uniform: float | None) -> str:
+    if uniform is None:
+        return f"{len(factors)} layer factors from {shortest(min(factors))} to {shortest(max(factors))}"
+    moved, all_layers = len(info.whole_context_layers), len(factors)
+    if moved == all_layers:
+        return f"layer factor {uniform:g} in all {moved} layers"
+    return f"layer factor {uniform:g} in {moved} of {all_layers} layers, those that see the whole context"
 
 
 def curve_for(path: str | Path, info: ModelInfo) -> tuple[CurveFile, tuple[float, ...]]:

@@ -5,14 +5,19 @@ Names are loaded on first use.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import ModelConfig, SearchConfig, TaskConfig, TaskMix, WorkersConfig
+    from .evaluation.settings import ModelConfig
     from .launch import estimate, search
     from .measurement import Measurement, measure
+    from .optimizers.settings import optimizer_config
     from .study.run import SearchOutcome, run_search
+    from .study.settings import SearchConfig
     from .study.store import Study
+    from .tasks.settings import TaskConfig, TaskMix, task_config
+    from .workers.settings import WorkersConfig
 
 __all__ = [
     "Measurement",
@@ -25,22 +30,31 @@ __all__ = [
     "WorkersConfig",
     "estimate",
     "measure",
+    "optimizer_config",
     "run_search",
     "search",
+    "task_config",
 ]
+
+_WHERE = {
+    "evaluation.settings": ("ModelConfig",),
+    "launch": ("estimate", "search"),
+    "measurement": ("Measurement", "measure"),
+    "optimizers.settings": ("optimizer_config",),
+    "study.run": ("SearchOutcome", "run_search"),
+    "study.settings": ("SearchConfig",),
+    "study.store": ("Study",),
+    "tasks.settings": ("TaskConfig", "TaskMix", "task_config"),
+    "workers.settings": ("WorkersConfig",),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    for module in ("config", "study.store", "study.run", "launch", "measurement"):
-        value = getattr(import_module(f"{__name__}.{module}"), name, None)
-        if value is not None:
-            globals()[name] = value
+    for module, names in _WHERE.items():
+        if name in names:
+            globals()[name] = value = getattr(import_module(f"{__name__}.{module}"), name)
             return value
-    raise AttributeError(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lrope_gguf.errors import LropeError
-from lrope_gguf.model_info import read_model
 
-from .config import ModelConfig, TaskMix, Tasks, WorkersConfig
-from .cost import check_memory
 from .evaluation.generation import Generation
-from .evaluation.make import EvaluatorSpec, check_factors, find_out, kept_computing, write_job
-from .machine import free_memory, visible_gpus
+from .evaluation.make import Facts, check_factors, write_job
+from .evaluation.settings import ModelConfig
 from .results.comparison import Comparison, compare
 from .results.table import DepthTable, depth_table, with_interval
 from .scores import ContextScore, Evaluation, Factors, Job
-from .start import all_workers, check_versions, first_worker, identity
-from .study.interrupt import one_interrupt
+from .session import Show, open_session
 from .study.progress import Progress
-from .study.store import Study, holds_search
-from .tasks import make_tasks
+from .study.store import Study
+from .tasks.make import make_tasks
+from .tasks.settings import TaskMix, Tasks
 from .workers.protocol import Executor
+from .workers.settings import WorkersConfig
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class Measurement:
             "task": self.asked,
             "factors": self.sides,
             **self.table.json(),
-            **({"beside": {name: one.json() for name, one in self.beside.items()}} if self.beside else {}),
+            **({"beside": {name: one.to_json() for name, one in self.beside.items()}} if self.beside else {}),
             "tokens": self.n_tokens,
             "tokens_per_second": self.n_tokens / self.seconds,
         }
@@ -90,31 +86,33 @@ def measure(
     task: Tasks,
     sides: Mapping[str, Factors],
     *,
+    uniform: Sequence[float] = (),
     contexts: int = 8,
     split: str = "test",
     generate: bool = False,
     directory: str | os.PathLike[str] | None = None,
     workers: WorkersConfig | None = None,
+    progress: Show = True,
 ) -> Measurement:
     """Ask the same contexts under each side's factors and under none.
 
-    Progress goes to the standard error.
-
     Example:
-        >>> from lrope_search import ModelConfig, TaskConfig, measure
+        >>> from lrope_search import ModelConfig, measure, task_config
         >>> model, factors = ModelConfig("model.gguf"), (1.0,) * 8 + (1.2,) + (1.0,) * 15
-        >>> print(measure(model, TaskConfig("kv", keys=100), {"layer 8": factors}))  # doctest: +SKIP
+        >>> print(measure(model, task_config("kv", keys=100), {"layer 8": factors}))  # doctest: +SKIP
 
     Args:
         model: The model and how it is run.
         task: What it is asked; several tasks take turns, and their weights (`TaskMix`) are those of the means.
         sides: Factors by name, one for each layer; ``base`` comes of itself, whatever the file holds.
+        uniform: Further sides: the same factor for all layers that rotate over the whole context, as a search tries it.
         contexts: How many.
         split: Which: ``search``, ``validation`` or ``test``.
         generate: Also let the model write its answers, and score these; they are not kept, and one worker writes them.
         directory: Keeps each evaluation (a `Study` without a search), so that a later call goes on, with more sides
             and contexts if wanted; None: nothing is kept.
-        workers: Who does the work; None: one worker in this process.
+        workers: Who does the work; None: workers of this machine, as many as are fastest.
+        progress: True shows it on the standard error, False does not; a function gets each line.
 
     Raises:
         LropeError: the model or the task cannot be used, or llama.cpp refuses the factors; another search or
@@ -127,29 +125,26 @@ def measure(
     questions = make_tasks(mix)
     for index in range(contexts - len(mix.parts), contexts):
         questions.context(split, index)  # too few records are better known now
-    info = read_model(model.path)  # its messages on damaged files are the plainer ones
     place = None if directory is None else Path(directory)
-    batch_size, scoring = (None, None) if place is None else _kept(place)
-    if model.batch_size is None:
-        model = replace(model, batch_size=batch_size)
-    free = free_memory()
-    with one_interrupt(), ExitStack() as stack:
-        spec = EvaluatorSpec(model, mix, scoring=scoring, guarded=False)
-        first = first_worker(workers, spec, stack)
-        facts = first.ask(find_out)
-        sides = {"base": (1.0,) * first.n_layer, **sides}
-        first.ask(partial(check_factors, tuple(sides.values())))
-        if workers.executor == "local" and not (workers.gpus or visible_gpus()):
-            check_memory(facts.memory, workers.n_workers or 1, free)
-        config = identity(info, model, mix, facts)
-        if place is None:
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrope-")))
-        study = stack.enter_context(Study(place, config))
-        progress = Progress(study.log)
-        check_versions(study, first, progress)
-        executor = first if generate else all_workers(workers, spec.settled(facts), first, stack)
+
+    def bind(facts: Facts, first: Executor) -> dict[str, Any]:
+        all_sides.update(sides)
+        for factor in uniform:
+            moved = frozenset(facts.layers)
+            all_sides[f"uniform {factor:g}"] = tuple(factor if i in moved else 1.0 for i in range(first.n_layer))
+        first.ask(partial(check_factors, tuple(all_sides.values())))
+        return {}
+
+    all_sides: dict[str, Factors] = {}
+    with open_session(model, mix, workers, place, "measurement", bind=bind, progress=progress) as session:
+        facts, study = session.facts, session.study
+        if uniform:
+            moved = f"{len(facts.layers)} of {session.n_layer} layers move"
+            session.progress.line(f"uniform: {moved}, those that rotate over the whole context")
+        sides = {"base": (1.0,) * session.n_layer, **all_sides}
         jobs = [Job(factors, split, index) for index in range(contexts) for factors in dict.fromkeys(sides.values())]
-        answers = _ask(executor, study, jobs, progress, generate=generate)
+        session.divide(sum(study.lookup(job) is None for job in jobs), 1 if generate else len(jobs))
+        answers = _ask(session.executor(), study, jobs, session.progress, generate=generate)
         scores = {
             name: [_context_score(study.results[Job(factors, split, index)]) for index in range(contexts)]
             for name, factors in sides.items()
@@ -162,7 +157,8 @@ def measure(
             base = scores["base"][turn :: len(facts.samples)]
             right = [a for context in written["base"][turn :: len(facts.samples)] for a in context if a.share]
             if not right and not any(score.accuracy for score in base):
-                progress.line(sample.advice(sum(len(score.probes) for score in base)))
+                session.progress.line(sample.advice(sum(len(score.probes) for score in base)))
+        config = study.config
     every = [score for side in scores.values() for score in side]
     return Measurement(
         asked=config["task"] | {"split": split} | {name: config[name] for name in ("llama_options",) if name in config},
@@ -177,18 +173,6 @@ def measure(
         seconds=sum(score.seconds for score in every),
         beside=_beside(scores, mix.weights),
     )
-
-
-def _kept(directory: Path) -> tuple[int | None, str | None]:
-    """Return how an earlier call computed in ``directory``; see `kept_computing`.
-
-    Raises:
-        LropeError: a search has it.
-    """
-    config = Study.kept(directory, "config")
-    if config is not None and holds_search(config):
-        raise LropeError(f"--study {directory}: holds a search; choose another directory")
-    return kept_computing(config)
 
 
 def _ask(

@@ -1,7 +1,7 @@
 """How many questions a search asks, in how many contexts: the cheapest sample that sees a gain worth finding.
 
-What decides is how candidate minus base varies over the questions of a context and between contexts: docs/sample.md has
-the measurements behind the constants.
+What decides is how candidate minus base varies over the questions of a context and between contexts:
+research/sample.md has the measurements behind the constants.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+
+SPLITS = ("search", "validation", "test")
+"""To compare candidates, to choose the winner, to measure it."""
 
 SPREAD = 2.9
 """Standard deviation of candidate minus base over the questions of a context, in units of a gain worth finding."""

@@ -91,3 +91,8 @@ class DynamicReference:
 def level_of(context: Context) -> int:
     """The level at which a context is."""
     return int(context.lib._lib.llama_rope_dynamic_level(context.context))
+
+
+def rope_n_ctx(context: Context) -> int:
+    """The longest sequence that the rotations of a context are for."""
+    return int(context.lib._lib.llama_rope_n_ctx(context.context))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lrope_gguf import LropeError, Scaling, cli
-from lrope_gguf.gguf_scan import ARRAY, STRING, GGUFFile
+from lrope_gguf.gguf_file import ARRAY, STRING, GGUFFile
 from lrope_gguf.metadata import read_factors, read_model, remove_factors, write_factors
 
 SECONDS = 2.0

@@ -38,6 +38,7 @@ def library() -> Any:
         function.restype = ctypes.c_bool if "model" in name else ctypes.c_int32
     for name, result in (
         ("llama_rope_dynamic_level", ctypes.c_int32),
+        ("llama_rope_n_ctx", ctypes.c_int32),
         ("ggml_op_desc", ctypes.c_char_p),
         ("ggml_get_name", ctypes.c_char_p),
         ("ggml_nelements", ctypes.c_int64),

@@ -104,14 +104,26 @@ def copy_source(source: Path, target: Path) -> Path:
     return target
 
 
+def patches() -> list[Path]:
+    """The folders of the series, in their order; each has a hooks.patch and the files that it adds."""
+    return sorted(path.parent for path in PATCHES.glob("*/hooks.patch"))
+
+
+def added_files(patch: Path) -> dict[str, Path]:
+    """The files that a patch adds, by their place in llama.cpp."""
+    found = (path for path in sorted(patch.rglob("*")) if path.is_file() and path.name != "hooks.patch")
+    return {path.relative_to(patch).as_posix(): path for path in found}
+
+
 def series_files() -> dict[str, Path]:
     """The files that the series adds, by their place in llama.cpp."""
-    top = PATCHES / "src"
-    return {path.relative_to(top).as_posix(): path for path in sorted(top.rglob("*")) if path.is_file()}
+    return {file: path for patch in patches() for file, path in added_files(patch).items()}
 
 
-def apply_series(source: Path) -> None:
-    """Apply patches/ to ``source`` with the project's own CMake code; nothing happens where that was done before.
+def apply_series(source: Path, n_patches: int | None = None) -> str:
+    """Apply patches/ (the first ``n_patches`` of them) to ``source`` with the project's own CMake code.
+
+    Nothing happens where that was done before. Returns what CMake said.
 
     Raises:
         CommandError: the series does not apply; the message has git's reasons.
@@ -119,14 +131,16 @@ def apply_series(source: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         code = Path(temporary) / "apply.cmake"
         module = PROJECT / "cmake" / "llama-cpp.cmake"
-        code.write_text(f'include("{module}")\nlrope_apply_patches("{source.resolve()}")\n')
-        run(["cmake", "-P", code], cwd=Path(temporary))
+        limit = f"set(LROPE_PATCHES {n_patches})\n" if n_patches else ""
+        code.write_text(f'{limit}include("{module}")\nlrope_apply_patches("{source.resolve()}")\n')
+        result = run(["cmake", "-P", code], cwd=Path(temporary))
+    return result.stdout + result.stderr
 
 
 def patched_source(folder: Path = WORK, release: str | None = None) -> Path:
     """Return a copy of the source of a release with the present series applied."""
     target = folder / "patched" / (release or pinned()[0]) / "llama.cpp"
-    series = [*sorted(PATCHES.rglob("*.patch")), *series_files().values()]
+    series = [path for path in sorted(PATCHES.rglob("*")) if path.is_file()]
     stamp = target.parent / "series"
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in series)).hexdigest()
     if not (stamp.is_file() and stamp.read_text() == digest):

@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lrope_search.config import SearchConfig
+from lrope_search import SearchConfig
 from lrope_search.scores import ContextScore
+from lrope_search.study.plan import make_optimizer
 from lrope_search.study.progress import Progress
 from lrope_search.study.run import SearchOutcome, run_search
 from lrope_search.study.store import Study
@@ -46,8 +47,14 @@ def make_study(
     n_layer: int = 24,
     evaluator: Landscape | None = None,
     config: dict[str, Any] | None = None,
+    test_size: int | None = None,
+    layers: tuple[int, ...] | None = None,
 ) -> SearchOutcome:
-    """Run a whole search in ``directory``."""
+    """Run a whole search in ``directory``; ``layers``: those that may have factors of their own."""
     executor = LocalExecutor(evaluator or Timed(n_layer))
     with Study(directory, (CONFIG if config is None else config) | {"search": settings.identity()}) as study:
-        return run_search(executor, study, settings, Progress(study.log, quiet=True), architecture="synthetic")
+        progress = Progress(study.log, quiet=True)
+        algorithm = make_optimizer(settings, executor.n_layer, layers)
+        return run_search(
+            executor, study, settings, progress, algorithm=algorithm, architecture="synthetic", test_size=test_size
+        )

@@ -9,51 +9,50 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lrope_gguf.commands.options import FILE, Command, Numbers, model_argument
+from lrope_gguf.commands.options import FILE, Numbers, model_argument
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.text import say
 
+from ..evaluation.settings import ModelConfig
 from ..scores import Factors
+from ..workers.settings import WorkersConfig
 from .options import (
     POSITIVE,
+    Gathered,
+    RunConfig,
+    SettingsCommand,
     check_study,
+    config_options,
     data_files,
-    first_task_options,
-    llama_options,
-    model_config,
-    model_options,
     option,
-    task_config,
+    options_of,
     task_options,
-    worker_options,
-    workers_config,
 )
 
 if TYPE_CHECKING:
     from lrope_gguf.model_info import ModelInfo
 
 
-@click.command("eval", cls=Command)
+@click.command("eval", cls=SettingsCommand)
 @model_argument
 @option("--curve", metavar="FILE", type=FILE, multiple=True,
         help="curve file, as often as you like (the factors in MODEL, if it has any)")  # fmt: skip
 @option("--factors", metavar="F0,F1,...", type=Numbers(), help="one factor a layer")
 @option("--uniform", metavar="S", type=float, multiple=True,
-        help="the same factor for all layers, as a side of its own; as often as you like")  # fmt: skip
-@first_task_options
+        help="the same factor for all layers that rotate over the whole context, as a side of its own; as often as you "
+        "like")  # fmt: skip
+@options_of(RunConfig)
+@task_options
 @option("--contexts", metavar="N", type=POSITIVE, default=8, help="contexts to ask (8)")
+@option("--split", type=click.Choice(["search", "validation", "test"]), default="test", help="which contexts (test)")
 @option("--generate", is_flag=True, help="also let the model write its answers, and score these")
 @option("--study", metavar="DIR", type=FILE,
         help="keep results here, and go on from them, with more sides and contexts if you like")  # fmt: skip
 @option("--plot", metavar="FILE", type=FILE, help="draw accuracy by depth into a .png or .svg file")
 @option("--json", "as_json", is_flag=True, help="print JSON")
-@option("--split", type=click.Choice(["search", "validation", "test"]), default="test", heading="Advanced: task",
-        help="which contexts (test)")  # fmt: skip
-@task_options
-@worker_options
-@model_options
-@llama_options
+@options_of(WorkersConfig, ModelConfig)
+@config_options
 def command(
     model: str,
     curve: tuple[str, ...],
@@ -70,8 +69,9 @@ def command(
     """Compare MODEL with layer factors and without on the same contexts, by depth."""
     if curve and factors is not None:
         raise click.UsageError("argument --factors: not allowed with argument --curve")
-    workers = workers_config(values)
-    how, what = model_config(model, values), task_config(values)
+    gathered = Gathered(values, (RunConfig, ModelConfig, WorkersConfig), "eval")
+    run = gathered.make(RunConfig)
+    workers, how, what = gathered.make(WorkersConfig), gathered.make(ModelConfig, model), gathered.task(run.seed)
     if study is not None:
         check_study(study)
     if plot is not None:
@@ -86,9 +86,17 @@ def command(
 
     from ..measurement import measure
 
-    sides = _sides(read_model(model), curve, factors, uniform)
+    sides = _sides(read_model(model), curve, factors, alone=not uniform)
     found = measure(
-        how, what, sides, contexts=contexts, split=split, generate=generate, directory=study, workers=workers
+        how,
+        what,
+        sides,
+        uniform=uniform,
+        contexts=contexts,
+        split=split,
+        generate=generate,
+        directory=study,
+        workers=workers,
     )
     table = found.table
     if plot is not None:
@@ -102,10 +110,8 @@ def command(
         say(f"{model}: {table.n_probes} questions on {table.n_contexts} {split} contexts\n\n{found}")
 
 
-def _sides(
-    info: ModelInfo, curves: Sequence[str], factors: Factors | None, uniform: Sequence[float]
-) -> Mapping[str, Factors]:
-    """Return the factors of each side beside the base model's."""
+def _sides(info: ModelInfo, curves: Sequence[str], factors: Factors | None, *, alone: bool) -> Mapping[str, Factors]:
+    """Return the factors of each side beside the base model's; what the file holds if nothing else is asked for."""
     from lrope_gguf.commands.write import curve_for
 
     sides: dict[str, Factors] = {}
@@ -119,9 +125,9 @@ def _sides(
             sides["given"] = info.shaped(factors)  # "factors" is another key of the JSON
         except LropeError as error:
             raise LropeError(f"--factors: {error}") from None
-    if not curves and factors is None and not uniform and info.factors is not None:
+    if alone and not curves and factors is None and info.factors is not None:
         sides["file"] = info.factors[: info.n_layer]
-    return sides | {f"uniform {factor:g}": (factor,) * (info.n_layer or 0) for factor in uniform}
+    return sides
 
 
 def _short(curve: str) -> str:

@@ -1,76 +1,262 @@
-"""Options that the search commands share: the model, how it is run, and the task. One place each, with its heading."""
+"""Options that the search commands share; they derive from the settings, as ``--set`` and ``--config`` do."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
-from lrope_gguf.commands.options import FILE, Option
+from lrope_gguf.commands.options import FILE, Command, Option
 from lrope_gguf.errors import LropeError
 
-from ..config import (
-    CACHE_TYPES,
-    DEFAULT_DOCUMENTS,
-    DEFAULT_LINES,
-    DEFAULT_PAIRS,
-    DEFAULT_TEMPLATE,
-    DEFAULT_WORDS,
-    EXECUTORS,
-    IDENTIFIER_KINDS,
-    POSITIONS,
-    ROPE_SCALINGS,
-    TASK_FIELDS,
-    ModelConfig,
-    TaskConfig,
-    TaskMix,
-    WorkersConfig,
-    check_once,
-    escaped,
-)
-from ..config import option as option_name
-
-if TYPE_CHECKING:
-    from click.shell_completion import CompletionItem
+from ..evaluation.settings import ModelConfig
+from ..optimizers.settings import OPTIMIZERS
+from ..settings import Setting, Settings, setting
+from ..study.settings import SearchConfig
+from ..tasks.settings import TASKS, TaskConfig, TaskMix, check_once, check_owned
+from ..workers.settings import WorkersConfig
+from .config_file import read_config
+from .given import Given, S, chosen, made, no_such
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 POSITIVE, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
-_KINDS = "uuid: UUIDs, as in the benchmark; number: 6 digits; word: the words of the embedded model"
 
 
-class Pair(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
-    """Two numbers such as ``0.5,4``."""
+@dataclass(frozen=True)
+class RunConfig(Settings):
+    """What a command is asked beside the settings of model, task, search and workers."""
 
-    name = "pair"
+    task: tuple[str, ...] = setting(
+        ("kv",), "what the model is asked; several take turns, each with its own --data and so on as TASK=VALUE",
+        metavar="TASK", option=True,
+    )  # fmt: skip
+    seed: int = setting(0, "of all that is random", metavar="N", least=0, option=True)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
-        """Read the pair."""
-        if isinstance(value, tuple):
-            return value
+
+@dataclass(frozen=True)
+class SearchRun(RunConfig):
+    """What `search` is asked beside."""
+
+    output: str = setting("best.json", "curve file to write", metavar="FILE", option=True)
+    study: str | None = setting(
+        None, "keep results here, and resume from them", metavar="DIR", unset="OUTPUT's name + .study", option=True
+    )
+    start: tuple[str, ...] = setting(
+        (), "a curve to begin with, as of an earlier search or of a smaller model; as often as you like",
+        metavar="FILE", option=True,
+    )  # fmt: skip
+    algorithm: str = setting("ga", f"what proposes candidates: {', '.join(OPTIMIZERS)}", metavar="NAME")
+
+
+@dataclass(frozen=True)
+class Weighted(Settings):
+    """What each of several tasks has beside its own settings."""
+
+    weight: float = setting(1.0, "how much this task counts beside others", metavar="W", above=0.0)
+
+
+SHARED: tuple[type[Settings], ...] = (SearchRun, SearchConfig, ModelConfig, WorkersConfig)
+"""Settings that stand before all tables of a ``--config`` file."""
+
+
+def tables() -> list[tuple[str, str, tuple[Setting, ...]]]:
+    """Return the tables of such a file: of each its name, what it is, and its settings."""
+    tasks = [(kind.section, f"task {kind.section}: {kind.summary}", kind) for kind in TASKS.classes()]
+    found = [(name, text, (*kind.settings(), _weight(name))) for name, text, kind in tasks]
+    return found + [
+        (kind.section, f"algorithm {kind.section}: {kind.summary}", kind.settings()) for kind in OPTIMIZERS.classes()
+    ]
+
+
+def known_settings() -> dict[str, Setting]:
+    """Return all settings by their dotted names."""
+    shared = {one.dotted: one for kind in SHARED for one in kind.settings()}
+    return shared | {one.dotted: one for _, _, settings in tables() for one in settings}
+
+
+def _weight(task: str) -> Setting:
+    """Return what a task's table holds beside the task's own settings."""
+    return replace(Weighted.settings()[0], section=task)
+
+
+class Words(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """A text that a shell completes from a list; `Gathered` says what is wrong with it."""
+
+    name = "text"
+
+    def __init__(self, words: Callable[[], Iterable[str]]) -> None:
+        """Take what makes the list."""
+        self._words = words
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the words that begin so."""
+        return [CompletionItem(word) for word in self._words() if word.startswith(incomplete)]
+
+
+class Gathered:
+    """All settings that a user gave: of a file, by options and by ``--set``, the later before the earlier.
+
+    Raises:
+        LropeError: a setting that there is not, one said twice, or one that means nothing here.
+    """
+
+    def __init__(self, values: dict[str, Any], used: Sequence[type[Settings]], command: str) -> None:
+        """Take the values of `config_options` and `options_of` out of a command's, whose settings are ``used``."""
+        self._known = known_settings()
+        path, sets = values.pop("config"), values.pop("set")
+        self.given: dict[str, Given] = {} if path is None else read_config(path, self._known)
+        said: dict[str, Given] = {}
+        for text in sets:
+            key, equals, value = text.partition("=")
+            if not equals:
+                raise LropeError(f"--set {text}: is no NAME=VALUE, such as kv.probes=20")
+            if key not in self._known:
+                raise no_such(f"--set {text}", key, self._known)
+            self._say(said, key, Given(f"--set {text}", value, text=True))
+        shared = {one.name: one for kind in used for one in kind.settings() if one.option}
+        for name, one in shared.items():
+            value = values.pop(name, None)
+            if value not in (None, ()):
+                listed = isinstance(value, tuple)
+                where = one.flag if listed else f"{one.flag} {value}"
+                self._say(said, one.dotted, Given(where, list(value) if listed else value, text=not listed))
+        tasks = self.given | said
+        self.tasks: tuple[str, ...] = tuple(tasks["task"].read(self._known["task"])) if "task" in tasks else ("kv",)
+        for name in self.tasks:
+            chosen(TASKS, name, tasks.get("task"))
+        check_once(self.tasks)
+        for name in _task_options():
+            for task, given in self._own(name, values.pop(name, ())).items():
+                self._say(said, f"{task}.{name}", given)
+        self._check_used(said, used, command)
+        self.given |= said
+
+    @staticmethod
+    def _say(said: dict[str, Given], key: str, given: Given) -> None:
+        if key in said:
+            raise LropeError(f"{said[key].where}, {given.where}: both set {key}; leave out one of them")
+        said[key] = given
+
+    def _own(self, name: str, texts: Sequence[str]) -> dict[str, Given]:
+        """Return what an option gives to each task: to all that take it, or to one (``TASK=VALUE``); the last wins."""
+        flag = f"--{name.replace('_', '-')}"
+        takers = [task for task in self.tasks if any(one.name == name for one in TASKS[task].settings())]
+        found: dict[str, Given] = {}
+        split = [(text, *text.partition("=")) for text in texts]
+        own = [(text, task, value) for text, task, equals, value in split if equals and task in TASKS]
+        for text in (text for text in texts if text not in [one for one, _, _ in own]):
+            if name == "data" and len(self.tasks) > 1:
+                last = (takers or self.tasks)[-1]
+                raise LropeError(f"--data {text}: whose, of {len(self.tasks)} tasks? say --data {last}={text}")
+            if not takers:
+                check_owned(self.tasks[0], name)
+            found |= {task: Given(f"{flag} {text}", text, text=True) for task in takers}
+        for text, task, value in own:
+            self._check_asked(task, f"{flag} {text}")
+            check_owned(task, name)
+            found[task] = Given(f"{flag} {text}", value, text=True)
+        return found
+
+    def _check_asked(self, task: str, given: str) -> None:
+        if task not in self.tasks:
+            asked = " and ".join(self.tasks)
+            raise LropeError(f"{given}: no --task {task} is given, only {asked}; add it or leave this out")
+
+    def _check_used(self, said: Mapping[str, Given], used: Sequence[type[Settings]], command: str) -> None:
+        """Refuse what was said on the command line and would change nothing; a file may be for several commands."""
+        searches = SearchConfig in used
+        shared = {one.dotted for kind in used for one in kind.settings()}
+        algorithm = said.get("algorithm", self.given.get("algorithm"))
+        name = "ga" if algorithm is None else algorithm.value
+        for key, given in said.items():
+            section = self._known[key].section
+            if section in TASKS:
+                self._check_asked(section, given.where)
+            elif not searches and (section in OPTIMIZERS or key not in shared):
+                raise LropeError(f"{given.where}: means nothing to {command}; leave it out")
+            elif section in OPTIMIZERS and section != name:
+                raise LropeError(f"{given.where}: means nothing to algorithm {name}; leave it out, or set algorithm")
+
+    def make(self, kind: type[S], *positional: Any, **others: Any) -> S:
+        """Return settings of ``kind``; see `made`."""
+        return made(kind, self.given, *positional, **others)
+
+    def task(self, seed: int) -> TaskConfig | TaskMix:
+        """Return the task that is asked, or the mix.
+
+        Raises:
+            LropeError: values that cannot be, or do not go together.
+        """
+        parts: list[tuple[TaskConfig, float]] = []
+        for name in self.tasks:
+            weight = self.given.get(f"{name}.weight")
+            if weight is not None and weight.text and len(self.tasks) == 1:
+                raise LropeError(f"{weight.where}: there is no other task to weigh {name} against; leave it out")
+            config = made(TASKS[name], self.given, seed=seed)
+            parts.append((config, 1.0 if weight is None else weight.read(_weight(name))))
+        return parts[0][0] if len(parts) == 1 else TaskMix(tuple(parts))
+
+    def search(self, seed: int) -> SearchConfig:
+        """Return the settings of the search, which begins with no curves yet.
+
+        Raises:
+            LropeError: values that cannot be, or do not go together.
+        """
+        algorithm = self.given.get("algorithm")
+        name = "ga" if algorithm is None else algorithm.read(self._known["algorithm"])
+        kind = chosen(OPTIMIZERS, name, algorithm)
+        return self.make(SearchConfig, seed=seed, algorithm=made(kind, self.given))
+
+
+class SettingsCommand(Command):
+    """A command that says where an option of older versions has gone."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the options.
+
+        Raises:
+            LropeError: one that there was once.
+        """
+        words = list(args)
         try:
-            low, high = (float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a pair of numbers such as 0.5,4", param, ctx)
-        return low, high
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            moved = where_it_went(error.option_name, words)
+            if moved and not any(param.name == "set" for param in self.params):
+                moved = f"means nothing to {ctx.info_name} any more; leave it out"
+            if moved is None or ctx.resilient_parsing:
+                raise
+            raise LropeError(f"{error.option_name}: {moved}") from None
 
 
-class Names(click.ParamType):  # type: ignore[type-arg]
-    """A list of names such as ``0,1``."""
+_DERIVED = {
+    "--lag": "is 8 now, whatever the number of workers; to keep more of them busy: --set ga.lag=N",
+    "--racing-fraction": "is derived now; leave it out, or --set racing_fraction=F",
+    "--finalists": "is derived now; leave it out, or --set finalists=N",
+    "--weight": "is now --set TASK.weight=W, such as kv.weight=2",
+    "--no-chat-template": "is now --set chat_template=false",
+    "--depths": "is now --set kv.probes=N",
+    "--verbose": "is now --set verbose=true",
+}
 
-    name = "names"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """Read the list."""
-        if isinstance(value, tuple):
-            return value
-        names = tuple(name.strip() for name in value.split(","))
-        if not all(names):
-            self.fail(f"{value!r} is not a list of GPUs such as 0,1", param, ctx)
-        return names
+def where_it_went(option: str, words: Sequence[str] = ()) -> str | None:
+    """Return what an option of older versions is called now; None if there never was one of this name.
+
+    ``words``: of the command line, which may say whose it is.
+    """
+    if option in _DERIVED:
+        return _DERIVED[option]
+    found = [one for one in known_settings().values() if one.flag == option]
+    if not found:
+        return None
+    one = next((one for one in found if one.section in words), found[0])
+    return f"is now --set {one.dotted}={one.metavar or 'VALUE'}"
 
 
 def option(*declarations: str, **attributes: Any) -> Callable[[Function], Function]:
@@ -89,192 +275,73 @@ def all_of(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
     return declare
 
 
-_MODEL, _TASK, _WORKERS = "Advanced: model", "Advanced: task", "Advanced: workers"
-_LLAMA = "Advanced: as llama-server will be run (names and values are llama.cpp's)"
-
-model_options = all_of(
-    option("--threads", metavar="N", type=POSITIVE, heading=_MODEL, help="CPU threads (the physical cores)"),
-    option("--n-gpu-layers", metavar="N", type=int, heading=_MODEL, help="layers to keep on the GPU (all that fit)"),
-    option("--batch-size", metavar="N", type=POSITIVE, heading=_MODEL,
-           help="tokens a batch (512 on the CPU, 2048 where layers go to a GPU)"),
-    option("--no-chat-template", is_flag=True, heading=_MODEL, help="give prompts as they are, to a chat model too"),
-    option("--verbose", is_flag=True, heading=_MODEL, help="show llama.cpp's log"),
-)  # fmt: skip
-"""How a model is run; `model_config` takes their values."""
-
-_CACHE_TYPE = click.Choice(list(CACHE_TYPES))
-
-llama_options = all_of(
-    option("--rope-scaling", type=click.Choice(ROPE_SCALINGS), heading=_LLAMA, help="RoPE scaling (the model's)"),
-    option("--rope-scale", metavar="N", type=float, heading=_LLAMA, help="stretch contexts N times (the model's)"),
-    option("--rope-freq-base", metavar="N", type=float, heading=_LLAMA, help="RoPE's base (the model's)"),
-    option("--rope-freq-scale", metavar="N", type=float, heading=_LLAMA, help="stretch contexts 1/N times"),
-    option("--yarn-orig-ctx", metavar="N", type=int, heading=_LLAMA, help="tokens of its training (the model's)"),
-    option("--yarn-ext-factor", metavar="N", type=float, heading=_LLAMA, help="share of extrapolation (1 with YaRN)"),
-    option("--yarn-attn-factor", metavar="N", type=float, heading=_LLAMA, help="magnitude (the model's)"),
-    option("--yarn-beta-slow", metavar="N", type=float, heading=_LLAMA, help="high correction dimension (the model's)"),
-    option("--yarn-beta-fast", metavar="N", type=float, heading=_LLAMA, help="low correction dimension (the model's)"),
-    option("--cache-type-k", type=_CACHE_TYPE, default="f16", heading=_LLAMA, help="cached keys (f16)"),
-    option("--cache-type-v", type=_CACHE_TYPE, default="f16", heading=_LLAMA,
-           help="cached values; quantized ones turn flash attention on (f16)"),
-)  # fmt: skip
-"""What decides which factors are good besides the model; `model_config` takes their values."""
+_WORDS = {"task": Words(lambda: TASKS)}
 
 
-worker_options = all_of(
-    option("--workers", metavar="N", type=POSITIVE,
-           help="models at work side by side (1; with ray one a GPU, or one a node)"),
-    option("--gpus", metavar="ID,...", type=Names(), default=(), heading=_WORKERS,
-           help="GPUs to hand out to local workers in turn (all of CUDA_VISIBLE_DEVICES)"),
-    option("--executor", type=click.Choice(EXECUTORS), default="local", heading=_WORKERS,
-           help="where workers live: processes here, or a Ray cluster (local)"),
-    option("--ray-address", metavar="ADDRESS", heading=_WORKERS,
-           help="the cluster's (of the environment, or a new one)"),
-)  # fmt: skip
-"""Who does the work; `workers_config` takes their values."""
+def options_of(*kinds: type[Settings]) -> Callable[[Function], Function]:
+    """Declare the options that settings have of their own; `Gathered` takes their values."""
+    return all_of(*[_option_of(one) for kind in kinds for one in kind.settings() if one.option])
 
 
-class OfTask(click.ParamType):  # type: ignore[type-arg]
-    """A value for all tasks, or, as ``TASK=VALUE``, for one of several; a pair of the task, or None, and the value."""
-
-    def __init__(self, kind: click.ParamType) -> None:  # type: ignore[type-arg]
-        self.kind = kind
-        self.name = kind.name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str | None, Any]:
-        """Read the value and whose it is."""
-        if isinstance(value, tuple):
-            return value[0], value[1]
-        task, equals, own = str(value).partition("=")
-        named = bool(equals) and task in TASK_FIELDS
-        return task if named else None, self.kind.convert(own if named else value, param, ctx)
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Complete a value that is not one task's."""
-        return self.kind.shell_complete(ctx, param, incomplete)
+def _option_of(one: Setting) -> Callable[[Any], Any]:
+    text = one.text
+    if one.name == "task":
+        text = f"{one.text}. {'; '.join(f'{kind.section}: {kind.summary}' for kind in TASKS.classes())}"
+    shown = one.unset if one.default is None else ",".join(one.default) if one.repeated else one.default
+    return option(
+        one.flag,
+        one.name,
+        metavar=one.metavar,
+        type=_WORDS.get(one.name) or (FILE if one.metavar in ("FILE", "DIR") else click.STRING),
+        multiple=one.repeated,
+        help=f"{text} ({shown})" if shown != "" else text,
+    )
 
 
-def task_option(*declarations: str, type: Any = click.STRING, **attributes: Any) -> Callable[[Function], Function]:
-    """Declare an option that each of several tasks may have a value of its own for; the last one given counts."""
-    if isinstance(type, click.Choice):
-        attributes.setdefault("metavar", f"[{'|'.join(type.choices)}]")
-    return option(*declarations, type=OfTask(type), multiple=True, **attributes)
+def _task_options() -> dict[str, list[tuple[str, Setting]]]:
+    """Return the options that tasks have of their own, each with the tasks that take it."""
+    found: dict[str, list[tuple[str, Setting]]] = {}
+    for kind in TASKS.classes():
+        for one in kind.settings():
+            if one.option:
+                found.setdefault(one.name, []).append((kind.section, one))
+    return found
 
 
-first_task_options = all_of(
-    option("--task", type=click.Choice(list(TASK_FIELDS)), default=["kv"], multiple=True,
-           help="kv: key-value retrieval; mdqa: multi-document question answering; jsonl: your own; multikey: a needle "
-                "among needles; vt: variable tracking, cwe, fwe: common and frequent words, all three for eval "
-                "--generate (kv); give several to search for all of them, and what is one task's as TASK=VALUE: --data "
-                "mdqa=FILE"),
-    task_option("--keys", metavar="N", type=POSITIVE,
-           help=f"kv, multikey: pairs a context ({DEFAULT_PAIRS}; with --data all of a record)"),
-    task_option("--data", metavar="FILE", type=FILE,
-           help="JSONL, plain or gzipped. kv: kv-retrieval-*_keys (contexts made from the seed); mdqa: nq-open-* of "
-                "the same benchmark; jsonl: a line {context, question, answer: text or list of texts, depth: 0 to 1, "
-                "optional}"),
-)  # fmt: skip
-task_options = all_of(
-    option("--weight", metavar="TASK=W", multiple=True, heading=_TASK,
-           help="of several tasks: how much one counts, such as mdqa=2 (1)"),
-    task_option("--context-tokens", metavar="N", type=POSITIVE, heading=_TASK,
-           help="all but jsonl: as many keys, documents, lines or words as fit into N tokens"),
-    task_option("--documents", metavar="N", type=POSITIVE, heading=_TASK,
-           help=f"mdqa: documents a context ({DEFAULT_DOCUMENTS})"),
-    task_option("--lines", metavar="N", type=POSITIVE, heading=_TASK, help=f"vt: lines a context ({DEFAULT_LINES})"),
-    task_option("--words", metavar="N", type=POSITIVE, heading=_TASK,
-           help=f"cwe, fwe: words a context ({DEFAULT_WORDS})"),
-    task_option("--identifiers", type=click.Choice(list(IDENTIFIER_KINDS)), heading=_TASK,
-           help=f"kv without --data: what keys and values are; {_KINDS} ({IDENTIFIER_KINDS[0]})"),
-    task_option("--probes", "--depths", metavar="N", type=POSITIVE, heading=_TASK,
-           help="kv, mdqa, multikey: questions a context (as many as see a gain worth finding at the least cost); vt: "
-                "chains (1)"),
-    task_option("--positions", type=click.Choice(POSITIONS), heading=_TASK,
-           help=f"kv, mdqa, multikey, vt: where they stand: at random, one in each of equal strata, or the same "
-                f"everywhere ({POSITIONS[0]})"),
-    task_option("--prompt-template", metavar="TEXT", heading=_TASK,
-           help=f"jsonl: the prompt, \\n a new line ({escaped(DEFAULT_TEMPLATE)})"),
-    task_option("--answer-prefix", metavar="TEXT", heading=_TASK,
-           help="begin all answers with this, for base models: ' \"'"),
-    option("--seed", metavar="N", type=NATURAL, default=0, heading=_TASK, help="of all that is random (0)"),
-)  # fmt: skip
-"""What the model is asked; `task_config` takes their values and those of `first_task_options`."""
+def _task_option(settings: Sequence[tuple[str, Setting]]) -> Callable[[Any], Any]:
+    texts: dict[str, list[str]] = {}
+    for task, one in settings:
+        texts.setdefault(f"{one.text} ({one.unset})", []).append(task)
+    one = settings[0][1]
+    shown = "; ".join(f"{', '.join(tasks)}: {text}" for text, tasks in texts.items())
+    kind = FILE if one.metavar == "FILE" else click.STRING
+    return option(one.flag, one.name, metavar=one.metavar, type=kind, multiple=True, help=shown)
 
 
-def model_config(path: str, values: dict[str, Any]) -> ModelConfig:
-    """Take the values of `model_options`, and of `llama_options` if it has them, out of a command's.
+task_options = all_of(*[_task_option(settings) for settings in _task_options().values()])
+"""The options of tasks; `Gathered` takes their values."""
 
-    Raises:
-        LropeError: values out of range or that do not go together.
-    """
-    own = {field.name: values.pop(field.name) for field in fields(ModelConfig) if field.name in values}
-    return ModelConfig(path, n_threads=values.pop("threads"), chat_template=not values.pop("no_chat_template"), **own)
-
-
-def workers_config(values: dict[str, Any]) -> WorkersConfig:
-    """Take the values of `worker_options` out of a command's.
-
-    Raises:
-        LropeError: values out of range.
-    """
-    return WorkersConfig(*(values.pop(name) for name in ("workers", "gpus", "executor", "ray_address")))
+config_options = all_of(
+    option("--config", metavar="FILE", type=FILE, help="read settings from a TOML file; options and --set override it"),
+    option(
+        "--set",
+        metavar="NAME=VALUE",
+        type=Words(lambda: (f"{name}=" for name in known_settings())),
+        multiple=True,
+        help="any setting that search --print-config lists, such as kv.probes=20 or rope_scaling=yarn; as often as you "
+        "like",
+    ),
+)
+"""The options that reach every setting; `Gathered` takes their values."""
 
 
 def data_files(task: TaskConfig | TaskMix) -> dict[str, str | None]:
     """Return the files that tasks read, by the option that gave them, as `check_output` takes its inputs."""
     parts = TaskMix.of(task).tasks
-    return {"--data" if len(parts) == 1 else f"--data {part.name}": part.data for part in parts}
+    return {"--data" if len(parts) == 1 else f"--data {part.name}": part.file for part in parts}
 
 
 def check_study(directory: str | os.PathLike[str]) -> None:
     """Raise `LropeError` where a study cannot be: at a file's place."""
     if Path(directory).exists() and not Path(directory).is_dir():
         raise LropeError(f"--study {directory}: is a file; give a directory")
-
-
-def task_config(values: dict[str, Any]) -> TaskConfig | TaskMix:
-    """Take the tasks' values out of a command's.
-
-    Raises:
-        LropeError: options that do not go together, or one that is for a task that is not there.
-    """
-    tasks: tuple[str, ...] = values.pop("task")
-    check_once(tasks)
-    seed = values.pop("seed")
-    own: dict[str, dict[str, Any]] = {name: {"seed": seed} for name in tasks}
-    for field in (*sorted(frozenset().union(*TASK_FIELDS.values())), "answer_prefix"):
-        # a task that does not take the option refuses it in words of its own
-        takers = [name for name in tasks if field == "answer_prefix" or field in TASK_FIELDS[name]] or tasks[:1]
-        given: tuple[tuple[str | None, Any], ...] = values.pop(field)
-        for task, value in sorted(given, key=lambda pair: pair[0] is not None):  # what is one task's own counts more
-            if task is None and field == "data" and len(tasks) > 1:
-                raise LropeError(f"--data {value}: whose, of {len(tasks)} tasks? say --data {takers[-1]}={value}")
-            if task is not None:
-                _check_there(tasks, task, f"{option_name(field)} {task}={value}")
-            for name in takers if task is None else (task,):
-                own[name][field] = value
-    weights = _weights(tasks, values.pop("weight"))
-    configs = [TaskConfig(name, **fields) for name, fields in own.items()]
-    return configs[0] if len(configs) == 1 else TaskMix(tuple((task, weights[task.name]) for task in configs))
-
-
-def _weights(tasks: tuple[str, ...], given: tuple[str, ...]) -> dict[str, float]:
-    """Read ``--weight TASK=W``."""
-    weights = dict.fromkeys(tasks, 1.0)
-    for text in given:
-        task, equals, number = text.partition("=")
-        if not equals or task not in TASK_FIELDS:
-            raise LropeError(f"--weight {text}: does not say whose; give it as TASK=W, such as {tasks[-1]}=2")
-        _check_there(tasks, task, f"--weight {text}")
-        if len(tasks) == 1:
-            raise LropeError(f"--weight {text}: there is no other task to weigh {task} against; leave it out")
-        try:
-            weights[task] = float(number)
-        except ValueError:
-            raise LropeError(f"--weight {text}: {number!r} is no number; give one such as 2") from None
-    return weights
-
-
-def _check_there(tasks: tuple[str, ...], task: str, given: str) -> None:
-    if task not in tasks:
-        raise LropeError(f"{given}: no --task {task} is given, only {' and '.join(tasks)}; add it or leave this out")

@@ -29,7 +29,8 @@ def command(study: Path, output: Path | None, as_json: bool, mlflow: bool, show:
     STUDY is the directory of a search, such as best.study.
     """
     if output is not None:
-        kept = ("config.json", "evaluations.jsonl", "candidates.jsonl", "guard.json", "best.json", "log.txt")
+        kept = ("config.json", "evaluations.jsonl", "candidates.jsonl", "guard.json", "looks.jsonl", "objective.json",
+                "best.json", "log.txt")  # fmt: skip
         check_output("--output", output, {f"STUDY's {name}": study / name for name in kept})
 
     from ..report.page import write_report

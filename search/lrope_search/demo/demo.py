@@ -17,11 +17,14 @@ from lrope_gguf.metadata import write_factors
 from lrope_gguf.plot import plot_factors
 from lrope_gguf.text import command_line, say, sparkline
 
-from ..config import ModelConfig, SearchConfig, TaskConfig
+from ..evaluation.settings import ModelConfig
 from ..launch import search
+from ..optimizers.settings import optimizer_config
 from ..results.comparison import depth_groups
 from ..study.run import SearchOutcome
-from ..tasks import Task, make_task
+from ..study.settings import SearchConfig
+from ..tasks.kv import KeyValueConfig
+from ..tasks.task import Task
 from .model import NAME, SHA256, embedded_model
 from .server import LlamaServer
 
@@ -32,7 +35,7 @@ class _Demo:
 
     path: Callable[[Path], Path]
     """Puts the model into a directory."""
-    task: TaskConfig
+    task: KeyValueConfig
     settings: SearchConfig
     n_asked: int
     """Test contexts that are asked over HTTP too."""
@@ -73,7 +76,7 @@ def run_demo(name: str, directory: Path, *, seed: int = 0, model_options: ModelC
 
     n_questions = demo.n_asked * (task.probes or 0)
     say(f"3. serve and ask: {n_questions} questions of the test over HTTP, of each model")
-    contexts = make_task(task)
+    contexts = task.make()
     asked = {side: _ask(path, contexts, model, task, demo) for side, path in (("base", base), ("written", written))}
     say(f"\n{_table(asked, contexts)}\n")
     if not outcome.verdict.recommended:
@@ -127,7 +130,7 @@ def _sha256(path: Path) -> str:
 # the start and in the middle. All chosen on search contexts (models/README.md).
 _EMBEDDED = _Demo(
     path=embedded,
-    task=TaskConfig("kv", keys=120, probes=60, identifiers="word", answer_prefix=""),
+    task=KeyValueConfig(keys=120, probes=60, identifiers="word", answer_prefix=""),
     settings=SearchConfig(
         max_evaluations=160,
         search_contexts=8,
@@ -135,7 +138,7 @@ _EMBEDDED = _Demo(
         validation_contexts=12,
         test_contexts=40,
         uniform_factors=(0.8, 0.9, 1.2, 1.4, 1.6, 2.0),
-        width=0.3,
+        algorithm=optimizer_config("ga", width=0.3),
         max_kl=100.0,  # ordinary text means nothing to this model
     ),
     n_asked=4,
@@ -146,7 +149,7 @@ _EMBEDDED = _Demo(
 # copies 36 characters without a slip, and a score that is zero at every depth shows nothing.
 _GEMMA = _Demo(
     path=gemma,
-    task=TaskConfig("kv", keys=40, probes=11, identifiers="number", answer_prefix=' "'),
+    task=KeyValueConfig(keys=40, probes=11, identifiers="number", answer_prefix=' "'),
     settings=SearchConfig(
         max_evaluations=48,
         search_contexts=6,
@@ -162,12 +165,13 @@ _GEMMA = _Demo(
 DEMOS = MappingProxyType({"embedded": _EMBEDDED, "gemma-3-270m": _GEMMA})
 
 
-def _ask(path: Path, task: Task, model: ModelConfig, config: TaskConfig, demo: _Demo) -> list[list[bool]]:
+def _ask(path: Path, task: Task, model: ModelConfig, config: KeyValueConfig, demo: _Demo) -> list[list[bool]]:
     """Return whether each question's answer, as the server writes it, begins with the value; a row a context."""
     results = []
     lead = task.calibration().lead.removeprefix(config.answer_prefix)
+    # one thread waits for no other, however busy the machine is
     # the full cache of sliding-window layers lets one context's questions share their prefix
-    with LlamaServer(path, 4096, n_threads=model.n_threads, options=["--swa-full"]) as server:
+    with LlamaServer(path, 4096, n_threads=model.n_threads or 1, options=["--swa-full"]) as server:
         for index in range(demo.n_asked):
             context = task.context("test", index)
             answers = [

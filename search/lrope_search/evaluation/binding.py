@@ -23,6 +23,26 @@ _CACHE_TYPES = {
 }  # fmt: skip
 """enum ggml_type, ggml.h"""
 
+_SPINS = "1000"
+"""How often a thread of GNU OpenMP looks for the others before it sleeps, in place of 300,000 times: on a busy machine
+those it waits for need its core. 1000 is what OpenMP itself takes where there are more threads than cores."""
+
+
+_FLOATS, _BOOLS = ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_bool)
+_TOKENS, _SIZES = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_size_t)
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "llama_set_rope_layer_factors": (ctypes.c_int32, [_FLOATS, ctypes.c_size_t]),
+    "llama_get_rope_layer_factors": (ctypes.c_int32, [_FLOATS, ctypes.c_size_t]),
+    "llama_model_rope_layer_factors": (ctypes.c_bool, [_FLOATS, ctypes.c_size_t]),
+    "llama_rope_layers": (ctypes.c_int32, [ctypes.c_uint32, _BOOLS, ctypes.c_size_t]),
+    "llama_set_score_targets": (ctypes.c_int32, [_TOKENS, ctypes.c_size_t]),
+    "llama_get_scores": (ctypes.c_int32, [_FLOATS, _BOOLS, ctypes.c_size_t]),
+    "llama_get_memory_size": (None, [_SIZES]),
+    "llama_rope_n_ctx": (ctypes.c_int32, []),
+}
+"""The patches' functions: result, and arguments after the context or the model."""
+_NEEDED = ("llama_set_rope_layer_factors", "llama_rope_layers", "llama_get_memory_size")
+
 
 class Log:
     """Receives llama.cpp's log: keeps the errors, shows everything if asked to."""
@@ -63,6 +83,8 @@ def llama_library() -> Any:
     Raises:
         LropeError: there is no binding, no usable library, or an unpatched one.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when the library is loaded, by programs begun here too
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     own = native_dir()
     if own is not None:
         os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(own))
@@ -77,27 +99,21 @@ def llama_library() -> Any:
             "LLAMA_CPP_LIB_PATH to the folder of a patched libllama"
         ) from error
     library = llama_cpp._lib
-    if not hasattr(library, "llama_set_rope_layer_factors"):
+    lacking = [name for name in _NEEDED if not hasattr(library, name)]
+    if lacking:
+        state = (
+            "is not patched"
+            if len(lacking) == len(_NEEDED)
+            else f"has an older series of patches ({lacking[0]} is missing)"
+        )
         raise LropeError(
-            f"this llama.cpp is not patched: {library._name}; unset LLAMA_CPP_LIB_PATH, or set it to the folder of "
+            f"this llama.cpp {state}: {library._name}; unset LLAMA_CPP_LIB_PATH, or set it to the folder of "
             "a library built with lrope-gguf's patches"
         )
-    floats = ctypes.POINTER(ctypes.c_float)
-    for name, result in (
-        ("llama_set_rope_layer_factors", ctypes.c_int32),
-        ("llama_get_rope_layer_factors", ctypes.c_int32),
-        ("llama_model_rope_layer_factors", ctypes.c_bool),
-    ):
-        function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p, floats, ctypes.c_size_t]
-        function.restype = result
-        setattr(llama_cpp, name, function)
-    if can_score(library):
-        tokens, flags = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_bool)
-        for name, arguments in (("llama_set_score_targets", [tokens]), ("llama_get_scores", [floats, flags])):
+    for name, (result, arguments) in _FUNCTIONS.items():
+        if hasattr(library, name):  # one of an older llama.cpp has the first patches only
             function = getattr(library, name)
-            function.argtypes = [ctypes.c_void_p, *arguments, ctypes.c_size_t]
-            function.restype = ctypes.c_int32
+            function.argtypes, function.restype = [ctypes.c_void_p, *arguments], result
             setattr(llama_cpp, name, function)
     callback = llama_cpp.llama_log_callback(log)
     llama_cpp.lrope_log_callback = callback  # as long as the library: it keeps only the address

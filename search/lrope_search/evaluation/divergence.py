@@ -49,11 +49,11 @@ def read_texts(
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise LropeError(f"{path}: cannot be read as text ({reason}); give --guard-text a UTF-8 file") from error
+        raise LropeError(f"{path}: cannot be read as text ({reason}); give guard_text a UTF-8 file") from error
     tokens = model.tokenize(text).tolist()
     if len(tokens) < 2 * short:
         raise LropeError(
-            f"{path}: {len(tokens)} tokens, too few for a guard; give --guard-text at least {2 * short} or leave it out"
+            f"{path}: {len(tokens)} tokens, too few for a guard; give guard_text at least {2 * short} or leave it out"
         )
     begin = model.text_start()
     body = short - len(begin)
@@ -124,7 +124,7 @@ class Guard:
 
     def __init__(self, model: Model, texts: GuardTexts) -> None:
         """Hold ``model``, whose lifetime stays the caller's concern."""
-        self._model = model
+        self._model, self.texts = model, texts
         self._workers = RowWorkers(model.n_threads)
         short = [np.array(text, np.int32) for text in texts.short]
         long = np.array(texts.long, np.int32)

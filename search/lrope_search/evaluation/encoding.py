@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,10 @@ class Encoding:
     wanted: NDArray[np.bool_]
     gold: Tokens
     owner: NDArray[np.int64]
+    depths: tuple[float, ...]
+    """Of the probes."""
+    task: str
+    """Its name, of a mix of several."""
     n_new: int = MAX_NEW_TOKENS
     """The most tokens of a generated answer."""
 
@@ -58,14 +63,22 @@ class Encoding:
         """Cells of the KV cache that scoring or generating takes."""
         return self.n_tokens + self.n_new * len(self.questions)
 
-    def head(self, first: int) -> Part:
-        """The prefix, shared by all sequences from ``first`` on."""
-        n = len(self.prefix)
-        return self.prefix, np.arange(n), np.full(n, first), np.zeros(n, np.bool_), np.full(n, self.n_seq)
+    @cached_property
+    def n_bytes(self) -> int:
+        """Memory that the arrays take."""
+        texts = (self.prefix, *self.questions, self.tokens, self.gold)
+        places = (self.positions, self.sequences, self.owner)
+        return sum(array.nbytes for arrays in (texts, places, (self.wanted,)) for array in arrays)
 
-    def tail(self, first: int) -> Part:
-        """The probes, each of a sequence after ``first``."""
-        return self.tokens, self.positions, self.sequences + first, self.wanted, np.ones(len(self.tokens), np.int64)
+    def head(self) -> Part:
+        """The prefix, shared by all sequences."""
+        n = len(self.prefix)
+        zeros = np.zeros(n, np.int64)
+        return self.prefix, np.arange(n), zeros, np.zeros(n, np.bool_), zeros + self.n_seq
+
+    def tail(self) -> Part:
+        """The probes, each of a sequence of its own."""
+        return self.tokens, self.positions, self.sequences, self.wanted, np.ones(len(self.tokens), np.int64)
 
 
 class Encoder:
@@ -106,6 +119,8 @@ class Encoder:
             wanted=place >= np.repeat(n_tail - n_value, n_tail),
             gold=np.concatenate([answer[n:] for answer, n in zip(answers, leads, strict=True)]),
             owner=np.repeat(np.arange(len(prompts)), n_value),
+            depths=tuple(probe.depth for probe in context.probes),
+            task=context.task,
             n_new=max([MAX_NEW_TOKENS, *(_TIMES_LISTED * len(a) for a, p in both if p.references)]),
         )
 

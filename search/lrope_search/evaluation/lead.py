@@ -26,6 +26,10 @@ class Lead:
     own_tokens: bool
     """Whether the value begins with a token of its own (not so: a blank and the value's first letters in one)."""
 
+    def __str__(self) -> str:
+        """Return it for people: ``{key}`` stands for what is particular to the question."""
+        return self.for_key("{key}")
+
     def for_key(self, key: str) -> str:
         """Return the lead of the question about ``key``."""
         return self.template.replace(_KEY, key)

@@ -10,24 +10,28 @@ from typing import Any
 
 from lrope_gguf.errors import LropeError
 
-from ..config import ModelConfig, TaskConfig, TaskMix, Tasks
 from ..scores import Evaluator, Factors, Job
-from ..tasks import AnyTask, Task, make_task, make_tasks, mixed
+from ..tasks.make import make_task, make_tasks
+from ..tasks.mix import AnyTask, mixed
+from ..tasks.settings import TaskConfig, TaskMix, Tasks
+from ..tasks.task import Task
 from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
 from .evaluator import SCORINGS, TeacherForcedEvaluator
 from .generation import Generation
-from .memory import MemoryNeeded, check_cache_types
+from .lead import Lead
+from .memory import MemoryNeeded
 from .model import Model
+from .parallel import Parallelism, Rates, fastest, measure_rates
 from .sample_answer import Sample
+from .settings import ModelConfig
 
 
 def open_model(config: ModelConfig) -> Model:
     """Load the model.
 
     Raises:
-        LropeError: it cannot be loaded, or not have such a cache.
+        LropeError: it cannot be loaded.
     """
-    check_cache_types(config.path, (config.cache_type_k, config.cache_type_v))
     return Model(
         config.path,
         n_batch=config.batch_size,
@@ -58,23 +62,6 @@ def evaluator_parts(model: Model, tasks: Tasks) -> tuple[AnyTask, tuple[str, ...
     return mixed([task_for(model, config) for config in configs]), tuple(config.answer_prefix for config in configs)
 
 
-class _Evaluator(TeacherForcedEvaluator):
-    """An evaluator that remembers the texts of its guard, if it has one."""
-
-    def __init__(
-        self,
-        model: Model,
-        task: AnyTask,
-        texts: GuardTexts | None,
-        *,
-        answer_prefix: tuple[str, ...],
-        scoring: str | None,
-    ) -> None:
-        guard = None if texts is None else Guard(model, texts)
-        super().__init__(model, task, answer_prefix=answer_prefix, guard=guard, scoring=scoring)
-        self.guard_texts = texts
-
-
 @dataclass(frozen=True)
 class EvaluatorSpec:
     """All that a worker needs to make its evaluator (an `EvaluatorFactory`).
@@ -84,8 +71,9 @@ class EvaluatorSpec:
         task: What it is asked.
         guard_text: File of the guard's text; None: the base model writes it, from the (first) task's seed.
         guard_texts: The text itself, once a worker has found out (`find_out`).
-        scoring: See `TeacherForcedEvaluator`; None until a worker has found out.
+        scoring, leads: See `TeacherForcedEvaluator`; None until a worker has found out.
         guarded: Whether there is a guard at all.
+        choices: Divisions of the cores, measured where no layer is on a GPU; the worker has the fastest of one worker.
     """
 
     model: ModelConfig
@@ -94,11 +82,14 @@ class EvaluatorSpec:
     guard_texts: GuardTexts | None = None
     scoring: str | None = None
     guarded: bool = True
+    leads: tuple[Lead, ...] | None = None
+    choices: tuple[Parallelism, ...] = ()
 
     def settled(self, facts: Facts) -> EvaluatorSpec:
         """Return this with what a first worker has found out, in which all of them must agree."""
         model = replace(self.model, batch_size=facts.batch_size)
-        return replace(self, model=model, guard_texts=facts.guard_texts, scoring=facts.scoring)
+        texts, scoring, leads = facts.guard_texts, facts.scoring, facts.leads
+        return replace(self, model=model, guard_texts=texts, scoring=scoring, leads=leads, choices=())
 
     @contextmanager
     def __call__(self, n_threads: int | None = None) -> Iterator[TeacherForcedEvaluator]:
@@ -109,9 +100,18 @@ class EvaluatorSpec:
         """
         make_tasks(self.task)  # what is wrong with it shows at once
         with open_model(replace(self.model, n_threads=n_threads or self.model.n_threads)) as model:
+            rates = {} if model.on_gpu or not self.choices else measure_rates(model, self.choices)
+            if rates:
+                alone = {division: rate for division, rate in rates.items() if division.n_workers == 1}
+                model.set_threads(fastest(alone).n_threads)
             texts = (self.guard_texts or self._texts(model)) if self.guarded else None
             task, prefixes = evaluator_parts(model, self.task)
-            yield _Evaluator(model, task, texts, answer_prefix=prefixes, scoring=self.scoring)
+            guard = None if texts is None else Guard(model, texts)
+            evaluator = TeacherForcedEvaluator(
+                model, task, answer_prefix=prefixes, guard=guard, scoring=self.scoring, leads=self.leads
+            )
+            evaluator.rates = rates
+            yield evaluator
 
     def _texts(self, model: Model) -> GuardTexts:
         short, long = min(SHORT_TOKENS, model.n_ctx_train // 2), min(LONG_TOKENS, model.n_ctx_train)
@@ -153,13 +153,15 @@ def kept_computing(config: Any) -> tuple[int | None, str | None]:
 class Facts:
     """What only a loaded model can say, and all workers must agree on."""
 
-    leads: tuple[str, ...]
+    leads: tuple[Lead, ...]
     """What the base model writes before a value, in each task."""
     guard_texts: GuardTexts | None
     """None where there is no guard."""
     memory: MemoryNeeded
     longest: int
     """Tokens of the longest prompt."""
+    layers: tuple[int, ...]
+    """Layers that rotate over the whole of it."""
     samples: tuple[Sample, ...]
     """What the base model makes of an easy question of each task."""
     n_probes: int
@@ -170,21 +172,40 @@ class Facts:
     """Tokens that are computed at once."""
     scoring: str
     """Who takes log-probabilities from logits."""
+    n_tokens: int
+    """That the first search context of each task takes, on average."""
+    n_ctx_train: int
+    """Tokens of the longest prompt that the model was trained on."""
+    n_threads: int
+    """Of this worker."""
+    rates: Rates
+    """Tokens per second of each division of the cores that was measured."""
 
 
 def find_out(evaluator: Evaluator) -> Facts:
     """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
-    assert isinstance(evaluator, _Evaluator)
+    assert isinstance(evaluator, TeacherForcedEvaluator)
     return Facts(
         evaluator.leads,
-        evaluator.guard_texts,
+        None if evaluator.guard is None else evaluator.guard.texts,
         evaluator.memory_needed(),
         evaluator.longest,
+        evaluator.layers,
         evaluator.samples,
         *evaluator.n_probes,
         evaluator.batch_size,
         evaluator.scoring,
+        evaluator.n_tokens_first,
+        evaluator.n_ctx_train,
+        evaluator.n_threads,
+        evaluator.rates,
     )
+
+
+def use_threads(n_threads: int, evaluator: Evaluator) -> None:
+    """Let the evaluator compute with so many threads; runs in a worker."""
+    assert isinstance(evaluator, TeacherForcedEvaluator)
+    evaluator.use_threads(n_threads)
 
 
 def check_factors(sides: Sequence[Factors], evaluator: Evaluator) -> None:
@@ -193,12 +214,12 @@ def check_factors(sides: Sequence[Factors], evaluator: Evaluator) -> None:
     Raises:
         LropeError: names what is wrong with them.
     """
-    assert isinstance(evaluator, _Evaluator)
+    assert isinstance(evaluator, TeacherForcedEvaluator)
     for factors in sides:
         evaluator.check(factors)
 
 
 def write_job(job: Job, evaluator: Evaluator) -> tuple[Generation, ...]:
     """Let the model write its answers (`TeacherForcedEvaluator.generate`); runs in a worker."""
-    assert isinstance(evaluator, _Evaluator)
+    assert isinstance(evaluator, TeacherForcedEvaluator)
     return evaluator.generate(job.factors, job.split, job.index)

@@ -19,15 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
-from lrope_gguf.scaling_keys import DYNAMIC
 
-from ..config import CACHE_TYPES
 from ..machine import physical_cores
 from .batch import Batch, Part, Rows, Scores, Tokens
 from .binding import can_score, chat_formatter, llama_library, log, pointer, set_options
+from .settings import CACHE_TYPES
 
 _ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
-_REFUSED = -2  # llama_set_rope_layer_factors, patches/src/src/llama-rope-layer.cpp
+_REFUSED = -2  # llama_set_rope_layer_factors, patches/01-layer-factors/src/llama-rope-layer.cpp
+_LOAD_NOTHING = 0  # LLAMA_LOAD_MODE_NONE
 CPU_BATCH, GPU_BATCH = 512, 2048  # tokens a batch, by default
 MAX_OUTPUTS = 128  # rows of logits a decode may return: bounds memory where the vocabulary is large
 
@@ -53,11 +53,13 @@ class Model:
         chat: bool = True,
         verbose: bool = False,
         llama_options: Mapping[str, Any] | None = None,
+        weights: bool = True,
     ) -> None:
         """Load ``path`` (memory-mapped). ``None`` leaves a choice to llama.cpp; ``n_threads``: the physical cores.
 
         ``n_batch``, if None: `GPU_BATCH` where layers go to a GPU, else `CPU_BATCH`. ``chat``: put prompts into the
         model's chat template, if it has one. ``llama_options``: of its contexts, see `ModelConfig.llama_options`.
+        ``weights``: False allocates none of them, nor what a context needs: enough for `memory_size` and `rope_layers`.
         Raises `LropeError` if the model cannot be loaded or has no RoPE.
         """
         self._llama = llama = llama_library()
@@ -69,12 +71,13 @@ class Model:
         on_gpu = n_gpu_layers != 0 and llama.llama_supports_gpu_offload()
         self.n_batch = n_batch or (GPU_BATCH if on_gpu else CPU_BATCH)
         self.n_threads = n_threads or physical_cores()
+        self.on_gpu = bool(on_gpu)
         self._llama_options = dict(llama_options or {})
         of_k, of_v = (str(self._llama_options.get(f"cache_type_{part}", "f16")) for part in "kv")
         self.cache_types = of_k, of_v
         if flash_attention is None and CACHE_TYPES[of_v][0] > 1:
             flash_attention = True  # llama.cpp has no other attention on quantized values
-        self._flash_attention = flash_attention
+        self._flash_attention, self._n_gpu_layers = flash_attention, n_gpu_layers
         if not self.path.is_file():
             raise LropeError(f"{path}: no such file")
         log.verbose = verbose
@@ -82,6 +85,8 @@ class Model:
         parameters = llama.llama_model_default_params()
         if n_gpu_layers is not None:
             parameters.n_gpu_layers = n_gpu_layers
+        if not weights:
+            parameters.no_alloc, parameters.load_mode = True, _LOAD_NOTHING
         self._model = llama.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise LropeError(f"{path}: cannot load: {log.reason()}")
@@ -91,7 +96,7 @@ class Model:
         self._vocab = llama.llama_model_get_vocab(self._model)
         self._n_block = int(self._metadata(f"{self._metadata('general.architecture')}.block_count"))
         # what a curve shapes; the patch wants a factor for each block, a multi-token-prediction head's too. As in
-        # patches/src/common/rope-layer.cpp: llama.cpp runs some models' layers several times
+        # patches/01-layer-factors/common/rope-layer.cpp: llama.cpp runs some models' layers several times
         self.n_layer = min(self._n_block, int(llama.llama_model_n_layer(self._model)))
         # the output layer goes last, after all the others
         all_on_gpu = n_gpu_layers is None or n_gpu_layers < 0 or n_gpu_layers > self._n_block
@@ -124,27 +129,37 @@ class Model:
             self._llama.llama_model_free(self._model)
         self._context = self._model = None
 
-    def another_context(self) -> Model:
-        """Return the same loaded weights with a llama.cpp context of their own, to be closed before this one."""
+    def another_context(self, n_batch: int | None = None) -> Model:
+        """Return the same loaded weights with a llama.cpp context of their own, to be closed before this one.
+
+        ``n_batch``: tokens that it computes at once; None: as many as this one.
+        """
         other = copy.copy(self)
+        other.n_batch = n_batch or self.n_batch
         other._context = None
         other._owns_model = other._scoring = False
         other.n_ctx = 0
-        other._batch = Batch(self._llama, self.n_batch)
+        other._batch = Batch(self._llama, other.n_batch)
         return other
+
+    def without_weights(self) -> Model:
+        """Return the same model, to be run in the same way, but for its weights: see ``weights``; to be closed."""
+        return Model(
+            self.path,
+            n_batch=self.n_batch,
+            n_threads=self.n_threads,
+            n_gpu_layers=self._n_gpu_layers,
+            flash_attention=self._flash_attention,
+            chat=False,
+            verbose=log.verbose,
+            llama_options=self._llama_options,
+            weights=False,
+        )
 
     def _metadata(self, key: str) -> str:
         buffer = ctypes.create_string_buffer(256)
         self._llama.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
         return buffer.value.decode()
-
-    @property
-    def scaling_moves(self) -> bool:
-        """Whether the longest of all sequences decides how each of them rotates: dynamic scaling."""
-        asked = self._llama_options.get("rope_scaling")
-        if asked is not None:
-            return str(asked).startswith("dynamic")
-        return bool(self._metadata(f"{self._metadata('general.architecture')}.{DYNAMIC}"))
 
     # Text
 
@@ -169,7 +184,7 @@ class Model:
         return formatter
 
     def _template_error(self, error: Exception) -> LropeError:
-        return LropeError(f"{self.path}: its chat template fails ({error}); use --no-chat-template")
+        return LropeError(f"{self.path}: its chat template fails ({error}); use --set chat_template=false")
 
     def prompt_end(self, prompt: str, n_tokens: int = 8) -> str:
         """Return the text of a prompt's last tokens, control tokens too, as the model sees it before it answers."""
@@ -251,16 +266,47 @@ class Model:
             raise LropeError(f"{self.path}: llama.cpp sees {n} layers, the metadata {values.size}")
         return tuple(values[: self.n_layer].tolist())
 
-    def file_factors(self) -> tuple[float, ...] | None:
-        """Return the factors that the file itself holds, None if it holds none."""
-        values = np.empty(self._n_block, np.float32)
-        found = self._llama.llama_model_rope_layer_factors(self._model, pointer(values, ctypes.c_float), values.size)
-        return tuple(values[: self.n_layer].tolist()) if found else None
+    def rope_layers(self, n_tokens: int) -> tuple[int, ...]:
+        """Return the layers whose factor matters over the whole of a text of ``n_tokens`` tokens. Needs a context.
+
+        That is, without those that rotate nothing, have a shorter window, or attend to another layer's keys.
+        """
+        layers = np.zeros(self._n_block, np.bool_)
+        self._llama.llama_rope_layers(self._context, n_tokens, pointer(layers, ctypes.c_bool), layers.size)
+        return tuple(np.flatnonzero(layers[: self.n_layer]).tolist())
+
+    def memory_size(self, *, score_on_device: bool = False) -> tuple[int, int, int, int]:
+        """Return the bytes that model and context take, or would take if the model has no weights.
+
+        Weights that the processes of a machine share, other weights, the cache, and what is computed with, the rows of
+        logits included. ``score_on_device``: as if `score` was called.
+        """
+        llama = self._llama
+        if score_on_device:
+            self._batch.target[:] = 0
+            targets = pointer(self._batch.target, llama.llama_token)
+            llama.llama_set_score_targets(self._context, targets, self.n_batch)
+        sizes = (ctypes.c_size_t * 4)()
+        llama.llama_get_memory_size(self._context, sizes)
+        if score_on_device and not self._scoring:
+            llama.llama_set_score_targets(self._context, None, 0)
+        shared, others, cache, compute = sizes
+        # a new context has room for a row a sequence; reading logits then makes room for as many as may be asked for
+        rows = self._n_seq if score_on_device else min(self._max_outputs, self.n_batch)
+        return shared, others, cache, compute + 4 * self.n_vocab * max(rows, self._n_seq)
 
     # Computing
 
-    def reserve(self, n_ctx: int, n_seq: int = 1, *, swa_full: bool = True) -> None:
+    def set_threads(self, n_threads: int) -> None:
+        """Compute with so many threads from now on."""
+        self.n_threads = n_threads
+        if self._context:
+            self._llama.llama_set_n_threads(self._context, n_threads, n_threads)
+
+    def reserve(self, n_ctx: int, n_seq: int = 1, *, swa_full: bool = True, max_outputs: int = MAX_OUTPUTS) -> None:
         """Make a context of ``n_ctx`` tokens, shared by ``n_seq`` sequences; what an earlier one held is lost.
+
+        ``max_outputs``: rows of logits that one decode may return, and memory is kept for.
 
         ``swa_full``: keep all tokens of sliding-window layers. A small window cache drops a token only while one
         sequence holds it (``llama_kv_cache::find_slot``): after `copy_sequence` it would be full of the prefix.
@@ -274,7 +320,7 @@ class Model:
         parameters.n_ctx = n_ctx
         parameters.n_batch = parameters.n_ubatch = self.n_batch
         parameters.n_seq_max = n_seq
-        parameters.n_outputs_max = max(MAX_OUTPUTS, n_seq)
+        parameters.n_outputs_max = max(max_outputs, n_seq)
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
         parameters.kv_unified = True
         parameters.swa_full = swa_full
@@ -284,11 +330,18 @@ class Model:
         log.clear()
         self._context = llama.llama_init_from_model(self._model, parameters)
         if not self._context:
-            raise LropeError(f"{self.path}: cannot make a context of {n_ctx} tokens: {log.reason()}")
+            raise LropeError(f"{self.path}: cannot make a context of {n_ctx} tokens{self._types()}: {log.reason()}")
         self._memory = llama.llama_get_memory(self._context)
-        self._max_outputs = int(parameters.n_outputs_max)
+        self._max_outputs, self._n_seq = int(parameters.n_outputs_max), n_seq
         self.n_ctx = int(llama.llama_n_ctx(self._context))
-        self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._model))  # YaRN of the options has stretched it
+        if hasattr(llama, "llama_rope_n_ctx"):
+            self.n_ctx_train = int(llama.llama_rope_n_ctx(self._context))  # a scaling of the options has stretched it
+
+    def _types(self) -> str:
+        """Say which types of cache were asked for, which most models cannot have if they have others than usual."""
+        if self.cache_types == ("f16", "f16"):
+            return ""
+        return f" with --cache-type-k {self.cache_types[0]} and --cache-type-v {self.cache_types[1]}"
 
     def clear(self, *, data: bool = False) -> None:
         """Empty all sequences; with ``data`` also overwrite the cached keys and values (needed after a NaN)."""
@@ -299,11 +352,10 @@ class Model:
         self._llama.llama_memory_seq_rm(self._memory, target, -1, -1)
         self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
-    def prefill(self, texts: Sequence[Tokens], sequences: Sequence[int] = (0,)) -> None:
-        """Append each of ``texts`` to its own, empty sequence, without logits."""
-        positions = np.concatenate([np.arange(len(tokens)) for tokens in texts])
-        owners = np.repeat(sequences, [len(tokens) for tokens in texts])
-        for _ in self.decode(np.concatenate(texts), positions, owners, np.zeros(len(owners), np.bool_)):
+    def prefill(self, tokens: Tokens) -> None:
+        """Append ``tokens`` to sequence 0, which is empty, without logits."""
+        n = len(tokens)
+        for _ in self.decode(tokens, np.arange(n), np.zeros(n, np.int64), np.zeros(n, np.bool_)):
             raise AssertionError("no logits were asked for")
 
     def synchronize(self) -> None:

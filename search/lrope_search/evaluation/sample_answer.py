@@ -33,8 +33,8 @@ class Sample:
         )
         _, opened, rest = self.prompt_end.rpartition("<think>")
         if opened and "</think>" not in rest:
-            return f"{told}. Its chat template opens <think>: close it with --answer-prefix '</think>'"
-        way = "--no-chat-template" if self.chat else "--answer-prefix"
+            return f"{told}. Its chat template opens <think>: close it with --set TASK.answer_prefix='</think>'"
+        way = "chat_template (--set)" if self.chat else "answer_prefix (--set)"
         return f"{told}. Look at {way}, at shorter contexts, and at what it writes: eval --generate"
 
 

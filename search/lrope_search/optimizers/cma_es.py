@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from lrope_gguf.errors import LropeError
 
 from .generational import Generational, Generations, minimised
+from .settings import BaselineConfig, population_setting
 from .space import Space, Start
+
+
+@dataclass(frozen=True, kw_only=True)
+class CmaEsConfig(BaselineConfig):
+    """Settings of `CmaEs`."""
+
+    section = "cma-es"
+    summary = "CMA-ES, to compare"
+
+    population: int | None = population_setting("4 + 3 ln(dimensions)")
+
+    def make(self, space: Space, start: Sequence[Start] | None, seed: int) -> CmaEs:
+        """Return the algorithm."""
+        return CmaEs(space, start, seed=seed, width=self.width, population=self.population)
 
 
 class CmaEs(Generational):
@@ -54,7 +70,7 @@ def _cma_es(space: Space, first: list[Start], seed: int, width: float, populatio
     try:
         from cmaes import CMA
     except ModuleNotFoundError as error:
-        raise LropeError("--algorithm cma-es: cmaes is not installed; run: pip install 'lrope-gguf[cma-es]'") from error
+        raise LropeError("algorithm cma-es: cmaes is not installed; run: pip install 'lrope-gguf[cma-es]'") from error
     scores = yield first
     mean = first[max(range(len(first)), key=lambda i: scores[i])][0]
     box = space.box / space.scale[:, None]

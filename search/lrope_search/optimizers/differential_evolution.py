@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,22 @@ from numpy.typing import NDArray
 
 from .generational import Generational, Generations, minimised
 from .protocol import Score
+from .settings import BaselineConfig, population_setting
 from .space import Space, Start
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifferentialEvolutionConfig(BaselineConfig):
+    """Settings of `DifferentialEvolution`."""
+
+    section = "de"
+    summary = "differential evolution, to compare"
+
+    population: int | None = population_setting("16")
+
+    def make(self, space: Space, start: Sequence[Start] | None, seed: int) -> DifferentialEvolution:
+        """Return the algorithm."""
+        return DifferentialEvolution(space, start, seed=seed, width=self.width, **self.given("population"))
 
 
 class DifferentialEvolution(Generational):

@@ -5,20 +5,36 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..scores import LAYER_SCAN
-from .layers import Group, LayerScan, LayerSpace
+from .layers import LayerSpace
 from .protocol import Candidate, Score, rank
+from .scan import ScanStage
+from .settings import LAG, OptimizerConfig, lag_setting, parents_setting, population_setting
 from .space import CurveSpace, Ledger, Start
 from .surrogate import GaussianProcess, expected_improvement, one_thread
 
 Genomes = NDArray[np.float64]
 
-_RAISED, _LOWERED = 3.6, -2.0  # log factors of the layer scan, in units of `width`: 1.2 and 0.9 by default
-_TOGETHER = 4  # layers that gained alone are tried together, two to so many of them
+
+@dataclass(frozen=True, kw_only=True)
+class GeneticConfig(OptimizerConfig):
+    """Settings of `GeneticAlgorithm`."""
+
+    section = "ga"
+    summary = "a genetic algorithm after a scan of the layers"
+
+    lag: int = lag_setting()
+    population: int | None = population_setting("16", "candidates before the first birth")
+    parents: int | None = parents_setting("8")
+
+    def make(self, space: CurveSpace | LayerSpace, start: Sequence[Start] | None, seed: int) -> GeneticAlgorithm:
+        """Return the algorithm."""
+        own = self.given("population", "parents")
+        return GeneticAlgorithm(space, start, lag=self.lag, seed=seed, width=self.width, **own)
 
 
 class GeneticAlgorithm:
@@ -41,9 +57,9 @@ class GeneticAlgorithm:
     number of coordinates. A few proposals are random smooth curves. The best ten are the parents of a second round of
     proposals. Candidates that are pending count as if they had turned out as expected, so that no two births are alike.
 
-    Where layers have factors of their own (`LayerSpace`), a scan comes before the births: each layer is raised alone,
-    and those that move something are lowered as well (`LayerScan`). The layers that moved most are the coordinates of
-    what follows; the first proposals are the layers that gained, together. Beside a curve, half of all proposals are
+    Where layers have factors of their own (`LayerSpace`), a scan comes before the births (`ScanStage`): each layer is
+    raised alone, and those that move something are lowered as well. The layers that moved most are the coordinates of
+    what follows. Beside a curve, half of all proposals are
     curves alone: where the gain is smooth, children that move everything learn the curve at half the pace.
 
     Parents are the ``parents`` best of all told. The defaults are made for 50 to 400 evaluations.
@@ -78,7 +94,7 @@ class GeneticAlgorithm:
         space: CurveSpace | LayerSpace,
         start: Sequence[Start] | None = None,
         *,
-        lag: int = 8,
+        lag: int = LAG,
         population: int = 16,
         parents: int = 8,
         seed: int = 0,
@@ -97,20 +113,18 @@ class GeneticAlgorithm:
         self._tolerance, self._max_retries = tolerance, max_retries
         self._rng = np.random.default_rng(seed)
         self._queue = deque(space.known_good() if start is None else start)
-        self._scan: LayerScan | None = None
-        self._scanned: dict[int, tuple[Group, float]] = {}  # what the scan waits for, by candidate id
-        self._own_layers = own_layers
         self._among: list[int] = []  # layers with a coordinate after the scan, indices into those of the space
         curve = space.curve if isinstance(space, LayerSpace) else space
-        if isinstance(space, LayerSpace):
-            self._scan = LayerScan(len(space.layers), _RAISED * width, _LOWERED * width)
         if curve is not None:
             first = [(genome, "scan") for genome in curve.bumps(math.exp(1.5 * width))]
             n_random = population - len(self._queue) - len(first)
             first += [(curve.smooth(self._rng, width), "random") for _ in range(n_random)]
             own = np.zeros(space.size - curve.size)
             self._queue += [(np.concatenate([genome, own]), origin) for genome, origin in first]
-
+        self._stage: ScanStage | None = None
+        if isinstance(space, LayerSpace):
+            self._stage = ScanStage(space, self._queue, self._ledger, width=width, own_layers=own_layers)
+            self._queue = deque()
         self._told: list[tuple[Candidate, Score]] = []  # best first
         self._visible = np.empty(0, np.bool_)  # whether the surrogate can tell a candidate from others, by id
         self._inputs = self._see(np.empty((0, space.size)))  # of the surrogate, by candidate id
@@ -137,14 +151,16 @@ class GeneticAlgorithm:
         """Return the next of the first candidates, then children; None if ``lag`` are pending or at the end."""
         if self._converged or len(self._ledger.pending) >= self.lag:
             return None
+        if self._stage is not None and not self._stage.done:
+            candidate = self._stage.ask()
+            if candidate is not None:
+                self._notice(candidate)
+            self._look_at_the_scan(self._stage)
+            if candidate is not None or not self._stage.done:
+                return candidate
         if self._hopeless < 2 * self.lag:
             for _ in range(self._max_retries):
-                if not self._queue and self._scan is not None and not self._scan.done:
-                    candidate = self._look_at_layers(self._scan)
-                    if candidate is None and not self._scan.done:
-                        return None  # results first
-                else:
-                    candidate = self._ledger.issue(*self._next())
+                candidate = self._ledger.issue(*self._next())
                 if candidate is not None:
                     self._notice(candidate)
                     return candidate
@@ -159,59 +175,22 @@ class GeneticAlgorithm:
         """
         self._ledger.settle(candidate, score)
         self._told = sorted([*self._told, (candidate, score)], key=rank)
-        if self._scan is not None and candidate.origin == "uniform" and self.best[0] is candidate:
-            self._reach_further(candidate)
-        if self._scan is not None and candidate.id in self._scanned:
-            raised = self._scan.raised
-            self._scan.tell(*self._scanned.pop(candidate.id), score[1])
-            if self._scan.raised and not raised:
-                self._try_together(self._scan)  # what gained so far need not wait for the layers to lower
-                if self.best[0].curve is not None:
-                    self._scan.leave_lowering()  # no layer carries what a curve does: births will do more
-            if self._scan.done:
-                self._choose_layers(self._scan)
+        if self._stage is not None:
+            self._stage.tell(candidate, score)
+            self._look_at_the_scan(self._stage)
 
-    def _look_at_layers(self, scan: LayerScan) -> Candidate | None:
-        """Return the next candidate of the scan; None where results must come first, or it is over."""
-        assert isinstance(self._space, LayerSpace)
-        while (asked := scan.next()) is not None:
-            candidate = self._ledger.issue(self._space.moved(*asked), LAYER_SCAN)
-            if candidate is not None:
-                self._scanned[candidate.id] = asked
-                return candidate
-            scan.tell(*asked, 0.0)  # as good as known; the bounds may leave nothing to move
-        if scan.done and not self._among:
-            self._choose_layers(scan)
-        return None
+    def _look_at_the_scan(self, stage: ScanStage) -> None:
+        """Take over when the scan knows which layers matter."""
+        if stage.relevant is not None and not self._among:
+            self._choose_layers(stage.relevant)
 
-    def _choose_layers(self, scan: LayerScan) -> None:
-        """Let the layers that moved most be the coordinates from now on, and try those that gained together."""
-        assert isinstance(self._space, LayerSpace)
-        self._among = scan.relevant(self._own_layers)
-        self._try_together(scan)
+    def _choose_layers(self, relevant: Sequence[int]) -> None:
+        """Let the layers that moved most be the coordinates from now on."""
+        self._among = list(relevant)
         genomes = np.array(self._ledger.genomes)
         self._inputs = self._see(genomes)
         self._visible = self._can_tell(genomes)
         self._surrogate = self._fresh_surrogate()
-
-    def _reach_further(self, candidate: Candidate) -> None:
-        """Where the largest uniform factor is the best so far, try its square: the optimum may lie far away."""
-        uniform = [genome[0] for genome, origin in self._queue if origin == "uniform"]
-        uniform += [self._ledger.genomes[other.id][0] for other in self._ledger.pending if other.origin == "uniform"]
-        reached = float(self._ledger.genomes[candidate.id][0])
-        if reached > max([0.0, *uniform]):
-            self._queue.appendleft((self._space.repair(self._space.uniform(math.exp(2.0 * reached))), "uniform"))
-
-    def _try_together(self, scan: LayerScan) -> None:
-        """Try the layers that gained together, the best two to `_TOGETHER` of them."""
-        assert isinstance(self._space, LayerSpace)
-        relevant = scan.relevant(self._own_layers)
-        gains = [(i, log_factor) for i, log_factor in scan.gains() if i in relevant]
-        for n in range(2, min(len(gains), _TOGETHER) + 1):
-            genome = self._space.uniform(1.0)
-            for i, log_factor in gains[:n]:
-                genome[self._space.n_curve + i] = log_factor
-            self._queue.append((self._space.repair(genome), "together"))
 
     def _notice(self, candidate: Candidate) -> None:
         """Let the surrogate see a candidate."""

@@ -1,13 +1,12 @@
-"""Factors of layers' own, beside a curve or without one; and the scan that finds the few layers that matter.
+"""Factors of layers' own, beside a curve or without one.
 
 On a real model one layer can carry more than the best smooth curve, its neighbours can tolerate nothing, and most do
-nothing at all (docs/results.md). A curve of few control points cannot say that.
+nothing at all (research/results.md). A curve of few control points cannot say that.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -123,86 +122,3 @@ class LayerSpace(Space):
         moved = list(self.layers)
         factors[moved] = np.clip(factors[moved] * np.exp(own), low, high)
         return None, rounded(factors, 4)
-
-
-class LayerScan:
-    """Which layers matter: each, or each group of a deep model, is raised alone; of what moves, more is asked.
-
-    First every group is raised. The half that moved the fitness most is lowered as well. Where groups hold several
-    layers, the layers of the quarter that moved most are then looked at one by one in the same way (adaptive group
-    testing). What is asked depends on results alone.
-    """
-
-    _MOST = 32  # groups at first
-
-    def __init__(self, n_layers: int, raised: float, lowered: float) -> None:
-        """Plan for ``n_layers`` layers: log factors ``raised`` and ``lowered``."""
-        self._directions = (raised, lowered)
-        n_groups = min(n_layers, self._MOST)
-        self._groups: list[Group] = [tuple(part.tolist()) for part in np.array_split(np.arange(n_layers), n_groups)]
-        self._waiting: deque[tuple[Group, float]] = deque((group, raised) for group in self._groups)
-        self._out = 0
-        self._lowering = False
-        self.effects: dict[tuple[Group, float], float] = {}
-        """Fitness of each group and log factor that was tried."""
-        self.done = False
-
-    @property
-    def raised(self) -> bool:
-        """Whether all groups of this stage were raised, and lowering begins."""
-        return self._lowering
-
-    def leave_lowering(self) -> None:
-        """Lower nothing, and end, if each layer was raised by itself; groups must still be split."""
-        if self._lowering and all(len(group) == 1 for group in self._groups):
-            self._waiting.clear()
-            self.done = not self._out
-
-    def next(self) -> tuple[Group, float] | None:
-        """Return what to try next; None if results must come first, or at the end."""
-        if not self._waiting:
-            return None
-        self._out += 1
-        return self._waiting.popleft()
-
-    def tell(self, group: Group, log_factor: float, fitness: float) -> None:
-        """Take a result; when a stage is complete, plan the next one."""
-        self.effects[group, log_factor] = fitness
-        self._out -= 1
-        if self._waiting or self._out:
-            return
-        raised, lowered = self._directions
-        if not self._lowering:
-            self._lowering = True
-            half = self._most_moved(self._groups)[: (len(self._groups) + 1) // 2]
-            self._waiting.extend((group, lowered) for group in sorted(half))
-            return
-        several = [group for group in self._most_moved(self._groups) if len(group) > 1]
-        self._groups = [(i,) for group in several[: (len(several) + 3) // 4] for i in group]
-        self._lowering = False
-        self._waiting.extend((group, raised) for group in sorted(self._groups))
-        self.done = not self._waiting
-
-    def relevant(self, most: int) -> list[int]:
-        """Return up to ``most`` layers by how much they moved the fitness alone, either way; the most first."""
-        return [group[0] for group in self._most_moved([g for g in self._tried() if len(g) == 1])[:most]]
-
-    def gains(self) -> list[tuple[int, float]]:
-        """Return layers that gained alone, each with its better log factor, the best first."""
-        best: dict[int, tuple[float, float]] = {}
-        for (group, log_factor), fitness in self.effects.items():
-            if len(group) == 1 and fitness > max(0.0, best.get(group[0], (0.0, 0.0))[1]):
-                best[group[0]] = (log_factor, fitness)
-        order = sorted(best, key=lambda layer: (-best[layer][1], layer))
-        return [(layer, best[layer][0]) for layer in order]
-
-    def _tried(self) -> list[Group]:
-        return list(dict.fromkeys(group for group, _ in self.effects))
-
-    def _most_moved(self, groups: Sequence[Group]) -> list[Group]:
-        def moved(group: Group) -> float:
-            # what llama.cpp refuses says nothing of the layer
-            found = [self.effects.get((group, direction), 0.0) for direction in self._directions]
-            return max(abs(value) if math.isfinite(value) else 0.0 for value in found)
-
-        return sorted(groups, key=lambda group: (-moved(group), group))

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .generational import Generational, Generations
 from .protocol import Score
+from .settings import BaselineConfig, parents_setting, population_setting
 from .space import Genome, Space, Start
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRopeConfig(BaselineConfig):
+    """Settings of `LongRopeEvolution`."""
+
+    section = "papers-ga"
+    summary = "LongRoPE's evolutionary search, to compare"
+
+    population: int | None = population_setting("64")
+    parents: int | None = parents_setting("32")
+
+    def make(self, space: Space, start: Sequence[Start] | None, seed: int) -> LongRopeEvolution:
+        """Return the algorithm."""
+        own = self.given("population", "parents")
+        return LongRopeEvolution(space, start, seed=seed, width=self.width, **own)
 
 
 class LongRopeEvolution(Generational):

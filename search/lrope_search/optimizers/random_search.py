@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from .protocol import Candidate, Score
+from .settings import LAG, BaselineConfig, lag_setting
 from .space import Ledger, Space, Start
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomConfig(BaselineConfig):
+    """Settings of `RandomSearch`."""
+
+    section = "random"
+    summary = "random candidates, to compare"
+
+    lag: int = lag_setting()
+
+    def make(self, space: Space, start: Sequence[Start] | None, seed: int) -> RandomSearch:
+        """Return the algorithm."""
+        return RandomSearch(space, start, lag=self.lag, seed=seed, width=self.width)
 
 
 class RandomSearch:
@@ -34,7 +50,7 @@ class RandomSearch:
         space: Space,
         start: Sequence[Start] | None = None,
         *,
-        lag: int = 8,
+        lag: int = LAG,
         seed: int = 0,
         width: float = 0.05,
         max_retries: int = 50,

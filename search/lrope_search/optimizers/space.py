@@ -10,12 +10,11 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lrope_gguf.bezier import evaluate
-from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
+from lrope_gguf.curve import DEFAULT_BOUNDS, Curve, evaluate
 
-from ..config import UNIFORM_FACTORS
 from ..scores import Factors
 from .protocol import Candidate, Score
+from .settings import UNIFORM_FACTORS
 
 Genome: TypeAlias = NDArray[np.float64]
 """``log y_0 .. log y_n``, then the interior ``x_1 .. x_(n-1)`` (``x_0 = 0``, ``x_n = 1``); shape ``(2 n,)``."""

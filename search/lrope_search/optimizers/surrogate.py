@@ -1,7 +1,7 @@
 """A Gaussian process that guesses what a curve is worth before it is evaluated.
 
 Our own rather than a library's: its fit is a walk on a grid, equal on every machine, and it knows what is pending;
-measured in ``docs/algorithms.md``.
+measured in ``research/algorithms.md``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from lrope_gguf.files import atomic_write_bytes, atomic_write_text
 from lrope_gguf.plot import require_matplotlib
 from lrope_gguf.text import printable
 
-from ..results.comparison import Comparison, Interval
+from ..results.comparison import Comparison
+from ..results.intervals import Interval
 from ..results.summary import StudySummary
 from .pictures import Picture, draw_pictures, drawn
 from .text import (
@@ -34,6 +35,7 @@ NAME = "report.html"
 _MOST_ROWS = 200
 _MOST_LAYERS = 512
 _TOP = 10
+_SCALED = " of each task's questions under the base model"
 
 
 def write_report(study: StudySummary, output: Path | None = None) -> Path:
@@ -106,7 +108,10 @@ def _facts(study: StudySummary) -> Iterator[tuple[str, str, list[str]]]:
                 gain = alone.comparisons["curve"].accuracy_gain
                 details = [_interval(gain, alone.comparisons["curve"]), f"weight {table.weights[task]:g}"]
                 yield f"Gain in {printable(task, 20)}", f"{100 * gain.mean:+.1f} points", list(filter(None, details))
-        yield "Unseen contexts", str(table.n_contexts), [f"{table.n_probes} questions"]
+        look = study.findings.look if study.findings is not None else None
+        again = [f"look {look.number} of this study"] if look is not None and look.number > 1 else []
+        name = "Unseen contexts" if look is None or look.new else "Contexts"
+        yield name, str(table.n_contexts), [f"{table.n_probes} questions", *again]
     if study.guard:
         worst = max(study.guard, key=lambda length: study.guard[length])
         lengths = ", ".join(f"{length} {value:.2g}" for length, value in study.guard.items())
@@ -148,8 +153,9 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
         yield (
             "accuracy",
             "Accuracy by depth",
-            f"On {where}; over the depths, {ends}. Above: Wilson intervals of each accuracy. Below: gain over the base "
-            f"model, {'with paired bootstrap intervals over contexts' if told else 'too few contexts for intervals'} "
+            f"On {where}; over the depths, {ends}. Above: Wilson intervals of each accuracy, by the questions of that "
+            f"depth. Below: gain over the base model, "
+            f"{'with paired intervals over contexts' if told else 'too few contexts for intervals'} "
             f"({100 * study.confidence:g} % both).",
         )
     if study.trials:
@@ -162,8 +168,9 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
             "fitness",
             "Fitness over evaluations",
             f"{count(n, 'candidate')}; {len(whole)} saw all {count(study.search_contexts, 'search context')}, "
-            f"{reached}. Fitness is the gain in the answers' log-probability over the base model; of a candidate "
-            "dropped early it is that on the contexts it saw.",
+            f"{reached}. Fitness is the gain in the answers' log-probability over the base model, in {study.unit}"
+            f"{_SCALED if study.unit != 'nats' else ' per answer token'}; of a candidate dropped early that on the "
+            "contexts it saw.",
         )
         shown = len(drawn(study.trials))
         yield (

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from lrope_gguf.files import atomic_write_bytes
 from lrope_gguf.plot import COLOURS, bezier, draw_factors, drawing, layer_axis, picture_kind, rendered
 from lrope_gguf.text import printable
 
-from ..results.comparison import Interval
 from ..results.front import FrontPoint
 from ..results.summary import StudySummary, Trial
 from ..results.table import DepthTable
@@ -106,27 +104,30 @@ def _themed(svg: str) -> str:
 def _factors(figure: Figure, study: StudySummary) -> None:
     axes = figure.add_subplot()
     assert study.best is not None and study.factors is not None
+    uniform = study.uniform
     draw_factors(
         axes,
         study.factors,
         control_points=study.best.control_points,
         curve_label="Bézier curve",
         factors_label="factors",
-        also=() if study.uniform is None else (study.uniform,),
+        also=() if uniform is None else (uniform.factor,),
     )
-    if study.uniform is not None:
-        axes.axhline(study.uniform, color=COLOURS["uniform"], linewidth=1.4, label=f"uniform {study.uniform:g}")
+    if uniform is not None and not uniform.where:
+        axes.axhline(uniform.factor, color=COLOURS["uniform"], linewidth=1.4, label=uniform.name)
+    elif uniform is not None:
+        axes.step(range(len(uniform.factors)), uniform.factors, where="mid", color=COLOURS["uniform"], linewidth=1.4,
+                  label=uniform.name)  # fmt: skip
     _legend_above(axes, 4)
 
 
-def plot_table(path: str | os.PathLike[str], table: DepthTable, *, title: str = "", confidence: float = 0.95) -> None:
+def plot_table(path: str | os.PathLike[str], table: DepthTable, *, title: str = "") -> None:
     """Draw accuracy and gain by depth of all sides into a PNG or SVG file, as the end of its name says.
 
     Args:
         path: The picture's file; an existing one is replaced.
         table: What to draw.
         title: Above the picture; control characters are left out.
-        confidence: Of the accuracies' intervals.
 
     Raises:
         LropeError: the name ends otherwise, matplotlib is missing, or the file cannot be written.
@@ -136,7 +137,7 @@ def plot_table(path: str | os.PathLike[str], table: DepthTable, *, title: str = 
 
     with drawing():
         figure = Figure(figsize=(8, 5.5), layout="constrained")
-        _draw_table(figure, table, confidence)
+        _draw_table(figure, table)
         figure.suptitle(printable(title, 90), parse_math=False)
         picture = rendered(figure, kind)
     atomic_write_bytes(path, picture)
@@ -144,18 +145,18 @@ def plot_table(path: str | os.PathLike[str], table: DepthTable, *, title: str = 
 
 def _accuracy(figure: Figure, study: StudySummary) -> None:
     assert study.table is not None
-    _draw_table(figure, study.table, study.confidence)
+    _draw_table(figure, study.table)
 
 
-def _draw_table(figure: Figure, table: DepthTable, confidence: float) -> None:
+def _draw_table(figure: Figure, table: DepthTable) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
     gaps = np.diff(table.depths)
     step = 0.12 * float(gaps.min() if len(gaps) else 1.0)
     looks = _looks(list(table.cells))
     for i, (name, look) in enumerate(looks.items()):
         x = np.array(table.depths) + step * (i - (len(looks) - 1) / 2)
-        ends = [wilson(cell.accuracy, table.n_contexts, confidence) for cell in table.cells[name]]
-        _whiskers(upper, look, x, [(100 * e.mean, 100 * e.low, 100 * e.high) for e in ends])
+        ends = [(cell.accuracy, cell.interval.low, cell.interval.high) for cell in table.cells[name]]
+        _whiskers(upper, look, x, 100 * np.array(ends))
         comparison = table.comparisons.get(name)
         if comparison is not None:
             gains = [row.accuracy_gain for row in comparison.by_depth]
@@ -172,18 +173,6 @@ def _draw_table(figure: Figure, table: DepthTable, confidence: float) -> None:
     lower.set_xlim(min(table.depths) - 0.04, max(table.depths) + 0.04)
     _legend_above(upper, 3)
     figure.align_ylabels([upper, lower])
-
-
-def wilson(share: float, n: int, confidence: float = 0.95) -> Interval:
-    """Return the score interval of a share seen in ``n`` independent trials (Wilson 1927).
-
-    Unlike a bootstrap interval it keeps a width where all trials agree: 16 right answers of 16 do not show that
-    every answer is right.
-    """
-    z2 = NormalDist().inv_cdf(0.5 + confidence / 2.0) ** 2
-    centre = (share + z2 / (2.0 * n)) / (1.0 + z2 / n)
-    half = math.sqrt(z2 / n * (share * (1.0 - share) + z2 / (4.0 * n))) / (1.0 + z2 / n)
-    return Interval(share, max(centre - half, 0.0), min(centre + half, 1.0))
 
 
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -234,7 +223,7 @@ def _scan(figure: Figure, study: StudySummary) -> None:
     axes.axhline(0, color=COLOURS["base"], linewidth=1, zorder=2)
     layer_axis(axes, len(study.trials[0].factors))
     axes.set_ylim(low, high)
-    axes.set_ylabel("gain, nats per answer token")
+    axes.set_ylabel(f"gain, {study.unit}")
     _legend_above(axes, 3)
 
 
@@ -271,7 +260,7 @@ def _fitness(figure: Figure, study: StudySummary) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("candidate, in order of asking")
-    axes.set_ylabel("fitness, nats per answer token")
+    axes.set_ylabel(f"fitness, {study.unit}")
     _legend_above(axes, 3)
 
 
@@ -364,7 +353,7 @@ def _front(figure: Figure, study: StudySummary) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("KL on ordinary text, nats a token (short and long)")
-    axes.set_ylabel("gain on validation, nats")
+    axes.set_ylabel(f"gain on validation, {study.unit}")
     _legend_above(axes, 5)
 
 

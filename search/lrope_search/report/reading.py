@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,23 @@ from typing import Any
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
 
-from ..results.summary import StudySummary, Trial, summarise
-from ..scores import ContextScore, Evaluation, Job
-from ..study.store import holds_search, parse_evaluations
+from ..results.findings import Findings, Stage, Uniform
+from ..results.front import Front
+from ..results.objective import Objective
+from ..results.summary import (
+    Scores,
+    StudySummary,
+    Trial,
+    intended_confidence,
+    number,
+    of_split,
+    section,
+    summarise,
+    task_weights,
+)
+from ..results.table import depth_table
+from ..scores import ContextScore, DivergenceScore, Evaluation, Factors, Job
+from ..study.store import Study, holds_search, parse_evaluations
 
 
 def read_study(directory: Path) -> StudySummary:
@@ -38,7 +53,110 @@ def read_study(directory: Path) -> StudySummary:
     trials = _trials(directory, n_layer)
     if best is not None and n_layer is not None:
         best = _with_factors(directory, best, n_layer)
-    return summarise(directory, config, best, evaluations, trials)
+    return _recovered(directory, config, best, evaluations, trials, _scales(directory))
+
+
+def _recovered(
+    directory: Path,
+    config: dict[str, Any],
+    best: CurveFile | None,
+    evaluations: Mapping[Job, Evaluation],
+    trials: Sequence[Trial] | None,
+    scales: Mapping[str, float],
+) -> StudySummary:
+    """Summarise a study by what its files tell: findings by ``best``, the rest by the evaluations.
+
+    ``trials``: None where only the evaluations tell of them. Of a study that is older than looks, the findings are
+    made good: with the factors that the best uniform one was measured with, and with today's intervals.
+    """
+    settings, weights = section(config, "search"), task_weights(config)
+    searched, tested = of_split(evaluations, "search"), of_split(evaluations, "test")
+    base: Factors = (1.0,) * next((len(job.factors) for job in evaluations), 0)
+    middle_weight = number(settings.get("middle_weight"), 0.0)
+    if trials is None:
+        trials = _trials_from(searched, base, middle_weight, weights, scales)
+    results = {} if best is None else section(best.provenance, "results")
+    factors = None if best is None else best.layer_factors
+    findings = None if factors is None else Findings.from_json(results, factors, intended_confidence(config))
+    if findings is not None and findings.uniform is not None and not findings.uniform.factors:
+        findings = replace(findings, uniform=_uniform(findings.uniform, tested, trials))
+    older = findings is not None and "look" not in results
+    table, sides = None, _of_sides(findings, factors, base, searched if findings is None else tested)
+    if sides:
+        table = depth_table(
+            sides,
+            seed=max(int(number(settings.get("seed"), 0)), 0),
+            confidence=intended_confidence(config) if findings is None else findings.look.confidence,
+            weights=weights,
+            over=findings is not None and findings.over_uniform is not None,
+        )
+        if findings is not None and older:
+            findings = findings.measured(table)
+    validated = of_split(evaluations, "validation")
+    of_base = validated.get(base, {})
+    divergences: dict[Factors, list[DivergenceScore]] = {}
+    for job, score in evaluations.items():
+        if isinstance(score, DivergenceScore):
+            divergences.setdefault(job.factors, []).append(score)
+    whole = {
+        factors: list(scores.values())
+        for factors, scores in validated.items()
+        if factors != base and factors in divergences and scores.keys() == of_base.keys()
+    }
+    gains = Objective(tuple(of_base.values()), middle_weight, weights, scales).of_all(whole)
+    front = Front.of_scores(gains, divergences, number(settings.get("max_kl"), math.inf))
+    stage = _searched(best) if findings is None else findings.search
+    return summarise(directory, config, best, evaluations, trials, scales, findings, stage, table, front)
+
+
+def _of_sides(
+    findings: Findings | None, factors: Factors | None, base: Factors, scores: Scores
+) -> dict[str, list[ContextScore]]:
+    """The sides on the contexts that all of them saw, of the test on those of its look; empty without a base."""
+    sides = {"base": base}
+    if findings is not None and findings.uniform is not None:
+        sides[findings.uniform.name] = findings.uniform.factors
+    if factors is not None and factors != base:
+        sides["curve"] = factors
+    seen = {name: scores[side] for name, side in sides.items() if side in scores}
+    common = sorted(set.intersection(*map(set, seen.values()))) if "base" in seen else []
+    if findings is not None:
+        common = [index for index in common if index in findings.look.contexts]
+    return {name: [of[index] for index in common] for name, of in seen.items()} if common else {}
+
+
+def _uniform(uniform: Uniform, tested: Scores, trials: Sequence[Trial]) -> Uniform:
+    """Return the factors that were measured with it: it may move some layers alone, which older records do not say."""
+    origins = {trial.factors: trial.origin for trial in trials}
+    alike = [factors for factors in tested if set(factors) - {1.0} == {uniform.factor}]
+    found = next((factors for factors in alike if origins.get(factors) == "uniform"), next(iter(alike), ()))
+    return replace(uniform, factors=found)
+
+
+def _searched(best: CurveFile | None) -> Stage | None:
+    """What the best so far is worth, of a file that may hold anything."""
+    try:
+        return None if best is None else Stage.from_json(section(best.provenance, "results")["search"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _trials_from(
+    searched: Scores,
+    base: Factors,
+    middle_weight: float,
+    weights: Mapping[str, float],
+    scales: Mapping[str, float],
+) -> tuple[Trial, ...]:
+    """The trials that the evaluations tell of, by first appearance: without origin and control points."""
+    objective = Objective(tuple(searched.get(base, {}).values()), middle_weight, weights, scales)
+    trials = []
+    for order, (factors, scores) in enumerate(searched.items()):
+        seen = [score for index, score in scores.items() if index in searched.get(base, {})]
+        if seen:
+            fitness = 0.0 if factors == base else objective.fitness(seen)
+            trials.append(Trial(order, "", factors, None, len(seen), fitness))
+    return tuple(trials)
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -56,6 +174,15 @@ def _config(directory: Path) -> dict[str, Any]:
             f"{directory}: holds no search, but what eval --study measured; the same eval prints its table"
         )
     return config
+
+
+def _scales(directory: Path) -> dict[str, float]:
+    """The scales of several tasks; empty where there are none: one task, or an older study."""
+    kept = Study.kept(directory, "objective")
+    scales = kept.get("scales") if isinstance(kept, dict) else None
+    if not isinstance(scales, dict) or not all(isinstance(s, float) and 0.0 < s < math.inf for s in scales.values()):
+        return {}
+    return scales
 
 
 def _with_factors(directory: Path, best: CurveFile, n_layer: int) -> CurveFile:
@@ -90,13 +217,13 @@ def _trials(directory: Path, n_layer: int | None) -> tuple[Trial, ...] | None:
     except FileNotFoundError:
         return None
     trials = []
-    for number, line in enumerate(lines, start=1):
+    for place, line in enumerate(lines, start=1):
         try:
             trials.append(_trial(json.loads(line), n_layer))
         except (ValueError, TypeError, KeyError, RecursionError):
-            if number < len(lines) or line.endswith(b"\n"):
+            if place < len(lines) or line.endswith(b"\n"):
                 raise LropeError(
-                    f"{path}: line {number} is damaged; delete the file, the report does without it"
+                    f"{path}: line {place} is damaged; delete the file, the report does without it"
                 ) from None
     return tuple(sorted(trials, key=lambda trial: trial.number))
 

@@ -26,10 +26,12 @@ def summary_lines(study: StudySummary) -> Sequence[str]:
     if study.best is not None and study.best.control_points is not None:
         points = ", ".join(f"({x:.3g}, {y:.4g})" for x, y in study.best.control_points)
         lines.append(f"curve       control points {points}")
-    for split in ("search", "validation"):
-        result = study.results.get(split)
-        if isinstance(result, dict) and isinstance(result.get("fitness"), (int, float)):
-            lines.append(f"{split:<11} {result['fitness']:+.4f} nats a token on {result.get('contexts')} contexts")
+    stages = {"search": study.searched, "validation": None if study.findings is None else study.findings.validation}
+    lines += [
+        f"{name:<11} {stage.fitness:+.4f} {study.unit} on {stage.contexts} contexts"
+        for name, stage in stages.items()
+        if stage is not None
+    ]
     lines += [f"{f'KL, {name}':<11} {value:.4g} nats a token on ordinary text" for name, value in study.guard.items()]
     if study.scan:
         lines.append(f"layer scan  {scan_words(study)}")
@@ -68,7 +70,7 @@ def shows_front(study: StudySummary) -> bool:
 def front_rows(study: StudySummary) -> list[list[str]]:
     """Gain against KL on ordinary text, with a head: a row for each candidate of which both are known, by KL."""
     front, trials = study.front, {trial.factors: trial for trial in study.trials}
-    rows = [["candidate", "origin", "gain, nats", "KL, short", "KL, long", ""]]
+    rows = [["candidate", "origin", f"gain, {study.unit}", "KL, short", "KL, long", ""]]
     for point in front.points:
         trial = trials.get(point.factors)
         chosen = study.finished and point.factors == study.factors

@@ -1,8 +1,4 @@
-"""Is the gain real? Paired bootstrap over contexts.
-
-SciPy's `bootstrap` resamples one statistic; here the contexts' resamples serve all depths, both measures and all sides,
-and probes stay in their contexts' clusters.
-"""
+"""A model under factors against the base model on the same contexts: means, gains, and whether they are enough."""
 
 from __future__ import annotations
 
@@ -13,36 +9,40 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from ..scores import ContextScore
+from .intervals import Interval, Strata, answers_interval, draws, finite, mean_interval
 
 _MAX_DEPTHS, _BINS = 11, 10
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with the ends of its bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def json(self, digits: int | None = None) -> dict[str, float | None]:
-        """Return the three numbers by name, as `finite` gives them."""
-        return {name: finite(value, digits) for name, value in vars(self).items()}
+_DIGITS = 6
+"""Decimals of what ``best.json`` holds."""
 
 
 @dataclass(frozen=True)
 class DepthComparison:
-    """Both sides at one depth: accuracies (0 to 1) over ``n_probes`` probes, and paired differences."""
+    """Both sides at one depth: accuracies (0 to 1) over ``n_probes`` probes, and the paired difference."""
 
     depth: float
     n_probes: int
     base_accuracy: float
     accuracy: float
     accuracy_gain: Interval
-    log_probability_gain: Interval
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as ``best.json`` holds it."""
+        return {
+            "depth": finite(self.depth, _DIGITS),
+            "probes": self.n_probes,
+            "base_accuracy": finite(self.base_accuracy, _DIGITS),
+            "accuracy": finite(self.accuracy, _DIGITS),
+            "accuracy_gain": _ends(self.accuracy_gain),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DepthComparison:
+        """Return what `to_json` wrote."""
+        sides = _number(value["base_accuracy"]), _number(value["accuracy"])
+        return cls(_number(value["depth"]), int(value["probes"]), *sides, _interval(value["accuracy_gain"]))
 
 
 @dataclass(frozen=True)
@@ -79,41 +79,44 @@ class Comparison:
         """Whether the accuracy's interval lies below zero, on `enough` contexts."""
         return self.enough and self.accuracy_gain.high < 0.0
 
-    def json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return what ``best.json`` holds of a comparison: six decimals, an interval as its mean and ends."""
         return {
             "contexts": self.n_contexts,
-            "base_accuracy": finite(self.base_accuracy, 6),
-            "accuracy": finite(self.accuracy, 6),
-            "accuracy_gain": list(self.accuracy_gain.json(6).values()),
-            "log_probability_gain": list(self.log_probability_gain.json(6).values()),
-            "by_depth": [
-                {
-                    "depth": finite(row.depth, 6),
-                    "probes": row.n_probes,
-                    "base_accuracy": finite(row.base_accuracy, 6),
-                    "accuracy": finite(row.accuracy, 6),
-                    "accuracy_gain": list(row.accuracy_gain.json(6).values()),
-                }
-                for row in self.by_depth
-            ],
-        }
+            "base_accuracy": finite(self.base_accuracy, _DIGITS),
+            "accuracy": finite(self.accuracy, _DIGITS),
+            "accuracy_gain": _ends(self.accuracy_gain),
+            "log_probability_gain": _ends(self.log_probability_gain),
+            "by_depth": [row.to_json() for row in self.by_depth],
+        } | ({} if self.n_effective is None else {"effective_contexts": finite(self.n_effective, _DIGITS)})
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], confidence: float) -> Comparison:
+        """Return what `to_json` wrote, of intervals of this ``confidence``."""
+        effective = value.get("effective_contexts")
+        return cls(
+            int(value["contexts"]),
+            confidence,
+            _number(value["base_accuracy"]),
+            _number(value["accuracy"]),
+            _interval(value["accuracy_gain"]),
+            _interval(value["log_probability_gain"]),
+            tuple(map(DepthComparison.from_json, value["by_depth"])),
+            None if effective is None else float(effective),
+        )
 
-def finite(value: float, digits: int | None = None) -> float | None:
-    """Return ``value``, rounded to ``digits`` decimals if they are given; None in place of what JSON does not know."""
-    if not math.isfinite(value):
-        return None
-    return value if digits is None else round(value, digits)
+    def recorded(self) -> Comparison:
+        """Return it with the decimals that ``best.json`` keeps of it."""
+        return self.from_json(self.to_json(), self.confidence)
 
 
 def contexts_needed(confidence: float) -> int:
-    """Return the fewest contexts on which a bootstrap interval can exclude zero with good reason.
+    """Return the fewest contexts on which an interval can exclude zero with good reason.
 
     If all n differences share one sign, which chance brings with probability 2^(1 - n), so do all
     resamples; fewer contexts than this would call that significant.
     """
-    return math.ceil(1.0 - math.log2(1.0 - confidence))
+    return math.ceil(1.0 - math.log2(1.0 - confidence) - 1e-9)
 
 
 def compare(
@@ -125,16 +128,15 @@ def compare(
     confidence: float = 0.95,
     weights: Mapping[str, float] | None = None,
 ) -> Comparison:
-    """Compare ``other`` with ``base``, context by context, with expanded percentile bootstrap intervals.
+    """Compare ``other`` with ``base``, context by context; intervals by `answers_interval` and `mean_interval`.
 
     Contexts are resampled, not probes: probes of one context share its prefix and are dependent
-    (cluster bootstrap; Davison and Hinkley 1997, section 3.8). Few contexts make plain percentile intervals too
-    narrow (of six normal differences, 86 % cover instead of 95 %): the percentiles are those that would give Student's
-    t interval if the means were normal ("expanded" in Hesterberg, arXiv 1411.5279). Where positions are jittered, each
-    context has its own, so that the interval covers them too. `depth_groups` groups the probes.
+    (cluster bootstrap; Davison and Hinkley 1997, section 3.8). Where positions are jittered, each context has its own,
+    so that the interval covers them too. `depth_groups` groups the probes. Only where both sides gave the very same
+    numbers, as the same factors do, is the gain 0 for certain.
 
     Contexts of several tasks (`ContextScore.task`) are strata, resampled by themselves; what is compared is the
-    ``weights``' mean (1 by default) of their means, with the degrees of freedom of Welch and Satterthwaite.
+    ``weights``' mean (1 by default) of their means.
 
     Raises:
         ValueError: no contexts, or the two sides are not of the same contexts and probes.
@@ -147,15 +149,11 @@ def compare(
             raise ValueError(f"context {a.split} {a.index} is compared with another")
 
     n = len(pairs)
-    rng = np.random.default_rng(seed)
     tasks = list(dict.fromkeys(a.task for a, _ in pairs))
     strata = Strata(
         np.array([tasks.index(a.task) for a, _ in pairs]), np.array([(weights or {}).get(task, 1.0) for task in tasks])
     )
-    counts = np.empty((resamples, n))
-    for here in strata.members():
-        counts[:, here] = rng.multinomial(len(here), np.full(len(here), 1.0 / len(here)), size=resamples)
-
+    counts = draws(strata, seed, resamples)
     depths, group = depth_groups([p.depth for a, _ in pairs for p in a.probes])
     context = np.repeat(np.arange(n), [len(a.probes) for a, _ in pairs])
     sides = (base, other)
@@ -163,6 +161,12 @@ def compare(
     log_p = np.array([[p.log_probability for score in side for p in score.probes] for side in sides])
     with np.errstate(invalid="ignore"):  # -inf - -inf
         d_correct, d_log_p = correct[1] - correct[0], log_p[1] - log_p[0]
+    same = bool((d_correct == 0.0).all() and (d_log_p == 0.0).all())
+
+    def answers(here: NDArray[np.bool_]) -> Interval:
+        if same:
+            return Interval(0.0, 0.0, 0.0)
+        return answers_interval(d_correct[here], context[here], counts, confidence, strata)
 
     by_depth = []
     for k, depth in enumerate(depths):
@@ -173,8 +177,7 @@ def compare(
                 n_probes=int(here.sum()),
                 base_accuracy=strata.mean(correct[0, here], context[here]),
                 accuracy=strata.mean(correct[1, here], context[here]),
-                accuracy_gain=_interval(d_correct[here], context[here], counts, confidence, strata),
-                log_probability_gain=_interval(d_log_p[here], context[here], counts, confidence, strata),
+                accuracy_gain=answers(here),
             )
         )
     return Comparison(
@@ -182,40 +185,13 @@ def compare(
         confidence=confidence,
         base_accuracy=strata.mean([a.accuracy for a, _ in pairs], np.arange(n)),
         accuracy=strata.mean([b.accuracy for _, b in pairs], np.arange(n)),
-        accuracy_gain=_interval(d_correct, context, counts, confidence, strata),
-        log_probability_gain=_interval(d_log_p, context, counts, confidence, strata),
+        accuracy_gain=answers(np.ones(len(group), bool)),
+        log_probability_gain=Interval(0.0, 0.0, 0.0)
+        if same
+        else mean_interval(d_log_p, context, counts, confidence, strata),
         by_depth=tuple(by_depth),
         n_effective=strata.n_effective() if len(tasks) > 1 else None,
     )
-
-
-@dataclass(frozen=True)
-class Strata:
-    """Contexts by task: the number of each one's task, and the weight of each task."""
-
-    task: NDArray[np.int_]
-    weight: NDArray[np.float64]
-
-    def members(self, among: NDArray[np.int_] | None = None) -> list[NDArray[np.int_]]:
-        """Return the places of each task's contexts in ``among`` (None: all contexts), where it has any."""
-        task = self.task if among is None else self.task[among]
-        return [np.flatnonzero(task == number) for number in np.unique(task)]
-
-    def weights(self, among: NDArray[np.int_]) -> NDArray[np.float64]:
-        """Return the weights of the tasks that the contexts ``among`` have, in the order of `members`."""
-        return self.weight[np.unique(self.task[among])]
-
-    def mean(self, values: Sequence[float] | NDArray[np.float64], context: NDArray[np.int_]) -> float:
-        """Return the weighted mean of the tasks' means of ``values``, each of a ``context``."""
-        values = np.asarray(values, np.float64)
-        means = np.array([values[here].mean() for here in self.members(context)])
-        weights = self.weights(context)
-        return float((weights * means).sum() / weights.sum())
-
-    def n_effective(self) -> float:
-        """Return how many contexts of equal weight would tell as much as these."""
-        sizes = np.bincount(self.task)
-        return float(self.weight.sum() ** 2 / (self.weight**2 / sizes).sum())
 
 
 def _asked(score: ContextScore) -> tuple[object, ...]:
@@ -234,47 +210,13 @@ def depth_groups(depths: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[
     return groups, index
 
 
-def _tail(strata: Sequence[NDArray[np.float64]], weights: NDArray[np.float64], confidence: float) -> float:
-    """Return what an interval leaves out at each end of the resampled means of differences, given by stratum.
-
-    Their spread is that of the sample with divisor n, and normal quantiles are too near: both are made good. Of several
-    strata, each adds its share to the variance and, by Welch and Satterthwaite, to the degrees of freedom.
-    """
-    sizes = np.array([len(values) for values in strata])
-    if sizes.min() == 1:
-        return 0.0
-    freedom, short = float(sizes[0] - 1), float(sizes[0] / (sizes[0] - 1))
-    variances = np.array([values.var(ddof=1) for values in strata]) * weights**2 / sizes
-    if len(strata) > 1 and variances.sum() > 0.0:
-        freedom = variances.sum() ** 2 / (variances**2 / (sizes - 1)).sum()
-        short = variances.sum() / (variances * (sizes - 1) / sizes).sum()
-    quantile = stats.t.ppf(0.5 + confidence / 2.0, freedom) * math.sqrt(short)
-    return float(stats.norm.sf(quantile))
+def _ends(gain: Interval) -> list[float | None]:
+    return list(gain.json(_DIGITS).values())
 
 
-def _interval(
-    differences: NDArray[np.float64],
-    context: NDArray[np.int_],
-    counts: NDArray[np.float64],
-    confidence: float,
-    strata: Strata | None = None,
-) -> Interval:
-    """Bootstrap interval of the mean over contexts of each context's mean difference; NaN if one is not finite.
+def _interval(ends: Sequence[Any]) -> Interval:
+    return Interval(*map(_number, ends))
 
-    ``counts`` has shape (resamples, contexts): how often each context was drawn. ``strata``: None if there is one task.
-    """
-    strata = strata or Strata(np.zeros(counts.shape[1], np.int_), np.ones(1))
-    present, index = np.unique(context, return_inverse=True)  # a depth need not occur in every context
-    means = np.bincount(index, differences) / np.bincount(index)
-    if not np.isfinite(means).all():
-        return Interval(math.nan, math.nan, math.nan)
-    members, weights = strata.members(present), strata.weights(present)
-    resampled = np.zeros(len(counts))
-    with np.errstate(invalid="ignore"):  # 0 / 0 where a resample has none of them
-        for here, weight in zip(members, weights, strict=True):
-            drawn = counts[:, present[here]]
-            resampled += weight * (drawn @ means[here] / drawn.sum(axis=1)) / weights.sum()
-    tail = 100.0 * _tail([means[here] for here in members], weights, confidence)
-    ends = np.nanpercentile(resampled, [tail, 100.0 - tail])
-    low, high = np.round(ends, 12)  # differences that cancel give 0, not 1e-17
-    return Interval(strata.mean(means, present), float(low), float(high))
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..scores import Factors
-from .comparison import finite
+from ..scores import DivergenceScore, Factors
+from .intervals import finite
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,16 @@ class Front:
         """Return the front of ``points``, which come by KL, then the better first."""
         return cls(tuple(sorted(points, key=lambda point: (point.kl, -point.gain))), limit)
 
+    @classmethod
+    def of_scores(
+        cls, gains: Mapping[Factors, float], divergences: Mapping[Factors, Sequence[DivergenceScore]], limit: float
+    ) -> Front:
+        """Return the front of all that have a gain; where ordinary text was not looked at, no KL and no limit count."""
+        if gains and not any(divergences.values()):
+            return cls.of((FrontPoint(factors, gain, 0.0, 0.0) for factors, gain in gains.items()), math.inf)
+        points = (FrontPoint(f, gain, **divergences_by_length(divergences[f])) for f, gain in gains.items())
+        return cls.of(points, limit)
+
     @property
     def best(self) -> tuple[FrontPoint, ...]:
         """Those on the front, from the least KL and gain to the most."""
@@ -78,3 +89,15 @@ class Front:
             }
             for point in self.points
         ]
+
+
+def divergences_by_length(scores: Iterable[DivergenceScore]) -> dict[str, float]:
+    """Return the mean KL divergence, nats per token, on ``short`` and on ``long`` texts; empty without scores.
+
+    ``inf`` where one is not finite.
+    """
+    scores = list(scores)
+    lengths = {"short": [score.short for score in scores], "long": [score.long for score in scores]}
+    return {
+        name: math.fsum(of) / len(of) if all(map(math.isfinite, of)) else math.inf for name, of in lengths.items() if of
+    }

@@ -11,11 +11,11 @@ from typing import Any
 from lrope_gguf.curve import CurveFile, Point
 
 from ..scores import LAYER_SCAN, ContextScore, DivergenceScore, Evaluation, Factors, Job
-from .comparison import finite
-from .front import Front, FrontPoint
-from .guard import divergences_by_length
-from .objective import Objective
-from .table import DepthTable, depth_table
+from .findings import Findings, Stage, Uniform
+from .front import Front, divergences_by_length
+from .intervals import finite
+from .objective import unit_of
+from .table import DepthTable
 from .variation import components
 
 Scores = Mapping[Factors, Mapping[int, ContextScore]]
@@ -84,12 +84,13 @@ class StudySummary:
 
     Attributes:
         config: what the search was begun with.
-        results: of ``best.json``: verdict and more once the search has ended.
+        findings: what it found; None before it has ended.
+        searched: what the best so far is worth on search contexts; None before there is one.
         best: the best curve so far; None before there was one.
         factors: its factors, one a layer.
-        uniform: the best uniform factor; None if there is none.
         trials: all candidates with a score, in order of asking.
         search_contexts: how many a candidate sees that is not dropped early.
+        unit: of every fitness.
         table: accuracies by depth, on test contexts or, before there are such, on search contexts (``table_split``).
         scan: what single layers, or groups of them, do alone, in order of asking; empty where none was looked at.
         guard: divergence from the base model on ordinary text, in nats per token, by length of the text.
@@ -99,13 +100,14 @@ class StudySummary:
 
     directory: Path
     config: dict[str, Any]
-    results: dict[str, Any]
+    findings: Findings | None
+    searched: Stage | None
     best: CurveFile | None
     factors: Factors | None
-    uniform: float | None
     trials: tuple[Trial, ...]
     search_contexts: int
     confidence: float
+    unit: str
     table: DepthTable | None
     table_split: str
     scan: tuple[LayerEffect, ...]
@@ -114,29 +116,33 @@ class StudySummary:
     costs: tuple[Cost, ...]
 
     @property
+    def uniform(self) -> Uniform | None:
+        """The best uniform factor; None if there is none."""
+        return None if self.findings is None else self.findings.uniform
+
+    @property
     def finished(self) -> bool:
         """Whether the search has ended with a verdict."""
-        return isinstance(self.results.get("verdict"), str)
+        return self.findings is not None
 
     @property
     def recommended(self) -> bool:
         """Whether the verdict recommends the curve."""
-        return self.finished and self.results.get("recommended") is True
+        return self.findings is not None and self.findings.verdict.recommended
 
     @property
     def verdict(self) -> str:
         """The verdict; of an unfinished search, how far it is."""
-        if self.finished:
-            return str(self.results["verdict"])
+        if self.findings is not None:
+            return self.findings.verdict.text
         best = max((t.fitness for t in self.trials if t.contexts >= self.search_contexts), default=0.0)
-        text = f"the search has not ended: {len(self.trials)} candidates so far"
-        return f"{text}, the best {best:+.4f} nats a token; the same command resumes it" if best > 0.0 else (
-            f"{text}, none better than the base model; the same command resumes it"
-        )  # fmt: skip
+        found = f"the best gains {best:+.4f} {self.unit}" if best > 0.0 else "none better than the base model"
+        return f"the search has not ended: {len(self.trials)} candidates so far, {found}; the same command resumes it"
 
     def json(self) -> dict[str, Any]:
         """Return the results of ``best.json`` and what the evaluations add; finite numbers only."""
-        return self.results | {
+        results = {} if self.searched is None else {"search": self.searched.to_json()}
+        return (results if self.findings is None else self.findings.to_json()) | {
             "finished": self.finished,
             "recommended": self.recommended,
             "verdict": self.verdict,
@@ -172,8 +178,12 @@ def summarise(
     config: dict[str, Any],
     best: CurveFile | None,
     evaluations: Mapping[Job, Evaluation],
-    trials: Sequence[Trial] | None = None,
-    table: DepthTable | None = None,
+    trials: Sequence[Trial],
+    scales: Mapping[str, float],
+    findings: Findings | None,
+    searched: Stage | None,
+    table: DepthTable | None,
+    front: Front,
 ) -> StudySummary:
     """Summarise a study.
 
@@ -182,69 +192,66 @@ def summarise(
         config: what the search was begun with; may be any JSON object.
         best: the best curve so far with the factors that were evaluated, and in its provenance the results.
         evaluations: every result.
-        trials: all candidates with a score; None: those that the evaluations tell of.
-        table: the sides on the contexts of the test, if it is known already.
+        trials: all candidates with a score.
+        scales: of several tasks, which fitness was scaled by (`task_scales`).
+        findings: what the search found; None before it has ended.
+        searched: what the best so far is worth on search contexts.
+        table: the sides on the contexts of the test, or before it has ended of the search.
+        front: gain against KL.
     """
-    results = {} if best is None else _section(best.provenance, "results")
-    splits: dict[str, dict[Factors, dict[int, ContextScore]]] = {}
-    divergences: dict[Factors, list[DivergenceScore]] = {}
-    for job, score in evaluations.items():
-        if isinstance(score, DivergenceScore):
-            divergences.setdefault(job.factors, []).append(score)
-        else:
-            splits.setdefault(job.split, {}).setdefault(job.factors, {})[job.index] = score
-    n_layer = next((len(job.factors) for job in evaluations), 0)
-    settings, weights = _section(config, "search"), task_weights(config)
-    searched = splits.get("search", {})
-    base: Factors = (1.0,) * n_layer
-    if trials is None:
-        trials = _trials_from(searched, base, _number(settings.get("middle_weight"), 0.0), weights)
-    seen = max((len(scores) for scores in searched.values()), default=0)
-    factors = None if best is None else best.layer_factors
-    uniform = _number(_section(results, "best_uniform").get("factor"), math.nan)
-    confidence = min(max(_number(settings.get("confidence"), 0.95), 0.01), 0.9999)
-    sides = {"base": base}
-    if math.isfinite(uniform):
-        sides[f"uniform {uniform:g}"] = (uniform,) * n_layer
-    if factors is not None and factors != base:
-        sides["curve"] = factors
-    table_split = "test" if isinstance(results.get("verdict"), str) else "search"
-    if table is None:
-        options = {"seed": max(int(_number(settings.get("seed"), 0)), 0), "confidence": confidence}
-        table = _table(splits.get(table_split, {}), sides, options | {"weights": weights})
+    settings, factors = section(config, "search"), None if best is None else best.layer_factors
+    scores = of_split(evaluations, "search")
+    seen = max((len(contexts) for contexts in scores.values()), default=0)
+    guard = [s for job, s in evaluations.items() if isinstance(s, DivergenceScore) and job.factors == factors]
     return StudySummary(
         directory=directory,
         config=config,
-        results=results,
+        findings=findings,
+        searched=searched,
         best=best,
         factors=factors,
-        uniform=uniform if math.isfinite(uniform) else None,
         trials=tuple(trials),
-        search_contexts=int(_number(settings.get("search_contexts"), seen)),
-        confidence=confidence,
+        search_contexts=int(number(settings.get("search_contexts"), seen)),
+        confidence=intended_confidence(config) if findings is None else findings.look.confidence,
+        unit=unit_of(scales),
         table=table,
-        table_split=table_split,
-        scan=_scan(trials, searched, base),
-        guard=divergences_by_length(divergences.get(factors or (), ())),
-        front=_front(settings, weights, splits.get("validation", {}), divergences, base),
+        table_split="search" if findings is None else "test",
+        scan=_scan(trials, scores, scales),
+        guard=divergences_by_length(guard),
+        front=front,
         costs=_costs(evaluations),
     )
 
 
-def _scan(trials: Sequence[Trial], searched: Scores, base: Factors) -> tuple[LayerEffect, ...]:
+def of_split(evaluations: Mapping[Job, Evaluation], split: str) -> Scores:
+    """Return the scores on the contexts of ``split``, by factors and context."""
+    scores: dict[Factors, dict[int, ContextScore]] = {}
+    for job, score in evaluations.items():
+        if job.split == split and isinstance(score, ContextScore):
+            scores.setdefault(job.factors, {})[job.index] = score
+    return scores
+
+
+def intended_confidence(config: Mapping[str, Any]) -> float:
+    """Return that of intervals, as a configuration that may hold anything says it."""
+    return min(max(number(section(config, "search").get("confidence"), 0.95), 0.01), 0.9999)
+
+
+def _scan(trials: Sequence[Trial], searched: Scores, scales: Mapping[str, float]) -> tuple[LayerEffect, ...]:
     effects = []
     for trial in trials:
+        base = (1.0,) * len(trial.factors)
         moved = tuple(layer for layer, factor in enumerate(trial.factors) if factor != 1.0)
         if trial.origin == LAYER_SCAN and moved:
-            error = _error(searched.get(base, {}), searched.get(trial.factors, {}))
+            error = _error(searched.get(base, {}), searched.get(trial.factors, {}), scales)
             effects.append(LayerEffect(moved, trial.factors[moved[0]], trial.contexts, trial.fitness, error))
     return tuple(effects)
 
 
-def _error(base: Mapping[int, ContextScore], other: Mapping[int, ContextScore]) -> float:
+def _error(base: Mapping[int, ContextScore], other: Mapping[int, ContextScore], scales: Mapping[str, float]) -> float:
     """The standard error of a candidate's fitness, by how its own gain varies over questions and contexts."""
     common = sorted(base.keys() & other.keys())
-    found = components([base[i] for i in common], [other[i] for i in common])
+    found = components([base[i] for i in common], [other[i] for i in common], scales)
     if found is None:
         return math.nan
     return found.standard_error(len(common), min(len(base[i].probes) for i in common))
@@ -252,50 +259,9 @@ def _error(base: Mapping[int, ContextScore], other: Mapping[int, ContextScore]) 
 
 def task_weights(config: Mapping[str, Any]) -> dict[str, float]:
     """Return the weight of each task of a study's configuration, which may be any JSON; empty if there is one task."""
-    parts = _section(_section(config, "task"), "parts")
-    weights = {name: _number(_section(parts, name).get("weight"), 1.0) for name in parts}
+    parts = section(section(config, "task"), "parts")
+    weights = {name: number(section(parts, name).get("weight"), 1.0) for name in parts}
     return {name: weight if weight > 0.0 else 1.0 for name, weight in weights.items()}
-
-
-def _trials_from(
-    searched: Scores, base: Factors, middle_weight: float, weights: Mapping[str, float]
-) -> tuple[Trial, ...]:
-    """The trials that the evaluations tell of, by first appearance: without origin and control points."""
-    objective = Objective(tuple(searched.get(base, {}).values()), middle_weight, weights)
-    trials = []
-    for number, (factors, scores) in enumerate(searched.items()):
-        seen = [score for index, score in scores.items() if index in searched.get(base, {})]
-        if seen:
-            fitness = 0.0 if factors == base else objective.fitness(seen)
-            trials.append(Trial(number, "", factors, None, len(seen), fitness))
-    return tuple(trials)
-
-
-def _front(
-    settings: Mapping[str, Any],
-    weights: Mapping[str, float],
-    validated: Scores,
-    divergences: Mapping[Factors, Sequence[DivergenceScore]],
-    base: Factors,
-) -> Front:
-    """Gain on validation contexts against KL, of those candidates that saw both all that the base model saw."""
-    of_base = validated.get(base, {})
-    objective = Objective(tuple(of_base.values()), _number(settings.get("middle_weight"), 0.0), weights)
-    points = [
-        FrontPoint(factors, objective.fitness(list(scores.values())), **divergences_by_length(divergences[factors]))
-        for factors, scores in validated.items()
-        if factors != base and factors in divergences and scores.keys() == of_base.keys()
-    ]
-    return Front.of(points, _number(settings.get("max_kl"), math.inf))
-
-
-def _table(scores: Scores, sides: Mapping[str, Factors], options: Mapping[str, Any]) -> DepthTable | None:
-    """The sides on the contexts that all of them saw; None if there are none, or nothing to compare."""
-    sides = {name: factors for name, factors in sides.items() if factors in scores}
-    if "base" not in sides or not (common := sorted(set.intersection(*(set(scores[f]) for f in sides.values())))):
-        return None
-    chosen = {name: [scores[factors][i] for i in common] for name, factors in sides.items()}
-    return depth_table(chosen, **options)
 
 
 def _costs(evaluations: Mapping[Job, Evaluation]) -> tuple[Cost, ...]:
@@ -316,12 +282,13 @@ def _place(order: Sequence[str], name: str) -> tuple[int, str]:
     return (order.index(name) if name in order else len(order)), name
 
 
-def _section(value: Any, name: str) -> dict[str, Any]:
-    section = value.get(name) if isinstance(value, dict) else None
-    return section if isinstance(section, dict) else {}
+def section(value: Any, name: str) -> dict[str, Any]:
+    """Return an object of a file that may hold anything; empty if it is none."""
+    found = value.get(name) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
-def _number(value: Any, default: float) -> float:
-    """A finite number from a file that may hold anything."""
+def number(value: Any, default: float) -> float:
+    """Return a finite number of a file that may hold anything."""
     usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if usable else default

@@ -11,15 +11,17 @@ import numpy as np
 from lrope_gguf.text import sparkline
 
 from ..scores import ContextScore
-from .comparison import Comparison, Interval, Strata, compare, depth_groups, finite
+from .comparison import Comparison, compare, depth_groups
+from .intervals import Interval, Strata, finite, share_interval
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Means over probes: accuracy 0 to 1, log-probability in nats per token of the value."""
+    """Means over probes: accuracy 0 to 1 with its interval, log-probability in nats per token of the value."""
 
     accuracy: float
     log_probability: float
+    interval: Interval
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class DepthTable:
         cells: of each side, a cell a depth.
         totals: of each side, over all contexts.
         comparisons: of each side but the base, against it.
+        over: the last side but the base against the one before it, if wanted.
         weights: of several tasks, each one's; all means are then weighted means of the tasks' means.
         tasks: each of several tasks by itself.
     """
@@ -41,6 +44,7 @@ class DepthTable:
     cells: dict[str, tuple[Cell, ...]]
     totals: dict[str, Cell]
     comparisons: dict[str, Comparison]
+    over: Comparison | None = None
     weights: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, DepthTable] = field(default_factory=dict)
 
@@ -99,7 +103,7 @@ class DepthTable:
             if comparison.enough:
                 text += f" [{100 * accuracy.low:+.1f}, {100 * accuracy.high:+.1f}]"
                 text += f", log-probability {log_p.mean:+.4f} [{log_p.low:+.4f}, {log_p.high:+.4f}]"
-                text += f" ({100 * comparison.confidence:.0f} % bootstrap intervals over {self.n_contexts} contexts)"
+                text += f" ({100 * comparison.confidence:g} % bootstrap intervals over {self.n_contexts} contexts)"
             else:
                 text += f", log-probability {log_p.mean:+.4f} (too few contexts for an interval)"
             lines.append(text)
@@ -140,6 +144,7 @@ def depth_table(
     seed: int = 0,
     confidence: float = 0.95,
     weights: Mapping[str, float] | None = None,
+    over: bool = False,
 ) -> DepthTable:
     """Tabulate ``sides``, the first of which is the base; all are of the same contexts and probes.
 
@@ -148,6 +153,7 @@ def depth_table(
         seed: of the bootstrap, see `compare`.
         confidence: of its intervals.
         weights: of several tasks, whose scores name them; 1 by default.
+        over: whether to compare the last side with the one before it too, if that is not the base.
 
     Raises:
         ValueError: no contexts, or not the same ones.
@@ -156,24 +162,33 @@ def depth_table(
     if not base:
         raise ValueError("nothing to compare")
     options: dict[str, Any] = {"seed": seed, "confidence": confidence, "weights": weights}
-    comparisons = {name: compare(base, scores, **options) for name, scores in others}
     tasks = list(dict.fromkeys(score.task for score in base))
+    alone = {task: depth_table(_of_task(sides, task), **options) for task in tasks} if len(tasks) > 1 else {}
+    depths, row = depth_groups([probe.depth for score in base for probe in score.probes])
+    comparisons = {name: compare(base, scores, **options) for name, scores in others}
+    between = compare(others[-2][1], others[-1][1], **options) if over and len(others) > 1 else None
     weights = {task: (weights or {}).get(task, 1.0) for task in tasks}
     strata = Strata(np.array([tasks.index(score.task) for score in base]), np.array(list(weights.values())))
     context = np.repeat(np.arange(len(base)), [len(score.probes) for score in base])
-    depths, row = depth_groups([probe.depth for score in base for probe in score.probes])
+    every = np.ones(len(row), bool)
     cells, totals = {}, {}
     for name, scores in sides.items():
         correct = np.array([probe.correct for score in scores for probe in score.probes], np.float64)
         log_p = np.array([probe.log_probability for score in scores for probe in score.probes])
-        here = [row == i for i in range(len(depths))]
-        cells[name] = tuple(
-            Cell(strata.mean(correct[at], context[at]), strata.mean(log_p[at], context[at])) for at in here
-        )
+        found = [
+            Cell(
+                strata.mean(correct[at], context[at]),
+                strata.mean(log_p[at], context[at]),
+                share_interval(correct[at], context[at], confidence, strata),
+            )
+            for at in (*(row == i for i in range(len(depths))), every)
+        ]
         each = np.arange(len(base))
+        cells[name] = tuple(found[:-1])
         totals[name] = Cell(
             strata.mean([score.accuracy for score in scores], each),
             strata.mean([score.log_probability for score in scores], each),
+            found[-1].interval,
         )
     return DepthTable(
         n_contexts=len(base),
@@ -182,8 +197,9 @@ def depth_table(
         cells=cells,
         totals=totals,
         comparisons=comparisons,
+        over=between,
         weights=weights if len(tasks) > 1 else {},
-        tasks={task: depth_table(_of_task(sides, task), **options) for task in tasks} if len(tasks) > 1 else {},
+        tasks=alone,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,14 +14,17 @@ Sides = tuple[Sequence[ContextScore], Sequence[ContextScore]]
 """The base model and a candidate on the same contexts."""
 
 
-def components(base: Sequence[ContextScore], other: Sequence[ContextScore]) -> Components | None:
-    """Return the variance components of ``other`` minus ``base`` in log-probability, nats².
+def components(
+    base: Sequence[ContextScore], other: Sequence[ContextScore], scales: Mapping[str, float] | None = None
+) -> Components | None:
+    """Return the variance components of ``other`` minus ``base`` in log-probability, nats² (in ``scales`` of tasks).
 
     One-way random effects by analysis of variance (Searle, Casella and McCulloch 1992, section 3.6); a negative
     estimate counts as 0. None where a context has fewer than two probes, or something is not finite.
     """
     rows = [
         np.array([b.log_probability - a.log_probability for a, b in zip(one.probes, two.probes, strict=True)])
+        / (scales or {}).get(one.task, 1.0)
         for one, two in zip(base, other, strict=True)
     ]
     if not rows or min(map(len, rows)) < 2 or not all(np.isfinite(row).all() for row in rows):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .comparison import Comparison, Interval, contexts_needed
+from .comparison import Comparison, contexts_needed
+from .intervals import Interval
+
+if TYPE_CHECKING:
+    from .findings import Findings
 
 
 @dataclass(frozen=True)
@@ -16,45 +21,53 @@ class Verdict:
     text: str
 
 
-def verdict(
-    curve: Comparison | None,
-    uniform: tuple[float, Comparison] | None = None,
-    kl: float | None = None,
-    *,
-    over_uniform: Comparison | None = None,
-    tasks: Mapping[str, Comparison] | None = None,
-) -> Verdict:
-    """Say whether the curve is worth using: its accuracy must lie above the base model's, interval and all.
-
-    Args:
-        curve: The curve against the base model on contexts that neither search nor validation saw;
-            None if no curve beat the base model on validation.
-        uniform: The best uniform factor, and its comparison with the base model on the same contexts.
-        kl: KL divergence from the base model on ordinary text, in nats per token; None if not measured.
-        over_uniform: The curve against the best uniform factor (`compare` with that as the base), on the same
-            contexts; says how much of the gain is owed to the layers' different factors.
-        tasks: Of several tasks, the curve against the base model on each.
-    """
-    beside = ""
-    if uniform is not None and uniform[1] == curve:  # it is the winner
-        beside = f"; that is the uniform factor {uniform[0]:g}, factors that differ bring no more"
-    elif uniform is not None:
-        beside = f"; best uniform factor {uniform[0]:g} gains {_points(uniform[1].accuracy_gain.mean)}"
-        if over_uniform is not None and curve is not None:
-            more = _gain(over_uniform.accuracy_gain)
-            beside += f"; {more} above it" if over_uniform.significant else f"; not significantly better: {more}"
-    if kl is not None:
-        size = f"{kl:.3f}" if not 0.0 < kl < 0.0005 else "under 0.001"
-        beside += f"; KL on ordinary text {size}"
-    if curve is None:
-        return Verdict(False, f"no curve beat the base model on validation: no gain, not recommended{beside}")
-    n, needed = curve.n_contexts, contexts_needed(curve.confidence)
-    text = f"gain {_gain(curve.accuracy_gain)} on {n} unseen contexts{_each(tasks or {})}{beside}"
-    if curve.significant:
+def judge(found: Findings) -> Verdict:
+    """Say whether the curve is worth using: its accuracy must lie above the base model's, interval and all."""
+    gain, guard = found.gain, found.guard
+    if gain is None and guard is not None and guard.passed_over:
+        return Verdict(
+            False,
+            "not recommended: every curve that beats the base model on validation changes ordinary text by more than "
+            f"{guard.max_kl:g} nats a token (--max-kl)",
+        )
+    beside = _beside(found)
+    if gain is None:
+        return Verdict(False, f"not recommended: no curve beat the base model on validation{beside}")
+    text = (
+        f"gain {_gain(gain.accuracy_gain)} on {gain.n_contexts} {found.look.words}"
+        f"{_each({name: task.gain for name, task in found.tasks.items()})}{beside}"
+    )
+    if gain.significant:
         return Verdict(True, text)
-    if not curve.enough:
-        return Verdict(False, f"too few contexts to tell, at least {needed} are needed, not recommended: {text}")
-    return Verdict(False, f"no significant gain, not recommended: {text}")
+    if not gain.enough:
+        n, equal, needed = gain.n_contexts, gain.n_effective, contexts_needed(gain.confidence)
+        worth = "" if equal is None or n < needed else f", which count as {equal:.1f} by their weights,"
+        return Verdict(
+            False,
+            f"not recommended: {n} contexts{worth} are too few to tell a gain from chance, at least {needed} are "
+            f"needed (--test-contexts): {text}",
+        )
+    why = "the gain may be chance" if gain.accuracy_gain.mean > 0.0 else "no gain"
+    return Verdict(False, f"not recommended, {why}: {text}")
+
+
+def _beside(found: Findings) -> str:
+    """What the best uniform factor gains on the same contexts, and how far the curve changes ordinary text."""
+    text = ""
+    if found.uniform is not None and found.uniform_gain is not None:
+        factor = f"{found.uniform.factor:g}{found.uniform.where}"
+        if found.gain is not None and found.uniform.factors == found.factors:  # it is the winner
+            text = f"; that is the uniform factor {factor}: factors that differ more gain no more"
+        else:
+            text = f"; best uniform factor {factor} gains {_points(found.uniform_gain.accuracy_gain.mean)}"
+        if found.over_uniform is not None and found.gain is not None:
+            more = _gain(found.over_uniform.accuracy_gain)
+            text += (
+                f"; {more} above it" if found.over_uniform.significant else f"; above it {more}, which may be chance"
+            )
+    if found.guard is not None and (kl := found.guard.kl) is not None:
+        text += f"; KL on ordinary text {f'{kl:.3f}' if not 0.0 < kl < 0.0005 else 'under 0.001'}"
+    return text
 
 
 def _each(tasks: Mapping[str, Comparison]) -> str:
@@ -74,4 +87,4 @@ def _gain(gain: Interval) -> str:
 
 
 def _points(share: float) -> str:
-    return f"{100.0 * share:.1f}"
+    return f"{100.0 * share + 0.0:.1f}"

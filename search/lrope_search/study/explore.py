@@ -10,11 +10,11 @@ from collections import deque
 from lrope_gguf.errors import LropeError
 
 from ..optimizers.protocol import Candidate, Optimizer, rank
-from ..results.comparison import finite
+from ..results.intervals import finite
 from ..results.objective import Objective
 from ..results.variation import typical, variation_text
 from ..scores import Factors
-from .plan import planned_evaluations, racing
+from .plan import planned_evaluations
 from .racing import Race
 from .scheduler import Urgency
 from .state import Run
@@ -35,7 +35,7 @@ class Exploration:
 
     def search(self, algorithm: Optimizer) -> str:
         """Ask, evaluate and tell, candidate by candidate; return what ended it."""
-        run, race = self._run, Race(racing(self._run.settings, self._run.n_tasks))
+        run, race = self._run, Race(self._run.settings.racing(self._run.n_tasks))
         asked: list[Candidate] = []
         pending: deque[Candidate] = deque()
 
@@ -123,7 +123,7 @@ class Exploration:
             results = {"search": {"contexts": run.settings.n_contexts("search"), "fitness": finite(fitness, 6)}}
             run.study.save_best(run.document(best, results))
             self._saved = best
-        text = f"best {fitness:+.4f} nats"
+        text = f"best {fitness:+.4f} {run.unit}"
         run.progress.best(text)
         run.progress.expect(self._expected())
         if run.pipeline.n_fresh and (improved or len(run.ranking) >= self._line_due):

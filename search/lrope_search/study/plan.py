@@ -1,13 +1,12 @@
-"""What the settings of a search come to: an optimizer, a racing rule, a number of evaluations."""
+"""What the settings of a search come to: an optimizer, a number of evaluations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..config import SearchConfig
+from ..optimizers.make import make_algorithm
 from ..optimizers.protocol import Optimizer
-from ..optimizers.registry import make_algorithm
-from .racing import Racing
+from .settings import SearchConfig
 
 NEARER = (0.75, 0.5)
 """Parts of the best gain on search contexts; the candidates nearest to the base model that reach one are validated too
@@ -20,7 +19,7 @@ def make_optimizer(settings: SearchConfig, n_layer: int, layers: Sequence[int] |
     ``layers``: those that may have factors of their own; None: all.
     """
     return make_algorithm(
-        settings.algorithm,
+        settings.optimizer,
         n_layer,
         layers=layers,
         parametrization=settings.parametrization,
@@ -29,13 +28,7 @@ def make_optimizer(settings: SearchConfig, n_layer: int, layers: Sequence[int] |
         bounds=settings.bounds,
         uniform_factors=settings.uniform_factors,
         curves=[settings.started(start) for start in settings.start],
-        **settings.algorithm_options(),
     )
-
-
-def racing(settings: SearchConfig, n_tasks: int = 1) -> Racing:
-    """Return the racing rule of these settings, by which everybody sees a context of each task first."""
-    return Racing(settings.n_contexts("search"), max(settings.racing_first, n_tasks), settings.racing_fraction)
 
 
 def planned_evaluations(settings: SearchConfig, *, guard: bool = False, n_tasks: int = 1) -> dict[str, int]:
@@ -46,7 +39,7 @@ def planned_evaluations(settings: SearchConfig, *, guard: bool = False, n_tasks:
     sides = 2 + bool(settings.uniform_factors)
     finalists = min(settings.finalists, settings.max_evaluations - 1)
     validated = finalists + sides - 2 + (len(NEARER) if guard else 0)
-    candidates = racing(settings, n_tasks).expected_evaluations(settings.max_evaluations - 1)
+    candidates = settings.racing(n_tasks).expected_evaluations(settings.max_evaluations - 1)
     planned = {
         "search": settings.n_contexts("search") + candidates,
         "validation": (1 + validated) * settings.n_contexts("validation"),

@@ -1,4 +1,4 @@
-"""Racing: every candidate sees the first context, the better part of them goes on to more. Nobody waits for a crowd."""
+"""Racing: every candidate sees the first contexts, and only the best of them see more."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import SearchConfig
 from ..optimizers.protocol import Optimizer
 from ..workers.protocol import Executor
 from .conclude import SearchOutcome, conclude
@@ -13,6 +12,7 @@ from .explore import Exploration
 from .plan import make_optimizer, planned_evaluations
 from .progress import Progress
 from .scheduler import Urgency
+from .settings import SearchConfig
 from .state import Run
 from .store import Study
 
@@ -30,6 +30,7 @@ def run_search(
     block_count: int | None = None,
     guard_contexts: int = 0,
     rope: Mapping[str, Any] | None = None,
+    test_size: int | None = None,
 ) -> SearchOutcome:
     """Search for a curve that beats the base model, and measure its gain honestly.
 
@@ -53,13 +54,14 @@ def run_search(
         block_count: The model's, for ``best.json``; None: ``executor.n_layer``.
         guard_contexts: 1 if the evaluator can measure the `divergence` from the base model, 0 if not.
         rope: How the base model rotates (`RopeScaling.json`), for the provenance of ``best.json``.
+        test_size: Test contexts that the task has, which `Looks` shares out; None: as many as wanted.
 
     Raises:
         LropeError: the base model's log-probabilities are not finite, an evaluation failed, or the study cannot be
             written.
     """
     algorithm = algorithm or make_optimizer(settings, executor.n_layer)
-    run = Run(executor, study, settings, progress, architecture, block_count, guard_contexts, rope)
+    run = Run(executor, study, settings, progress, architecture, block_count, guard_contexts, rope, test_size)
     planned = planned_evaluations(settings, guard=bool(guard_contexts), n_tasks=run.n_tasks)
     progress.start(sum(planned.values()))
     parts = ", ".join(f"{n} {split}" for split, n in planned.items())
@@ -82,5 +84,5 @@ def _interrupted(run: Run) -> str:
     best = run.better_than_base()
     found = "none better than the base model"
     if best:
-        found = f"the best so far, {best[0][1]:+.4f} nats, is {run.study.directory / 'best.json'}"
+        found = f"the best so far, {best[0][1]:+.4f} {run.unit}, is {run.study.directory / 'best.json'}"
     return f"stopped after {len(run.ranking)} candidates, {found}; the same command resumes"

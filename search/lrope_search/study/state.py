@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lrope_gguf.curve import Curve, CurveFile
 
-from ..config import SearchConfig
 from ..optimizers.protocol import Candidate, Score
-from ..results.objective import Objective
+from ..results.findings import Look, Uniform
+from ..results.front import Front
+from ..results.objective import Objective, task_scales, unit_of
 from ..results.summary import task_weights
-from ..scores import ContextScore, Factors, Job
+from ..scores import GUARD, ContextScore, DivergenceScore, Factors, Job
 from ..workers.protocol import Executor
+from .looks import Looks
+from .plan import NEARER
 from .progress import Progress
-from .scheduler import Pipeline
+from .scheduler import Pipeline, Urgency
+from .settings import SearchConfig
 from .store import Study
+
+_NEARER_STILL = (0.25, 0.125)
+"""As `NEARER`, for where all of these stray too far."""
 
 
 def uniform_factor(candidate: Candidate) -> float | None:
@@ -27,6 +35,16 @@ def uniform_factor(candidate: Candidate) -> float | None:
     return moved.pop() if len(moved) == 1 and (whole or candidate.origin == "uniform") else None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What validation and guard say: the winner, if any, and gain against KL; beside it the best uniform factor."""
+
+    winner: Candidate | None
+    front: Front
+    uniform: Candidate | None
+    uniform_side: Uniform | None
+
+
 class Run:
     """A search under way.
 
@@ -34,6 +52,7 @@ class Run:
         base: The base model as a candidate.
         ranking: All candidates that were told, with their scores, best first.
         weights: Of each of several tasks; empty if there is one.
+        look: Which test contexts are asked: those of the next look, until the search has ended and knows its own.
     """
 
     def __init__(
@@ -46,6 +65,7 @@ class Run:
         block_count: int | None,
         guard_contexts: int,
         rope: Mapping[str, Any] | None = None,
+        test_size: int | None = None,
     ) -> None:
         """Take what `run_search` was given."""
         self.study, self.settings, self.progress = study, settings, progress
@@ -58,20 +78,40 @@ class Run:
         self.ranking: list[tuple[Candidate, Score]] = []
         straight = tuple((i / settings.degree, 1.0) for i in range(settings.degree + 1))
         self.base = Candidate(-1, Curve(straight, bounds=settings.bounds), self.identity, "identity")
+        self.looks = Looks(study, settings.n_contexts("test"), test_size, settings.confidence)
+        self.look: Look = self.looks.next()
+        self._scales = self._kept_scales()
 
     @property
     def n_tasks(self) -> int:
         """How many tasks take turns."""
         return max(len(self.weights), 1)
 
+    @property
+    def scales(self) -> dict[str, float]:
+        """The scale of each of several tasks (`task_scales`) on search contexts; empty if there is one task.
+
+        They are kept in the study: ``objective.json``.
+        """
+        if self._scales is None:
+            self._scales = task_scales(self.all_of(self.identity, "search"))
+            self.study.keep("objective", {"scales": self._scales})
+        return self._scales
+
+    @property
+    def unit(self) -> str:
+        """The unit of fitness, in words."""
+        return unit_of(self._scales)
+
     def objective(self, base: Sequence[ContextScore]) -> Objective:
         """Return what candidates are worth on the contexts of ``base``, the base model's scores."""
-        return Objective(base, self.settings.middle_weight, self.weights)
+        return Objective(base, self.settings.middle_weight, self.weights, self.scales)
 
     def jobs(self, factors: Factors, split: str, contexts: range | None = None) -> list[Job]:
-        """Return the evaluations of ``factors`` on ``contexts`` of ``split``; None: on all."""
+        """Return the evaluations of ``factors`` on ``contexts`` of ``split``; None: on all, or those of the look."""
         if contexts is None:
-            contexts = range(self.guard_contexts if split == "guard" else self.settings.n_contexts(split))
+            n = self.guard_contexts if split == GUARD else self.settings.n_contexts(split)
+            contexts = self.look.contexts if split == "test" else range(n)
         return [Job(factors, split, i) for i in contexts]
 
     def known(self, factors: Factors, n_contexts: int) -> list[ContextScore] | None:
@@ -93,14 +133,17 @@ class Run:
             better.append((candidate, fitness))
         return better
 
-    def finalists(self) -> tuple[list[Candidate], Candidate | None]:
-        """Return who goes on to validation as it stands, best first, and the best uniform factor among them."""
+    def finalists(self, levels: Sequence[float] = ()) -> tuple[list[Candidate], Candidate | None]:
+        """Return who goes on to validation as it stands, best first, and the best uniform factor among them.
+
+        ``levels``: with those that are `nearest` to the base model at these.
+        """
         useful = (c for c, (_, fitness) in self.ranking if fitness > -math.inf)
         uniform = next((c for c in useful if uniform_factor(c) is not None), None)
         finalists = [c for c, _ in self.better_than_base()][: self.settings.finalists]
         if uniform is not None and uniform not in finalists:
             finalists.append(uniform)
-        return finalists, uniform
+        return list(dict.fromkeys([*finalists, *self.nearest(levels)])), uniform
 
     def nearest(self, levels: Sequence[float]) -> list[Candidate]:
         """Return, for each part of the best gain by search, the candidate nearest to the base model that reaches it.
@@ -115,6 +158,91 @@ class Run:
         reached = [[item for item in better if item[1] >= level * better[0][1]] for level in levels if better]
         return list(dict.fromkeys(min(items, key=distance)[0] for items in reached))
 
+    def choose(self) -> Choice:
+        """Validate, look at ordinary text, and choose the best that the guard lets pass, if it beats the base model.
+
+        Beside the finalists, a guard looks at the candidates nearest to the base model that reach a good part of the
+        best one's gain: where the best stray too far, one of them takes their place. Where these do too, nearer ones
+        still are asked.
+        """
+        finalists, uniform = self.finalists(NEARER if self.guard_contexts else ())
+        self._announce(finalists, uniform)
+        gains = self._validate(finalists)
+        front = self._front(gains)
+        for candidate in self.nearest(_NEARER_STILL) if self.guard_contexts else ():
+            if front.choice is not None or not front.passed_over:
+                break
+            if candidate.factors not in gains:
+                self._expect(len(gains) + 1, uniform)
+                gains |= self._validate([candidate])
+                front = self._front(gains)
+        candidates = {candidate.factors: candidate for candidate, _ in self.ranking}
+        for point in front.passed_over:
+            self.progress.line(
+                f"candidate {candidates[point.factors].id} is passed over: it changes ordinary text by {point.kl:.3g} "
+                f"nats a token, more than --max-kl {front.limit:g}"
+            )
+        side = None if uniform is None else Uniform(uniform_factor(uniform) or 1.0, uniform.factors)
+        return Choice(None if front.choice is None else candidates[front.choice.factors], front, uniform, side)
+
+    def _expect(self, n_validated: int, uniform: Candidate | None) -> None:
+        """Say how many evaluations it will be in all."""
+        self.progress.expect(
+            sum(job.split == "search" for job in self.pipeline.results)
+            + (1 + n_validated) * self.settings.n_contexts("validation")
+            + n_validated * self.guard_contexts
+            + (1 + (uniform is not None) + bool(n_validated)) * self.settings.n_contexts("test")
+        )
+
+    def _announce(self, finalists: Sequence[Candidate], uniform: Candidate | None) -> None:
+        """Say how far it is, and let workers that would idle begin with what comes later."""
+        self._expect(len(finalists), uniform)
+        contexts = self.settings.n_contexts("validation")
+        self.progress.line(
+            f"validation: base and {len(finalists)} finalists on {contexts} contexts, {self.progress.status()}"
+        )
+        self._want([self.base, *finalists], "validation")
+        self._want(finalists, GUARD, Urgency.SOON)
+        if uniform is not None:
+            self._want([uniform], "test", Urgency.SOON, 1)
+
+    def _want(self, sides: Iterable[Candidate], split: str, urgency: Urgency = Urgency.NOW, order: int = 0) -> None:
+        """Have ``sides`` evaluated on all contexts of ``split``."""
+        jobs = [job for side in sides for job in self.jobs(side.factors, split)]
+        self.pipeline.want(jobs, urgency, order)
+
+    def _validate(self, candidates: Sequence[Candidate]) -> dict[Factors, float]:
+        """Return the fitness on validation contexts by factors, the better first."""
+        scores = {c.factors: self.all_of(c.factors, "validation") for c in (self.base, *candidates)}
+        gains = self.objective(scores.pop(self.identity)).of_all(scores)
+        return dict(sorted(gains.items(), key=lambda gain: -gain[1]))
+
+    def _front(self, gains: Mapping[Factors, float]) -> Front:
+        """Return gain against KL of all that were validated, waiting for the guard."""
+        divergences = {}
+        for order, (factors, gain) in enumerate(gains.items()):
+            if self.guard_contexts and gain > 0.0:
+                self.pipeline.want(self.jobs(factors, "test"), Urgency.MAYBE, order)
+            found = self.pipeline.get(self.jobs(factors, GUARD))
+            divergences[factors] = [score for score in found if isinstance(score, DivergenceScore)]
+        return Front.of_scores(gains, divergences, self.settings.max_kl)
+
+    def test(self, sides: Mapping[str, Candidate]) -> dict[str, list[ContextScore]]:
+        """Return the scores of ``sides`` on the test contexts of the look that the search now has come to."""
+        self.look = self.looks.after(len(self.ranking))
+        n, others = self.settings.n_contexts("test"), len(set(sides.values())) - 1
+        self.progress.line(f"test: base and {others} more on {n} contexts, {self.progress.status()}")
+        self._want(sides.values(), "test")
+        return {name: self.all_of(side.factors, "test") for name, side in sides.items()}
+
+    def save(self, best: Candidate, results: dict[str, Any]) -> CurveFile:
+        """Write down what was found: the look is spent, and ``best.json`` final."""
+        document = self.document(best, results)
+        self.looks.spend(len(self.ranking))
+        self.study.save_best(document)
+        self.study.log(str(results["verdict"]))
+        return document
+
     def document(self, best: Candidate, results: dict[str, Any]) -> CurveFile:
         """Return the curve file of ``best``: no times in it, so that a resumed search writes the same bytes."""
         rope = {} if self.rope is None else {"rope": self.rope}
@@ -126,3 +254,17 @@ class Run:
             block_count=self.block_count,
             provenance={"config": self.study.config, **rope, "results": results},
         )
+
+    def _kept_scales(self) -> dict[str, float] | None:
+        """Return the scales if the study has them or needs none, for there is one task; None: they are to be measured.
+
+        An older study, which has candidates and no scales, goes on as it began: with nats of all tasks alike.
+        """
+        directory = self.study.directory
+        if self.n_tasks == 1:
+            return {}
+        kept = Study.kept(directory, "objective")
+        if kept is None and (path := directory / "candidates.jsonl").exists() and path.stat().st_size:
+            kept = {"scales": {}}
+            self.study.keep("objective", kept)
+        return None if kept is None else dict(kept["scales"])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import DEFAULT_WORDS
+from ..settings import setting
 from .generated import GeneratedTask, distinct, listing
+from .settings import Count, SizedTaskConfig
 from .sizing import TokenLimit
 from .task import Context
 from .vocabulary import SYLLABLES
 
+DEFAULT_WORDS = 1000
+"""Of a context."""
 _WORDS = len(SYLLABLES) ** 3  # of three syllables: none stands in another
 _PER_SPLIT = _WORDS // 4
 _DEPTH = 0.5  # the words asked for stand everywhere
@@ -36,6 +40,33 @@ _FREQUENT_TASK = (
     "words alone, the most frequent first, separated by commas."
 )
 _FREQUENT_QUESTION = "Question: Which three words occur most often in this text?\nAnswer:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonWordsConfig(SizedTaskConfig):
+    """Settings of `CommonWordsTask`."""
+
+    section = "cwe"
+    summary = "common words, for eval --generate"
+    size = "words"
+
+    words: int | None = setting(None, "words a context", metavar="N", least=1, unset=str(DEFAULT_WORDS))
+
+    def make(self, count: Count | None = None) -> GeneratedTask:
+        """Return the task."""
+        return CommonWordsTask(self.words, seed=self.seed, limit=TokenLimit.of(self.context_tokens, count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrequentWordsConfig(CommonWordsConfig):
+    """Settings of `FrequentWordsTask`."""
+
+    section = "fwe"
+    summary = "frequent words, for eval --generate"
+
+    def make(self, count: Count | None = None) -> GeneratedTask:
+        """Return the task."""
+        return FrequentWordsTask(self.words, seed=self.seed, limit=TokenLimit.of(self.context_tokens, count))
 
 
 class CommonWordsTask(GeneratedTask):

@@ -10,7 +10,7 @@ import numpy as np
 
 from lrope_gguf.errors import LropeError
 
-from ..config import SPLITS
+from ..sample import SPLITS
 from .sizing import TokenLimit
 from .task import Context, Probe
 
@@ -24,7 +24,7 @@ class GeneratedTask(ABC):
 
     name: ClassVar[str]
     unit: ClassVar[str]
-    """What a size counts; the name of its option, too."""
+    """What a size counts; the name of its setting, too."""
 
     def __init__(self, size: int, least: int, *, most: int | None, seed: int, limit: TokenLimit | None) -> None:
         """Hold the size of contexts, in place of which ``limit`` may stand, and the smallest and largest there can be.
@@ -33,9 +33,11 @@ class GeneratedTask(ABC):
             LropeError: a size that cannot be.
         """
         if limit is None and size < least:
-            raise LropeError(f"--{self.unit} {size}: too few for {self._least_is()}; ask for at least {least}")
+            raise LropeError(
+                f"{self.name}.{self.unit} {size}: too few for {self._least_is()}; ask for at least {least}"
+            )
         if limit is None and most is not None and size > most:
-            raise LropeError(f"--{self.unit} {size}: there are words for {most}; ask for fewer")
+            raise LropeError(f"{self.name}.{self.unit} {size}: there are words for {most}; ask for fewer")
         self._size, self._least, self._most = size, least, most
         self._seed = seed
         self._limit = limit
@@ -81,7 +83,7 @@ class GeneratedTask(ABC):
         size, n_tokens = limit.largest(prompt, self._least, most)
         if not size:
             raise LropeError(
-                f"--context-tokens {limit.tokens}: {self._least_is()} alone takes {n_tokens}; ask for more tokens"
+                f"--context-tokens {limit.tokens}: {self._least_is()} takes {n_tokens} tokens already; ask for more"
             )
         if size == self._most and limit.tokens - n_tokens > n_tokens / size:
             raise LropeError(

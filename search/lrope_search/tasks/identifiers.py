@@ -72,7 +72,7 @@ class Identifiers(Protocol):
 
     @property
     def description(self) -> str:
-        """What keys and values look like, in a few words."""
+        """What they are, for help."""
         ...
 
     @property
@@ -89,7 +89,7 @@ class Uuids:
     """Keys and values are random UUIDs (version 4), as in the benchmark."""
 
     most = None
-    description = "36 characters each"
+    description = "UUIDs, as in the benchmark"
     wording = JSON_WORDING
 
     def pairs(self, generator: np.random.Generator, n: int) -> list[tuple[str, str]]:
@@ -103,7 +103,7 @@ class Numbers:
     """Keys of four digits and values of three, for models too small to copy a UUID."""
 
     most = 9000
-    description = "three and four digits, for small models"
+    description = "keys of 4 digits and values of 3, for small models"
     wording = JSON_WORDING
 
     def pairs(self, generator: np.random.Generator, n: int) -> list[tuple[str, str]]:
@@ -117,7 +117,7 @@ class Words:
     """Words of the embedded model's vocabulary; no other model knows its prompt."""
 
     most = len(KEY_WORDS)
-    description = "one token each, for the embedded model of the demo"
+    description = "words of the embedded model"
     wording = WordWording()
 
     def pairs(self, generator: np.random.Generator, n: int) -> list[tuple[str, str]]:
@@ -131,3 +131,8 @@ IDENTIFIERS: MappingProxyType[str, Identifiers] = MappingProxyType(
     {"uuid": Uuids(), "number": Numbers(), "word": Words()}
 )
 """The kinds by their names on the command line; the first is the default."""
+
+
+def describe() -> str:
+    """Return what each kind is, in a line."""
+    return "; ".join(f"{name}: {kind.description}" for name, kind in IDENTIFIERS.items())

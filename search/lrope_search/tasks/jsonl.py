@@ -9,13 +9,43 @@ from typing import Any
 
 from lrope_gguf.errors import LropeError
 
-from ..config import DEFAULT_TEMPLATE, SPLITS
+from ..sample import SPLITS
+from ..settings import setting
 from .records import read_records, split_groups, too_few
+from .settings import Count, TaskConfig
 from .task import Context, Probe
 
+DEFAULT_TEMPLATE = "{context}\n\nQuestion: {question}\nAnswer:"
 _MARKS = ("{context}", "{question}")
 _N_CALIBRATION = 8  # questions of the calibration context
 _EXCERPT = 600  # characters of a context that stand in it, on either side of the answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlConfig(TaskConfig):
+    """Settings of `JsonlTask`."""
+
+    section = "jsonl"
+    summary = "your own questions"
+    wants = "your file of questions"
+
+    data: str | None = setting(
+        None,
+        "a line {context, question, answer: text or list of texts, depth: 0 to 1, optional}; may be gzipped",
+        metavar="FILE",
+        unset="none, it must be given",
+        option=True,
+    )
+    prompt_template: str = setting(
+        DEFAULT_TEMPLATE.replace("\n", "\\n"),
+        "the prompt with {context} and {question}, \\n a new line",
+        metavar="TEXT",
+    )
+
+    def make(self, count: Count | None = None) -> JsonlTask:
+        """Return the task."""
+        assert self.data is not None  # checked when these settings were made
+        return JsonlTask(self.data, seed=self.seed, template=self.prompt_template.replace("\\n", "\n"))
 
 
 @dataclass(frozen=True)
@@ -49,7 +79,7 @@ class JsonlTask:
         self._data = data
         if [template.count(mark) for mark in _MARKS] != [1, 1] or template.index(_MARKS[1]) < template.index(_MARKS[0]):
             raise LropeError(
-                f"--prompt-template {template!r}: must hold {{context}} once and {{question}} once, in this order"
+                f"jsonl.prompt_template {template!r}: must hold {{context}} once and {{question}} once, in this order"
             )
         self._head, rest = template.split(_MARKS[0])
         self._middle, self._tail = rest.split(_MARKS[1])

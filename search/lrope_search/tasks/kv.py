@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,77 @@ import numpy as np
 
 from lrope_gguf.errors import LropeError
 
-from ..config import DEFAULT_PAIRS, POSITIONS, SPLITS
-from ..sample import default_probes
-from .identifiers import IDENTIFIERS
+from ..sample import SPLITS, default_probes
+from ..settings import setting
+from .identifiers import IDENTIFIERS, describe
 from .records import read_records, split_groups, too_few
+from .settings import AS_NEEDED, POSITIONS, Count, SizedTaskConfig, positions_setting, probes_setting
 from .sizing import TokenLimit
 from .task import Context, Probe, check_probes, places
 
 _CALIBRATION = len(SPLITS)  # in place of a split's number: pairs that are part of none
 
+DEFAULT_PAIRS = 40
+"""Of a context, pairs of key and value."""
+
 Pairs = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyValueConfig(SizedTaskConfig):
+    """Settings of `KeyValueTask`."""
+
+    section = "kv"
+    summary = "key-value retrieval"
+    size = "keys"
+
+    data: str | None = setting(
+        None, "kv-retrieval-*_keys.jsonl[.gz] of the benchmark", metavar="FILE", unset="made from the seed", option=True
+    )
+    keys: int | None = setting(
+        None,
+        "pairs a context",
+        metavar="N",
+        least=1,
+        unset=f"{DEFAULT_PAIRS}; with data all of a record",
+        option=True,
+    )
+    identifiers: str | None = setting(
+        None,
+        f"what keys and values are, without data; {describe()}",
+        choices=tuple(IDENTIFIERS),
+        unset=next(iter(IDENTIFIERS)),
+    )
+    probes: int | None = probes_setting("questions a context", AS_NEEDED)
+    positions: str = positions_setting()
+
+    def make(self, count: Count | None = None) -> KeyValueTask:
+        """Return the task."""
+        limit = TokenLimit.of(self.context_tokens, count)
+        smallest = self.context_tokens is not None and limit is None
+        return KeyValueTask(
+            self.probes or 1 if smallest else self.keys,
+            probes=self.probes,
+            positions=self.positions,
+            seed=self.seed,
+            data=self.data,
+            identifiers=self.identifiers or next(iter(IDENTIFIERS)),
+            limit=limit,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that decides the questions."""
+        kind = None if self.data else self.identifiers or next(iter(IDENTIFIERS))
+        pairs = self.keys or (DEFAULT_PAIRS if self.data is None else None)
+        known = {"identifiers": kind, "probes": known_probes(self.probes, self.context_tokens, pairs)}
+        return super().to_json() | known
+
+
+def known_probes(probes: int | None, context_tokens: int | None, pairs: int | None) -> int | None:
+    """Return the questions of a context; None where none are asked for, and file or tokenizer decide."""
+    if probes is not None or context_tokens is not None or pairs is None:
+        return probes
+    return default_probes(pairs)
 
 
 class KeyValueTask:
@@ -67,7 +129,9 @@ class KeyValueTask:
         if probes and (n_pairs is not None or (data is None and limit is None)) and self._n_pairs < probes:
             raise LropeError(f"--keys {self._n_pairs}: too few for {probes} probes; ask for at least {probes} keys")
         if identifiers not in IDENTIFIERS or (identifiers != "uuid" and data is not None):
-            raise LropeError(f"--identifiers {identifiers}: give one of {', '.join(IDENTIFIERS)}, without --data")
+            raise LropeError(
+                f"{self.name}.identifiers {identifiers}: give one of {', '.join(IDENTIFIERS)}, without --data"
+            )
         self._identifiers = IDENTIFIERS[identifiers]
         self._wording = self._identifiers.wording
         self._most = self._identifiers.most
@@ -78,7 +142,9 @@ class KeyValueTask:
         if data is not None:
             records = read_records(data, "key-value record", lambda where, value: _pairs(where, value, n_pairs))
             if min(map(len, records)) < (probes or 1):
-                raise LropeError(f"{data}: a record has fewer pairs than the {probes} probes; give a smaller --probes")
+                raise LropeError(
+                    f"{data}: a record has fewer pairs than the {probes} probes; give fewer {self.name}.probes"
+                )
             self._splits = split_groups([[record] for record in records], seed, data)
 
     def size(self, split: str) -> int | None:
@@ -131,7 +197,7 @@ class KeyValueTask:
         n_pairs, n_tokens = limit.largest(prompt, least, most)
         if not n_pairs:
             alone = "one pair alone takes" if self._n_probes is None else f"{least} pairs alone take"
-            fewer = "" if self._n_probes is None else " or fewer --probes"
+            fewer = "" if self._n_probes is None else f" or fewer {self.name}.probes"
             raise LropeError(f"--context-tokens {limit.tokens}: {alone} {n_tokens}; ask for more tokens{fewer}")
         if n_pairs == most and limit.tokens - n_tokens > n_tokens / n_pairs:  # room for one more
             what = "there are no more such keys" if self._splits is None else f"a record of {self._data} has no more"

@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,52 @@ import numpy as np
 
 from lrope_gguf.errors import LropeError
 
-from ..config import DEFAULT_DOCUMENTS, POSITIONS, SPLITS
-from ..sample import default_probes
+from ..sample import SPLITS, default_probes
+from ..settings import setting
 from .answers import normalize
 from .records import read_records, split_groups, too_few
+from .settings import AS_NEEDED, POSITIONS, Count, SizedTaskConfig, positions_setting, probes_setting
 from .sizing import TokenLimit
 from .task import Context, Probe, check_probes, places
 
+DEFAULT_DOCUMENTS = 20
+"""Of a context."""
 _N_CALIBRATION = 12  # documents of the calibration context
 _CONTEXTS = 4  # of the smallest split, at the least, unless probes are given
 _COMMON = 0.1  # an alias that stands in more than this share of passages is no answer that one could look for
+_KEPT = 64  # contexts: to make one is slow
 _SAMPLE = 200  # passages that are looked through to know
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiDocumentConfig(SizedTaskConfig):
+    """Settings of `MultiDocumentTask`."""
+
+    section = "mdqa"
+    summary = "multi-document question answering"
+    wants = "an nq-open file"
+    size = "documents"
+
+    data: str | None = setting(
+        None, "nq-open-*.jsonl[.gz] of the benchmark", metavar="FILE", unset="none, it must be given", option=True
+    )
+    documents: int | None = setting(None, "documents a context", metavar="N", least=1, unset=str(DEFAULT_DOCUMENTS))
+    probes: int | None = probes_setting("questions a context", AS_NEEDED)
+    positions: str = positions_setting()
+
+    def make(self, count: Count | None = None) -> MultiDocumentTask:
+        """Return the task."""
+        assert self.data is not None  # checked when these settings were made
+        limit = TokenLimit.of(self.context_tokens, count)
+        smallest = self.context_tokens is not None and limit is None
+        return MultiDocumentTask(
+            self.data,
+            self.probes or 1 if smallest else self.documents,
+            probes=self.probes,
+            positions=self.positions,
+            seed=self.seed,
+            limit=limit,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +141,7 @@ class MultiDocumentTask:
         check_probes(probes)
         if limit is None and probes is not None and self._n_documents < probes:
             raise LropeError(
-                f"--documents {self._n_documents}: too few for {probes} probes; ask for at least {probes} documents"
+                f"mdqa.documents {self._n_documents}: too few for {probes} probes; ask for at least {probes} documents"
             )
         records = read_records(data, "question with documents", _record)
         splits = split_groups(_by_page(records), seed, data)
@@ -122,11 +158,11 @@ class MultiDocumentTask:
             self._contexts[split] = _packed(_selective(own, list(gold.values())), probes)
             if limit is None and len(self._passages[split]) < self._n_documents:
                 raise LropeError(
-                    f"{data}: {len(self._passages[split])} passages are for {split}, fewer than --documents "
+                    f"{data}: {len(self._passages[split])} passages are for {split}, fewer than mdqa.documents "
                     f"{self._n_documents}; ask for fewer or give more data"
                 )
         self._calibration = splits["search"]
-        self._cache: dict[tuple[str, int], Context] = {}
+        self._made = lru_cache(maxsize=_KEPT)(self._make)
 
     def size(self, split: str) -> int | None:
         """Return how many contexts ``split`` has."""
@@ -141,10 +177,7 @@ class MultiDocumentTask:
         """
         if index >= len(self._contexts[split]):
             raise too_few(self._data, split, index, {s: len(self._contexts[s]) for s in SPLITS})
-        key = (split, index)
-        if key not in self._cache:
-            self._cache[key] = self._made(split, index)
-        return self._cache[key]
+        return self._made(split, index)
 
     def calibration(self) -> Context:
         """Return a context of at most twelve search questions and their documents alone."""
@@ -155,7 +188,7 @@ class MultiDocumentTask:
         where = places("calibration", 0, len(chosen), len(chosen), 0, "even")
         return _context("calibration", 0, chosen, [], where)
 
-    def _made(self, split: str, index: int) -> Context:
+    def _make(self, split: str, index: int) -> Context:
         asked = self._contexts[split][index]
         if self._limit is None:
             n_more = self._n_documents - len(asked)
@@ -163,7 +196,7 @@ class MultiDocumentTask:
             if n_more > len(distractors):
                 raise LropeError(
                     f"{self._data}: {split} context {index} has only {len(distractors)} documents that answer none of "
-                    f"its questions, {n_more} are wanted; ask for fewer --documents"
+                    f"its questions, {n_more} are wanted; ask for fewer mdqa.documents"
                 )
             return self._with(split, index, asked, distractors)
 
@@ -178,7 +211,7 @@ class MultiDocumentTask:
         if not n_documents:
             raise LropeError(
                 f"--context-tokens {self._limit.tokens}: the documents of {len(asked)} questions alone take {n_tokens} "
-                f"in {split} context {index}; ask for more tokens or fewer --probes"
+                f"in {split} context {index}; ask for more tokens or fewer mdqa.probes"
             )
         if n_documents == most and self._limit.tokens - n_tokens > n_tokens / n_documents:
             raise LropeError(

@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from ..config import POSITIONS
-from .kv import KeyValueTask
+from ..settings import setting
+from .kv import DEFAULT_PAIRS, KeyValueTask, known_probes
+from .settings import AS_NEEDED, POSITIONS, Count, SizedTaskConfig, positions_setting, probes_setting
 from .sizing import TokenLimit
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiKeyConfig(SizedTaskConfig):
+    """Settings of `MultiKeyTask`."""
+
+    section = "multikey"
+    summary = "a needle among needles"
+    size = "keys"
+
+    keys: int | None = setting(None, "needles a context", metavar="N", least=1, unset=str(DEFAULT_PAIRS), option=True)
+    probes: int | None = probes_setting("questions a context", AS_NEEDED)
+    positions: str = positions_setting()
+
+    def make(self, count: Count | None = None) -> MultiKeyTask:
+        """Return the task."""
+        limit = TokenLimit.of(self.context_tokens, count)
+        smallest = self.context_tokens is not None and limit is None
+        keys = self.probes or 1 if smallest else self.keys
+        return MultiKeyTask(keys, probes=self.probes, positions=self.positions, seed=self.seed, limit=limit)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that decides the questions."""
+        return super().to_json() | {
+            "probes": known_probes(self.probes, self.context_tokens, self.keys or DEFAULT_PAIRS)
+        }
 
 
 class NeedleWording:

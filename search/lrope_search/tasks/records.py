@@ -13,7 +13,7 @@ import numpy as np
 
 from lrope_gguf.errors import LropeError
 
-from ..config import SPLITS
+from ..sample import SPLITS
 
 _SHARES = (0.5, 0.2, 0.3)  # of a file's records, in the order of SPLITS
 
@@ -44,7 +44,7 @@ def read_records(path: Path | str, kind: str, parse: Callable[[str, Any], T]) ->
         reason = getattr(error, "strerror", None) or error
         raise LropeError(f"{path}: cannot read {kind}s ({reason}); give a JSONL file") from error
     if not records:
-        raise LropeError(f"{path}: holds no records; give a JSONL file of {kind}s")
+        raise LropeError(f"{path}: has no records; give a JSONL file of {kind}s")
     return records
 
 
@@ -70,7 +70,7 @@ def split_groups(groups: Sequence[Sequence[T]], seed: int, data: object) -> dict
     """
     if len(groups) < len(SPLITS):
         raise LropeError(
-            f"{data}: holds {len(groups)} contexts that share nothing; search, validation and test need one each"
+            f"{data}: has only {len(groups)} contexts that share no text; search, validation and test need one each"
         )
     order = np.random.default_rng(seed).permutation(len(groups))
     sizes = np.array([len(groups[i]) for i in order])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
-Count: TypeAlias = Callable[[str], int]
-"""The tokens of a prompt, with all that a model's chat template adds."""
+from .settings import Count
 
 _SECANTS = 8  # guesses after which a size is halved instead, should tokens not grow evenly
 
@@ -18,6 +16,11 @@ class TokenLimit:
 
     tokens: int
     count: Count
+
+    @classmethod
+    def of(cls, tokens: int | None, count: Count | None) -> TokenLimit | None:
+        """Return the limit, if both are known."""
+        return None if tokens is None or count is None else cls(tokens, count)
 
     def largest(self, prompt: Callable[[int], str], low: int, high: int) -> tuple[int, int]:
         """Return the largest size from ``low`` (1 or more) to ``high`` whose prompt fits, and that prompt's tokens.

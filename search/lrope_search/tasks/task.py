@@ -9,7 +9,7 @@ import numpy as np
 
 from lrope_gguf.errors import LropeError
 
-from ..config import SPLITS
+from ..sample import SPLITS
 from .answers import holds, share
 
 _SPAWN_KEY = 0x706C6163  # apart from the streams of contents and of optimizers with the same seed
@@ -94,7 +94,7 @@ def check_probes(probes: int | None) -> None:
         LropeError: fewer than one.
     """
     if probes is not None and probes < 1:
-        raise LropeError(f"--probes {probes}: a context needs a probe; ask for at least 1")
+        raise LropeError(f"probes {probes}: a context needs a probe; ask for at least 1")
 
 
 def places(split: str, index: int, n_places: int, n_probes: int, seed: int, positions: str) -> list[tuple[int, float]]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..config import DEFAULT_LINES, POSITIONS
+from ..settings import setting
 from .generated import GeneratedTask, distinct, listing
+from .settings import POSITIONS, Count, SizedTaskConfig, positions_setting, probes_setting
 from .sizing import TokenLimit
 from .task import Context, check_probes, places
 
+DEFAULT_LINES = 100
+"""Of a context."""
 _LINKS = 5  # statements of a chain: a number, and four hops
 _N_CALIBRATION = 4  # chains
 _LETTERS = 5  # of a name
@@ -23,6 +28,28 @@ _TASK = (
 _THINGS = ("boat", "book", "chair", "door", "hat", "lamp", "road", "roof", "stone", "table", "tree", "wall")
 _KINDS = ("big", "dry", "far", "long", "new", "old", "open", "plain", "round", "short", "small", "wide")
 _COLOURS = ("black", "blue", "brown", "green", "grey", "pink", "red", "white", "yellow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariableConfig(SizedTaskConfig):
+    """Settings of `VariableTask`."""
+
+    section = "vt"
+    summary = "variable tracking"
+    size = "lines"
+
+    lines: int | None = setting(None, "lines a context", metavar="N", least=1, unset=str(DEFAULT_LINES))
+    probes: int | None = probes_setting("chains a context", "1")
+    positions: str = positions_setting()
+
+    def make(self, count: Count | None = None) -> VariableTask:
+        """Return the task."""
+        limit = TokenLimit.of(self.context_tokens, count)
+        return VariableTask(self.lines, probes=self.probes, positions=self.positions, seed=self.seed, limit=limit)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that decides the questions."""
+        return super().to_json() | {"probes": self.probes or 1}
 
 
 class VariableTask(GeneratedTask):

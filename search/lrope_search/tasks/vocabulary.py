@@ -1,4 +1,4 @@
-"""The words of the embedded model: its vocabulary, and what ``--identifiers word`` makes contexts of."""
+"""The words of the embedded model: its vocabulary, and what ``kv.identifiers`` word makes contexts of."""
 
 from __future__ import annotations
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from .pool import Lost, Ready, Reply, Work, WorkerPool, failure, perform
 from .protocol import EvaluatorFactory
@@ -66,7 +68,7 @@ class ProcessExecutor(WorkerPool):
         process = self._spawn.Process(
             target=_work, args=(theirs, self._factory, self._n_threads, gpu), name=f"lrope-worker-{worker}", daemon=True
         )
-        with _no_interrupt():
+        with _no_interrupt(), _without_main(self._factory):
             process.start()
         theirs.close()
         self._processes[worker], self._pipes[worker] = process, ours
@@ -112,6 +114,26 @@ def _no_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _without_main(factory: EvaluatorFactory) -> Iterator[None]:
+    """Keep a process begun here from running the user's script again, unless the factory is part of it.
+
+    `multiprocessing` does so for names that might be needed, and a script without ``if __name__ == "__main__"`` would
+    begin its search once more.
+    """
+    main: dict[str, Any] = vars(sys.modules["__main__"])
+    if getattr(factory, "__module__", "__main__") == "__main__":
+        yield
+        return
+    hidden: dict[str, Any] = {name: main[name] for name in ("__spec__", "__file__") if name in main}
+    main["__spec__"] = None
+    main.pop("__file__", None)
+    try:
+        yield
+    finally:
+        main.update(hidden)
 
 
 def _work(pipe: Connection, factory: EvaluatorFactory, n_threads: int | None, gpu: str | None) -> None:

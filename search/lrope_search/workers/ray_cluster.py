@@ -164,7 +164,7 @@ def _ray() -> Any:
     try:
         import ray
     except ModuleNotFoundError:
-        raise LropeError("--executor ray: Ray is not installed; run: pip install 'lrope-gguf[ray]'") from None
+        raise LropeError("executor ray: Ray is not installed; run: pip install 'lrope-gguf[ray]'") from None
     return ray
 
 
@@ -173,5 +173,5 @@ def _connect(ray: Any, address: str | None) -> None:
         ray.init(address=address, logging_level="ERROR", log_to_driver=False, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        where = f"--ray-address {address}" if address else "--executor ray"
+        where = f"ray_address {address}" if address else "executor ray"
         raise LropeError(f"{where}: no Ray cluster to be had ({reason}); start one with: ray start --head") from None

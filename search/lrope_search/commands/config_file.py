@@ -1,0 +1,196 @@
+"""The file of ``--config``: TOML, each of whose keys is a setting; and what ``--print-config`` writes."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lrope_gguf.errors import LropeError
+
+from ..settings import Setting, Settings
+from .given import Given, no_such
+
+_STRINGS = ('"""', "'''", '"', "'")
+_LINE_AT = re.compile(r"\(at line (\d+), column \d+\)$")
+_MOST_BYTES = 1 << 20
+
+
+def read_config(path: str, known: Mapping[str, Setting]) -> dict[str, Given]:
+    """Return what a file says of ``known`` settings, by their dotted names.
+
+    Raises:
+        LropeError: it cannot be read, is no TOML, or has a key that is unknown, twice there, or of another type; names
+            the line.
+    """
+    try:
+        data = Path(path).read_bytes()
+        if len(data) > _MOST_BYTES:
+            raise LropeError(f"--config {path}: has {len(data)} bytes, more than settings need; give another file")
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise LropeError(f"--config {path}: cannot be read ({error.strerror}); give a TOML file") from None
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise LropeError(f"{path}:{line}: is no UTF-8 text; give a TOML file") from None
+    text = text.replace("\r\n", "\n")
+    try:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise _malformed(path, text, error) from None
+    lines: dict[str, int] = {}
+    for key, line in key_lines(text):
+        lines.setdefault(key, line)
+    return {key: _given(path, lines, key, value, known) for key, value in _leaves(document, known)}
+
+
+def key_lines(text: str) -> Iterator[tuple[str, int]]:
+    """Yield each key of a TOML text, dotted, with its line, in the order of the text; tables end with a dot.
+
+    What is no TOML ends it.
+    """
+    at, table = 0, ""
+    while at < len(text):
+        end = text.find("\n", at)
+        line = text[at : len(text) if end < 0 else end]
+        number = text.count("\n", 0, at) + 1
+        stripped = line.strip()
+        if not stripped or stripped[0] == "#":
+            at += len(line) + 1
+        elif stripped[0] == "[":
+            name = _dotted(stripped.partition("]")[0].strip("[ \t"))
+            if name is None:
+                return
+            table = f"{name}."
+            yield table, number
+            at += len(line) + 1
+        else:
+            equals = _end_of_key(line)
+            name = _dotted(line[:equals])
+            if name is None or equals == len(line):
+                return
+            yield table + name, number
+            at = _end_of_value(text, at + equals + 1)
+
+
+def _end_of_key(line: str) -> int:
+    """Return the place of the equals sign that ends a key, which may be quoted; the line's length if there is none."""
+    found = re.match(r"""(?:[^="'\n]|"(?:[^"\\]|\\.)*"|'[^']*')*""", line)
+    return found.end() if found and found.end() < len(line) and line[found.end()] == "=" else len(line)
+
+
+def _end_of_value(text: str, at: int) -> int:
+    """Return where the line after a value begins: strings and brackets may span lines."""
+    depth = 0
+    while at < len(text):
+        opened = next((quote for quote in _STRINGS if text.startswith(quote, at)), None)
+        if opened is not None:
+            at += len(opened)
+            while at < len(text) and not text.startswith(opened, at):
+                at += 2 if text[at] == "\\" and opened[0] == '"' else 1
+            at += len(opened)
+        elif text[at] == "#":
+            end = text.find("\n", at)
+            at = len(text) if end < 0 else end
+        elif text[at] == "\n" and depth <= 0:
+            return at + 1
+        else:
+            depth += (text[at] in "[{") - (text[at] in "]}")
+            at += 1
+    return at
+
+
+def _dotted(key: str) -> str | None:
+    """Return a key without its quotes; None if it is none."""
+    try:
+        value: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError:
+        return None
+    parts = []
+    while isinstance(value, dict):
+        if len(value) != 1:
+            return None
+        ((part, value),) = value.items()
+        parts.append(part)
+    return ".".join(parts)
+
+
+def _malformed(path: str, text: str, error: Exception) -> LropeError:
+    seen: dict[str, int] = {}
+    for key, line in key_lines(text):
+        if key in seen:
+            what = f"table [{key[:-1]}]" if key.endswith(".") else key
+            return LropeError(f"{path}:{line}: {what} is there twice, first in line {seen[key]}; leave out one of them")
+        seen[key] = line
+    if isinstance(error, RecursionError):
+        return LropeError(f"--config {path}: is nested too deeply; give a table of settings")
+    place = _LINE_AT.search(str(error))
+    line = int(place[1]) if place else text.count("\n") + 1
+    reason = _LINE_AT.sub("", str(error)).removesuffix("(at end of document)").strip()
+    return LropeError(f"{path}:{line}: is no TOML ({reason})")
+
+
+def _leaves(document: Mapping[str, Any], known: Mapping[str, Setting], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in document.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in known and value:
+            yield from _leaves(value, known, f"{key}.")
+        elif not (isinstance(value, dict) and any(other.startswith(f"{key}.") for other in known)):
+            yield key, value
+
+
+def _given(path: str, lines: Mapping[str, int], key: str, value: Any, known: Mapping[str, Setting]) -> Given:
+    line = lines.get(key)
+    if line is None:  # within an inline table, or in none at all
+        above = key
+        while line is None and above:
+            above = above.rpartition(".")[0]
+            line = lines.get(above, lines.get(f"{above}."))
+    where = f"{path}:{line or 1}: {key}"
+    if key not in known:
+        raise no_such(where, key, known)
+    return Given(where, value)
+
+
+def printed(first: str, shared: Iterable[type[Settings]], tables: Iterable[tuple[str, str, Iterable[Setting]]]) -> str:
+    """Return a TOML text with all settings and their defaults, each with a comment.
+
+    Args:
+        first: What stands at its beginning.
+        shared: Settings that stand before all tables.
+        tables: Of each its name, a comment and its settings.
+    """
+    parts = [_comment(first)]
+    parts += [_entry(one) for kind in shared for one in kind.settings()]
+    for name, text, settings in tables:
+        parts.append(f"{_comment(text)}[{name}]\n")
+        parts += [_entry(one) for one in settings]
+    return "\n".join(parts)
+
+
+def _entry(one: Setting) -> str:
+    choices = f" ({', '.join(one.choices)})" if one.choices else ""
+    unset = f"; default: {one.unset}" if one.unset else ""
+    comment = _comment(f"{one.text}{choices}{unset}")
+    if one.default is not None:
+        return f"{comment}{one.key} = {_value(one.default)}\n"
+    example = one.choices[0] if one.choices else one.metavar or "..."
+    return f"{comment}# {one.key} = {_value(example) if one.kind is str else example}\n"
+
+
+def _comment(text: str) -> str:
+    return "".join(f"# {line}\n" for line in textwrap.wrap(text, 110))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, str):
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{quoted}"'
+    return repr(value)

@@ -1,0 +1,258 @@
+"""What the settings of all tasks have in common, and the tasks that there are.
+
+A task is one file, which declares its settings beside the task that they make, and one entry of `TASKS`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+
+from lrope_gguf.errors import LropeError
+
+from ..settings import Registry, SettingError, Settings, setting
+
+if TYPE_CHECKING:
+    from .task import Task
+
+Count: TypeAlias = Callable[[str], int]
+"""The tokens of a prompt, with all that a model's chat template adds."""
+
+POSITIONS = ("jittered", "even")
+"""Where a context's questions stand: at random in equal strata, or the same everywhere; the first is the default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(Settings):
+    """A task: what the model is asked. `task_config` makes one by its name.
+
+    ``section`` of a subclass is the task's name, ``summary`` what it asks.
+
+    Args:
+        answer_prefix: Begins all answers, for base models that would not answer in the wanted form by themselves.
+        seed: Of all that is random.
+
+    Raises:
+        LropeError: values out of range or that do not go together.
+    """
+
+    summary: ClassVar[str] = ""
+    wants: ClassVar[str] = ""
+    """What its file holds, if it cannot do without one."""
+
+    seed: int = 0
+    answer_prefix: str = setting("", "begins all answers, for base models, such as ' \"'", metavar="TEXT")
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.section
+
+    @property
+    def file(self) -> str | None:
+        """The file with its contexts, if it reads one."""
+        return getattr(self, "data", None)
+
+    def check(self) -> None:
+        """Refuse a wrong seed, and a task without the file that it needs."""
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise SettingError(("seed",), f"--seed {self.seed}", "no whole number from 0 on")
+        if self.wants and self.file is None:
+            raise SettingError(
+                (f"{self.section}.data",), f"--task {self.section}", f"needs {self.wants}; give --data FILE"
+            )
+
+    def but(self, **values: Any) -> Self:
+        """Return these settings with other values.
+
+        Raises:
+            LropeError: a setting that this task does not have, or values that cannot be.
+        """
+        for key in values:
+            check_owned(self.section, key)
+        return replace(self, **values)
+
+    def make(self, count: Count | None = None) -> Task:
+        """Return the task; ``count`` tells how many tokens a prompt has, for contexts that are sized by tokens.
+
+        Without it such contexts are as small as they can be: what is wrong with the settings shows without a model.
+
+        Raises:
+            LropeError: a file that cannot be used, or numbers that do not fit it.
+        """
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that decides the questions as a JSON object, with the defaults put in where they are known."""
+        return {"name": self.section} | super().to_json()
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Return what `to_json` of this task wrote."""
+        return super().from_json({key: item for key, item in value.items() if key != "name"})
+
+
+def tokens_setting(text: str) -> Any:
+    """Declare ``context_tokens``, with which a size is given in tokens."""
+    return setting(None, text, metavar="N", least=1, unset="a number of them", option=True)
+
+
+def probes_setting(text: str, unset: str) -> Any:
+    """Declare ``probes``: how many questions a context has."""
+    return setting(None, text, metavar="N", least=1, unset=unset)
+
+
+def positions_setting() -> Any:
+    """Declare ``positions``: where they stand."""
+    text = "where questions stand: at random, one in each of equal strata, or the same everywhere"
+    return setting(POSITIONS[0], text, choices=POSITIONS)
+
+
+AS_NEEDED = "as many as see a gain worth finding at the least cost"
+"""The questions of a context if none are asked for (`default_probes`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizedTaskConfig(TaskConfig):
+    """A task whose contexts have a size, or take so many tokens.
+
+    ``size`` of a subclass is the field that gives it.
+    """
+
+    size: ClassVar[str] = ""
+
+    context_tokens: int | None = tokens_setting("as many keys, documents, lines or words as fit into N tokens")
+
+    def check(self) -> None:
+        """Refuse two sizes."""
+        super().check()
+        if self.context_tokens is not None and getattr(self, self.size) is not None:
+            raise self.wrong("both give a context's size; leave out one of them", self.size, "context_tokens")
+
+
+TASKS: Registry[TaskConfig] = Registry(
+    "task",
+    {
+        "kv": "lrope_search.tasks.kv:KeyValueConfig",
+        "mdqa": "lrope_search.tasks.mdqa:MultiDocumentConfig",
+        "jsonl": "lrope_search.tasks.jsonl:JsonlConfig",
+        "multikey": "lrope_search.tasks.needles:MultiKeyConfig",
+        "vt": "lrope_search.tasks.variables:VariableConfig",
+        "cwe": "lrope_search.tasks.counting:CommonWordsConfig",
+        "fwe": "lrope_search.tasks.counting:FrequentWordsConfig",
+    },
+)
+"""The tasks by their names; a mix keeps this order."""
+
+
+def task_config(name: str = "kv", **values: Any) -> TaskConfig:
+    """Return the settings of the task ``name``; a value of None is the default.
+
+    Example:
+        >>> task_config("kv", keys=100).to_json()["identifiers"]
+        'uuid'
+
+    Raises:
+        LropeError: no such task, a setting that it does not have, or a value that cannot be.
+    """
+    kind = TASKS[name]
+    given = {key: value for key, value in values.items() if value is not None}
+    for key in given:
+        check_owned(name, key)
+    return kind(**given)
+
+
+def check_owned(name: str, key: str) -> None:
+    """Refuse a setting that is another task's, or nobody's.
+
+    Raises:
+        LropeError: names the tasks whose it is.
+    """
+    if key in (one.name for one in fields(TASKS[name])):
+        return
+    owners = [kind for kind in TASKS.classes() if key in (one.name for one in kind.settings())]
+    if not owners:
+        known = ", ".join(one.name for one in TASKS[name].settings())
+        raise SettingError((f"{name}.{key}",), f"{name}.{key}", f"no such setting; task {name} has {known}")
+    label = owners[0].named(key).label if owners[0].named(key).option else key
+    tasks = " and ".join(f"--task {kind.section}" for kind in owners)
+    raise SettingError((f"{name}.{key}",), label, f"means nothing to --task {name}; it is for {tasks}")
+
+
+Tasks: TypeAlias = "TaskConfig | TaskMix | Sequence[tuple[TaskConfig, float]]"
+"""What the model is asked: one task, or several with their weights."""
+
+
+@dataclass(frozen=True)
+class TaskMix:
+    """Tasks that are asked side by side, with the weight of each; one alone is the task itself.
+
+    Args:
+        parts: Tasks with their weights, each task once; kept in the order of `TASKS`, so that a mix is the same in
+            whatever order its tasks are named.
+
+    Raises:
+        LropeError: no task, a task given twice, or a weight that is no positive number.
+    """
+
+    parts: tuple[tuple[TaskConfig, float], ...]
+
+    def __post_init__(self) -> None:
+        """Check and sort the parts."""
+        if not self.parts:
+            raise LropeError(f"--task: none given; choose from {', '.join(TASKS)}")
+        check_once([one.name for one, _ in self.parts])
+        for one, weight in self.parts:
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not 0.0 < weight < math.inf:
+                raise SettingError(
+                    (f"{one.name}.weight",), f"{one.name}.weight {weight}", "no positive number; give one such as 2"
+                )
+        parts = sorted(((one, float(weight)) for one, weight in self.parts), key=lambda part: TASKS.order(part[0].name))
+        object.__setattr__(self, "parts", tuple(parts))
+
+    @classmethod
+    def of(cls, tasks: Tasks) -> TaskMix:
+        """Return the mix of `Tasks` however they are given.
+
+        Raises:
+            LropeError: see the class.
+        """
+        if isinstance(tasks, TaskMix):
+            return tasks
+        return cls(((tasks, 1.0),) if isinstance(tasks, TaskConfig) else tuple(tasks))
+
+    @property
+    def tasks(self) -> tuple[TaskConfig, ...]:
+        """The tasks alone."""
+        return tuple(one for one, _ in self.parts)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each task, by name; empty for one task alone, which nothing is weighed against."""
+        return {one.name: weight for one, weight in self.parts} if len(self.parts) > 1 else {}
+
+    def check_contexts(self, option: str, n_contexts: int) -> None:
+        """Refuse fewer contexts than tasks, which take turns.
+
+        Raises:
+            LropeError: names the option.
+        """
+        if n_contexts < len(self.parts):
+            names = " and ".join(one.name for one in self.tasks)
+            raise LropeError(
+                f"{option} {n_contexts}: too few for {names}, which take turns; give at least {len(self.parts)}"
+            )
+
+
+def check_once(tasks: Sequence[str]) -> None:
+    """Refuse a task that is named twice.
+
+    Raises:
+        LropeError: names it.
+    """
+    for name in tasks:
+        if tasks.count(name) > 1:
+            raise LropeError(f"--task {name}: given twice; give each task once")

@@ -1,0 +1,33 @@
+"""The settings of the workers: how many there are, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..settings import Settings, setting
+
+EXECUTORS = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class WorkersConfig(Settings):
+    """Who does the work. The result of a search does not depend on it.
+
+    Raises:
+        LropeError: a value out of range.
+    """
+
+    n_workers: int | None = setting(
+        None,
+        "models at work side by side",
+        key="workers",
+        metavar="N",
+        least=1,
+        unset="as many as are fastest; with GPUs 1; on a Ray cluster one a GPU, or one a node",
+        option=True,
+    )
+    gpus: tuple[str, ...] = setting((), "GPUs to hand out to local workers in turn; none: all of CUDA_VISIBLE_DEVICES")
+    executor: str = setting("local", "where workers live: processes here, or a Ray cluster", choices=EXECUTORS)
+    ray_address: str | None = setting(
+        None, "address of the Ray cluster", unset="what the environment names, or a new one"
+    )

@@ -1,0 +1,206 @@
+"""What a search and a measurement begin with: silence, the division of the cores, and a dry run that leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from support.tiny_models import write_readable
+
+from lrope_gguf.errors import LropeError
+from lrope_search import ModelConfig, SearchConfig, TaskConfig, WorkersConfig, estimate, launch, measure, search
+from lrope_search import session as session_module
+from lrope_search.evaluation import make
+from lrope_search.evaluation.memory import MemoryNeeded
+from lrope_search.evaluation.model import Model
+from lrope_search.evaluation.parallel import Parallelism, divisions, fastest
+from lrope_search.session import Session
+
+native = pytest.mark.native
+
+TASK = TaskConfig("kv", keys=6, probes=3, identifiers="number")
+SETTINGS = SearchConfig(
+    max_evaluations=6, population=4, search_contexts=2, validation_contexts=1, test_contexts=2, max_kl=100.0
+)
+SIDES = {"other": (1.1,) * 6}
+Lines = list[str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    # trained on so few tokens that a warning is due
+    return ModelConfig(str(write_readable(tmp_path_factory.mktemp("session") / "model.gguf", context_length=32)))
+
+
+def rates_are(patch: pytest.MonkeyPatch, rates: dict[tuple[int, int], float]) -> None:
+    """Let the machine have two cores, and so many tokens a second in each division of them."""
+    patch.setattr(session_module, "physical_cores", lambda: 2)
+    patch.setattr(session_module, "_START_SECONDS", 0.0)
+    measured = {Parallelism(*division): rate for division, rate in rates.items()}
+    patch.setattr(make, "measure_rates", lambda model, choices: {c: measured[c] for c in choices})
+
+
+CALLS: dict[str, Callable[..., object]] = {
+    "search": lambda model, place, **more: search(model, TASK, SETTINGS, place, **more),
+    "estimate": lambda model, place, **more: estimate(model, TASK, SETTINGS, place, **more),
+    "measure": lambda model, place, **more: measure(model, TASK, SIDES, contexts=2, directory=place, **more),
+}
+
+
+@native
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_progress_is_silenced_or_goes_to_a_function(
+    call: Callable[..., object],
+    model: ModelConfig,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing of Python, llama.cpp or another process reaches either stream."""
+    call(model, tmp_path / "silent", progress=False, workers=WorkersConfig(2))
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(launch, "write_report", lambda summary: "nowhere")  # pictures take seconds
+    rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0})
+    lines: Lines = []
+    call(model, tmp_path / "lines", progress=lines.append)
+    assert capfd.readouterr() == ("", "")
+    assert any("the model was trained on 32" in line for line in lines)
+    call(model, tmp_path / "shown")
+    shown = capfd.readouterr()
+    assert shown.out == "" and "the model was trained on 32" in shown.err
+    log = tmp_path / "lines" / "log.txt"
+    assert all(line in log.read_text() for line in lines) if log.exists() else call is CALLS["estimate"]
+
+
+@native
+def test_a_dry_run_is_a_session_that_is_not_continued(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0})
+    monkeypatch.setattr(launch, "write_report", lambda summary: "nowhere")
+    lines: Lines = []
+    estimate(model, TASK, SETTINGS, tmp_path / "s", progress=lines.append)
+    assert not (tmp_path / "s").exists()
+    said = next(line for line in lines if line.startswith("about "))
+    assert re.fullmatch(
+        rf"about \d+ evaluations of \d+ tokens: about \d+ seconds at \d+ tokens/s; results go to {tmp_path}/s", said
+    )
+    search(model, TASK, SETTINGS, tmp_path / "s", progress=False)
+    estimate(model, TASK, SETTINGS, tmp_path / "s", progress=False)  # and one that is there is looked at
+
+
+@native
+def test_the_result_is_the_same_however_the_cores_are_divided(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "write_report", lambda summary: "nowhere")
+    found, said = [], []
+    for fast in ((1, 1), (1, 2), (2, 1)):
+        rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0} | {fast: 900.0})
+        lines: Lines = []
+        place = tmp_path / f"{fast}"
+        search(model, TASK, SETTINGS, place, progress=lines.append)
+        found.append([(place / name).read_bytes() for name in ("best.json", "config.json", "candidates.jsonl")])
+        said.append(next(line for line in lines if line.startswith("fastest")).partition(" (")[0])
+    assert found[0] == found[1] == found[2]
+    assert said == [f"fastest here and now: {d}" for d in (
+        "1 worker with 1 thread", "1 worker with 2 threads", "2 workers with 1 thread each")]  # fmt: skip
+
+
+def settled(
+    workers: int | None,
+    threads: int | None,
+    rates: dict[tuple[int, int], float],
+    free: int | None = None,
+    most: int = 9,
+) -> tuple[tuple[int, int], float, Lines]:
+    """How the cores are divided, how many times as fast that is, and what is said, on two cores without a model."""
+    choices = divisions(2, workers, threads)
+    measured = {choice: rates[choice.n_workers, choice.n_threads] for choice in choices} if len(choices) > 1 else {}
+    alone = {choice: rate for choice, rate in measured.items() if choice.n_workers == 1}
+    n_threads = fastest(alone).n_threads if alone else choices[0].n_threads
+    facts = SimpleNamespace(rates=measured, n_threads=n_threads, n_tokens=1000, memory=MemoryNeeded(100, 60, 40))
+    lines: Lines = []
+    parts: list[Any] = [
+        None,
+        ModelConfig("m", n_threads=threads),
+        None,
+        facts,
+        None,
+        SimpleNamespace(line=lines.append),
+    ]
+    session = Session(*parts, WorkersConfig(workers), *cast(list[Any], [None] * 4), free)
+    times = session.divide(1000, most)
+    return (session._division.n_workers, session._division.n_threads), times, lines
+
+
+RATES = {(1, 1): 100.0, (1, 2): 150.0, (2, 1): 190.0, (2, 2): 50.0}
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "expected", "times"),
+    [
+        (None, None, (2, 1), 190 / 150),
+        (None, 1, (1, 1), 1.0),
+        (None, 2, (1, 2), 1.0),
+        (1, None, (1, 2), 1.0),
+        (2, None, (2, 1), 1.9),
+        (2, 1, (2, 1), 1.9),  # once said to take as long as one worker
+        (2, 4, (2, 2), 50 / 150),
+        (5, None, (5, 1), 2.0),
+    ],
+)
+def test_what_the_user_says_stands(
+    monkeypatch: pytest.MonkeyPatch, workers: int | None, threads: int | None, expected: tuple[int, int], times: float
+) -> None:
+    monkeypatch.setattr(session_module, "physical_cores", lambda: 2)
+    monkeypatch.setattr(session_module, "visible_gpus", tuple)
+    found, fast, lines = settled(workers, threads, RATES)
+    assert found == expected
+    assert fast == pytest.approx(times)
+    chosen = any(line.startswith("fastest here and now: ") for line in lines)
+    assert chosen == (threads is None and workers in (None, 1))
+    assert ("5 workers on 2 cores: fewer would be faster (--workers)" in lines) == (workers == 5)
+
+
+def test_more_workers_are_taken_only_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "visible_gpus", tuple)
+    assert settled(None, None, RATES, free=300)[0] == (2, 1)
+    assert settled(None, None, RATES, free=299)[0] == (1, 2)
+    assert settled(None, None, RATES, most=1)[0] == (1, 2)  # of so few evaluations that can be out at once
+    with pytest.raises(LropeError, match=r"^--workers 2: need .* are free; give at most 1$"):
+        settled(2, None, RATES, free=299)
+
+
+@native
+def test_the_first_worker_takes_the_threads_that_were_settled(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone it would have been content with one thread; beside two workers, two threads are the better bargain."""
+    rates_are(monkeypatch, {(1, 1): 92.0, (1, 2): 100.0, (2, 1): 105.0})
+    used: list[int] = []
+    set_threads = Model.set_threads
+    monkeypatch.setattr(Model, "set_threads", lambda self, n: used.append(n) or set_threads(self, n))
+    measure(model, TASK, SIDES, contexts=1, progress=False)
+    assert used == [1, 2]
+
+
+@native
+def test_all_workers_write_what_the_first_has_heard(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands before a value is found out once, not by each worker with its own number of threads."""
+    measure(model, TASK, SIDES, contexts=1, directory=tmp_path / "s", progress=False, workers=WorkersConfig(1))
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    spec = make.EvaluatorSpec(model, TASK, guarded=False)
+    with spec() as evaluator:
+        facts = make.find_out(evaluator)
+    assert [str(lead) for lead in facts.leads] == [config["task"]["answer_lead"]]
+    monkeypatch.setattr("lrope_search.evaluation.evaluator.write_answers", lambda *_: pytest.fail("wrote again"))
+    with spec.settled(facts)() as evaluator:
+        assert make.find_out(evaluator).leads == facts.leads
