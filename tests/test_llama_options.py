@@ -145,7 +145,6 @@ def test_a_stretched_context_is_trained_length(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--set", "rope_scaling=longrope"], "--set rope_scaling=longrope: unknown; choose from none, linear, yarn"),
-        (["--set", "cache_type_v=q8_0"], "cache_type_v q8_0: has blocks of 32 numbers"),
     ],
 )
 @pytest.mark.parametrize("command", ["search", "eval"])

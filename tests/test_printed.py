@@ -111,7 +111,7 @@ COMMANDS = [
     ("search {}.gguf --output {}.gguf", 1),
     ("search {}.gguf --data none{}", 1),
     ("search {}.gguf --start {}.gguf", 1),
-    ("eval {}.gguf --task {}", 2),
+    ("eval {}.gguf --task {}", 1),
     ("eval {}.gguf --curve none{}", 1),
     ("report {}", 1),
 ]

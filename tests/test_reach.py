@@ -89,7 +89,7 @@ def test_write_uniform_moves_the_layers_that_a_search_moves(
 UNTOLD = [
     ("brand-new", GEMMA, "does not tell which layers of 'brand-new' have the sliding window of brand-new.attention"),
     ("lfm2", GEMMA, "does not tell which layers of 'lfm2'"),
-    ("llama4", {"context_length": 99999}, "no layer sees the whole context"),
+    ("gemma3", GEMMA | {"attention__sliding_window_pattern": [True] * 3}, "no layer sees the whole context"),
 ]
 
 

@@ -13,7 +13,17 @@ import pytest
 from support.tiny_models import write_readable
 
 from lrope_gguf.errors import LropeError
-from lrope_search import ModelConfig, SearchConfig, TaskConfig, WorkersConfig, estimate, launch, measure, search
+from lrope_search import (
+    ModelConfig,
+    SearchConfig,
+    WorkersConfig,
+    estimate,
+    launch,
+    measure,
+    optimizer_config,
+    search,
+    task_config,
+)
 from lrope_search import session as session_module
 from lrope_search.evaluation import make
 from lrope_search.evaluation.memory import MemoryNeeded
@@ -23,9 +33,14 @@ from lrope_search.session import Session
 
 native = pytest.mark.native
 
-TASK = TaskConfig("kv", keys=6, probes=3, identifiers="number")
+TASK = task_config("kv", keys=6, probes=3, identifiers="number")
 SETTINGS = SearchConfig(
-    max_evaluations=6, population=4, search_contexts=2, validation_contexts=1, test_contexts=2, max_kl=100.0
+    max_evaluations=6,
+    algorithm=optimizer_config("ga", population=4),
+    search_contexts=2,
+    validation_contexts=1,
+    test_contexts=2,
+    max_kl=100.0,
 )
 SIDES = {"other": (1.1,) * 6}
 Lines = list[str]

@@ -50,7 +50,12 @@ def prepare() -> None:
     model("m.gguf")
     model("gemma.gguf", "gemma3", 7, gemma3__attention__sliding_window=128)
     model("window.gguf", "brand-new", brand_new__x=1, **{"brand-new.attention.sliding_window": 128})
-    model("chunked.gguf", "llama4", llama4__attention__sliding_window=128)
+    model(
+        "windows.gguf",
+        "gemma3",
+        gemma3__attention__sliding_window=128,
+        **{"gemma3.attention.sliding_window_pattern": [True] * 4},
+    )
     model("norope.gguf", "gpt2")
     model("lora.gguf", layers=None, general__type="adapter")
     model("vocabulary.gguf", layers=None, tensors=0)

@@ -80,7 +80,7 @@ class Model(click.Path):
 
 _MODEL = """
 
-    MODEL is a GGUF file (of a split model the first one), or user/repo[:quant] of a model that llama-server -hf or hf
+    MODEL is a GGUF file (of a split model the first shard), or user/repo[:quant] of a model that llama-server -hf or hf
     download has downloaded.
     """
 

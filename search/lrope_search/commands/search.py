@@ -44,7 +44,7 @@ _FIRST = (
 
 def _print_config(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        print(printed(_FIRST, SHARED, tables()), end="")
+        say(printed(_FIRST, SHARED, tables()).rstrip("\n"))
         ctx.exit()
 
 
