@@ -12,7 +12,7 @@ import math
 import os
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from typing import Any, ClassVar, Generic, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -39,25 +39,14 @@ class SettingError(LropeError):
         return type(self), (self.names, str(self)[: -len(self.reason) - 2], self.reason)
 
 
-def setting(
-    default: Any,
-    text: str,
-    *,
-    key: str = "",
-    metavar: str = "",
-    choices: Sequence[str] = (),
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    unset: str = "",
-    option: bool = False,
-) -> Any:
-    """Declare a setting as a field of a `Settings` dataclass.
+@dataclass(frozen=True)
+class Setting:
+    """A setting, as those see it who read or write it.
 
-    Args:
-        default: Its value unless another is given.
+    Attributes:
         text: What it is, in a few words; for ``--help`` and the ``--config`` file.
-        key: Its name there, if that is not the field's.
+        default: Its value unless another is given.
+        key: Its name in files and options, if that is not the field's.
         metavar: What stands for a value in ``--help``.
         choices: The texts that it may be; none: any.
         least: Its lowest value.
@@ -65,40 +54,26 @@ def setting(
         most: Its highest value.
         unset: What None comes to, in words.
         option: Whether it has an option of its own on the command line, and not only ``--set``.
+        name: The field's name; this and what follows `Settings.settings` fills in.
+        section: The table of a ``--config`` file that it stands in.
+        kind: Of its values, or of the items of a tuple (``repeated``); ``optional``: it may be None.
     """
-    metadata = {
-        "text": text,
-        "key": key,
-        "metavar": metavar,
-        "choices": tuple(choices),
-        "least": least,
-        "above": above,
-        "most": most,
-        "unset": unset,
-        "option": option,
-    }
-    return field(default=default, metadata=metadata)
 
-
-@dataclass(frozen=True)
-class Setting:
-    """A setting, as those see it who read or write it: the field's ``name``, its ``key`` in files, and its kind."""
-
-    name: str
-    key: str
-    section: str
-    kind: type
-    optional: bool
-    repeated: bool
-    default: Any
     text: str
-    metavar: str
-    choices: tuple[str, ...]
-    least: float | None
-    above: float | None
-    most: float | None
-    unset: str
-    option: bool
+    default: Any
+    key: str = ""
+    metavar: str = ""
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    unset: str = ""
+    option: bool = False
+    name: str = ""
+    section: str = ""
+    kind: type = str
+    optional: bool = False
+    repeated: bool = False
 
     @property
     def dotted(self) -> str:
@@ -139,10 +114,9 @@ class Setting:
         if self.kind is str and isinstance(item, os.PathLike):
             item = os.fspath(item)
         number = isinstance(item, int | float) and not isinstance(item, bool)
-        right = number and (self.kind is float or isinstance(item, int)) if self.kind in (int, float) else (
-            isinstance(item, self.kind)
-        )  # fmt: skip
-        if not right:
+        if not (
+            number and isinstance(item, int | self.kind) if self.kind in (int, float) else isinstance(item, self.kind)
+        ):
             raise self.error(value, f"wants {self.wanted()}")
         if self.choices and item not in self.choices:
             meant = _nearest(str(item), self.choices)
@@ -183,6 +157,11 @@ class Setting:
         """Return the error of a wrong value."""
         shown = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
         return SettingError((self.dotted,), f"{self.label} {shown}", reason)
+
+
+def setting(default: Any, text: str, **details: Any) -> Any:
+    """Declare a setting as a field of a `Settings` dataclass; ``details`` are attributes of `Setting`."""
+    return field(default=default, metadata={"setting": Setting(text, default, **details)})
 
 
 @dataclass(frozen=True)
@@ -311,12 +290,10 @@ def _settings_of(cls: type[Settings]) -> tuple[Setting, ...]:
     hints = get_type_hints(cls)
     found = []
     for one in fields(cls):
-        if "text" not in one.metadata:
-            continue
-        kind, optional, repeated = _kind(hints[one.name])
-        details = {name: value for name, value in one.metadata.items() if name != "key"}
-        key = one.metadata["key"] or one.name
-        found.append(Setting(one.name, key, cls.section, kind, optional, repeated, one.default, **details))
+        if (declared := one.metadata.get("setting")) is not None:
+            kind, optional, repeated = _kind(hints[one.name])
+            key, known = declared.key or one.name, {"name": one.name, "section": cls.section}
+            found.append(replace(declared, key=key, kind=kind, optional=optional, repeated=repeated, **known))
     return tuple(found)
 
 

@@ -14,7 +14,6 @@ from lrope_gguf.errors import LropeError
 from ..settings import Setting, Settings
 from .given import Given, no_such
 
-_STRINGS = ('"""', "'''", '"', "'")
 _LINE_AT = re.compile(r"\(at line (\d+), column \d+\)$")
 _MOST_BYTES = 1 << 20
 
@@ -52,70 +51,25 @@ def key_lines(text: str) -> Iterator[tuple[str, int]]:
 
     What is no TOML ends it.
     """
-    at, table = 0, ""
-    while at < len(text):
-        end = text.find("\n", at)
-        line = text[at : len(text) if end < 0 else end]
-        number = text.count("\n", 0, at) + 1
-        stripped = line.strip()
-        if not stripped or stripped[0] == "#":
-            at += len(line) + 1
-        elif stripped[0] == "[":
-            name = _dotted(stripped.partition("]")[0].strip("[ \t"))
-            if name is None:
-                return
-            table = f"{name}."
-            yield table, number
-            at += len(line) + 1
-        else:
-            equals = _end_of_key(line)
-            name = _dotted(line[:equals])
-            if name is None or equals == len(line):
-                return
-            yield table + name, number
-            at = _end_of_value(text, at + equals + 1)
-
-
-def _end_of_key(line: str) -> int:
-    """Return the place of the equals sign that ends a key, which may be quoted; the line's length if there is none."""
-    found = re.match(r"""(?:[^="'\n]|"(?:[^"\\]|\\.)*"|'[^']*')*""", line)
-    return found.end() if found and found.end() < len(line) and line[found.end()] == "=" else len(line)
-
-
-def _end_of_value(text: str, at: int) -> int:
-    """Return where the line after a value begins: strings and brackets may span lines."""
-    depth = 0
-    while at < len(text):
-        opened = next((quote for quote in _STRINGS if text.startswith(quote, at)), None)
-        if opened is not None:
-            at += len(opened)
-            while at < len(text) and not text.startswith(opened, at):
-                at += 2 if text[at] == "\\" and opened[0] == '"' else 1
-            at += len(opened)
-        elif text[at] == "#":
-            end = text.find("\n", at)
-            at = len(text) if end < 0 else end
-        elif text[at] == "\n" and depth <= 0:
-            return at + 1
-        else:
-            depth += (text[at] in "[{") - (text[at] in "]}")
-            at += 1
-    return at
-
-
-def _dotted(key: str) -> str | None:
-    """Return a key without its quotes; None if it is none."""
-    try:
-        value: Any = tomllib.loads(f"{key} = 0")
-    except tomllib.TOMLDecodeError:
-        return None
-    parts = []
-    while isinstance(value, dict):
-        if len(value) != 1:
-            return None
-        ((part, value),) = value.items()
-        parts.append(part)
-    return ".".join(parts)
+    lines, table, begin = text.split("\n"), "", 0
+    for end in range(1, len(lines) + 1):
+        try:
+            value: Any = tomllib.loads("\n".join(lines[begin:end]))
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            if "at end of document" in str(error):  # a value that goes on in the next line
+                continue
+            return
+        parts, is_table = [], lines[begin].lstrip().startswith("[")
+        while isinstance(value, dict) and len(value) == 1:
+            ((part, value),) = value.items()
+            parts.append(part)
+            value = value[0] if is_table and isinstance(value, list) and value else value
+        if is_table:
+            table = f"{'.'.join(parts)}."
+            yield table, begin + 1
+        elif parts:
+            yield table + ".".join(parts), begin + 1
+        begin = end
 
 
 def _malformed(path: str, text: str, error: Exception) -> LropeError:
