@@ -29,7 +29,7 @@ from lrope_search.evaluation import binding as binding_module
 from lrope_search.evaluation import model as model_module
 from lrope_search.evaluation.memory import MemoryNeeded, memory_needed
 from lrope_search.evaluation.model import Model
-from lrope_search.evaluation.settings import CACHE_TYPES
+from lrope_search.evaluation.settings import CACHE_TYPES, FLOAT_TYPES
 
 native = pytest.mark.native
 _BUFFER = re.compile(r"(KV|compute|output) buffer size = +([\d.]+) MiB")
@@ -105,7 +105,7 @@ def test_prediction_follows_the_types_of_the_cache(
 ) -> None:
     """Heads of 64 are quantized through a rotation, heads of 32 as they are."""
     check(file_of(model), monkeypatch, 300, 5, 64, True, (of_k, of_v))
-    if CACHE_TYPES[of_v][0] == 1:
+    if of_v in FLOAT_TYPES:
         check(file_of(model), monkeypatch, 4000, 40, 512, False, (of_k, of_v))
     else:
         check(file_of(model), monkeypatch, 4000, 40, 512, True, (of_k, of_v))

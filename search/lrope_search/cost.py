@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lrope_gguf.errors import LropeError
 
-from .evaluation.make import Facts
+from .evaluation.evaluator import Facts
 from .evaluation.memory import MemoryNeeded
 from .results.variation import variation_text
 from .sample import Components, cheapest

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import ModelInfo, read_model
 
 from .cost import duration, precision
-from .evaluation.make import Facts
+from .evaluation.evaluator import Facts
 from .evaluation.settings import ModelConfig
 from .optimizers.protocol import Optimizer
 from .report.page import write_report
@@ -63,22 +61,9 @@ def search(
     Raises:
         LropeError: see `run_search`, `Study` and the settings.
     """
-    with _opened(model, task, settings, Path(directory), workers, progress) as (session, settled, optimizer, test_size):
-        info = session.info
-        outcome = run_search(
-            session.executor(),
-            session.study,
-            settled,
-            session.progress,
-            algorithm=optimizer,
-            architecture=info.architecture,
-            block_count=info.block_count,
-            guard_contexts=1,
-            rope=info.rope.under(session.model.llama_options()).json(),
-            test_size=test_size,
-        )
-        session.progress.line(_report(outcome.summary))
-        return outcome
+    outcome = _run(model, task, settings, Path(directory), workers, progress)
+    assert outcome is not None  # of no dry run
+    return outcome
 
 
 def estimate(
@@ -94,13 +79,10 @@ def estimate(
 
     A study that is not there yet is not begun.
     """
-    with _opened(model, task, settings, Path(directory), workers, progress, dry_run=True) as (session, settled, *_):
-        if len(session.mix.parts) == 1:
-            _say_variation(session, settled)
+    _run(model, task, settings, Path(directory), workers, progress, dry_run=True)
 
 
-@contextmanager
-def _opened(
+def _run(
     model: ModelConfig,
     task: Tasks,
     settings: SearchConfig,
@@ -109,11 +91,8 @@ def _opened(
     progress: Show,
     *,
     dry_run: bool = False,
-) -> Iterator[tuple[Session, SearchConfig, Optimizer, int | None]]:
-    """Open a session for a search that may begin, and say its cost.
-
-    Yields it, the settled settings, the optimizer, and how many test contexts there are (None: as many as wanted).
-    """
+) -> SearchOutcome | None:
+    """Open a session, say what the search will cost, and search; None of a dry run, which stops there."""
     info, mix = read_model(model.path), TaskMix.of(task)
     if not info.has_rope:
         raise LropeError(f"{info.path}: a model without RoPE; layer factors mean nothing to it")
@@ -145,7 +124,24 @@ def _opened(
             session.progress.line(f"{len(layers)} of {session.n_layer} layers rotate over the whole context")
         optimizer = make_optimizer(settled, session.n_layer, layers)
         _say_cost(session, settled, optimizer, directory, workers or WorkersConfig())
-        yield session, settled, optimizer, sizes["test"]
+        if dry_run:
+            if len(mix.parts) == 1:
+                _say_variation(session, settled)
+            return None
+        outcome = run_search(
+            session.executor(),
+            session.study,
+            settled,
+            session.progress,
+            algorithm=optimizer,
+            architecture=info.architecture,
+            block_count=info.block_count,
+            guard_contexts=1,
+            rope=info.rope.under(model.llama_options()).json(),
+            test_size=sizes["test"],
+        )
+        session.progress.line(_report(outcome.summary))
+        return outcome
 
 
 def _sizes(mix: TaskMix, settings: SearchConfig) -> dict[str, int | None]:

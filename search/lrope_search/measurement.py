@@ -12,8 +12,9 @@ from typing import Any
 
 from lrope_gguf.errors import LropeError
 
+from .evaluation.evaluator import Facts
 from .evaluation.generation import Generation
-from .evaluation.make import Facts, check_factors, write_job
+from .evaluation.make import check_factors, write_job
 from .evaluation.settings import ModelConfig
 from .results.comparison import Comparison, compare
 from .results.table import DepthTable, depth_table, with_interval

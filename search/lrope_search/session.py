@@ -19,7 +19,8 @@ from lrope_gguf.text import command_line
 
 from .cost import check_memory, memory_text
 from .evaluation.binding import binding_version
-from .evaluation.make import EvaluatorSpec, Facts, find_out, kept_computing, kept_guard_texts, use_threads
+from .evaluation.evaluator import Facts
+from .evaluation.make import EvaluatorSpec, find_out, kept_computing, kept_guard_texts, use_threads
 from .evaluation.parallel import Parallelism, divisions, fastest
 from .evaluation.settings import ModelConfig
 from .machine import free_memory, physical_cores, visible_gpus

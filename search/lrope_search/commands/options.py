@@ -90,7 +90,6 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
     name = "text"
 
     def __init__(self, words: Callable[[], Iterable[str]]) -> None:
-        """Take what makes the list."""
         self._words = words
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -11,7 +11,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from lrope_gguf.errors import LropeError
@@ -40,7 +39,6 @@ class LlamaServer:
     def __init__(
         self, model: Path | str, n_ctx: int, *, n_threads: int | None = None, options: Sequence[str] = ()
     ) -> None:
-        """Start nothing yet."""
         self._model = model
         threads = [] if n_threads is None else ["--threads", str(n_threads)]
         self._command = [
@@ -50,7 +48,6 @@ class LlamaServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> LlamaServer:
-        """Start the server and wait until it answers."""
         self._log: IO[bytes] = tempfile.TemporaryFile()
         try:
             with socket.create_server(("127.0.0.1", 0)) as free:
@@ -64,14 +61,11 @@ class LlamaServer:
             )
             self._wait()
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop the server."""
+    def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.terminate()
             try:

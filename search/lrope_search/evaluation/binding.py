@@ -16,13 +16,10 @@ from numpy.typing import NDArray
 from lrope_gguf.errors import LropeError
 from lrope_gguf.native import native_dir
 
+from .settings import CACHE_TYPES
+
 # enum llama_rope_scaling_type of llama.h, the last two from the patch
 _ROPE_SCALINGS = {"none": 0, "linear": 1, "yarn": 2, "dynamic": 4, "dynamic-yarn": 5}
-_CACHE_TYPES = {
-    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30,
-}  # fmt: skip
-"""enum ggml_type, ggml.h"""
-
 _SPINS = "1000"
 """How often a thread of GNU OpenMP looks for the others before it sleeps, in place of 300,000 times: on a busy machine
 those it waits for need its core. 1000 is what OpenMP itself takes where there are more threads than cores."""
@@ -129,9 +126,9 @@ def set_options(parameters: Any, options: Mapping[str, Any]) -> None:
             case "rope_scaling":
                 parameters.rope_scaling_type = _ROPE_SCALINGS[value]
             case "cache_type_k":
-                parameters.type_k = _CACHE_TYPES[value]
+                parameters.type_k = CACHE_TYPES[value]
             case "cache_type_v":
-                parameters.type_v = _CACHE_TYPES[value]
+                parameters.type_v = CACHE_TYPES[value]
             case _:
                 setattr(parameters, name, value)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ..scores import ContextScore, DivergenceScore, Factors, ProbeScore
 from ..tasks.mix import AnyTask, parts_of
 from ..tasks.task import Context, Task
 from .batch import Part
-from .divergence import Guard
+from .divergence import Guard, GuardTexts
 from .encoding import Encoder, Encoding
 from .generation import Generation, write_answers
 from .lead import Frame, Lead, most_frequent_lead
@@ -35,6 +35,39 @@ SCORINGS = ("host", "device")
 def default_scoring(model: Model) -> str:
     """Return the faster one of `SCORINGS`: on a CPU no logits travel, and NumPy is (research/evaluator.md)."""
     return "device" if model.can_score and model.logits_on_gpu else "host"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What only a loaded model can say, and all workers must agree on."""
+
+    leads: tuple[Lead, ...]
+    """What the base model writes before a value, in each task."""
+    guard_texts: GuardTexts | None
+    """None where there is no guard."""
+    memory: MemoryNeeded
+    longest: int
+    """Tokens of the longest prompt."""
+    layers: tuple[int, ...]
+    """Layers that rotate over the whole of it."""
+    samples: tuple[Sample, ...]
+    """What the base model makes of an easy question of each task."""
+    n_probes: int
+    """Questions of the first search context."""
+    n_places: int
+    """And how many it has room for."""
+    batch_size: int
+    """Tokens that are computed at once."""
+    scoring: str
+    """Who takes log-probabilities from logits."""
+    n_tokens: int
+    """That the first search context of each task takes, on average."""
+    n_ctx_train: int
+    """Tokens of the longest prompt that the model was trained on."""
+    n_threads: int
+    """Of this worker."""
+    rates: Rates
+    """Tokens per second of each division of the cores that was measured."""
 
 
 class TeacherForcedEvaluator:
@@ -102,51 +135,14 @@ class TeacherForcedEvaluator:
         return tuple(encoder.lead for encoder in self._encoders)
 
     @property
-    def batch_size(self) -> int:
-        """Tokens that are computed at once."""
-        return self._model.n_batch
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt with its answer, of the first contexts."""
-        return self._longest
-
-    @property
-    def n_ctx_train(self) -> int:
-        """Tokens of the longest prompt that the model was trained on."""
-        return self._model.n_ctx_train
-
-    @property
-    def n_probes(self) -> tuple[int, int]:
-        """Questions of the first search context, and how many it has room for; of several tasks where it has least."""
-        contexts = [self._task.context("search", i) for i in range(len(parts_of(self._task)))]
-        return min((len(context.probes), max(context.n_places, len(context.probes))) for context in contexts)
-
-    @property
-    def samples(self) -> tuple[Sample, ...]:
-        """What the base model wrote to an easy question of each task."""
-        return tuple(self._samples)
-
-    @property
     def n_layer(self) -> int:
         """Number of layers of the model, the length of ``factors``."""
         return self._model.n_layer
-
-    @property
-    def n_threads(self) -> int:
-        """CPU threads that compute."""
-        return self._model.n_threads
 
     def use_threads(self, n_threads: int) -> None:
         """Compute with so many CPU threads from now on."""
         self._model.set_threads(n_threads)
         self._workers = RowWorkers(n_threads)
-
-    @property
-    def n_tokens_first(self) -> int:
-        """Tokens that scoring the first search context of each task computes, on average."""
-        n_tasks = len(self._encoders)
-        return sum(self.n_tokens("search", i) for i in range(n_tasks)) // n_tasks
 
     def n_tokens(self, split: str, index: int) -> int:
         """Return how many tokens scoring this context computes."""
@@ -161,10 +157,26 @@ class TeacherForcedEvaluator:
         """Return how many rows of logits scoring this context takes: one for each token of a value."""
         return len(self._encode(split, index).gold)
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers that rotate over the whole of the longest prompt."""
-        return self._model.rope_layers(self._longest)
+    def facts(self) -> Facts:
+        """Return what all workers must agree on, and what to say of the model before a search."""
+        first = [self._task.context("search", i) for i in range(len(self._encoders))]
+        n_probes, n_places = min((len(one.probes), max(one.n_places, len(one.probes))) for one in first)
+        return Facts(
+            leads=self.leads,
+            guard_texts=None if self.guard is None else self.guard.texts,
+            memory=self.memory_needed(),
+            longest=self._longest,
+            layers=self._model.rope_layers(self._longest),
+            samples=tuple(self._samples),
+            n_probes=n_probes,
+            n_places=n_places,
+            batch_size=self._model.n_batch,
+            scoring=self.scoring,
+            n_tokens=sum(self.n_tokens("search", i) for i in range(len(first))) // len(first),
+            n_ctx_train=self._model.n_ctx_train,
+            n_threads=self._model.n_threads,
+            rates=self.rates,
+        )
 
     def memory_needed(self) -> MemoryNeeded:
         """Predict the memory of the model, its context as it is, the guard's two while it looks, and what is kept."""

@@ -16,13 +16,11 @@ from ..tasks.mix import AnyTask, mixed
 from ..tasks.settings import TaskConfig, TaskMix, Tasks
 from ..tasks.task import Task
 from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
-from .evaluator import SCORINGS, TeacherForcedEvaluator
+from .evaluator import SCORINGS, Facts, TeacherForcedEvaluator
 from .generation import Generation
 from .lead import Lead
-from .memory import MemoryNeeded
 from .model import Model
-from .parallel import Parallelism, Rates, fastest, measure_rates
-from .sample_answer import Sample
+from .parallel import Parallelism, fastest, measure_rates
 from .settings import ModelConfig
 
 
@@ -149,57 +147,10 @@ def kept_computing(config: Any) -> tuple[int | None, str | None]:
     return size if usable else None, scoring if scoring in SCORINGS else SCORINGS[0]
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What only a loaded model can say, and all workers must agree on."""
-
-    leads: tuple[Lead, ...]
-    """What the base model writes before a value, in each task."""
-    guard_texts: GuardTexts | None
-    """None where there is no guard."""
-    memory: MemoryNeeded
-    longest: int
-    """Tokens of the longest prompt."""
-    layers: tuple[int, ...]
-    """Layers that rotate over the whole of it."""
-    samples: tuple[Sample, ...]
-    """What the base model makes of an easy question of each task."""
-    n_probes: int
-    """Questions of the first search context."""
-    n_places: int
-    """And how many it has room for."""
-    batch_size: int
-    """Tokens that are computed at once."""
-    scoring: str
-    """Who takes log-probabilities from logits."""
-    n_tokens: int
-    """That the first search context of each task takes, on average."""
-    n_ctx_train: int
-    """Tokens of the longest prompt that the model was trained on."""
-    n_threads: int
-    """Of this worker."""
-    rates: Rates
-    """Tokens per second of each division of the cores that was measured."""
-
-
 def find_out(evaluator: Evaluator) -> Facts:
     """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
     assert isinstance(evaluator, TeacherForcedEvaluator)
-    return Facts(
-        evaluator.leads,
-        None if evaluator.guard is None else evaluator.guard.texts,
-        evaluator.memory_needed(),
-        evaluator.longest,
-        evaluator.layers,
-        evaluator.samples,
-        *evaluator.n_probes,
-        evaluator.batch_size,
-        evaluator.scoring,
-        evaluator.n_tokens_first,
-        evaluator.n_ctx_train,
-        evaluator.n_threads,
-        evaluator.rates,
-    )
+    return evaluator.facts()
 
 
 def use_threads(n_threads: int, evaluator: Evaluator) -> None:

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from lrope_gguf.errors import LropeError
 from ..machine import physical_cores
 from .batch import Batch, Part, Rows, Scores, Tokens
 from .binding import can_score, chat_formatter, llama_library, log, pointer, set_options
-from .settings import CACHE_TYPES
+from .settings import FLOAT_TYPES
 
 _ENCODING_DATE = datetime(2024, 7, 26)  # templates that print today's date must not change a study's prompts
 _REFUSED = -2  # llama_set_rope_layer_factors, patches/01-layer-factors/src/llama-rope-layer.cpp
@@ -75,7 +74,7 @@ class Model:
         self._llama_options = dict(llama_options or {})
         of_k, of_v = (str(self._llama_options.get(f"cache_type_{part}", "f16")) for part in "kv")
         self.cache_types = of_k, of_v
-        if flash_attention is None and CACHE_TYPES[of_v][0] > 1:
+        if flash_attention is None and of_v not in FLOAT_TYPES:
             flash_attention = True  # llama.cpp has no other attention on quantized values
         self._flash_attention, self._n_gpu_layers = flash_attention, n_gpu_layers
         if not self.path.is_file():
@@ -112,13 +111,9 @@ class Model:
         self._formatter = self._chat_formatter() if chat else None
 
     def __enter__(self) -> Model:
-        """Return the model; leaving the block frees it."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Free the model."""
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

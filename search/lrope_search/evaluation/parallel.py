@@ -37,7 +37,6 @@ class Parallelism:
     n_threads: int
 
     def __str__(self) -> str:
-        """Return it in words."""
         workers = "1 worker" if self.n_workers == 1 else f"{self.n_workers} workers"
         threads = "1 thread" if self.n_threads == 1 else f"{self.n_threads} threads"
         return f"{workers} with {threads}" + ("" if self.n_workers == 1 else " each")

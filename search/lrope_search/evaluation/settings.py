@@ -14,14 +14,12 @@ from ..settings import SettingError, Settings, setting
 ROPE_SCALINGS = KINDS
 """What ``--rope-scaling`` of the patched llama.cpp takes."""
 _SET_BY_DYNAMIC = ("rope_freq_base", "yarn_ext_factor", "yarn_attn_factor")
-CACHE_TYPES: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {
-        "f16": (1, 2), "f32": (1, 4), "bf16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20),
-        "iq4_nl": (32, 18), "q5_0": (32, 22), "q5_1": (32, 24),
-    }
-)  # fmt: skip
-"""What ``--cache-type-k`` and ``-v`` of llama.cpp take, and of each numbers and bytes a block; the first is the
-default."""
+CACHE_TYPES: Mapping[str, int] = MappingProxyType(
+    {"f16": 1, "f32": 0, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6, "q5_1": 7}
+)
+"""What ``--cache-type-k`` and ``-v`` of llama.cpp take (enum ggml_type, ggml.h); the first is the default."""
+FLOAT_TYPES = ("f16", "f32", "bf16")
+"""Those that are not quantized."""
 _UNSET: Mapping[str, float] = MappingProxyType(
     {
         "rope_freq_base": 0.0, "rope_freq_scale": 0.0, "yarn_orig_ctx": 0, "yarn_ext_factor": -1.0,
@@ -86,7 +84,6 @@ class ModelConfig(Settings):
     )
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         object.__setattr__(self, "path", str(self.path))
         super().__post_init__()
 

@@ -60,7 +60,6 @@ class CmaEs(Generational):
         width: float = 0.05,
         population: int | None = None,
     ) -> None:
-        """Prepare the first candidates."""
         first = space.known_good() if start is None else list(start)
         population = population or 4 + int(3.0 * np.log(space.size))
         super().__init__(space, _cma_es(space, first, seed, width, population), lag=max(population, len(first)))

@@ -60,7 +60,6 @@ class DifferentialEvolution(Generational):
         width: float = 0.05,
         population: int = 16,
     ) -> None:
-        """Prepare the first candidates."""
         generator = np.random.default_rng(seed)
         first = space.known_good() if start is None else list(start)
         first += [(space.smooth(generator, width), "random") for _ in range(max(population, 5) - len(first))]

@@ -105,7 +105,6 @@ class GeneticAlgorithm:
         own_layers: int = 8,
         max_retries: int = 50,
     ) -> None:
-        """Prepare the first candidates."""
         self.lag = lag
         self._space = space
         self._ledger = Ledger(space)

@@ -69,7 +69,6 @@ class LongRopeEvolution(Generational):
         crossovers: int = 16,
         probability: float = 0.3,
     ) -> None:
-        """Prepare generation 0."""
         self._space = space
         self._rng = np.random.default_rng(seed)
         self._width, self._probability = width, probability

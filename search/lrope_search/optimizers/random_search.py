@@ -55,7 +55,6 @@ class RandomSearch:
         width: float = 0.05,
         max_retries: int = 50,
     ) -> None:
-        """Prepare the first candidates."""
         self.lag = lag
         self._space = space
         self._ledger = Ledger(space)

@@ -120,7 +120,6 @@ class ScanStage:
     def __init__(
         self, space: LayerSpace, start: Sequence[Start], ledger: Ledger, *, width: float, own_layers: int = 8
     ) -> None:
-        """Plan the scan."""
         self._space, self._ledger, self._own_layers = space, ledger, own_layers
         self._queue = deque(start)
         self._scan = LayerScan(len(space.layers), _RAISED * width, _LOWERED * width)
@@ -217,7 +216,6 @@ class ScanFirst:
         width: float = 0.05,
         n_best: int = 8,
     ) -> None:
-        """Begin with the scan."""
         self._space, self._follow, self._lag, self._n_best = space, follow, lag, n_best
         self._ledger = Ledger(space)
         self._stage = ScanStage(space, start, self._ledger, width=width)

@@ -84,7 +84,6 @@ class CurveSpace(Space):
     """Genomes of curves of ``degree`` whose control points lie in ``bounds``, for ``n_layer`` layers."""
 
     def __init__(self, n_layer: int, *, degree: int = 3, bounds: tuple[float, float] = DEFAULT_BOUNDS) -> None:
-        """Hold the settings."""
         self.n_layer, self.degree, self.bounds = n_layer, degree, bounds
         self.size = 2 * degree
         self.box = np.array([np.log(bounds)] * (degree + 1) + [[0.0, 1.0]] * (degree - 1))
@@ -192,7 +191,6 @@ class Ledger:
     """
 
     def __init__(self, space: Space) -> None:
-        """Begin with nothing."""
         self._space = space
         self._known: dict[Factors, int] = {}  # candidate id by factors rounded to 1e-3
         self.genomes: list[Genome] = []

@@ -54,7 +54,6 @@ class GaussianProcess:
     _OCTAVES = 6  # furthest step from the start
 
     def __init__(self, n_inputs: int, *, length: float = 0.2, noise: float = 0.1) -> None:
-        """Begin without data."""
         self._steps = np.zeros(n_inputs + 1, dtype=np.int64)  # octaves from the start: lengths, then the noise
         self._start = np.log(np.append(np.full(n_inputs, length), noise))
         self._x = np.empty((0, n_inputs))

@@ -27,7 +27,6 @@ class Exploration:
     """Fills a run's ranking."""
 
     def __init__(self, run: Run) -> None:
-        """Begin where nothing was told."""
         self._run = run
         self._objectives: dict[int, Objective] = {}  # by number of search contexts
         self._saved: Candidate | None = None

@@ -30,7 +30,6 @@ class Looks:
     """
 
     def __init__(self, study: Study, n_contexts: int, size: int | None, confidence: float) -> None:
-        """Read them."""
         self._path = study.directory / "looks.jsonl"
         self._n, self._size, self._confidence = n_contexts, size, confidence
         self._taken: dict[int, Look] = {}

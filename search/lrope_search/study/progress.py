@@ -24,7 +24,6 @@ class Progress:
     def __init__(
         self, log: Callable[[str], None] | None = None, *, stream: TextIO | None = None, quiet: bool = False
     ) -> None:
-        """Show nothing yet."""
         self._log = log
         self._stream = None if quiet else stream or sys.stderr
         self._bar: tqdm[Never] | None = None

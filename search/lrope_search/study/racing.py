@@ -49,7 +49,6 @@ class Race:
     """
 
     def __init__(self, racing: Racing) -> None:
-        """Begin without candidates."""
         self._stops = racing.stops()
         self._fraction = racing.fraction
         self._waiting: list[deque[int]] = [deque() for _ in self._stops]  # ids on each rung, in order

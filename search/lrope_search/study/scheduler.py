@@ -28,7 +28,6 @@ class Pipeline:
     """Results of one search: from this run, from the study, or from the executor."""
 
     def __init__(self, executor: Executor, study: Study, progress: Progress) -> None:
-        """Hold all three, which stay the caller's."""
         self._executor, self._study, self._progress = executor, study, progress
         self._queue: list[tuple[Urgency, int, int, Job]] = []  # urgency, caller's order, order of asking
         self._n_asked = itertools.count()

@@ -67,7 +67,6 @@ class Run:
         rope: Mapping[str, Any] | None = None,
         test_size: int | None = None,
     ) -> None:
-        """Take what `run_search` was given."""
         self.study, self.settings, self.progress = study, settings, progress
         self.architecture, self.block_count = architecture, block_count or executor.n_layer
         self.guard_contexts, self.rope = guard_contexts, rope

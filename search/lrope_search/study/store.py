@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lrope_gguf.curve import CurveFile
@@ -44,7 +43,6 @@ class Study:
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
-        """Open the study, or begin it."""
         self.directory = Path(directory)
         self.config: dict[str, Any] = json.loads(json.dumps(config))  # as it comes back from disk
         self._results: dict[Job, Evaluation] = {}
@@ -73,15 +71,12 @@ class Study:
             raise
 
     def __enter__(self) -> Study:
-        """Return the study itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Close the study."""
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __len__(self) -> int:
-        """Return the number of results on record."""
         return len(self._results)
 
     def close(self) -> None:

@@ -12,64 +12,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..sample import SPLITS
     from .counting import CommonWordsTask, FrequentWordsTask
-    from .identifiers import IDENTIFIERS, Identifiers
+    from .identifiers import IDENTIFIERS
     from .jsonl import JsonlTask
     from .kv import KeyValueTask
-    from .make import file_identity, make_task, make_tasks, task_identity
+    from .make import make_task, make_tasks, task_identity
     from .mdqa import MultiDocumentTask
-    from .mix import AnyTask, MixedTask, mixed, parts_of
+    from .mix import MixedTask
     from .needles import MultiKeyTask
-    from .settings import TASKS, Count, TaskConfig, TaskMix, Tasks
     from .sizing import TokenLimit
     from .task import Task
     from .variables import VariableTask
 
-_WHERE = {
-    "counting": ("CommonWordsTask", "FrequentWordsTask"),
-    "identifiers": ("IDENTIFIERS", "Identifiers"),
-    "jsonl": ("JsonlTask",),
-    "kv": ("KeyValueTask",),
-    "make": ("file_identity", "make_task", "make_tasks", "task_identity"),
-    "mdqa": ("MultiDocumentTask",),
-    "mix": ("AnyTask", "MixedTask", "mixed", "parts_of"),
-    "needles": ("MultiKeyTask",),
-    "settings": ("TASKS", "Count", "TaskConfig", "TaskMix", "Tasks"),
-    "sizing": ("TokenLimit",),
-    "task": ("SPLITS", "Task"),
-    "variables": ("VariableTask",),
-}
-
 __all__ = [
-    "IDENTIFIERS",
-    "SPLITS",
-    "TASKS",
-    "AnyTask",
-    "CommonWordsTask",
-    "Count",
-    "FrequentWordsTask",
-    "Identifiers",
-    "JsonlTask",
-    "KeyValueTask",
-    "MixedTask",
-    "MultiDocumentTask",
-    "MultiKeyTask",
-    "Task",
-    "TaskConfig",
-    "TaskMix",
-    "Tasks",
-    "TokenLimit",
-    "VariableTask",
-    "file_identity",
-    "make_task",
-    "make_tasks",
-    "mixed",
-    "parts_of",
+    "IDENTIFIERS", "SPLITS", "CommonWordsTask", "FrequentWordsTask", "JsonlTask", "KeyValueTask", "MixedTask",
+    "MultiDocumentTask", "MultiKeyTask", "Task", "TokenLimit", "VariableTask", "make_task", "make_tasks",
     "task_identity",
-]
+]  # fmt: skip
+_MODULES = ("counting", "identifiers", "jsonl", "kv", "make", "mdqa", "mix", "needles", "sizing", "task", "variables")
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _WHERE.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
+    for module in _MODULES if name in __all__ else ():
+        found = import_module(f"{__name__}.{module}")
+        if hasattr(found, name):
+            return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -94,11 +94,6 @@ class TaskConfig(Settings):
         return super().from_json({key: item for key, item in value.items() if key != "name"})
 
 
-def tokens_setting(text: str) -> Any:
-    """Declare ``context_tokens``, with which a size is given in tokens."""
-    return setting(None, text, metavar="N", least=1, unset="a number of them", option=True)
-
-
 def probes_setting(text: str, unset: str) -> Any:
     """Declare ``probes``: how many questions a context has."""
     return setting(None, text, metavar="N", least=1, unset=unset)
@@ -123,7 +118,10 @@ class SizedTaskConfig(TaskConfig):
 
     size: ClassVar[str] = ""
 
-    context_tokens: int | None = tokens_setting("as many keys, documents, lines or words as fit into N tokens")
+    context_tokens: int | None = setting(
+        None, "as many keys, documents, lines or words as fit into N tokens", metavar="N", least=1,
+        unset="a number of them", option=True,
+    )  # fmt: skip
 
     def check(self) -> None:
         """Refuse two sizes."""
@@ -200,7 +198,6 @@ class TaskMix:
     parts: tuple[tuple[TaskConfig, float], ...]
 
     def __post_init__(self) -> None:
-        """Check and sort the parts."""
         if not self.parts:
             raise LropeError(f"--task: none given; choose from {', '.join(TASKS)}")
         check_once([one.name for one, _ in self.parts])

@@ -119,11 +119,9 @@ class WorkerPool(ABC):
         """Release the workers, whatever they are doing; no job may follow. Idempotent."""
 
     def __enter__(self) -> WorkerPool:
-        """Return the executor; leaving the block closes it."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the workers."""
         self.close()
 
     @property

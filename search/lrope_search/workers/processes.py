@@ -44,7 +44,6 @@ class ProcessExecutor(WorkerPool):
         n_threads: int | None = None,
         gpus: Sequence[str] = (),
     ) -> None:
-        """Start the workers and wait for the first."""
         self._factory, self._n_threads, self._gpus = factory, n_threads, tuple(gpus)
         self._spawn = multiprocessing.get_context("spawn")  # a fork would share what llama.cpp and CUDA have begun
         self._processes: dict[int, BaseProcess] = {}

@@ -42,7 +42,6 @@ class RayExecutor(WorkerPool):
         address: str | None = None,
         n_threads: int | None = None,
     ) -> None:
-        """Connect, start the actors and wait for the first."""
         self._ray = _ray()
         self._is_ours = not self._ray.is_initialized()
         if self._is_ours:
