@@ -34,7 +34,7 @@ ON_COMMAND = ["--set", "rope_scaling=yarn", "--set", "rope_scale=4", "--set", "y
         ({"cache_type_k": "q6_K"}, "cache_type_k q6_K: unknown; choose from f16"),
         ({"yarn_orig_ctx": -1}, "yarn_orig_ctx -1: out of range; give a number above 0"),
         ({"yarn_orig_ctx": 1 << 40}, "yarn_orig_ctx 1099511627776: out of range"),
-        ({"yarn_orig_ctx": 2.5}, "yarn_orig_ctx 2.5: wants a whole number"),
+        ({"yarn_orig_ctx": 2.5}, "yarn_orig_ctx 2.5: give a whole number"),
         ({"yarn_ext_factor": -0.5}, "yarn_ext_factor -0.5: out of range; give a number at least 0"),
         *(
             ({name: value}, f"{name} {value}: {reason}".replace("+", "[+]"))
@@ -47,7 +47,7 @@ ON_COMMAND = ["--set", "rope_scaling=yarn", "--set", "rope_scale=4", "--set", "y
             )
         ),
         ({"rope_scale": 2.0, "rope_freq_scale": 0.5}, "rope_scale, rope_freq_scale: both say"),
-        ({"rope_scaling": "none", "rope_scale": 2.0}, "rope_scale: means nothing with rope_scaling none"),
+        ({"rope_scaling": "none", "rope_scale": 2.0}, "rope_scale: has no effect with rope_scaling none"),
         ({"rope_scaling": "dynamic", "rope_scale": 0.5}, "rope_scale 0.5: rope_scaling dynamic needs a factor from 1"),
         ({"rope_scaling": "dynamic", "rope_freq_scale": 2.0}, "rope_freq_scale 2.0: rope_scaling dynamic needs"),
         ({"rope_scaling": "dynamic-yarn", "rope_freq_base": 1e6}, "rope_freq_base: rope_scaling dynamic-yarn sets"),

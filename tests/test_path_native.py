@@ -250,7 +250,7 @@ def test_a_control_point_at_the_bounds_is_pointed_out() -> None:
     outside = Curve(((0.0, 0.8), (0.5, 1.5), (1.0, 1.1)), bounds=(0.8, 1.5))
     assert (
         at_the_bounds(outside)
-        == "control points lie at the bounds (0.8 and 1.5): wider ones may find more (--set bounds=LOW,HIGH)"
+        == "control points lie at the bounds (0.8 and 1.5); wider bounds may find more: --set bounds=LOW,HIGH"
     )
 
 

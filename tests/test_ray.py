@@ -154,7 +154,7 @@ def test_a_cluster_without_room_is_waited_for_aloud(
             for node in nodes:
                 cluster.remove_node(node)
         assert set(results) == set(jobs)
-        assert len(nodes) == 1 and "lost its room for workers of 3 processors" in caplog.text
+        assert len(nodes) == 1 and "no node of the Ray cluster has the 3 processors" in caplog.text
 
 
 def test_errors_name_what_is_wrong(tmp_path: Path, cluster: Any) -> None:

@@ -90,7 +90,7 @@ def test_write_refuses_them_in_one_line(tmp_path: Path, capsys: pytest.CaptureFi
 def test_bounds_that_llama_cpp_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], bounds: str) -> None:
     assert main(["search", str(write_readable(tmp_path / "m.gguf")), "--set", f"bounds={bounds}"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"lrope-gguf: --set bounds={bounds}: wants two numbers around 1")
+    assert line.startswith(f"lrope-gguf: --set bounds={bounds}: give two numbers around 1")
     assert SearchConfig(bounds=(1 / 1024, 1024.0)).bounds == (0.0009765625, 1024.0)
 
 

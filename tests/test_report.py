@@ -334,9 +334,9 @@ def test_guard(copy: Path) -> None:
         ("config.json", "{", "is not JSON"),
         ("config.json", "[1]", "is not a JSON object"),
         ("best.json", "{}", '"format" is not'),
-        ("evaluations.jsonl", None, "is missing, the report is made from it"),
+        ("evaluations.jsonl", None, "is missing, and the report needs it"),
         ("evaluations.jsonl", "{}\n{}\n", "line 1 is damaged"),
-        ("candidates.jsonl", '{"id": 0}\n', "line 1 is damaged; delete the file, the report does without it"),
+        ("candidates.jsonl", '{"id": 0}\n', "line 1 is damaged; delete the file, which the report can do without"),
     ],
 )
 def test_damaged(copy: Path, name: str, content: str | None, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,7 @@ def test_factors_of_the_context_stay(tmp_path: Path) -> None:
 def test_a_search_needs_a_layer_that_rotates_over_the_whole_context() -> None:
     info: Any = SimpleNamespace(path="m.gguf")
     facts: Any = SimpleNamespace(layers=(), longest=4000)
-    with pytest.raises(LropeError, match=r"^m\.gguf: none of its layers rotates over the whole of 4000 tokens"):
+    with pytest.raises(LropeError, match=r"^m\.gguf: no layer rotates over a whole context of 4000 tokens"):
         _layers(info, facts)
     facts.layers = (1, 3)
     assert _layers(info, facts) == (1, 3)

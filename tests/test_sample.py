@@ -104,5 +104,5 @@ def test_what_has_no_components() -> None:
 def test_it_is_said_in_words() -> None:
     assert variation_text(Components(0.0036, 0.0), 1, 53) == (
         "candidate minus base: standard deviation 0.06 nats over the questions of a context, 0 between contexts; "
-        "1 context of 53 questions tell gains to 0.0082 nats (standard error)"
+        "1 context of 53 questions measure a gain to 0.0082 nats (standard error)"
     )

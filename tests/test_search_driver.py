@@ -257,7 +257,7 @@ def test_the_guard_passes_over_who_strays(tmp_path: Path) -> None:
     if bounded.winner is not None:
         assert max(bounded.summary.guard.values()) <= tight.max_kl
     assert bounded.best.provenance["results"]["guard"]["passed_over"] >= 1
-    assert "is passed over: it changes ordinary text by" in (tmp_path / "bounded" / "log.txt").read_text()
+    assert "is rejected: its KL divergence on ordinary text" in (tmp_path / "bounded" / "log.txt").read_text()
 
     nobody = search(tmp_path / "none", Guarded(), dataclasses.replace(SETTINGS, max_kl=0.0), guard_contexts=1)
     assert nobody.winner is None and not nobody.verdict.recommended

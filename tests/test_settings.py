@@ -115,34 +115,34 @@ BAD_FILES = [
     ("[kvv]\nkeys = 3", "c.toml:2: kvv.keys: no such setting; did you mean kv.keys?"),
     ("kv = {keys = 3, zebra = 1}", "c.toml:1: kv.zebra: no such setting; lrope-gguf search --print-config has all"),
     ('a = """\nkeys = 1\n"""\n', "c.toml:1: a: no such setting"),
-    ('max_evaluations = "many"', 'c.toml:1: max_evaluations = "many": wants a whole number'),
-    ("max_evaluations = 3.0", "c.toml:1: max_evaluations = 3.0: wants a whole number"),
-    ("max_evaluations = true", "c.toml:1: max_evaluations = true: wants a whole number"),
-    ("\nbounds = 2", "c.toml:2: bounds = 2: wants a list of numbers"),
-    ("bounds = [0.5, 'x']", "c.toml:1: bounds: wants a list of numbers"),
-    ("chat_template = 'yes'", 'c.toml:1: chat_template = "yes": wants true or false'),
+    ('max_evaluations = "many"', 'c.toml:1: max_evaluations = "many": give a whole number'),
+    ("max_evaluations = 3.0", "c.toml:1: max_evaluations = 3.0: give a whole number"),
+    ("max_evaluations = true", "c.toml:1: max_evaluations = true: give a whole number"),
+    ("\nbounds = 2", "c.toml:2: bounds = 2: give a list of numbers"),
+    ("bounds = [0.5, 'x']", "c.toml:1: bounds: give a list of numbers"),
+    ("chat_template = 'yes'", 'c.toml:1: chat_template = "yes": give true or false'),
     ("max_kl = nan", "c.toml:1: max_kl = nan: not finite"),
     (
         "[kv]\nidentifiers = 'words'",
         'c.toml:2: kv.identifiers = "words": unknown; choose from uuid',
     ),
-    ("max_kl = 1\n\nmax_kl = 2", "c.toml:3: max_kl is there twice, first in line 1; leave out one of them"),
-    ("[kv]\nkeys = 3\n[kv]\nprobes = 1", "c.toml:3: table [kv] is there twice, first in line 1"),
-    ("max_kl = ", "c.toml:1: is no TOML ("),
-    ("a = [1,\n2\nb = 3", "c.toml:3: is no TOML ("),
+    ("max_kl = 1\n\nmax_kl = 2", "c.toml:3: max_kl is given twice, first in line 1; leave out one of them"),
+    ("[kv]\nkeys = 3\n[kv]\nprobes = 1", "c.toml:3: table [kv] is given twice, first in line 1"),
+    ("max_kl = ", "c.toml:1: is not valid TOML ("),
+    ("a = [1,\n2\nb = 3", "c.toml:3: is not valid TOML ("),
     (
         "task = ['kv', 'kw']",
         "c.toml:1: task kw: unknown; choose from kv, mdqa, jsonl, multikey, vt, cwe, fwe (did you",
     ),
     (
         "rope_scaling = 'none'\nrope_scale = 2",
-        'c.toml:2: rope_scale = 2, c.toml:1: rope_scaling = "none": means',
+        'c.toml:2: rope_scale = 2, c.toml:1: rope_scaling = "none": has no effect',
     ),
     (
         "algorithm = 'gaa'",
         "c.toml:1: algorithm gaa: unknown; choose from ga, cma-es, de, random, papers-ga (did",
     ),
-    ("\xff", "c.toml:1: is no UTF-8 text"),
+    ("\xff", "c.toml:1: is not UTF-8 text"),
 ]
 
 
@@ -155,25 +155,28 @@ def test_a_bad_file_is_one_line(text: str, message: str, made: Any, capsys: pyte
 
 BAD_OPTIONS = [
     ("--config none.toml", "--config none.toml: cannot be read (No such file or directory); give a TOML file"),
-    ("--set probes", "--set probes: is no NAME=VALUE"),
+    ("--set probes", "--set probes: give NAME=VALUE"),
     ("--set probes=3", "--set probes=3: no such setting; did you mean kv.probes?"),
     ("--set kv.prob=3", "--set kv.prob=3: no such setting; did you mean kv.probes?"),
-    ("--set kv.probes=three", "--set kv.probes=three: wants a whole number"),
+    ("--set kv.probes=three", "--set kv.probes=three: give a whole number"),
     ("--set kv.probes=0", "--set kv.probes=0: too small; give at least 1"),
-    ("--set verbose=1", "--set verbose=1: wants true or false"),
+    ("--set verbose=1", "--set verbose=1: give true or false"),
     ("--set kv.probes=1 --set kv.probes=2", "--set kv.probes=1, --set kv.probes=2: both set kv.probes; leave out one"),
     ("--keys 3 --set kv.keys=4", "--set kv.keys=4, --keys 3: both set kv.keys; leave out one of them"),
     (
         "--keys 3 --context-tokens 99",
         "--keys 3, --context-tokens 99: both give a context's size; leave out one of them",
     ),
-    ("--keys x", "--keys x: wants a whole number"),
+    ("--keys x", "--keys x: give a whole number"),
     ("--max-hours nan", "--max-hours nan: not finite"),
-    ("--set de.population=9", "--set de.population=9: means nothing to algorithm ga; leave it out, or set algorithm"),
+    ("--set de.population=9", "--set de.population=9: algorithm ga does not use it; leave it out, or set algorithm"),
     ("--set vt.lines=9", "--set vt.lines=9: no --task vt is given, only kv; add it or leave this out"),
     ("--probes 3", "--probes: is now --set kv.probes=N"),
     ("--task mdqa --probes 3", "--probes: is now --set mdqa.probes=N"),
-    ("--racing-fraction 0.3", "--racing-fraction: is derived now; leave it out, or --set racing_fraction=F"),
+    (
+        "--racing-fraction 0.3",
+        "--racing-fraction: is chosen automatically now; leave it out, or give --set racing_fraction=F",
+    ),
     ("--no-chat-template", "--no-chat-template: is now --set chat_template=false"),
     ("--cache-type-k q8_0", "--cache-type-k: is now --set cache_type_k=VALUE"),
     ("--weight kv=2", "--weight: is now --set TASK.weight=W, such as kv.weight=2"),
@@ -247,7 +250,7 @@ def test_each_old_option_is_still_there_or_says_where_it_went(
 
 def test_what_demo_takes_no_more_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--batch-size", "64"]) == 1
-    assert capsys.readouterr().err == "lrope-gguf: --batch-size: means nothing to demo any more; leave it out\n"
+    assert capsys.readouterr().err == "lrope-gguf: --batch-size: demo does not use it any more; leave it out\n"
 
 
 def test_eval_reads_the_same_file_and_refuses_what_is_for_a_search(
@@ -260,7 +263,7 @@ def test_eval_reads_the_same_file_and_refuses_what_is_for_a_search(
     assert capsys.readouterr().err == "lrope-gguf: --keys 3: too few for 4 probes; ask for at least 4 keys\n"
     for text in ("max_evaluations=3", "ga.lag=3", "start=a.json"):
         assert main(["eval", str(path), "--set", text]) == 1
-        assert capsys.readouterr().err == f"lrope-gguf: --set {text}: means nothing to eval; leave it out\n"
+        assert capsys.readouterr().err == f"lrope-gguf: --set {text}: eval does not use it; leave it out\n"
 
 
 KEYS = st.text("ab_", min_size=1, max_size=3)

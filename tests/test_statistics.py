@@ -349,8 +349,8 @@ VERDICTS = {
         GOOD, uniform=SOME, uniform_gain=LITTLE, over_uniform=comparison(0.01, -0.02, 0.04),
         guard=GuardFinding(0.1, 0, 0.0, 0.0),
     ),
-    "gain 12.1 points [6.0, 18.3] on 40 unseen contexts; that is the uniform factor 1.1 (2 of 4 layers): factors that "
-    "differ more gain no more; KL on ordinary text under 0.001": replace(
+    "gain 12.1 points [6.0, 18.3] on 40 unseen contexts; the winner is the uniform factor 1.1 (2 of 4 layers): "
+    "factors that differ between layers gain no more; KL on ordinary text under 0.001": replace(
         found(GOOD, uniform=SOME, uniform_gain=GOOD, guard=GuardFinding(0.1, 2, 3e-5, 0.0)), factors=SOME.factors
     ),
     "gain 12.1 points [6.0, 18.3] on 40 unseen contexts (kv 12.1 points [6.0, 18.3], mdqa -10.0 points [-20.0, -5.0]); "
@@ -358,13 +358,13 @@ VERDICTS = {
     "gain 12.1 points [6.0, 18.3] on 40 unseen contexts (look 2 of this study, intervals at 98.75 %)": found(
         GOOD, look=Look(2, range(40, 80), True, 0.9875)
     ),
-    "gain 12.1 points [6.0, 18.3] on 40 contexts (look 3 of this study, at contexts that an earlier one saw: the data "
+    "gain 12.1 points [6.0, 18.3] on 40 contexts (look 3 of this study, at contexts of an earlier look, as the data "
     "has no more; intervals at 99.375 %)": found(GOOD, look=Look(3, range(40), False, 0.99375)),
     "not recommended, the gain may be chance: gain 2.0 points [0.0, 5.0] on 40 unseen contexts": found(MAYBE),
-    "not recommended: 5 contexts are too few to tell a gain from chance, at least 6 are needed (--test-contexts): gain "
-    "50.0 points [40.0, 60.0] on 5 unseen contexts": found(comparison(0.5, 0.4, 0.6, n=5)),
+    "not recommended: 5 contexts are too few to tell a gain from chance, at least 6 are needed (--set "
+    "test_contexts=N): gain 50.0 points [40.0, 60.0] on 5 unseen contexts": found(comparison(0.5, 0.4, 0.6, n=5)),
     "not recommended: 40 contexts, which count as 5.6 by their weights, are too few to tell a gain from chance, at "
-    "least 6 are needed (--test-contexts): gain 12.1 points [6.0, 18.3] on 40 unseen contexts": found(
+    "least 6 are needed (--set test_contexts=N): gain 12.1 points [6.0, 18.3] on 40 unseen contexts": found(
         replace(GOOD, n_effective=5.6)
     ),
     "not recommended, no gain: gain 0.0 points [-1.5, 1.5] on 40 unseen contexts": found(

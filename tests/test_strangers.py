@@ -81,8 +81,8 @@ ADVICE = {
         Sample("<|assistant|>\n<think>\n", "42", "Okay, so", chat=True),
         "--set TASK.answer_prefix='</think>'",
     ),
-    "closes it": (Sample("<think>\n\n</think>\n\n", "42", "Okay, so", chat=True), "Look at chat_template"),
-    "no template": (Sample("the value of 7:", "42", "", chat=False), "Look at answer_prefix"),
+    "closes it": (Sample("<think>\n\n</think>\n\n", "42", "Okay, so", chat=True), "Try --set chat_template=false"),
+    "no template": (Sample("the value of 7:", "42", "", chat=False), "Try --set TASK.answer_prefix=TEXT"),
 }
 
 
@@ -99,7 +99,7 @@ def test_where_the_base_model_answers_nothing_it_is_said_what_to_look_at(name: s
 @pytest.mark.parametrize("template", [None, "{{ messages[0].content }}<think>\n"])
 def test_commands_say_it(template: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_readable(tmp_path / "model.gguf", chat_template=template)  # of random weights: it answers nothing
-    wanted = "--set TASK.answer_prefix='</think>'" if template else "Look at answer_prefix"
+    wanted = "--set TASK.answer_prefix='</think>'" if template else "Try --set TASK.answer_prefix=TEXT"
     assert main(["eval", str(path), *ASK, "--contexts", "1"]) == 0
     err = capsys.readouterr().err
     assert "the base model answers none of 2 questions right" in err and wanted in err

@@ -88,7 +88,7 @@ def test_a_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (tmp_path / "s" / "evaluations.jsonl").write_bytes(json.dumps(line).encode() + b"\n" + rest)
     assert main([*command, "b.jsonl"]) == 1
     err = capsys.readouterr().err
-    assert "what they measured comes out otherwise now (0.25 nats apart): go back to them (pip install " in err
+    assert "a result that was measured again differs by 0.25 nats; install the old versions (pip install " in err
     assert "llama-cpp-python==" in err and err.rstrip().endswith("or choose another --study")
 
 

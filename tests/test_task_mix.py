@@ -85,17 +85,17 @@ def test_one_task_is_what_it_was(data: dict[str, str]) -> None:
     ("options", "message"),
     [
         ("--task kv --task kv", "^--task kv: given twice; give each task once$"),
-        ("--task kv --task jsonl --data x.jsonl", "^--data x.jsonl: whose, of 2 tasks"),
+        ("--task kv --task jsonl --data x.jsonl", "^--data x.jsonl: which of the 2 tasks"),
         ("--task kv --task jsonl", "^--task jsonl: needs your file"),
         ("--keys mdqa=3", "^--keys mdqa=3: no --task mdqa is given, only kv; add it or leave this out$"),
         ("--task kv --task jsonl --data mdqa=x", "^--data mdqa=x: no --task mdqa is given, only kv and jsonl"),
-        ("--task kv --task jsonl --data jsonl=x --keys jsonl=3", "^--keys: means nothing to --task jsonl"),
+        ("--task kv --task jsonl --data jsonl=x --keys jsonl=3", "^--keys: --task jsonl does not use it"),
         ("--set kv.weight=2", "^--set kv.weight=2: there is no other task to weigh kv against; leave it out$"),
         *(
             (f"--task kv --task jsonl --data jsonl=x --set kv.weight={weight}", f"^--set kv.weight={weight}: {reason}")
             for weight, reason in {
-                "two": "wants a number",
-                "": "wants a number",
+                "two": "give a number",
+                "": "give a number",
                 "0": "too small; give more than 0",
                 "-1": "too small",
                 "nan": "not finite",
@@ -119,8 +119,8 @@ def test_bad_mixes_from_python() -> None:
     for parts, message in (
         ([], "none given"),
         ([(kv, 1.0), (kv, 2.0)], "--task kv: given twice"),
-        ([(kv, True)], "no positive number"),
-        ([(kv, "2")], "no positive number"),
+        ([(kv, True)], "give a positive number"),
+        ([(kv, "2")], "give a positive number"),
     ):
         with pytest.raises(LropeError, match=message):
             TaskMix.of(parts)  # type: ignore[arg-type]
@@ -156,11 +156,11 @@ def test_a_studys_configuration_holds_each_task(data: dict[str, str]) -> None:
 def test_fewer_contexts_than_tasks_are_refused(data: dict[str, str], tmp_path: Path) -> None:
     path = write_readable(tmp_path / "model.gguf")
     made = mix("--task", "kv", "--task", "jsonl", "--data", f"jsonl={data['jsonl']}")
-    with pytest.raises(LropeError, match="search_contexts 1: too few for kv and jsonl, which take turns"):
+    with pytest.raises(LropeError, match="search_contexts 1: too few for kv and jsonl, each of which needs one"):
         search(ModelConfig(str(path)), made, SearchConfig(search_contexts=1), tmp_path / "study")
     with pytest.raises(LropeError, match="--contexts 1: too few for kv and jsonl"):
         measure(ModelConfig(str(path)), made, {}, contexts=1)
-    with pytest.raises(LropeError, match=r"^test_contexts 99: the data has \d+ for this"):
+    with pytest.raises(LropeError, match=r"^test_contexts 99: the data has only \d+"):
         search(ModelConfig(str(path)), made, SearchConfig(test_contexts=99), tmp_path / "study")
 
 

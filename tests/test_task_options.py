@@ -113,8 +113,8 @@ def test_contexts_are_sized_when_a_model_is_there(data: dict[str, str]) -> None:
     [
         (("mdqa.documents=20",), "--set mdqa.documents=20: no --task mdqa is given, only kv; add it or leave this out"),
         (("kv.documents=20",), "--set kv.documents=20: no such setting; did you mean mdqa.documents"),
-        (("--task", "mdqa", "--keys", "20"), "--keys: means nothing to --task mdqa; it is for --task kv"),
-        (("--task", "jsonl", "--context-tokens", "9"), "--context-tokens: means nothing to --task jsonl"),
+        (("--task", "mdqa", "--keys", "20"), "--keys: --task mdqa does not use it; it is for --task kv"),
+        (("--task", "jsonl", "--context-tokens", "9"), "--context-tokens: --task jsonl does not use it"),
         (("--task", "mdqa"), "--task mdqa: needs an nq-open file; give --data FILE"),
         (("--task", "jsonl"), "--task jsonl: needs your file of questions; give --data FILE"),
         (("--keys", "20", "--context-tokens", "9"), "--keys 20, --context-tokens 9: both give a context's size"),

@@ -241,14 +241,17 @@ def test_contexts_fill_the_tokens_asked_for(name: str, tokens: int) -> None:
             "--task vt --set vt.lines=9 --set vt.probes=2",
             "vt.lines 9: too few for 2 chains of 5 lines; ask for at least 10",
         ),
-        ("--task vt --keys 9", "--keys: means nothing to --task vt; it is for --task kv and --task multikey"),
+        ("--task vt --keys 9", "--keys: --task vt does not use it; it is for --task kv and --task multikey"),
         ("--task cwe --set cwe.words=60", "cwe.words 60: too few for a list with 10 common words; ask for at least 61"),
-        ("--task cwe --set cwe.words=999999", "cwe.words 999999: there are words for 257460; ask for fewer"),
+        (
+            "--task cwe --set cwe.words=999999",
+            "cwe.words 999999: there are only enough words for 257460; ask for fewer",
+        ),
         ("--task cwe --set cwe.probes=2", "--set cwe.probes=2: no such setting; did you mean kv.probes"),
         ("--task fwe --set fwe.words=73", "fwe.words 73: too few for a text in which 3 words .*; ask for at least 74"),
         ("--task fwe --set fwe.words=90 --context-tokens 99", "--set fwe.words=90, --context-tokens 99: both"),
         ("--task multikey --keys 3 --set multikey.probes=4", "--keys 3: too few for 4 probes"),
-        ("--task multikey --data kv.jsonl", "--data: means nothing to --task multikey"),
+        ("--task multikey --data kv.jsonl", "--data: --task multikey does not use it"),
     ],
 )
 def test_mistakes_are_named_before_a_model_is_loaded(

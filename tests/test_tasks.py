@@ -166,7 +166,7 @@ def test_keys_takes_the_first_pairs_of_each_record(tmp_path: Path) -> None:
         ("[" * 100_000, r"kv\.jsonl:2: not a key-value record"),
         ({"key": "a"}, r"kv\.jsonl:2: not a key-value record .*ordered_kv_records"),
         ({"ordered_kv_records": [["a", "b", "c"]] * 12}, r"kv\.jsonl:2: not a key-value record"),
-        ({"ordered_kv_records": [["a", 1]] * 12}, r"kv\.jsonl:2: a key or value is no text"),
+        ({"ordered_kv_records": [["a", 1]] * 12}, r"kv\.jsonl:2: a key or value is not text"),
         ({"ordered_kv_records": [["a", "b"]] * 12}, r"kv\.jsonl:2: a key occurs twice"),
         (record(1, 11), r"kv\.jsonl:2: has 11 pairs, fewer than --keys 12"),
     ],

@@ -55,10 +55,10 @@ BAD_TASKS = [
     (["kv:size=3"], "--tasks kv:size=3: 'size=3' is no option with a value"),
     (["kv:keys=many"], "--tasks kv:keys=many: 'many' is no whole number"),
     (["kv:keys=0"], "--keys 0: too small"),
-    (["kv:lines=3"], "lines: means nothing to --task kv; it is for --task vt"),
+    (["kv:lines=3"], "lines: --task kv does not use it; it is for --task vt"),
     (["kv:keys=3,context-tokens=9"], "--keys, --context-tokens: both give a context's size"),
     (["mdqa"], "--task mdqa: needs an nq-open file"),
-    (["kv", "cwe", "--lines", "5"], "lines: means nothing to --task kv"),
+    (["kv", "cwe", "--lines", "5"], "lines: --task kv does not use it"),
 ]
 
 

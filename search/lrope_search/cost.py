@@ -49,11 +49,11 @@ def precision(found: Components, contexts: int, facts: Facts, n_tokens: int, mea
             context_cost=facts.longest - probe_cost,
             probe_cost=probe_cost,
         )
-        how = f"{probes} questions a context (probes), "
+        how = f"--set TASK.probes={probes}, "
     else:
         contexts *= 4
     times = contexts * (facts.longest + (probes - 1) * probe_cost) / tokens
-    yield f"half of that: {how}{contexts} search_contexts, {times:.1f} times the tokens a candidate"
+    yield f"half that error: {how}--set search_contexts={contexts}, {times:.1f} times the tokens per candidate"
 
 
 def duration(hours: float) -> str:

@@ -95,7 +95,7 @@ def _run(
     """Open a session, say what the search will cost, and search; None of a dry run, which stops there."""
     info, mix = read_model(model.path), TaskMix.of(task)
     if not info.has_rope:
-        raise LropeError(f"{info.path}: a model without RoPE; layer factors mean nothing to it")
+        raise LropeError(f"{info.path}: the model has no RoPE, so layer factors cannot change it")
     for start in settings.start:
         if not isinstance(start[0], tuple) and len(start) != info.n_layer:
             raise LropeError(f"--start: {len(start)} factors, but {info.path} has {info.n_layer} layers; give another")
@@ -158,7 +158,7 @@ def _sizes(mix: TaskMix, settings: SearchConfig) -> dict[str, int | None]:
             continue
         mix.check_contexts(f"{split}_contexts", wanted)
         if size is not None and wanted > size:
-            raise LropeError(f"{split}_contexts {wanted}: the data has {size} for this; ask for fewer")
+            raise LropeError(f"{split}_contexts {wanted}: the data has only {size}; ask for fewer")
     return sizes
 
 
@@ -187,9 +187,8 @@ def _say_cost(
     )
     if (workers.n_workers or 1) > optimizer.lag:
         progress.line(
-            f"{workers.n_workers} workers, but only {optimizer.lag} candidates out at once: some may idle; another lag "
-            f"(--set {settings.optimizer.name}.lag={2 * (workers.n_workers or 1)}) keeps them busy, and finds another "
-            "result"
+            f"{workers.n_workers} workers, but only {optimizer.lag} candidates are evaluated at once, so some may idle; "
+            f"--set {settings.optimizer.name}.lag={2 * (workers.n_workers or 1)} keeps them busy, but changes the result"
         )
 
 
@@ -216,14 +215,14 @@ def _layers(info: ModelInfo, facts: Facts) -> tuple[int, ...]:
     """
     if not facts.layers:
         raise LropeError(
-            f"{info.path}: none of its layers rotates over the whole of {facts.longest} tokens (sliding windows, "
-            "layers without RoPE); layer factors can change nothing far back in it; ask for shorter ones"
+            f"{info.path}: no layer rotates over a whole context of {facts.longest} tokens (sliding windows, "
+            "layers without RoPE), so layer factors cannot change what is found far back; give shorter contexts"
         )
     return facts.layers
 
 
 def _report(summary: StudySummary) -> str:
-    """Make the study's report; say where it is, or why there is none, for want of which no search fails."""
+    """Make the study's report; say where it is, or why there is none, since no search fails for lack of one."""
     try:
         return f"report: {write_report(summary)}"
     except LropeError as error:

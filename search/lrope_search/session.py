@@ -211,7 +211,7 @@ def open_session(
         check_versions(study, first, shown)
         if facts.longest > facts.n_ctx_train:
             shown.line(
-                f"{model.path}: prompts of {facts.longest} tokens, and the model was trained on {facts.n_ctx_train}"
+                f"{model.path}: prompts have {facts.longest} tokens, but the model was trained on {facts.n_ctx_train}"
             )
         yield Session(info, model, mix, facts, study, shown, workers, first, of_first, stack, spec, free)
 
@@ -283,7 +283,7 @@ def check_versions(study: Study, first: Executor, progress: Progress) -> None:
     if apart > _SAME:
         wanted = [f"{name}=={old}" for name, (old, _) in study.changed_versions.items() if isinstance(old, str)]
         raise LropeError(
-            f"{said}, and what they measured comes out otherwise now ({apart:.2g} nats apart): go back to them "
+            f"{said}, and a result that was measured again differs by {apart:.2g} nats; install the old versions "
             f"({command_line(['pip', 'install', *wanted])}) or choose another --study"
         )
     progress.line(f"{said}; one result was measured again and is the same, so the study goes on")

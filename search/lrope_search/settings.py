@@ -107,7 +107,7 @@ class Setting:
         if not self.repeated:
             return self._one(value, value)
         if not isinstance(value, list | tuple):
-            raise self.error(value, f"wants {self.wanted()}")
+            raise self.error(value, f"give {self.wanted()}")
         return tuple(self._one(item, value) for item in value)
 
     def _one(self, item: Any, value: Any) -> Any:
@@ -117,14 +117,14 @@ class Setting:
         if not (
             number and isinstance(item, int | self.kind) if self.kind in (int, float) else isinstance(item, self.kind)
         ):
-            raise self.error(value, f"wants {self.wanted()}")
+            raise self.error(value, f"give {self.wanted()}")
         if self.choices and item not in self.choices:
             meant = _nearest(str(item), self.choices)
             raise self.error(value, f"unknown; choose from {', '.join(self.choices)}{meant}")
         if not number:
             return item
         if self.kind is float and not math.isfinite(item):
-            raise self.error(value, "not finite; give a number, a large one for no limit")
+            raise self.error(value, "not finite; give a large number for no limit")
         if self.least is not None and not item >= self.least:
             raise self.error(value, f"too small; give at least {self.least:g}")
         if self.above is not None and not item > self.above:
@@ -151,7 +151,7 @@ class Setting:
                 return {"true": True, "false": False}[word]
             return self.kind(word)
         except (ValueError, KeyError):
-            raise self.error(text, f"wants {self.wanted()}") from None
+            raise self.error(text, f"give {self.wanted()}") from None
 
     def error(self, value: Any, reason: str) -> SettingError:
         """Return the error of a wrong value."""

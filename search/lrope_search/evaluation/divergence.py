@@ -53,7 +53,7 @@ def read_texts(
     tokens = model.tokenize(text).tolist()
     if len(tokens) < 2 * short:
         raise LropeError(
-            f"{path}: {len(tokens)} tokens, too few for a guard; give guard_text at least {2 * short} or leave it out"
+            f"{path}: {len(tokens)} tokens, too few; give guard_text at least {2 * short} tokens, or leave it out"
         )
     begin = model.text_start()
     body = short - len(begin)

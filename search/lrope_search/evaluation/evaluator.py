@@ -107,8 +107,8 @@ class TeacherForcedEvaluator:
         self.scoring = scoring or default_scoring(model)
         if self.scoring == "device" and not model.can_score:
             raise LropeError(
-                "scores were taken on the device so far, which this llama.cpp library cannot do; use one with all of "
-                "lrope-gguf's patches"
+                "the study's scores were computed on the device, which this llama.cpp library cannot do; use one "
+                "with all of lrope-gguf's patches"
             )
         self._task = task
         self.guard = guard

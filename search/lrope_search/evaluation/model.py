@@ -91,7 +91,7 @@ class Model:
             raise LropeError(f"{path}: cannot load: {log.reason()}")
         if llama.llama_model_rope_type(self._model) == llama.LLAMA_ROPE_TYPE_NONE:
             self.close()
-            raise LropeError(f"{path}: a model without RoPE; layer factors mean nothing to it")
+            raise LropeError(f"{path}: the model has no RoPE, so layer factors cannot change it")
         self._vocab = llama.llama_model_get_vocab(self._model)
         self._n_block = int(self._metadata(f"{self._metadata('general.architecture')}.block_count"))
         # what a curve shapes; the patch wants a factor for each block, a multi-token-prediction head's too. As in
@@ -336,7 +336,7 @@ class Model:
         """Say which types of cache were asked for, which most models cannot have if they have others than usual."""
         if self.cache_types == ("f16", "f16"):
             return ""
-        return f" with --cache-type-k {self.cache_types[0]} and --cache-type-v {self.cache_types[1]}"
+        return f" with cache_type_k {self.cache_types[0]} and cache_type_v {self.cache_types[1]}"
 
     def clear(self, *, data: bool = False) -> None:
         """Empty all sequences; with ``data`` also overwrite the cached keys and values (needed after a NaN)."""

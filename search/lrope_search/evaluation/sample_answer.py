@@ -34,8 +34,8 @@ class Sample:
         _, opened, rest = self.prompt_end.rpartition("<think>")
         if opened and "</think>" not in rest:
             return f"{told}. Its chat template opens <think>: close it with --set TASK.answer_prefix='</think>'"
-        way = "chat_template (--set)" if self.chat else "answer_prefix (--set)"
-        return f"{told}. Look at {way}, at shorter contexts, and at what it writes: eval --generate"
+        way = "--set chat_template=false" if self.chat else "--set TASK.answer_prefix=TEXT"
+        return f"{told}. Try {way}, or shorter contexts, and read what it writes with eval --generate"
 
 
 def _quoted(text: str) -> str:

@@ -48,7 +48,7 @@ class ModelConfig(Settings):
         key="threads",
         metavar="N",
         least=1,
-        unset="as many as are fastest here and now",
+        unset="the number that is fastest on this machine now",
         option=True,
     )
     n_gpu_layers: int | None = setting(
@@ -61,11 +61,11 @@ class ModelConfig(Settings):
         least=1,
         unset="what a study was begun with, else 512 on the CPU and 2048 where layers go to a GPU",
     )
-    chat_template: bool = setting(True, "give prompts through the model's own chat template, if it has one")
+    chat_template: bool = setting(True, "put prompts into the model's own chat template, if it has one")
     verbose: bool = setting(False, "show llama.cpp's log")
     rope_scaling: str | None = setting(None, "RoPE scaling", choices=ROPE_SCALINGS, unset="the model's")
     rope_scale: float | None = setting(
-        None, "how many times longer contexts become; give this or rope_freq_scale", metavar="N", unset="the model's"
+        None, "factor by which contexts become longer; give this or rope_freq_scale", metavar="N", unset="the model's"
     )
     rope_freq_base: float | None = setting(None, "RoPE's base", metavar="N", unset="the model's")
     rope_freq_scale: float | None = setting(
@@ -95,7 +95,7 @@ class ModelConfig(Settings):
             raise self.wrong("both say how far to scale; leave out one of them", "rope_scale", "rope_freq_scale")
         for name in ("rope_scale", "rope_freq_scale"):
             if self.rope_scaling == "none" and getattr(self, name) is not None:
-                raise self._clash(name, "means nothing with rope_scaling none; leave out one of them")
+                raise self._clash(name, "has no effect with rope_scaling none; leave out one of them")
         if self.rope_scaling is not None and self.rope_scaling.startswith("dynamic"):
             self._check_dynamic(self.rope_scaling)
 

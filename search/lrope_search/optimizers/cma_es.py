@@ -19,7 +19,7 @@ class CmaEsConfig(BaselineConfig):
     """Settings of `CmaEs`."""
 
     section = "cma-es"
-    summary = "CMA-ES, to compare"
+    summary = "CMA-ES, as a baseline"
 
     population: int | None = population_setting("4 + 3 ln(dimensions)")
 

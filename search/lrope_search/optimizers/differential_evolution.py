@@ -22,7 +22,7 @@ class DifferentialEvolutionConfig(BaselineConfig):
     """Settings of `DifferentialEvolution`."""
 
     section = "de"
-    summary = "differential evolution, to compare"
+    summary = "differential evolution, as a baseline"
 
     population: int | None = population_setting("16")
 

@@ -19,7 +19,7 @@ class LongRopeConfig(BaselineConfig):
     """Settings of `LongRopeEvolution`."""
 
     section = "papers-ga"
-    summary = "LongRoPE's evolutionary search, to compare"
+    summary = "LongRoPE's evolutionary search, as a baseline"
 
     population: int | None = population_setting("64")
     parents: int | None = parents_setting("32")

@@ -18,7 +18,7 @@ class RandomConfig(BaselineConfig):
     """Settings of `RandomSearch`."""
 
     section = "random"
-    summary = "random candidates, to compare"
+    summary = "random candidates, as a baseline"
 
     lag: int = lag_setting()
 

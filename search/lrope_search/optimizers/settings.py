@@ -33,7 +33,11 @@ class OptimizerConfig(Settings):
     summary: ClassVar[str] = ""
 
     width: float = setting(
-        0.05, "first spread of the candidates, as a logarithm of the factors", metavar="W", above=0.0, most=1.0
+        0.05,
+        "initial spread of the candidates: standard deviation of the log factors",
+        metavar="W",
+        above=0.0,
+        most=1.0,
     )
 
     @property
@@ -68,12 +72,12 @@ def population_setting(unset: str, text: str = "candidates of a generation") -> 
 
 def parents_setting(unset: str) -> Any:
     """Declare ``parents``."""
-    return setting(None, "survivors, the parents of what follows", metavar="N", least=1, unset=unset)
+    return setting(None, "best candidates kept as parents", metavar="N", least=1, unset=unset)
 
 
 def lag_setting() -> Any:
     """Declare ``lag``."""
-    text = "candidates out at once; raise it to keep more workers than that busy, for another result"
+    text = "candidates evaluated at once; a larger lag keeps more workers busy, but changes the result"
     return setting(LAG, text, metavar="N", least=1)
 
 

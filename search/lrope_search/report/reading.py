@@ -48,7 +48,7 @@ def read_study(directory: Path) -> StudySummary:
         if len(job.factors) != n_layer or depths.setdefault((job.split, job.index), asked) != asked:
             raise LropeError(
                 f"{directory / 'evaluations.jsonl'}: its lines differ in layers or probes, as if two searches had "
-                "written it; search again in another directory"
+                "written the file; search again in another directory"
             )
     trials = _trials(directory, n_layer)
     if best is not None and n_layer is not None:
@@ -171,7 +171,7 @@ def _config(directory: Path) -> dict[str, Any]:
         raise LropeError(f"{path}: is not a JSON object; search again in another directory")
     if not holds_search(config):
         raise LropeError(
-            f"{directory}: holds no search, but what eval --study measured; the same eval prints its table"
+            f"{directory}: holds measurements of eval --study and no search; run the same eval command to see its table"
         )
     return config
 
@@ -190,7 +190,7 @@ def _with_factors(directory: Path, best: CurveFile, n_layer: int) -> CurveFile:
     try:
         factors = best.factors_for(n_layer)
     except LropeError as error:
-        raise LropeError(f"{directory / 'best.json'}: {error}; is it this study's?") from None
+        raise LropeError(f"{directory / 'best.json'}: {error}; check that it belongs to this study") from None
     listed = best.layer_factors is not None and len(best.layer_factors) == n_layer
     return best if listed else replace(best, layer_factors=tuple(round(s, 9) for s in factors))
 
@@ -201,7 +201,7 @@ def _evaluations(directory: Path) -> dict[Job, Evaluation]:
         data = path.read_bytes()
     except FileNotFoundError:
         if (directory / "best.json").exists():
-            raise LropeError(f"{path}: is missing, the report is made from it; search again") from None
+            raise LropeError(f"{path}: is missing, and the report needs it; search again") from None
         return {}
     results: dict[Job, Evaluation] = {}
     for job, score in parse_evaluations(data, path)[0]:
@@ -223,7 +223,7 @@ def _trials(directory: Path, n_layer: int | None) -> tuple[Trial, ...] | None:
         except (ValueError, TypeError, KeyError, RecursionError):
             if place < len(lines) or line.endswith(b"\n"):
                 raise LropeError(
-                    f"{path}: line {place} is damaged; delete the file, the report does without it"
+                    f"{path}: line {place} is damaged; delete the file, which the report can do without"
                 ) from None
     return tuple(sorted(trials, key=lambda trial: trial.number))
 

@@ -42,7 +42,7 @@ def summary_lines(study: StudySummary) -> Sequence[str]:
     if study.table is not None:
         lines += ["", str(study.table)]
         if study.table_split != "test":
-            lines += ["(on the search contexts, which candidates were chosen on: no evidence of a gain)"]
+            lines += ["(on the search contexts, on which candidates were chosen: no evidence of a gain)"]
     return [*lines, "", printable(study.verdict)]
 
 

@@ -38,7 +38,7 @@ class Look:
         look, level = f"look {self.number} of this study", f"intervals at {100.0 * self.confidence:g} %"
         if self.new:
             return f"unseen contexts ({look}, {level})"
-        return f"contexts ({look}, at contexts that an earlier one saw: the data has no more; {level})"
+        return f"contexts ({look}, at contexts of an earlier look, as the data has no more; {level})"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as ``best.json`` and ``looks.jsonl`` hold it."""

@@ -56,5 +56,5 @@ def variation_text(found: Components, contexts: int, probes: int) -> str:
     many = "1 context" if contexts == 1 else f"{contexts} contexts"
     return (
         f"candidate minus base: standard deviation {math.sqrt(found.within):.2g} nats over the questions of a context"
-        f"{between}; {many} of {probes} questions tell gains to {error:.2g} nats (standard error)"
+        f"{between}; {many} of {probes} questions measure a gain to {error:.2g} nats (standard error)"
     )

@@ -45,7 +45,7 @@ def judge(found: Findings) -> Verdict:
         return Verdict(
             False,
             f"not recommended: {n} contexts{worth} are too few to tell a gain from chance, at least {needed} are "
-            f"needed (--test-contexts): {text}",
+            f"needed (--set test_contexts=N): {text}",
         )
     why = "the gain may be chance" if gain.accuracy_gain.mean > 0.0 else "no gain"
     return Verdict(False, f"not recommended, {why}: {text}")
@@ -57,7 +57,7 @@ def _beside(found: Findings) -> str:
     if found.uniform is not None and found.uniform_gain is not None:
         factor = f"{found.uniform.factor:g}{found.uniform.where}"
         if found.gain is not None and found.uniform.factors == found.factors:  # it is the winner
-            text = f"; that is the uniform factor {factor}: factors that differ more gain no more"
+            text = f"; the winner is the uniform factor {factor}: factors that differ between layers gain no more"
         else:
             text = f"; best uniform factor {factor} gains {_points(found.uniform_gain.accuracy_gain.mean)}"
         if found.over_uniform is not None and found.gain is not None:

@@ -34,7 +34,9 @@ def one_interrupt() -> Iterator[None]:
         if count == 1:
             raise KeyboardInterrupt(_STATUS + number)
         if count == 2:
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nstopping; once more to end at once\n")
+            os.write(
+                sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nstopping; interrupt once more to end at once\n"
+            )
         else:
             os._exit(_STATUS + number)
 

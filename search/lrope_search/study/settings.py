@@ -19,7 +19,7 @@ ControlPoints: TypeAlias = tuple[Point, ...]
 Start: TypeAlias = ControlPoints | tuple[float, ...]
 """What a search may begin with: the control points of a curve, or a factor for each layer."""
 
-_AS_NEEDED = "as many as show a gain worth finding, by the questions of a context"
+_AS_NEEDED = "chosen to detect a useful gain, by the questions per context"
 _MANY = 8
 """Search contexts of a task from which on racing pays (research/algorithms.md)."""
 _GOES_ON = 0.3
@@ -43,10 +43,10 @@ class SearchConfig(Settings):
 
     seed: int = 0
     max_evaluations: int = setting(
-        120, "candidates to try; a finished study continues with more", metavar="N", least=1, option=True
+        120, "candidates to try; give more to continue a finished study", metavar="N", least=1, option=True
     )
     max_hours: float | None = setting(
-        None, "begin no candidate after so many hours", metavar="H", above=0.0, unset="no limit", option=True
+        None, "start no new candidate after this many hours", metavar="H", above=0.0, unset="no limit", option=True
     )
     search_contexts: int | None = setting(
         None, "contexts to compare candidates on", metavar="N", least=1, unset=_AS_NEEDED
@@ -57,17 +57,23 @@ class SearchConfig(Settings):
     test_contexts: int | None = setting(None, "contexts to measure on", metavar="N", least=1, unset=_AS_NEEDED)
     finalists: int = setting(4, "best candidates that go on to validation", metavar="N", least=1)
     racing_first: int | None = setting(
-        None, "contexts that every candidate sees, where racing is on", metavar="N", least=1, unset="an eighth of them"
+        None,
+        "contexts that every candidate is scored on first, if racing is on",
+        metavar="N",
+        least=1,
+        unset="an eighth of them",
     )
     racing_fraction: float | None = setting(
         None,
-        "share of the candidates that sees more contexts than the first; 1: no racing",
+        "share of the candidates that go on to more contexts; 1: no racing",
         metavar="F",
         above=0.0,
         most=1.0,
         unset=f"{_GOES_ON} from {_MANY} search contexts of a task on, else 1",
     )
-    middle_weight: float = setting(0.0, "weigh the middle 1 + W times as much as the ends", metavar="W", least=0.0)
+    middle_weight: float = setting(
+        0.0, "count answers in the middle of a context 1 + W times as much as at its ends", metavar="W", least=0.0
+    )
     algorithm: str | OptimizerConfig = "ga"
     parametrization: str = setting(
         PARAMETRIZATIONS[0],
@@ -77,14 +83,14 @@ class SearchConfig(Settings):
     )
     degree: int = setting(3, "degree of the Bézier curve", metavar="N", least=1)
     bounds: tuple[float, float] = setting(
-        DEFAULT_BOUNDS, "smallest and largest factor, around 1 and within 1/1024 and 1024", metavar="LOW,HIGH"
+        DEFAULT_BOUNDS, "smallest and largest factor, around 1 and from 1/1024 to 1024", metavar="LOW,HIGH"
     )
     uniform_factors: tuple[float, ...] = setting(
         UNIFORM_FACTORS, "uniform scalings that are tried first", metavar="F,...", above=0.0
     )
     max_kl: float = setting(
         0.1,
-        "pass over candidates that diverge more from the base model on ordinary text, in nats a token",
+        "reject candidates with a larger KL divergence from the base model on ordinary text, in nats per token",
         metavar="NATS",
         least=0.0,
         option=True,
@@ -98,14 +104,14 @@ class SearchConfig(Settings):
     def check(self) -> None:
         """Refuse a seed, bounds or an algorithm that cannot be, and starts that no candidate could be."""
         if not isinstance(self.seed, int) or self.seed < 0:
-            raise SettingError(("seed",), f"--seed {self.seed}", "no whole number from 0 on")
+            raise SettingError(("seed",), f"--seed {self.seed}", "give a whole number, 0 or more")
         if isinstance(self.algorithm, str):
             object.__setattr__(self, "algorithm", optimizer_config(self.algorithm))
         if len(self.bounds) != 2:
-            raise self.wrong("wants two numbers such as 0.5,4", "bounds")
+            raise self.wrong("give two numbers such as 0.5,4", "bounds")
         low, high = self.bounds
         if not (1.0 / MAX_FACTOR <= low <= 1.0 <= high <= MAX_FACTOR and low < high):
-            raise self.wrong("wants two numbers around 1, within 1/1024 and 1024", "bounds")
+            raise self.wrong("give two numbers around 1, from 1/1024 to 1024", "bounds")
         for start in self.start:
             self.started(start)
 

@@ -178,8 +178,8 @@ class Run:
         candidates = {candidate.factors: candidate for candidate, _ in self.ranking}
         for point in front.passed_over:
             self.progress.line(
-                f"candidate {candidates[point.factors].id} is passed over: it changes ordinary text by {point.kl:.3g} "
-                f"nats a token, more than --max-kl {front.limit:g}"
+                f"candidate {candidates[point.factors].id} is rejected: its KL divergence on ordinary text, "
+                f"{point.kl:.3g} nats per token, is above --max-kl {front.limit:g}"
             )
         side = None if uniform is None else Uniform(uniform_factor(uniform) or 1.0, uniform.factors)
         return Choice(None if front.choice is None else candidates[front.choice.factors], front, uniform, side)

@@ -37,7 +37,7 @@ class GeneratedTask(ABC):
                 f"{self.name}.{self.unit} {size}: too few for {self._least_is()}; ask for at least {least}"
             )
         if limit is None and most is not None and size > most:
-            raise LropeError(f"{self.name}.{self.unit} {size}: there are words for {most}; ask for fewer")
+            raise LropeError(f"{self.name}.{self.unit} {size}: there are only enough words for {most}; ask for fewer")
         self._size, self._least, self._most = size, least, most
         self._seed = seed
         self._limit = limit

@@ -122,10 +122,10 @@ def _record(where: str, value: Any) -> Record:
     context, question, answer = value["context"], value["question"], value["answer"]
     for name, text in (("context", context), ("question", question)):
         if not isinstance(text, str) or not text.strip():
-            raise LropeError(f"{where}: its {name} is no text; expected a string")
+            raise LropeError(f"{where}: its {name} is not text; give a string")
     answers = [answer] if isinstance(answer, str) else answer
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise LropeError(f"{where}: its answer is no text; expected a string or a list of strings")
+        raise LropeError(f"{where}: its answer is not text; give a string or a list of strings")
     answers = tuple(dict.fromkeys(a.strip() for a in answers))
     start, length = _find(context, answers)
     depth = value.get("depth")

@@ -226,9 +226,9 @@ class KeyValueTask:
 def _pairs(where: str, value: Any, n_pairs: int | None) -> Pairs:
     pairs = [(key, text) for key, text in value["ordered_kv_records"]]
     if not all(isinstance(text, str) and text for pair in pairs for text in pair):
-        raise LropeError(f"{where}: a key or value is no text; expected pairs of strings")
+        raise LropeError(f"{where}: a key or value is not text; give pairs of strings")
     if len({key for key, _ in pairs}) < len(pairs):
-        raise LropeError(f"{where}: a key occurs twice; its value would be ambiguous")
+        raise LropeError(f"{where}: a key occurs twice, so that its value is ambiguous; keep one of them")
     if n_pairs is not None and len(pairs) < n_pairs:
         raise LropeError(f"{where}: has {len(pairs)} pairs, fewer than --keys {n_pairs}; ask for fewer keys")
     return pairs[:n_pairs]

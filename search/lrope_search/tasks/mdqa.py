@@ -337,9 +337,9 @@ def _by_page(records: Sequence[Record]) -> list[list[Record]]:
 def _record(where: str, value: Any) -> Record:
     question, answers, documents = value["question"], value["answers"], value["ctxs"]
     if not isinstance(question, str) or not question.strip():
-        raise LropeError(f"{where}: its question is no text; expected a string")
+        raise LropeError(f"{where}: its question is not text; give a string")
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise LropeError(f"{where}: its answers are no list of texts; expected one string or more")
+        raise LropeError(f"{where}: its answers are not a list of texts; give one string or more")
     passages = [(_passage(where, document), document.get("isgold", False)) for document in documents]
     gold = [passage for passage, is_gold in passages if is_gold is True]
     if len(gold) != 1:
@@ -356,5 +356,5 @@ def _record(where: str, value: Any) -> Record:
 def _passage(where: str, document: Any) -> Passage:
     title, text = document["title"], document["text"]
     if not isinstance(title, str) or not isinstance(text, str) or not text.strip():
-        raise LropeError(f"{where}: a document's title or text is no text; expected strings")
+        raise LropeError(f"{where}: a document's title or text is not text; give strings")
     return Passage(title, text, normalize(f"{title} {text}"))

@@ -17,7 +17,7 @@ class MultiKeyConfig(SizedTaskConfig):
     """Settings of `MultiKeyTask`."""
 
     section = "multikey"
-    summary = "a needle among needles"
+    summary = "one needle among similar ones"
     size = "keys"
 
     keys: int | None = setting(None, "needles a context", metavar="N", least=1, unset=str(DEFAULT_PAIRS), option=True)

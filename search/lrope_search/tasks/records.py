@@ -70,7 +70,8 @@ def split_groups(groups: Sequence[Sequence[T]], seed: int, data: object) -> dict
     """
     if len(groups) < len(SPLITS):
         raise LropeError(
-            f"{data}: has only {len(groups)} contexts that share no text; search, validation and test need one each"
+            f"{data}: has only {len(groups)} contexts that share no text; search, validation and test need one each; "
+            "give more data"
         )
     order = np.random.default_rng(seed).permutation(len(groups))
     sizes = np.array([len(groups[i]) for i in order])

@@ -58,7 +58,7 @@ class TaskConfig(Settings):
     def check(self) -> None:
         """Refuse a wrong seed, and a task without the file that it needs."""
         if not isinstance(self.seed, int) or self.seed < 0:
-            raise SettingError(("seed",), f"--seed {self.seed}", "no whole number from 0 on")
+            raise SettingError(("seed",), f"--seed {self.seed}", "give a whole number, 0 or more")
         if self.wants and self.file is None:
             raise SettingError(
                 (f"{self.section}.data",), f"--task {self.section}", f"needs {self.wants}; give --data FILE"
@@ -101,11 +101,11 @@ def probes_setting(text: str, unset: str) -> Any:
 
 def positions_setting() -> Any:
     """Declare ``positions``: where they stand."""
-    text = "where questions stand: at random, one in each of equal strata, or the same everywhere"
+    text = "where questions stand: at random in equal parts of a context, or at the same places in all"
     return setting(POSITIONS[0], text, choices=POSITIONS)
 
 
-AS_NEEDED = "as many as see a gain worth finding at the least cost"
+AS_NEEDED = "chosen to detect a useful gain at the lowest cost"
 """The questions of a context if none are asked for (`default_probes`)."""
 
 
@@ -176,7 +176,7 @@ def check_owned(name: str, key: str) -> None:
         raise SettingError((f"{name}.{key}",), f"{name}.{key}", f"no such setting; task {name} has {known}")
     label = owners[0].named(key).label if owners[0].named(key).option else key
     tasks = " and ".join(f"--task {kind.section}" for kind in owners)
-    raise SettingError((f"{name}.{key}",), label, f"means nothing to --task {name}; it is for {tasks}")
+    raise SettingError((f"{name}.{key}",), label, f"--task {name} does not use it; it is for {tasks}")
 
 
 Tasks: TypeAlias = "TaskConfig | TaskMix | Sequence[tuple[TaskConfig, float]]"
@@ -205,7 +205,7 @@ class TaskMix:
             number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not number or not 0.0 < weight < math.inf:
                 raise SettingError(
-                    (f"{one.name}.weight",), f"{one.name}.weight {weight}", "no positive number; give one such as 2"
+                    (f"{one.name}.weight",), f"{one.name}.weight {weight}", "give a positive number such as 2"
                 )
         parts = sorted(((one, float(weight)) for one, weight in self.parts), key=lambda part: TASKS.order(part[0].name))
         object.__setattr__(self, "parts", tuple(parts))
@@ -240,7 +240,7 @@ class TaskMix:
         if n_contexts < len(self.parts):
             names = " and ".join(one.name for one in self.tasks)
             raise LropeError(
-                f"{option} {n_contexts}: too few for {names}, which take turns; give at least {len(self.parts)}"
+                f"{option} {n_contexts}: too few for {names}, each of which needs one; give at least {len(self.parts)}"
             )
 
 

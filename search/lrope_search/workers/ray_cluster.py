@@ -111,7 +111,7 @@ class RayExecutor(WorkerPool):
         homeless = not any(all(node.get(kind, 0.0) >= n for kind, n in wanted.items()) for node in nodes)
         if homeless and not self._homeless:
             _logger.warning(
-                "the Ray cluster has lost its room for workers of %d processors: waiting for a node (ray start), "
+                "no node of the Ray cluster has the %d processors of a worker any more: waiting for one (ray start), "
                 "Ctrl-C stops; what was recorded is kept",
                 wanted["CPU"],
             )
@@ -173,4 +173,6 @@ def _connect(ray: Any, address: str | None) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = f"ray_address {address}" if address else "executor ray"
-        raise LropeError(f"{where}: no Ray cluster to be had ({reason}); start one with: ray start --head") from None
+        raise LropeError(
+            f"{where}: cannot connect to a Ray cluster ({reason}); start one with: ray start --head"
+        ) from None

@@ -19,14 +19,16 @@ class WorkersConfig(Settings):
 
     n_workers: int | None = setting(
         None,
-        "models at work side by side",
+        "worker processes, each with a model of its own",
         key="workers",
         metavar="N",
         least=1,
-        unset="as many as are fastest; with GPUs 1; on a Ray cluster one a GPU, or one a node",
+        unset="the number that is fastest; 1 with GPUs; on a Ray cluster one per GPU, else one per node",
         option=True,
     )
-    gpus: tuple[str, ...] = setting((), "GPUs to hand out to local workers in turn; none: all of CUDA_VISIBLE_DEVICES")
+    gpus: tuple[str, ...] = setting(
+        (), "GPUs for the local workers, one each in turn; none: all in CUDA_VISIBLE_DEVICES"
+    )
     executor: str = setting("local", "where workers live: processes here, or a Ray cluster", choices=EXECUTORS)
     ray_address: str | None = setting(
         None, "address of the Ray cluster", unset="what the environment names, or a new one"
