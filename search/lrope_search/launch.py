@@ -147,8 +147,7 @@ def _run(
 def _sizes(mix: TaskMix, settings: SearchConfig) -> dict[str, int | None]:
     """Return how many contexts each split has; None: as many as wanted.
 
-    Raises:
-        LropeError: the settings ask for more of one, or the tasks cannot be made.
+    Raises `LropeError`: the settings ask for more of one, or the tasks cannot be made.
     """
     contexts = make_tasks(mix)
     sizes = {split: contexts.size(split) for split in SPLITS}
@@ -167,8 +166,7 @@ def _say_cost(
 ) -> None:
     """Say what the search will cost, by the base model on each task's first search context, which is needed anyway.
 
-    Raises:
-        LropeError: the workers do not fit into memory.
+    Raises `LropeError`: the workers do not fit into memory.
     """
     facts, progress, n_tasks = session.facts, session.progress, len(session.mix.parts)
     n_evaluations = sum(planned_evaluations(settings, guard=True, n_tasks=n_tasks).values())
@@ -187,8 +185,8 @@ def _say_cost(
     )
     if (workers.n_workers or 1) > optimizer.lag:
         progress.line(
-            f"{workers.n_workers} workers, but only {optimizer.lag} candidates are evaluated at once, so some may idle; "
-            f"--set {settings.optimizer.name}.lag={2 * (workers.n_workers or 1)} keeps them busy, but changes the result"
+            f"{workers.n_workers} workers, but only {optimizer.lag} candidates run at once, so some may idle; "
+            f"--set {settings.optimizer.name}.lag={2 * (workers.n_workers or 1)} keeps them busy and changes the result"
         )
 
 
@@ -208,11 +206,7 @@ def _say_variation(session: Session, settings: SearchConfig) -> None:
 
 
 def _layers(info: ModelInfo, facts: Facts) -> tuple[int, ...]:
-    """Return the layers that rotate over the whole of the longest prompt.
-
-    Raises:
-        LropeError: there is none.
-    """
+    """Return the layers that rotate over the whole of the longest prompt. Raises `LropeError`: there is none."""
     if not facts.layers:
         raise LropeError(
             f"{info.path}: no layer rotates over a whole context of {facts.longest} tokens (sliding windows, "

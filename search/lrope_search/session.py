@@ -94,10 +94,8 @@ class Session:
     def divide(self, n_evaluations: int, most: int) -> float:
         """Settle how many workers do about ``n_evaluations`` evaluations, ``most`` at once, and say so.
 
-        Returns how many times as fast as the first worker they are.
-
-        Raises:
-            LropeError: the workers that were asked for do not fit into memory.
+        Returns how many times as fast as the first worker they are. Raises `LropeError`: the workers that were asked
+        for do not fit into memory.
         """
         rates, n_asked = self.facts.rates, self._workers.n_workers
         alone = Parallelism(1, self.facts.n_threads)
@@ -261,8 +259,7 @@ def _identity(info: ModelInfo, model: ModelConfig, mix: TaskMix, facts: Facts) -
 def check_versions(study: Study, first: Executor, progress: Progress) -> None:
     """Go on with a study that other versions began only where one of its results comes out the same now.
 
-    Raises:
-        LropeError: it does not; says how to go on.
+    Raises `LropeError`: it does not; says how to go on.
     """
     if not study.changed_versions:
         return

@@ -99,8 +99,7 @@ class Setting:
     def checked(self, value: Any) -> Any:
         """Return ``value`` as it is kept: lists as tuples, paths as texts, whole numbers as floats where these belong.
 
-        Raises:
-            SettingError: it is of another kind, or out of range.
+        Raises `SettingError`: it is of another kind, or out of range.
         """
         if value is None and self.optional:
             return None
@@ -134,11 +133,7 @@ class Setting:
         return float(item) if self.kind is float else item
 
     def parsed(self, text: str) -> Any:
-        """Return what ``--set NAME=TEXT`` says.
-
-        Raises:
-            SettingError: it is of another kind, or out of range.
-        """
+        """Return what ``--set NAME=TEXT`` says. Raises `SettingError`: it is of another kind, or out of range."""
         if self.optional and text == "":
             return None
         if self.repeated:
@@ -172,11 +167,7 @@ class Settings:
     """The table of a ``--config`` file that holds them; empty: they stand before all tables."""
 
     def __post_init__(self) -> None:
-        """Check each setting, then how they go together.
-
-        Raises:
-            SettingError: names what is wrong.
-        """
+        """Check each setting, then how they go together. Raises `SettingError`: names what is wrong."""
         for one in self.settings():
             object.__setattr__(self, one.name, one.checked(getattr(self, one.name)))
         self.check()
@@ -209,11 +200,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Return what `to_json` wrote.
-
-        Raises:
-            LropeError: a field that there is not, or a value out of range.
-        """
+        """Return what `to_json` wrote. Raises `LropeError`: a field that there is not, or a value out of range."""
         known = [one.name for one in fields(cls)]
         for name in value:
             if name not in known:
@@ -247,11 +234,7 @@ class Registry(Generic[C]):
         return list(self._entries).index(name)
 
     def __getitem__(self, name: str) -> type[C]:
-        """Return the class.
-
-        Raises:
-            SettingError: there is none of this name.
-        """
+        """Return the class. Raises `SettingError`: there is none of this name."""
         entry = self._entries.get(name)
         if entry is None:
             reason = f"unknown; choose from {', '.join(self._entries)}{_nearest(name, self._entries)}"

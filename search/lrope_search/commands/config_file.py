@@ -21,9 +21,8 @@ _MOST_BYTES = 1 << 20
 def read_config(path: str, known: Mapping[str, Setting]) -> dict[str, Given]:
     """Return what a file says of ``known`` settings, by their dotted names.
 
-    Raises:
-        LropeError: it cannot be read, is no TOML, or has a key that is unknown, twice there, or of another type; names
-            the line.
+    Raises `LropeError`: it cannot be read, is no TOML, or has a key that is unknown, twice there, or of another type;
+    names the line.
     """
     try:
         data = Path(path).read_bytes()

@@ -28,8 +28,7 @@ class Given:
     def read(self, setting: Setting) -> Any:
         """Return the value as the setting keeps it.
 
-        Raises:
-            LropeError: it is of another kind, or out of range; says where.
+        Raises `LropeError`: it is of another kind, or out of range; says where.
         """
         try:
             return setting.parsed(self.value) if self.text else setting.checked(self.value)
@@ -44,8 +43,7 @@ class Given:
 def values_of(kind: type[Settings], given: Mapping[str, Given]) -> dict[str, Any]:
     """Return the values given for the settings of a class, by its fields' names.
 
-    Raises:
-        LropeError: one cannot be; says where it was given.
+    Raises `LropeError`: one cannot be; says where it was given.
     """
     return {one.name: given[one.dotted].read(one) for one in kind.settings() if one.dotted in given}
 
@@ -53,8 +51,7 @@ def values_of(kind: type[Settings], given: Mapping[str, Given]) -> dict[str, Any
 def made(kind: type[S], given: Mapping[str, Given], *positional: Any, **others: Any) -> S:
     """Return the settings of a class, made of what was given and of ``others``.
 
-    Raises:
-        LropeError: a value cannot be, or two do not go together; says where they were given.
+    Raises `LropeError`: a value cannot be, or two do not go together; says where they were given.
     """
     values = values_of(kind, given) | others
     try:
@@ -74,8 +71,7 @@ def no_such(where: str, key: str, known: Iterable[str]) -> LropeError:
 def chosen(registry: Registry[C], name: str, given: Given | None) -> type[C]:
     """Return what ``given`` chose by its name.
 
-    Raises:
-        LropeError: there is none of this name; says where it was given.
+    Raises `LropeError`: there is none of this name; says where it was given.
     """
     try:
         return registry[name]

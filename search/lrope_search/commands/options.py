@@ -100,8 +100,7 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 class Gathered:
     """All settings that a user gave: of a file, by options and by ``--set``, the later before the earlier.
 
-    Raises:
-        LropeError: a setting that there is not, one said twice, or one that means nothing here.
+    Raises `LropeError`: a setting that there is not, one said twice, or one that means nothing here.
     """
 
     def __init__(self, values: dict[str, Any], used: Sequence[type[Settings]], command: str) -> None:
@@ -190,8 +189,7 @@ class Gathered:
     def task(self, seed: int) -> TaskConfig | TaskMix:
         """Return the task that is asked, or the mix.
 
-        Raises:
-            LropeError: values that cannot be, or do not go together.
+        Raises `LropeError`: values that cannot be, or do not go together.
         """
         parts: list[tuple[TaskConfig, float]] = []
         for name in self.tasks:
@@ -205,8 +203,7 @@ class Gathered:
     def search(self, seed: int) -> SearchConfig:
         """Return the settings of the search, which begins with no curves yet.
 
-        Raises:
-            LropeError: values that cannot be, or do not go together.
+        Raises `LropeError`: values that cannot be, or do not go together.
         """
         algorithm = self.given.get("algorithm")
         name = "ga" if algorithm is None else algorithm.read(self._known["algorithm"])
@@ -218,11 +215,7 @@ class SettingsCommand(Command):
     """A command that says where an option of older versions has gone."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the options.
-
-        Raises:
-            LropeError: one that there was once.
-        """
+        """Parse the options. Raises `LropeError`: one that there was once."""
         words = list(args)
         try:
             return super().parse_args(ctx, args)

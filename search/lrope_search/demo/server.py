@@ -85,10 +85,7 @@ class LlamaServer:
     def complete(self, prompt: str | Sequence[int], n_predict: int) -> str:
         """Return the greedy continuation of a prompt (text, or its tokens), at most ``n_predict`` tokens.
 
-        A prompt that begins like the one before it reuses its KV cache.
-
-        Raises:
-            LropeError: the server fails or ends.
+        A prompt that begins like the one before it reuses its KV cache. Raises `LropeError`: the server fails or ends.
         """
         request = {
             "prompt": prompt if isinstance(prompt, str) else list(prompt),
@@ -102,8 +99,7 @@ class LlamaServer:
     def properties(self) -> dict[str, Any]:
         """What the server says of itself (``/props``); ``rope_layer_factors`` are the factors in use.
 
-        Raises:
-            LropeError: the server fails or ends.
+        Raises `LropeError`: the server fails or ends.
         """
         answer: dict[str, Any] = self._ask("/props")
         return answer

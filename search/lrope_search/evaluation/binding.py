@@ -77,8 +77,7 @@ log = Log()
 def llama_library() -> Any:
     """Import the binding on our library and add the patches' functions to it.
 
-    Raises:
-        LropeError: there is no binding, no usable library, or an unpatched one.
+    Raises `LropeError`: there is no binding, no usable library, or an unpatched one.
     """
     if "OMP_WAIT_POLICY" not in os.environ:  # read when the library is loaded, by programs begun here too
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

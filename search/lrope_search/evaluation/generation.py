@@ -36,10 +36,7 @@ def write_answers(model: Model, encoding: Encoding, probes: Sequence[Probe]) -> 
 
     Sequence 0 holds the prefix already, sequence ``1 + i`` becomes a copy of it for probe ``i``. An answer ends at the
     model's end token, after 100 tokens (`Encoding.n_new`), or as soon as it is right: later text cannot change its
-    score.
-
-    Raises:
-        LropeError: the logits are NaN.
+    score. Raises `LropeError`: the logits are NaN.
     """
     for sequence in range(1, encoding.n_seq):
         model.copy_sequence(0, sequence)

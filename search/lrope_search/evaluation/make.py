@@ -25,11 +25,7 @@ from .settings import ModelConfig
 
 
 def open_model(config: ModelConfig) -> Model:
-    """Load the model.
-
-    Raises:
-        LropeError: it cannot be loaded.
-    """
+    """Load the model. Raises `LropeError`: it cannot be loaded."""
     return Model(
         config.path,
         n_batch=config.batch_size,
@@ -44,8 +40,7 @@ def open_model(config: ModelConfig) -> Model:
 def task_for(model: Model, config: TaskConfig) -> Task:
     """Return the task, its contexts sized by the model's tokenizer where they are sized by tokens.
 
-    Raises:
-        LropeError: see `make_task`.
+    Raises `LropeError`: see `make_task`.
     """
     return make_task(config, lambda text: len(model.tokenize_prompt(text, config.answer_prefix)))
 
@@ -53,8 +48,7 @@ def task_for(model: Model, config: TaskConfig) -> Task:
 def evaluator_parts(model: Model, tasks: Tasks) -> tuple[AnyTask, tuple[str, ...]]:
     """Return what a `TeacherForcedEvaluator` of ``tasks`` takes: the task or mix, and what begins each one's answers.
 
-    Raises:
-        LropeError: see `make_task`.
+    Raises `LropeError`: see `make_task`.
     """
     configs = TaskMix.of(tasks).tasks
     return mixed([task_for(model, config) for config in configs]), tuple(config.answer_prefix for config in configs)
@@ -93,8 +87,7 @@ class EvaluatorSpec:
     def __call__(self, n_threads: int | None = None) -> Iterator[TeacherForcedEvaluator]:
         """Load the model with so many threads (None: what its settings say) and yield the evaluator.
 
-        Raises:
-            LropeError: the model, the task or the guard's text cannot be used.
+        Raises `LropeError`: the model, the task or the guard's text cannot be used.
         """
         make_tasks(self.task)  # what is wrong with it shows at once
         with open_model(replace(self.model, n_threads=n_threads or self.model.n_threads)) as model:
@@ -121,8 +114,7 @@ class EvaluatorSpec:
 def kept_guard_texts(kept: Any, directory: Path) -> GuardTexts | None:
     """Return the texts that the study in ``directory`` kept, from their JSON; None if it kept none.
 
-    Raises:
-        LropeError: that JSON is something else.
+    Raises `LropeError`: that JSON is something else.
     """
     if kept is None:
         return None
@@ -162,8 +154,7 @@ def use_threads(n_threads: int, evaluator: Evaluator) -> None:
 def check_factors(sides: Sequence[Factors], evaluator: Evaluator) -> None:
     """Refuse factors that llama.cpp refuses, before hours have passed; runs in a worker.
 
-    Raises:
-        LropeError: names what is wrong with them.
+    Raises `LropeError`: names what is wrong with them.
     """
     assert isinstance(evaluator, TeacherForcedEvaluator)
     for factors in sides:

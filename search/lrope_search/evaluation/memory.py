@@ -38,9 +38,7 @@ def memory_needed(model: Model, n_ctx: int, n_seq: int = 12, *, score_on_device:
     """Return what ``model`` takes with a context of ``n_ctx`` tokens for ``n_seq`` sequences.
 
     ``model``: one without weights (`Model.without_weights`); it gets this context, of which nothing is allocated.
-
-    Raises:
-        LropeError: llama.cpp cannot make such a context.
+    Raises `LropeError`: llama.cpp cannot make such a context.
     """
     model.reserve(n_ctx, n_seq)
     weights, own_weights, kv_cache, compute = model.memory_size(score_on_device=score_on_device)

@@ -60,11 +60,7 @@ class Generational:
         return None
 
     def tell(self, candidate: Candidate, score: Score) -> None:
-        """Note a score.
-
-        Raises:
-            ValueError: it is not the oldest candidate that was asked for and not told.
-        """
+        """Note a score. Raises `ValueError`: it is not the oldest candidate that was asked for and not told."""
         self._ledger.settle(candidate, score)
 
     def _issue(self) -> Candidate | None:

@@ -169,8 +169,7 @@ class GeneticAlgorithm:
     def tell(self, candidate: Candidate, score: Score) -> None:
         """Let ``candidate`` compete for survival.
 
-        Raises:
-            ValueError: it is not the oldest candidate that was asked for and not told.
+        Raises `ValueError`: it is not the oldest candidate that was asked for and not told.
         """
         self._ledger.settle(candidate, score)
         self._told = sorted([*self._told, (candidate, score)], key=rank)

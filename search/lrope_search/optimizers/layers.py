@@ -38,8 +38,7 @@ class LayerSpace(Space):
     ) -> None:
         """Hold the settings; ``curve`` has the same bounds.
 
-        Raises:
-            ValueError: no layers, or some that the model does not have.
+        Raises `ValueError`: no layers, or some that the model does not have.
         """
         if not layers or not set(layers) <= set(range(n_layer)):
             raise ValueError(f"layers {list(layers)} of {n_layer}")
@@ -95,10 +94,7 @@ class LayerSpace(Space):
     def encode(self, curve: Curve | Factors) -> Genome:
         """Return the genome of a curve, as a curve if it has our degree, or of the factors of all layers.
 
-        Layers that are not among ours stay 1.
-
-        Raises:
-            ValueError: factors of another number of layers.
+        Layers that are not among ours stay 1. Raises `ValueError`: factors of another number of layers.
         """
         if isinstance(curve, Curve) and self.curve and len(curve.control_points) == self.curve.degree + 1:
             return np.concatenate([self.curve.encode(curve), np.zeros(len(self.layers))])

@@ -61,8 +61,7 @@ class Optimizer(Protocol):
     def tell(self, candidate: Candidate, score: Score) -> None:
         """Take the score of a candidate; candidates are told one by one in the order of their ids.
 
-        Raises:
-            ValueError: a candidate that is not the next one.
+        Raises `ValueError`: a candidate that is not the next one.
         """
         ...
 

@@ -84,7 +84,6 @@ class RandomSearch:
     def tell(self, candidate: Candidate, score: Score) -> None:
         """Note a score, which changes nothing.
 
-        Raises:
-            ValueError: it is not the oldest candidate that was asked for and not told.
+        Raises `ValueError`: it is not the oldest candidate that was asked for and not told.
         """
         self._ledger.settle(candidate, score)

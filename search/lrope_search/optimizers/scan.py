@@ -255,11 +255,7 @@ class ScanFirst:
         return None
 
     def tell(self, candidate: Candidate, score: Score) -> None:
-        """Take a score.
-
-        Raises:
-            ValueError: it is not the oldest candidate that was asked for and not told.
-        """
+        """Take a score. Raises `ValueError`: it is not the oldest candidate that was asked for and not told."""
         self._ledger.settle(candidate, score)
         self._told.append((candidate, score))
         if self._next is None:

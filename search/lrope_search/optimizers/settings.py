@@ -97,8 +97,7 @@ OPTIMIZERS: Registry[OptimizerConfig] = Registry(
 def optimizer_config(name: str = "ga", **values: Any) -> OptimizerConfig:
     """Return the settings of the optimizer ``name``; a value of None is the default.
 
-    Raises:
-        LropeError: no such optimizer, a setting that it does not have, or a value that cannot be.
+    Raises `LropeError`: no such optimizer, a setting that it does not have, or a value that cannot be.
     """
     kind = OPTIMIZERS[name]
     given = {key: value for key, value in values.items() if value is not None}

@@ -51,8 +51,7 @@ class Space(Protocol):
     ) -> list[Start]:
         """Return what a search begins with, each with its origin: identity, uniform scalings in bounds, curves.
 
-        Raises:
-            ValueError: a curve that no genome is.
+        Raises `ValueError`: a curve that no genome is.
         """
         low, high = self.bounds
         first = [(self.uniform(1.0), "identity")]
@@ -60,11 +59,7 @@ class Space(Protocol):
         return first + [(self.encode(curve), "seed") for curve in curves]
 
     def encode(self, curve: Curve | Factors) -> Genome:
-        """Return the genome of a curve, or of the factors of all layers.
-
-        Raises:
-            ValueError: no genome is that.
-        """
+        """Return the genome of a curve, or of the factors of all layers. Raises `ValueError`: no genome is that."""
         ...
 
     def smooth(self, generator: np.random.Generator, width: float) -> Genome:
@@ -149,11 +144,7 @@ class CurveSpace(Space):
         return np.log([np.interp(x, *row) for row in zip(xs, ys, strict=True)]).reshape(len(genomes), len(x))
 
     def encode(self, curve: Curve | Factors) -> Genome:
-        """Return the genome of ``curve``.
-
-        Raises:
-            ValueError: it is no curve, or one of another degree.
-        """
+        """Return the genome of ``curve``. Raises `ValueError`: it is no curve, or one of another degree."""
         if not isinstance(curve, Curve):
             raise ValueError("factors of layers in a search of curves")
         x, y = np.array(curve.control_points, dtype=np.float64).T
@@ -217,11 +208,7 @@ class Ledger:
         return candidate
 
     def settle(self, candidate: Candidate, score: Score) -> None:
-        """Note the score of the oldest pending candidate.
-
-        Raises:
-            ValueError: it is not the oldest one pending.
-        """
+        """Note the score of the oldest pending candidate. Raises `ValueError`: it is not the oldest one pending."""
         if not self.pending or self.pending[0] != candidate:
             raise ValueError(f"told of candidate {candidate.id}, but {self._expected()}")
         self.pending.popleft()

@@ -34,8 +34,7 @@ from ..study.store import Study, holds_search, parse_evaluations
 def read_study(directory: Path) -> StudySummary:
     """Read the study in ``directory``, and summarise it.
 
-    Raises:
-        LropeError: there is none, or a file of it is damaged; the message says which, and what to do.
+    Raises `LropeError`: there is none, or a file of it is damaged; the message says which, and what to do.
     """
     config = _config(directory)
     path = directory / "best.json"

@@ -136,10 +136,8 @@ def compare(
     numbers, as the same factors do, is the gain 0 for certain.
 
     Contexts of several tasks (`ContextScore.task`) are strata, resampled by themselves; what is compared is the
-    ``weights``' mean (1 by default) of their means.
-
-    Raises:
-        ValueError: no contexts, or the two sides are not of the same contexts and probes.
+    ``weights``' mean (1 by default) of their means. Raises `ValueError`: no contexts, or the two sides are not of the
+    same contexts and probes.
     """
     pairs = list(zip(base, other, strict=True))
     if not pairs:

@@ -51,8 +51,7 @@ class Pipeline:
     def step(self) -> None:
         """Give every idle worker what is most urgent, and wait for one result, which is on disk on return.
 
-        Raises:
-            LropeError: the executor could not get it, or the study could not keep it.
+        Raises `LropeError`: the executor could not get it, or the study could not keep it.
         """
         while self._queue and len(self._running) < self._executor.n_workers:
             *_, job = heapq.heappop(self._queue)

@@ -168,8 +168,7 @@ class SearchConfig(Settings):
     def started(self, start: Start, where: str = "--start") -> Curve | tuple[float, ...]:
         """Return a curve or factors to begin with; ``where`` they come from, for messages.
 
-        Raises:
-            LropeError: no candidate of this search could be that.
+        Raises `LropeError`: no candidate of this search could be that.
         """
         low, high = self.bounds
         if isinstance(start[0], tuple):
@@ -215,8 +214,7 @@ class SearchConfig(Settings):
     def from_json(cls, value: Mapping[str, Any]) -> SearchConfig:
         """Return what `to_json` wrote, or, with defaults for what it leaves out, `identity`.
 
-        Raises:
-            LropeError: a field that there is not, or a value out of range.
+        Raises `LropeError`: a field that there is not, or a value out of range.
         """
         kind = OPTIMIZERS[str(value.get("algorithm", "ga"))]
         own = [one.name for one in kind.settings()]

@@ -96,8 +96,7 @@ class Study:
     def record(self, job: Job, score: Evaluation) -> None:
         """Append a result; it is on disk when this returns.
 
-        Raises:
-            LropeError: it could not be written, as on a full disk.
+        Raises `LropeError`: it could not be written, as on a full disk.
         """
         try:
             write_all(self._evaluations, _line(job, score))
@@ -113,8 +112,7 @@ class Study:
     def kept(directory: Path, name: str) -> Any:
         """Return what an earlier run in ``directory`` kept as ``name``; None if there is no such thing.
 
-        Raises:
-            LropeError: the file is damaged.
+        Raises `LropeError`: the file is damaged.
         """
         path = Path(directory) / f"{name}.json"
         try:
@@ -226,10 +224,8 @@ def holds_search(config: Any) -> bool:
 def parse_evaluations(data: bytes, path: Path) -> tuple[list[tuple[Job, Evaluation]], int]:
     """Return the results in the bytes of an ``evaluations.jsonl``, line by line, and the length of the whole lines.
 
-    A last line that is torn is left out.
-
-    Raises:
-        LropeError: another line is damaged; ``path`` stands for the file in the message.
+    A last line that is torn is left out. Raises `LropeError`: another line is damaged; ``path`` stands for the file in
+    the message.
     """
     lines = data.splitlines(keepends=True)
     results: list[tuple[Job, Evaluation]] = []

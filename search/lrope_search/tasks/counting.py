@@ -83,8 +83,7 @@ class CommonWordsTask(GeneratedTask):
     def __init__(self, n_words: int | None = None, *, seed: int = 0, limit: TokenLimit | None = None) -> None:
         """Make lists of ``n_words`` (None: 1000), or as many as fit, from ``seed``.
 
-        Raises:
-            LropeError: too few words, or more than there are.
+        Raises `LropeError`: too few words, or more than there are.
         """
         common, other = _TIMES
         most = other * (_PER_SPLIT - _EXAMPLE[0] - _N_COMMON) + common * _N_COMMON
@@ -134,8 +133,7 @@ class FrequentWordsTask(GeneratedTask):
     def __init__(self, n_words: int | None = None, *, seed: int = 0, limit: TokenLimit | None = None) -> None:
         """Make texts of ``n_words`` (None: 1000), dots included, or as many as fit, from ``seed``.
 
-        Raises:
-            LropeError: too few words: the third word must occur more often than the fourth.
+        Raises `LropeError`: too few words: the third word must occur more often than the fourth.
         """
         ranks = (_N_FREQUENT + 1) ** -2 - (_N_FREQUENT + 2) ** -2
         super().__init__(

@@ -29,8 +29,7 @@ class GeneratedTask(ABC):
     def __init__(self, size: int, least: int, *, most: int | None, seed: int, limit: TokenLimit | None) -> None:
         """Hold the size of contexts, in place of which ``limit`` may stand, and the smallest and largest there can be.
 
-        Raises:
-            LropeError: a size that cannot be.
+        Raises `LropeError`: a size that cannot be.
         """
         if limit is None and size < least:
             raise LropeError(
@@ -50,8 +49,7 @@ class GeneratedTask(ABC):
     def context(self, split: str, index: int) -> Context:
         """Return context ``index`` of ``split``.
 
-        Raises:
-            LropeError: not even the smallest fits into the tokens allowed, or the largest leaves room for more.
+        Raises `LropeError`: not even the smallest fits into the tokens allowed, or the largest leaves room for more.
         """
         if self._limit is None:
             return self._make(split, index, self._size)
@@ -102,9 +100,7 @@ def distinct(generator: np.random.Generator, split: str, n: int, below: int) -> 
     """Return ``n`` different numbers from 0 to ``below``, without, that no other split is given.
 
     Of each four numbers in a row a split has one, now this and now that, so that numbers look alike in all splits.
-
-    Raises:
-        ValueError: there are not so many.
+    Raises `ValueError`: there are not so many.
     """
     fours: list[int] = generator.choice(below // _N_SPLITS, n, replace=False).tolist()
     own = _split_number(split)

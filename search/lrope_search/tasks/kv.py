@@ -154,8 +154,7 @@ class KeyValueTask:
     def context(self, split: str, index: int) -> Context:
         """Return context ``index`` of ``split``.
 
-        Raises:
-            LropeError: the file has too few records, or no ``probes`` pairs fit into the tokens allowed.
+        Raises `LropeError`: the file has too few records, or no ``probes`` pairs fit into the tokens allowed.
         """
         if self._splits is not None and index >= len(self._splits[split]):
             sizes = {s: len(records) for s, records in self._splits.items()}

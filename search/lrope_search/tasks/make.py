@@ -17,18 +17,13 @@ from .task import Task
 def make_task(config: TaskConfig, count: Count | None = None) -> Task:
     """Return the task of its settings; see `TaskConfig.make`.
 
-    Raises:
-        LropeError: a file that cannot be used, or numbers that do not fit it.
+    Raises `LropeError`: a file that cannot be used, or numbers that do not fit it.
     """
     return config.make(count)
 
 
 def make_tasks(tasks: Tasks) -> AnyTask:
-    """Return the task or the mix, as `make_task` makes each without a model.
-
-    Raises:
-        LropeError: see there.
-    """
+    """Return the task or the mix, as `make_task` makes each without a model."""
     return mixed([make_task(config) for config in TaskMix.of(tasks).tasks])
 
 
@@ -62,8 +57,7 @@ def task_identity(tasks: Tasks, leads: Sequence[str] = ()) -> dict[str, Any]:
 def file_identity(path: Path | str) -> str:
     """Return a file's name and content's hash, not where it lies: a study may move.
 
-    Raises:
-        LropeError: the file cannot be read.
+    Raises `LropeError`: the file cannot be read.
     """
     path = Path(path)
     try:

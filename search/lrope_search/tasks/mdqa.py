@@ -171,9 +171,8 @@ class MultiDocumentTask:
     def context(self, split: str, index: int) -> Context:
         """Return context ``index`` of ``split``.
 
-        Raises:
-            LropeError: the file has too few questions or passages, or the questions' documents alone are larger
-                than the tokens allowed.
+        Raises `LropeError`: the file has too few questions or passages, or the questions' documents alone are larger
+        than the tokens allowed.
         """
         if index >= len(self._contexts[split]):
             raise too_few(self._data, split, index, {s: len(self._contexts[s]) for s in SPLITS})

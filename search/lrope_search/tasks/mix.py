@@ -29,8 +29,7 @@ class MixedTask:
     def context(self, split: str, index: int) -> Context:
         """Return context ``index`` of ``split``, with the name of its task.
 
-        Raises:
-            LropeError: that task has too few.
+        Raises `LropeError`: that task has too few.
         """
         part = self.parts[index % len(self.parts)]
         return replace(part.context(split, index // len(self.parts)), index=index, task=part.name)

@@ -74,8 +74,7 @@ class MultiKeyTask(KeyValueTask):
     ) -> None:
         """Make contexts of ``n_needles`` needles (None: 40), or as many as fit; the rest is as for `KeyValueTask`.
 
-        Raises:
-            LropeError: wrong numbers.
+        Raises `LropeError`: wrong numbers.
         """
         super().__init__(n_needles, probes=probes, positions=positions, seed=seed, limit=limit)
         self._wording = NeedleWording()

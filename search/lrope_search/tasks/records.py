@@ -63,10 +63,8 @@ def _parsed(where: str, line: str, kind: str, parse: Callable[[str, Any], T]) ->
 def split_groups(groups: Sequence[Sequence[T]], seed: int, data: object) -> dict[str, list[T]]:
     """Return the members of ``groups`` by split, shuffled by ``seed``; no group stands in two splits.
 
-    The splits get their shares of the members as nearly as whole groups allow, and one group at the least.
-
-    Raises:
-        LropeError: there are fewer groups than splits; names ``data``.
+    The splits get their shares of the members as nearly as whole groups allow, and one group at the least. Raises
+    `LropeError`: there are fewer groups than splits; names ``data``.
     """
     if len(groups) < len(SPLITS):
         raise LropeError(

@@ -67,8 +67,7 @@ class TaskConfig(Settings):
     def but(self, **values: Any) -> Self:
         """Return these settings with other values.
 
-        Raises:
-            LropeError: a setting that this task does not have, or values that cannot be.
+        Raises `LropeError`: a setting that this task does not have, or values that cannot be.
         """
         for key in values:
             check_owned(self.section, key)
@@ -78,9 +77,7 @@ class TaskConfig(Settings):
         """Return the task; ``count`` tells how many tokens a prompt has, for contexts that are sized by tokens.
 
         Without it such contexts are as small as they can be: what is wrong with the settings shows without a model.
-
-        Raises:
-            LropeError: a file that cannot be used, or numbers that do not fit it.
+        Raises `LropeError`: a file that cannot be used, or numbers that do not fit it.
         """
         raise NotImplementedError
 
@@ -163,11 +160,7 @@ def task_config(name: str = "kv", **values: Any) -> TaskConfig:
 
 
 def check_owned(name: str, key: str) -> None:
-    """Refuse a setting that is another task's, or nobody's.
-
-    Raises:
-        LropeError: names the tasks whose it is.
-    """
+    """Refuse a setting that is another task's, or nobody's. Raises `LropeError`: names the tasks whose it is."""
     if key in (one.name for one in fields(TASKS[name])):
         return
     owners = [kind for kind in TASKS.classes() if key in (one.name for one in kind.settings())]
@@ -212,11 +205,7 @@ class TaskMix:
 
     @classmethod
     def of(cls, tasks: Tasks) -> TaskMix:
-        """Return the mix of `Tasks` however they are given.
-
-        Raises:
-            LropeError: see the class.
-        """
+        """Return the mix of `Tasks` however they are given."""
         if isinstance(tasks, TaskMix):
             return tasks
         return cls(((tasks, 1.0),) if isinstance(tasks, TaskConfig) else tuple(tasks))
@@ -232,11 +221,7 @@ class TaskMix:
         return {one.name: weight for one, weight in self.parts} if len(self.parts) > 1 else {}
 
     def check_contexts(self, option: str, n_contexts: int) -> None:
-        """Refuse fewer contexts than tasks, which take turns.
-
-        Raises:
-            LropeError: names the option.
-        """
+        """Refuse fewer contexts than tasks, which take turns. Raises `LropeError`: names the option."""
         if n_contexts < len(self.parts):
             names = " and ".join(one.name for one in self.tasks)
             raise LropeError(
@@ -245,11 +230,7 @@ class TaskMix:
 
 
 def check_once(tasks: Sequence[str]) -> None:
-    """Refuse a task that is named twice.
-
-    Raises:
-        LropeError: names it.
-    """
+    """Refuse a task that is named twice. Raises `LropeError`: names it."""
     for name in tasks:
         if tasks.count(name) > 1:
             raise LropeError(f"--task {name}: given twice; give each task once")

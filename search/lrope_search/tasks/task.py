@@ -88,11 +88,7 @@ class Task(Protocol):
 
 
 def check_probes(probes: int | None) -> None:
-    """Refuse contexts without a probe; None is for the task to choose.
-
-    Raises:
-        LropeError: fewer than one.
-    """
+    """Refuse contexts without a probe; None is for the task to choose. Raises `LropeError`: fewer than one."""
     if probes is not None and probes < 1:
         raise LropeError(f"probes {probes}: a context needs a probe; ask for at least 1")
 
@@ -102,10 +98,8 @@ def places(split: str, index: int, n_places: int, n_probes: int, seed: int, posi
 
     ``jittered``: one place at random in each of ``n_probes`` equal strata, other ones in each context of each split.
     Whether a model finds an answer can depend on the very distance, so that the same few places in every context show
-    that of these places alone. ``even``: evenly spaced from 0 to 1, the same everywhere.
-
-    Raises:
-        ValueError: more probes than places.
+    that of these places alone. ``even``: evenly spaced from 0 to 1, the same everywhere. Raises `ValueError`: more
+    probes than places.
     """
     if not 0 < n_probes <= n_places:
         raise ValueError(f"{n_probes} probes in {n_places} places")

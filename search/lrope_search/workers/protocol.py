@@ -45,9 +45,8 @@ class Executor(Protocol):
     def next(self) -> tuple[Job, Evaluation]:
         """Wait for any of the jobs submitted and return its result, each once.
 
-        Raises:
-            LropeError: an evaluation that failed for a reason its evaluator names, or whose workers were lost time
-                after time.
+        Raises `LropeError`: an evaluation that failed for a reason its evaluator names, or whose workers were lost time
+        after time.
         """
         ...
 
@@ -83,11 +82,7 @@ class LocalExecutor:
         self._jobs.append(job)
 
     def next(self) -> tuple[Job, Evaluation]:
-        """Evaluate the oldest job.
-
-        Raises:
-            LropeError: the evaluator's, or memory ran out.
-        """
+        """Evaluate the oldest job. Raises `LropeError`: the evaluator's, or memory ran out."""
         job = self._jobs.popleft()
         try:
             return job, job.run(self._evaluator)

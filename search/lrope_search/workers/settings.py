@@ -11,11 +11,7 @@ EXECUTORS = ("local", "ray")
 
 @dataclass(frozen=True)
 class WorkersConfig(Settings):
-    """Who does the work. The result of a search does not depend on it.
-
-    Raises:
-        LropeError: a value out of range.
-    """
+    """Who does the work. The result of a search does not depend on it. Raises `LropeError`: a value out of range."""
 
     n_workers: int | None = setting(
         None,
