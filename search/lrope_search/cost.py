@@ -14,10 +14,8 @@ from .sample import Components, cheapest
 
 def memory_text(memory: MemoryNeeded, n_workers: int) -> str:
     """Say what the workers will take."""
-    return (
-        f"memory: {_size(memory.weights)} for the model and {_size(memory.per_worker)} for each worker, "
-        f"{n_workers} of them"
-    )
+    workers = "the worker" if n_workers == 1 else f"each of {n_workers} workers"
+    return f"memory: {_size(memory.weights)} for the model and {_size(memory.per_worker)} for {workers}"
 
 
 def check_memory(memory: MemoryNeeded, n_workers: int, free: int | None) -> None:

@@ -44,16 +44,10 @@ class _Demo:
 
 
 def run_demo(name: str, directory: Path, *, seed: int = 0, model_options: ModelConfig | None = None) -> None:
-    """Search, write, serve, ask, and print what came of it.
+    """Search, write, serve, ask, and print what came of it; ``name``: one of `DEMOS`.
 
-    Args:
-        name: One of `DEMOS`.
-        directory: Where models and study go.
-        seed: Of contexts and search.
-        model_options: How the model is run; its path does not count.
-
-    Raises:
-        LropeError: the model is not installed, or a step fails.
+    ``directory`` is for models and study, ``model_options`` say how the model is run (its path does not count). Raises
+    `LropeError`: the model is not installed, or a step fails.
     """
     start = time.monotonic()
     demo = DEMOS[name]

@@ -40,12 +40,7 @@ class CmaEs(Generational):
         >>> abs(sum(candidate.factors) - 4.4) < 0.05
         True
 
-    Args:
-        space: Where the curves come from.
-        start: Curves to begin with; None: those that `CurveSpace.known_good` gives.
-        seed: Of its own generator.
-        width: Initial step size, in units of log y.
-        population: Candidates a generation; None: the package's choice, 4 + 3 ln(dimensions).
+    ``width``: initial step size. ``population``: candidates a generation; None: 4 + 3 ln(dimensions).
 
     Raises:
         LropeError: the package is not installed.

@@ -43,12 +43,7 @@ class DifferentialEvolution(Generational):
         >>> abs(sum(candidate.factors) - 4.4) < 0.2
         True
 
-    Args:
-        space: Where the curves come from.
-        start: Curves to begin with; None: those that `CurveSpace.known_good` gives.
-        seed: Of its own generator.
-        width: Spread of the random smooth curves that fill up generation 0.
-        population: Candidates a generation, at least 5.
+    ``width``: spread of the random curves that fill generation 0. ``population``: candidates a generation, at least 5.
     """
 
     def __init__(

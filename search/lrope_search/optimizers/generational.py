@@ -29,13 +29,9 @@ class Generational:
     """
 
     def __init__(self, space: Space, generations: Generations, *, lag: int, max_retries: int = 50) -> None:
-        """Run ``generations``.
+        """Run ``generations``, at whose end nothing is left to try; ``lag``: size of the largest one.
 
-        Args:
-            space: Where the genomes come from.
-            generations: The optimizer; at the end of its iteration there is nothing more to try.
-            lag: Size of the largest generation.
-            max_retries: Generations in a row without anything new after which the optimizer counts as converged.
+        After ``max_retries`` generations in a row without anything new the optimizer counts as converged.
         """
         self.lag = lag
         self._ledger = Ledger(space)

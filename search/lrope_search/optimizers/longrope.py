@@ -45,15 +45,7 @@ class LongRopeEvolution(Generational):
         >>> algorithm.lag
         64
 
-    Args:
-        space: Where the curves come from.
-        start: Curves to begin with; None: those that `CurveSpace.known_good` gives.
-        seed: Of its own generator.
-        width: Range of a mutation, in units of log y.
-        population: Size of generation 0.
-        parents: Survivors of a generation.
-        mutations, crossovers: Children of a generation.
-        probability: That a coordinate changes.
+    ``population``: size of generation 0; ``parents``: survivors; ``probability``: that a coordinate changes.
     """
 
     def __init__(

@@ -26,21 +26,11 @@ def make_algorithm(
     uniform_factors: Sequence[float] = UNIFORM_FACTORS,
     curves: Sequence[Curve | Factors] = (),
 ) -> Optimizer:
-    """Return a fresh optimizer.
+    """Return a fresh optimizer for ``n_layer`` factors.
 
-    Args:
-        config: Which, with settings of its own.
-        n_layer: Number of layers; candidates carry that many factors.
-        layers: Those that may have factors of their own; None: all.
-        parametrization: One of `PARAMETRIZATIONS`.
-        seed: Seed of the algorithm's own generator.
-        degree: Degree of the curve.
-        bounds: Smallest and largest y of a control point.
-        uniform_factors: Uniform scalings to begin with; those out of bounds are left out.
-        curves: Further curves, or factors of all layers, to begin with.
-
-    Raises:
-        ValueError: a seed curve that no candidate could be.
+    ``layers``: those that may have factors of their own; None: all. ``uniform_factors``: uniform scalings to begin
+    with, those out of bounds left out. ``curves``: further curves, or factors of all layers, to begin with. Raises
+    `ValueError`: a curve that no candidate could be.
     """
     curve = CurveSpace(n_layer, degree=degree, bounds=bounds)
     space: CurveSpace | LayerSpace = curve

@@ -36,13 +36,7 @@ class RandomSearch:
         >>> algorithm.ask().factors
         (1.0, 1.0, 1.0, 1.0)
 
-    Args:
-        space: Where the curves come from.
-        start: Curves to begin with; None: those that `CurveSpace.known_good` gives.
-        lag: Candidates that may be asked for before the first of them is told.
-        seed: Of its own generator.
-        width: Spread of log y.
-        max_retries: Curves drawn in place of one that was there before, until the space counts as exhausted.
+    ``max_retries``: curves drawn in place of one that was there before, until the space counts as exhausted.
     """
 
     def __init__(

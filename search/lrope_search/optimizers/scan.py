@@ -109,12 +109,8 @@ class ScanStage:
     factor is the best so far, its square is tried too. Where a curve leads when all layers were raised, none is
     lowered: no layer carries what a curve does.
 
-    Args:
-        space: Where the candidates come from.
-        start: Genomes to begin with.
-        ledger: Of the whole search: issues the candidates.
-        width: Spread of log factors; layers are raised by 3.6 times, and lowered by twice as much.
-        own_layers: Layers that count as relevant, at most.
+    Layers are raised by 3.6 times ``width``, a log factor, and lowered by 2 times; at most ``own_layers`` of them count
+    as relevant. ``ledger``, of the whole search, issues the candidates.
     """
 
     def __init__(
@@ -196,14 +192,8 @@ Follower: TypeAlias = Callable[[LayerSpace, Sequence[Start]], Optimizer]
 class ScanFirst:
     """The scan, and then any optimizer over the layers that were found to matter.
 
-    Args:
-        space: Where the candidates come from.
-        start: Genomes to begin with.
-        follow: Makes the optimizer that goes on. It begins with the best candidates of the scan; what it asks for again
-            gets the score that is known.
-        lag: Candidates of the scan that may be asked for before the first of them is told.
-        width: See `ScanStage`.
-        n_best: Candidates that it is given.
+    ``follow`` makes the optimizer that goes on. It begins with the ``n_best`` best candidates of the scan; what it asks
+    for again gets the score that is known. ``lag`` is the scan's own.
     """
 
     def __init__(

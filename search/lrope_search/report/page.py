@@ -39,18 +39,10 @@ _SCALED = " of each task's questions under the base model"
 
 
 def write_report(study: StudySummary, output: Path | None = None) -> Path:
-    """Write the report of a study and return the page's path.
+    """Write the report of a study, by default into its directory, and return the page's path.
 
-    The same study gives the same bytes. It may be unfinished or in use.
-
-    Args:
-        study: what to show.
-        output: the page; ``report.html`` in the study's directory by default. Its pictures are written beside it,
-            as ``report-factors.png`` and so on.
-
-    Raises:
-        PlotUnavailableError: matplotlib is missing.
-        LropeError: the report cannot be written.
+    The same study, which may be unfinished or in use, gives the same bytes. Pictures are written beside the page, as
+    ``report-factors.png`` and so on. Raises `LropeError`: matplotlib is missing, or a file cannot be written.
     """
     page = study.directory / NAME if output is None else Path(output)
     require_matplotlib(page)

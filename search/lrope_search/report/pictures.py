@@ -124,13 +124,8 @@ def _factors(figure: Figure, study: StudySummary) -> None:
 def plot_table(path: str | os.PathLike[str], table: DepthTable, *, title: str = "") -> None:
     """Draw accuracy and gain by depth of all sides into a PNG or SVG file, as the end of its name says.
 
-    Args:
-        path: The picture's file; an existing one is replaced.
-        table: What to draw.
-        title: Above the picture; control characters are left out.
-
-    Raises:
-        LropeError: the name ends otherwise, matplotlib is missing, or the file cannot be written.
+    An existing file is replaced; control characters of ``title`` are left out. Raises `LropeError`: the name ends
+    otherwise, matplotlib is missing, or the file cannot be written.
     """
     kind = picture_kind(path)
     from matplotlib.figure import Figure

@@ -185,19 +185,10 @@ def summarise(
     table: DepthTable | None,
     front: Front,
 ) -> StudySummary:
-    """Summarise a study.
+    """Summarise a study; arguments as in `StudySummary`.
 
-    Args:
-        directory: where it is kept.
-        config: what the search was begun with; may be any JSON object.
-        best: the best curve so far with the factors that were evaluated, and in its provenance the results.
-        evaluations: every result.
-        trials: all candidates with a score.
-        scales: of several tasks, which fitness was scaled by (`task_scales`).
-        findings: what the search found; None before it has ended.
-        searched: what the best so far is worth on search contexts.
-        table: the sides on the contexts of the test, or before it has ended of the search.
-        front: gain against KL.
+    ``config`` may be any JSON object. ``best`` has the factors that were evaluated, and in its provenance the results.
+    ``scales`` are what fitness was scaled by (`task_scales`) where there are several tasks.
     """
     settings, factors = section(config, "search"), None if best is None else best.layer_factors
     scores = of_split(evaluations, "search")

@@ -14,10 +14,7 @@ where a guard looks at KL divergence, for a choice between gain and that."""
 
 
 def make_optimizer(settings: SearchConfig, n_layer: int, layers: Sequence[int] | None = None) -> Optimizer:
-    """Return the optimizer of these settings, fresh, for ``n_layer`` factors.
-
-    ``layers``: those that may have factors of their own; None: all.
-    """
+    """Return the optimizer of these settings, fresh; see `make_algorithm`."""
     return make_algorithm(
         settings.optimizer,
         n_layer,

@@ -47,13 +47,13 @@ def run_search(
     Args:
         executor: Evaluates; stays open.
         study: Holds every result; its config goes into the provenance of ``best.json`` and has the tasks' weights.
-        settings: Options.
+        settings: How to search.
         progress: Shows how far it is.
         algorithm: Fresh optimizer in place of the one of the settings.
         architecture: The model's ``general.architecture``, for ``best.json``.
         block_count: The model's, for ``best.json``; None: ``executor.n_layer``.
+        rope: How the base model rotates (`RopeScaling.json`), for ``best.json``.
         guard_contexts: 1 if the evaluator can measure the `divergence` from the base model, 0 if not.
-        rope: How the base model rotates (`RopeScaling.json`), for the provenance of ``best.json``.
         test_size: Test contexts that the task has, which `Looks` shares out; None: as many as wanted.
 
     Raises:

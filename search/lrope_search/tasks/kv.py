@@ -106,19 +106,9 @@ class KeyValueTask:
         identifiers: str = "uuid",
         limit: TokenLimit | None = None,
     ) -> None:
-        """Make contexts of ``n_pairs`` pairs from ``seed``, or read them from ``data``.
+        """Make contexts of ``n_pairs`` pairs from ``seed``, or read them from ``data``; see `KeyValueConfig`.
 
-        Args:
-            n_pairs: Pairs of a context; of a file's record the first so many. None: 40, or all of a record.
-            probes: Of a context; None: what `default_probes` gives for its pairs.
-            positions: Where they ask: see `places`.
-            seed: Decides the pairs, or shuffles the records before they are cut into splits.
-            data: A ``kv-retrieval-*_keys.jsonl[.gz]`` file of the benchmark.
-            identifiers: Name of a kind of keys and values, of generated contexts.
-            limit: In place of ``n_pairs``: as many pairs as fit.
-
-        Raises:
-            LropeError: wrong numbers, or a malformed file.
+        ``limit``, in place of ``n_pairs``: as many pairs as fit. Raises `LropeError`: wrong numbers or a malformed file.
         """
         self._seed = seed
         self._n_probes, self._positions = probes, positions

@@ -121,17 +121,9 @@ class MultiDocumentTask:
     ) -> None:
         """Read ``data``, one ``{question, answers, ctxs: [{title, text, isgold}, ...]}`` a line.
 
-        Args:
-            data: An nq-open file of the benchmark, plain or gzipped.
-            n_documents: Documents of a context. None: 20.
-            probes: Questions of a context, and so many of its documents answer one; None: what `default_probes`
-                gives for so many documents, fewer if there are few questions.
-            positions: Where these documents stand: see `places`.
-            seed: Shuffles everything.
-            limit: In place of ``n_documents``: as many documents as fit.
-
-        Raises:
-            LropeError: wrong numbers, a malformed file, or too few passages for one context.
+        ``probes``: None gives fewer than `default_probes` where there are few questions. ``limit``, in place of
+        ``n_documents``: as many documents as fit. Raises `LropeError`: wrong numbers, a malformed file, or too few
+        passages for one context.
         """
         self._data = data
         self._seed = seed

@@ -73,17 +73,9 @@ class VariableTask(GeneratedTask):
         seed: int = 0,
         limit: TokenLimit | None = None,
     ) -> None:
-        """Make contexts from ``seed``.
+        """Make contexts of ``n_lines`` lines from ``seed``, or as many as the chains need; see `VariableConfig`.
 
-        Args:
-            n_lines: Of a context, statements and noise. None: 100, or as many as the chains need.
-            probes: Chains of a context. None: 1.
-            positions: Where their statements stand: see `places`.
-            seed: Decides everything.
-            limit: In place of ``n_lines``: as many lines as fit.
-
-        Raises:
-            LropeError: wrong numbers.
+        ``limit``, in place of ``n_lines``: as many lines as fit. Raises `LropeError`: wrong numbers.
         """
         check_probes(probes)
         self._n_chains = 1 if probes is None else probes
