@@ -108,7 +108,7 @@ class KeyValueTask:
     ) -> None:
         """Make contexts of ``n_pairs`` pairs from ``seed``, or read them from ``data``; see `KeyValueConfig`.
 
-        ``limit``, in place of ``n_pairs``: as many pairs as fit. Raises `LropeError`: wrong numbers or a malformed file.
+        ``limit``, in place of ``n_pairs``: as many pairs as fit. Raises `LropeError`: wrong numbers, a malformed file.
         """
         self._seed = seed
         self._n_probes, self._positions = probes, positions
