@@ -93,12 +93,9 @@ class Evaluator(Protocol):
     @property
     def n_layer(self) -> int:
         """Number of transformer layers, the length of ``factors``."""
-        ...
 
     def evaluate(self, factors: Factors, split: str, index: int) -> ContextScore:
         """Score context ``index`` of ``split`` under ``factors`` (one positive float a layer)."""
-        ...
 
     def divergence(self, factors: Factors) -> DivergenceScore:
         """Hold ``factors`` against the base model on ordinary text."""
-        ...

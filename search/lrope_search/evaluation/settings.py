@@ -43,24 +43,16 @@ class ModelConfig(Settings):
 
     path: str
     n_threads: int | None = setting(
-        None,
-        "CPU threads of all workers together",
-        key="threads",
-        metavar="N",
-        least=1,
-        unset="the number that is fastest on this machine now",
-        option=True,
-    )
+        None, "CPU threads of all workers together", key="threads", metavar="N", least=1,
+        unset="the number that is fastest on this machine now", option=True,
+    )  # fmt: skip
     n_gpu_layers: int | None = setting(
         None, "layers to keep on the GPU", metavar="N", unset="all that fit", option=True
     )
     batch_size: int | None = setting(
-        None,
-        "tokens that llama.cpp computes at once",
-        metavar="N",
-        least=1,
+        None, "tokens that llama.cpp computes at once", metavar="N", least=1,
         unset="what a study was begun with, else 512 on the CPU and 2048 where layers go to a GPU",
-    )
+    )  # fmt: skip
     chat_template: bool = setting(True, "put prompts into the model's own chat template, if it has one")
     verbose: bool = setting(False, "show llama.cpp's log")
     rope_scaling: str | None = setting(None, "RoPE scaling", choices=ROPE_SCALINGS, unset="the model's")

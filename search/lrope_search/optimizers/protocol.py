@@ -49,22 +49,18 @@ class Optimizer(Protocol):
     @property
     def lag(self) -> int:
         """How far asking may run ahead of telling: candidates asked for and not yet told, at most."""
-        ...
 
     def ask(self) -> Candidate | None:
         """Return the next candidate, whose factors no earlier one had.
 
         None, and no change of state, if more must be told first or nothing new is to be had (`should_stop`).
         """
-        ...
 
     def tell(self, candidate: Candidate, score: Score) -> None:
         """Take the score of a candidate; candidates are told one by one in the order of their ids.
 
         Raises `ValueError`: a candidate that is not the next one.
         """
-        ...
 
     def should_stop(self) -> bool:
         """Whether nothing new is to be had, however much is told."""
-        ...

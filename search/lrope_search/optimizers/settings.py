@@ -33,12 +33,9 @@ class OptimizerConfig(Settings):
     summary: ClassVar[str] = ""
 
     width: float = setting(
-        0.05,
-        "initial spread of the candidates: standard deviation of the log factors",
-        metavar="W",
-        above=0.0,
+        0.05, "initial spread of the candidates: standard deviation of the log factors", metavar="W", above=0.0,
         most=1.0,
-    )
+    )  # fmt: skip
 
     @property
     def name(self) -> str:

@@ -44,7 +44,6 @@ class Space(Protocol):
 
     def uniform(self, factor: float) -> Genome:
         """Return the genome that scales all layers alike (position interpolation)."""
-        ...
 
     def known_good(
         self, uniform_factors: Sequence[float] = UNIFORM_FACTORS, curves: Sequence[Curve | Factors] = ()
@@ -60,19 +59,15 @@ class Space(Protocol):
 
     def encode(self, curve: Curve | Factors) -> Genome:
         """Return the genome of a curve, or of the factors of all layers. Raises `ValueError`: no genome is that."""
-        ...
 
     def smooth(self, generator: np.random.Generator, width: float) -> Genome:
         """Return a random genome near the identity."""
-        ...
 
     def repair(self, genomes: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return genomes, shape ``(size,)`` or ``(m, size)``, brought back into the space."""
-        ...
 
     def express(self, genome: Genome) -> tuple[Curve | None, Factors]:
         """Return the factors of a repaired genome, and the curve that makes them if there is one."""
-        ...
 
 
 class CurveSpace(Space):

@@ -57,30 +57,21 @@ class SearchConfig(Settings):
     test_contexts: int | None = setting(None, "contexts to measure on", metavar="N", least=1, unset=_AS_NEEDED)
     finalists: int = setting(4, "best candidates that go on to validation", metavar="N", least=1)
     racing_first: int | None = setting(
-        None,
-        "contexts that every candidate is scored on first, if racing is on",
-        metavar="N",
-        least=1,
+        None, "contexts that every candidate is scored on first, if racing is on", metavar="N", least=1,
         unset="an eighth of them",
-    )
+    )  # fmt: skip
     racing_fraction: float | None = setting(
-        None,
-        "share of the candidates that go on to more contexts; 1: no racing",
-        metavar="F",
-        above=0.0,
-        most=1.0,
+        None, "share of the candidates that go on to more contexts; 1: no racing", metavar="F", above=0.0, most=1.0,
         unset=f"{_GOES_ON} from {_MANY} search contexts of a task on, else 1",
-    )
+    )  # fmt: skip
     middle_weight: float = setting(
         0.0, "count answers in the middle of a context 1 + W times as much as at its ends", metavar="W", least=0.0
     )
     algorithm: str | OptimizerConfig = "ga"
     parametrization: str = setting(
-        PARAMETRIZATIONS[0],
-        "both: a curve over all layers with own factors of the few that a scan finds to matter; "
-        "bezier: the curve alone; layers: own factors alone",
-        choices=PARAMETRIZATIONS,
-    )
+        PARAMETRIZATIONS[0], "both: a curve over all layers with own factors of the few that a scan finds to matter; "
+        "bezier: the curve alone; layers: own factors alone", choices=PARAMETRIZATIONS,
+    )  # fmt: skip
     degree: int = setting(3, "degree of the Bézier curve", metavar="N", least=1)
     bounds: tuple[float, float] = setting(
         DEFAULT_BOUNDS, "smallest and largest factor, around 1 and from 1/1024 to 1024", metavar="LOW,HIGH"
@@ -89,12 +80,9 @@ class SearchConfig(Settings):
         UNIFORM_FACTORS, "uniform scalings that are tried first", metavar="F,...", above=0.0
     )
     max_kl: float = setting(
-        0.1,
-        "reject candidates with a larger KL divergence from the base model on ordinary text, in nats per token",
-        metavar="NATS",
-        least=0.0,
-        option=True,
-    )
+        0.1, "reject candidates with a larger KL divergence from the base model on ordinary text, in nats per token",
+        metavar="NATS", least=0.0, option=True,
+    )  # fmt: skip
     confidence: float = setting(0.95, "level of the bootstrap intervals, below 1", metavar="P", above=0.0, most=0.9999)
     start: tuple[Start, ...] = field(default=())
     guard_text: str | None = setting(

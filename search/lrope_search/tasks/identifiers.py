@@ -18,15 +18,12 @@ class Wording(Protocol):
     @property
     def lead(self) -> str:
         """What comes between question and value."""
-        ...
 
     def prefix(self, pairs: Sequence[tuple[str, str]]) -> str:
         """Return the context."""
-        ...
 
     def question(self, key: str) -> str:
         """Return the question that follows the context."""
-        ...
 
 
 class JsonWording:
@@ -68,21 +65,17 @@ class Identifiers(Protocol):
     @property
     def most(self) -> int | None:
         """Distinct keys that there are, None if as many as wanted."""
-        ...
 
     @property
     def description(self) -> str:
         """What they are, for help."""
-        ...
 
     @property
     def wording(self) -> Wording:
         """How a prompt puts them."""
-        ...
 
     def pairs(self, generator: np.random.Generator, n: int) -> list[tuple[str, str]]:
         """Return ``n`` pairs of key and value, their keys distinct; only ``generator`` decides."""
-        ...
 
 
 class Uuids:

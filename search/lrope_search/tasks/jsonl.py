@@ -30,12 +30,9 @@ class JsonlConfig(TaskConfig):
     wants = "your file of questions"
 
     data: str | None = setting(
-        None,
-        "a line {context, question, answer: text or list of texts, depth: 0 to 1, optional}; may be gzipped",
-        metavar="FILE",
-        unset="none, it must be given",
-        option=True,
-    )
+        None, "a line {context, question, answer: text or list of texts, depth: 0 to 1, optional}; may be gzipped",
+        metavar="FILE", unset="none, it must be given", option=True,
+    )  # fmt: skip
     prompt_template: str = setting(
         DEFAULT_TEMPLATE.replace("\n", "\\n"),
         "the prompt with {context} and {question}, \\n a new line",

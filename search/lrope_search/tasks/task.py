@@ -69,22 +69,18 @@ class Task(Protocol):
     @property
     def name(self) -> str:
         """Short name, as on the command line."""
-        ...
 
     def size(self, split: str) -> int | None:
         """Return how many contexts ``split`` has, None if as many as wanted."""
-        ...
 
     def context(self, split: str, index: int) -> Context:
         """Return context ``index`` (from 0) of ``split``; no context stands in two splits."""
-        ...
 
     def calibration(self) -> Context:
         """Return a short, easy context that shows how a model words its answers.
 
         Nothing in it stands in a validation or test context.
         """
-        ...
 
 
 def check_probes(probes: int | None) -> None:

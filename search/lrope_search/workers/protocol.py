@@ -31,16 +31,13 @@ class Executor(Protocol):
     @property
     def n_layer(self) -> int:
         """Number of layers of the model that the workers hold."""
-        ...
 
     @property
     def n_workers(self) -> int:
         """How many jobs can run at once."""
-        ...
 
     def submit(self, job: Job) -> None:
         """Take one more job. More than ``n_workers`` at once wait for their turn."""
-        ...
 
     def next(self) -> tuple[Job, Evaluation]:
         """Wait for any of the jobs submitted and return its result, each once.
@@ -48,15 +45,12 @@ class Executor(Protocol):
         Raises `LropeError`: an evaluation that failed for a reason its evaluator names, or whose workers were lost time
         after time.
         """
-        ...
 
     def ask(self, function: Callable[[Evaluator], T]) -> T:
         """Return what ``function``, which must be picklable, finds out from a worker's evaluator. Not between jobs."""
-        ...
 
     def close(self) -> None:
         """Release the workers, whatever they are doing; no job may follow. Idempotent."""
-        ...
 
 
 class LocalExecutor:

@@ -14,14 +14,9 @@ class WorkersConfig(Settings):
     """Who does the work. The result of a search does not depend on it. Raises `LropeError`: a value out of range."""
 
     n_workers: int | None = setting(
-        None,
-        "worker processes, each with a model of its own",
-        key="workers",
-        metavar="N",
-        least=1,
-        unset="the number that is fastest; 1 with GPUs; on a Ray cluster one per GPU, else one per node",
-        option=True,
-    )
+        None, "worker processes, each with a model of its own", key="workers", metavar="N", least=1,
+        unset="the number that is fastest; 1 with GPUs; on a Ray cluster one per GPU, else one per node", option=True,
+    )  # fmt: skip
     gpus: tuple[str, ...] = setting(
         (), "GPUs for the local workers, one each in turn; none: all in CUDA_VISIBLE_DEVICES"
     )
