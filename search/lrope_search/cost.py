@@ -1,4 +1,4 @@
-"""What a search will take and how much it will see, said before it begins."""
+"""Cost and precision of a search, reported before it begins."""
 
 from __future__ import annotations
 

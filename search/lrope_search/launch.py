@@ -52,10 +52,10 @@ def search(
 
     Args:
         model: The model and how it is run.
-        task: What it is asked; several tasks, with their weights, are asked by turns.
+        task: The task, or several with their weights, which take turns.
         settings: How to search.
         directory: Of the study (`Study`); made if it is missing.
-        workers: Who does the work; None: workers of this machine, as many as are fastest.
+        workers: How many workers, and where; None: on this machine, the number that is fastest.
         progress: True shows it on the standard error too, False does not; a function gets each line.
 
     Raises:

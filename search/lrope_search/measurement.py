@@ -112,7 +112,7 @@ def measure(
         generate: Also let the model write its answers, and score these; they are not kept, and one worker writes them.
         directory: Keeps each evaluation (a `Study` without a search), so that a later call goes on, with more sides
             and contexts if wanted; None: nothing is kept.
-        workers: Who does the work; None: workers of this machine, as many as are fastest.
+        workers: How many workers, and where; None: on this machine, the number that is fastest.
         progress: True shows it on the standard error, False does not; a function gets each line.
 
     Raises:

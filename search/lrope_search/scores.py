@@ -1,4 +1,4 @@
-"""What is evaluated and what comes of it: jobs, and scores on questions or on ordinary text."""
+"""Jobs and their results: scores on questions or on ordinary text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Factors: TypeAlias = tuple[float, ...]
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """What a model made of one probe.
+    """The score of one probe.
 
     ``log_probability`` is the mean natural log-probability per token of the gold answer;
     ``correct`` is true if greedy decoding gives exactly that answer. Where the model has written an answer of several
@@ -50,7 +50,7 @@ class ContextScore:
 
 @dataclass(frozen=True)
 class DivergenceScore:
-    """How far factors stray from the base model on ordinary text, and the cost of knowing: see `GUARD`.
+    """KL divergence of factors from the base model on ordinary text, and its cost: see `GUARD`.
 
     ``short`` and ``long``: mean KL(base || factors) over tokens of short texts and of a long one, in nats per token;
     ``inf`` where the factors lead to something else than numbers.
@@ -63,7 +63,7 @@ class DivergenceScore:
 
 
 Evaluation: TypeAlias = ContextScore | DivergenceScore
-"""What comes of a `Job`."""
+"""The result of a `Job`."""
 
 LAYER_SCAN = "layer scan"
 """Origin of the candidates that move a single layer, or a single group of layers."""

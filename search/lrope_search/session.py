@@ -169,7 +169,7 @@ def open_session(
     Args:
         model: The model and how it is run.
         task: What it is asked.
-        workers: Who does the work; None: workers of this machine, as many as are fastest.
+        workers: How many workers, and where; None: on this machine, the number that is fastest.
         directory: Of the study; None: a temporary one.
         purpose: A search's evaluators have a guard, and its studies are no measurement's.
         guard_text: File of the guard's text; None: the base model writes it.

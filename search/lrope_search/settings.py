@@ -1,4 +1,4 @@
-"""What all settings have in common: frozen values, checked when they are made, that say of themselves what they are.
+"""Base classes of all settings: frozen dataclasses that check their values and describe themselves.
 
 A room declares its settings as the fields of a dataclass (`setting`). The command line's options, the keys of a
 ``--config`` file, the names that ``--set`` takes and ``config.json`` all derive from these fields. Nothing here imports
@@ -24,7 +24,7 @@ _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str:
 
 
 class SettingError(LropeError):
-    """A setting that cannot be.
+    """A setting has a wrong value.
 
     Attributes:
         names: The settings that the message is about, as a ``--config`` file names them.
@@ -41,7 +41,7 @@ class SettingError(LropeError):
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting, as those see it who read or write it.
+    """The declaration of one setting.
 
     Attributes:
         text: What it is, in a few words; for ``--help`` and the ``--config`` file.
@@ -99,7 +99,7 @@ class Setting:
     def checked(self, value: Any) -> Any:
         """Return ``value`` as it is kept: lists as tuples, paths as texts, whole numbers as floats where these belong.
 
-        Raises `SettingError`: it is of another kind, or out of range.
+        Raises `SettingError`: it is of the wrong type, or out of range.
         """
         if value is None and self.optional:
             return None
@@ -133,7 +133,7 @@ class Setting:
         return float(item) if self.kind is float else item
 
     def parsed(self, text: str) -> Any:
-        """Return what ``--set NAME=TEXT`` says. Raises `SettingError`: it is of another kind, or out of range."""
+        """Return what ``--set NAME=TEXT`` says. Raises `SettingError`: it is of the wrong type, or out of range."""
         if self.optional and text == "":
             return None
         if self.repeated:
@@ -167,13 +167,13 @@ class Settings:
     """The table of a ``--config`` file that holds them; empty: they stand before all tables."""
 
     def __post_init__(self) -> None:
-        """Check each setting, then how they go together. Raises `SettingError`: names what is wrong."""
+        """Check each setting, then all of them together. Raises `SettingError`: names what is wrong."""
         for one in self.settings():
             object.__setattr__(self, one.name, one.checked(getattr(self, one.name)))
         self.check()
 
     def check(self) -> None:
-        """Refuse settings that do not go together."""
+        """Refuse settings that conflict."""
 
     @classmethod
     def settings(cls) -> tuple[Setting, ...]:
@@ -188,7 +188,7 @@ class Settings:
         return next(one for one in cls.settings() if one.name == name)
 
     def wrong(self, reason: str, *names: str) -> SettingError:
-        """Return the error that settings of these fields do not go together; of one it shows the value."""
+        """Return the error that these fields' settings conflict; of a single one it shows the value."""
         settings = [self.named(name) for name in names]
         if len(settings) == 1:
             return settings[0].error(getattr(self, names[0]), reason)
@@ -200,7 +200,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Return what `to_json` wrote. Raises `LropeError`: a field that there is not, or a value out of range."""
+        """Return what `to_json` wrote. Raises `LropeError`: an unknown field, or a value out of range."""
         known = [one.name for one in fields(cls)]
         for name in value:
             if name not in known:
@@ -209,7 +209,7 @@ class Settings:
 
 
 class Registry(Generic[C]):
-    """Classes by the names that users know, in a fixed order; each is imported when it is asked for."""
+    """Classes by name, in a fixed order; each is imported on first use."""
 
     def __init__(self, what: str, entries: Mapping[str, str | type[C]]) -> None:
         """Hold ``entries``: classes, or where they stand as ``module:Class``; ``what`` they are, for messages."""
@@ -234,7 +234,7 @@ class Registry(Generic[C]):
         return list(self._entries).index(name)
 
     def __getitem__(self, name: str) -> type[C]:
-        """Return the class. Raises `SettingError`: there is none of this name."""
+        """Return the class. Raises `SettingError`: no class has this name."""
         entry = self._entries.get(name)
         if entry is None:
             reason = f"unknown; choose from {', '.join(self._entries)}{_nearest(name, self._entries)}"

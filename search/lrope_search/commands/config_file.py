@@ -21,8 +21,8 @@ _MOST_BYTES = 1 << 20
 def read_config(path: str, known: Mapping[str, Setting]) -> dict[str, Given]:
     """Return what a file says of ``known`` settings, by their dotted names.
 
-    Raises `LropeError`: it cannot be read, is no TOML, or has a key that is unknown, twice there, or of another type;
-    names the line.
+    Raises `LropeError`: it cannot be read, is not valid TOML, or has a key that is unknown, given twice, or of the wrong
+    type; names the line.
     """
     try:
         data = Path(path).read_bytes()
@@ -48,7 +48,7 @@ def read_config(path: str, known: Mapping[str, Setting]) -> dict[str, Given]:
 def key_lines(text: str) -> Iterator[tuple[str, int]]:
     """Yield each key of a TOML text, dotted, with its line, in the order of the text; tables end with a dot.
 
-    What is no TOML ends it.
+    Text that is not TOML ends it.
     """
     lines, table, begin = text.split("\n"), "", 0
     for end in range(1, len(lines) + 1):

@@ -1,4 +1,4 @@
-"""What a user gave: settings with the place where they were said, so that a message can name it."""
+"""The values that a user gave, each with the place where it was given, for messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Given:
-    """A value, and where it was said: ``FILE:LINE: key``, ``--set key=value`` or ``--option value``.
+    """A value, and where it was given: ``FILE:LINE: key``, ``--set key=value`` or ``--option value``.
 
     ``text``: whether the value is still a text, of the command line.
     """
@@ -28,7 +28,7 @@ class Given:
     def read(self, setting: Setting) -> Any:
         """Return the value as the setting keeps it.
 
-        Raises `LropeError`: it is of another kind, or out of range; says where.
+        Raises `LropeError`: it is of the wrong type, or out of range; says where.
         """
         try:
             return setting.parsed(self.value) if self.text else setting.checked(self.value)
@@ -36,14 +36,14 @@ class Given:
             raise LropeError(f"{self.shown()}: {error.reason}") from None
 
     def shown(self) -> str:
-        """Return where it was said, with the value."""
+        """Return where it was given, with the value."""
         return self.where if self.text or isinstance(self.value, list) else f"{self.where} = {_toml(self.value)}"
 
 
 def values_of(kind: type[Settings], given: Mapping[str, Given]) -> dict[str, Any]:
     """Return the values given for the settings of a class, by its fields' names.
 
-    Raises `LropeError`: one cannot be; says where it was given.
+    Raises `LropeError`: a wrong value; says where it was given.
     """
     return {one.name: given[one.dotted].read(one) for one in kind.settings() if one.dotted in given}
 
@@ -51,7 +51,7 @@ def values_of(kind: type[Settings], given: Mapping[str, Given]) -> dict[str, Any
 def made(kind: type[S], given: Mapping[str, Given], *positional: Any, **others: Any) -> S:
     """Return the settings of a class, made of what was given and of ``others``.
 
-    Raises `LropeError`: a value cannot be, or two do not go together; says where they were given.
+    Raises `LropeError`: a wrong value, or two that conflict; says where they were given.
     """
     values = values_of(kind, given) | others
     try:
@@ -71,7 +71,7 @@ def no_such(where: str, key: str, known: Iterable[str]) -> LropeError:
 def chosen(registry: Registry[C], name: str, given: Given | None) -> type[C]:
     """Return what ``given`` chose by its name.
 
-    Raises `LropeError`: there is none of this name; says where it was given.
+    Raises `LropeError`: no class has this name; says where it was given.
     """
     try:
         return registry[name]

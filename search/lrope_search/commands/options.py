@@ -29,7 +29,7 @@ POSITIVE, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
 
 @dataclass(frozen=True)
 class RunConfig(Settings):
-    """What a command is asked beside the settings of model, task, search and workers."""
+    """Settings of a command itself, beside those of model, task, search and workers."""
 
     task: tuple[str, ...] = setting(
         ("kv",), "task to ask the model; give several to mix them, with options such as --data TASK=FILE",
@@ -40,7 +40,7 @@ class RunConfig(Settings):
 
 @dataclass(frozen=True)
 class SearchRun(RunConfig):
-    """What `search` is asked beside."""
+    """Settings of `search` itself."""
 
     output: str = setting("best.json", "curve file to write", metavar="FILE", option=True)
     study: str | None = setting(
@@ -55,7 +55,7 @@ class SearchRun(RunConfig):
 
 @dataclass(frozen=True)
 class Weighted(Settings):
-    """What each of several tasks has beside its own settings."""
+    """The weight of a task among several."""
 
     weight: float = setting(1.0, "weight of this task in the mean over tasks", metavar="W", above=0.0)
 
@@ -85,7 +85,7 @@ def _weight(task: str) -> Setting:
 
 
 class Words(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
-    """A text that a shell completes from a list; `Gathered` says what is wrong with it."""
+    """A text that a shell completes from a list; `Gathered` checks it."""
 
     name = "text"
 
@@ -98,9 +98,9 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 
 
 class Gathered:
-    """All settings that a user gave: of a file, by options and by ``--set``, the later before the earlier.
+    """All settings that a user gave; options and ``--set`` override the file.
 
-    Raises `LropeError`: a setting that there is not, one said twice, or one that means nothing here.
+    Raises `LropeError`: an unknown setting, one given twice, or one that the command does not use.
     """
 
     def __init__(self, values: dict[str, Any], used: Sequence[type[Settings]], command: str) -> None:
@@ -168,7 +168,7 @@ class Gathered:
             raise LropeError(f"{given}: no --task {task} is given, only {asked}; add it or leave this out")
 
     def _check_used(self, said: Mapping[str, Given], used: Sequence[type[Settings]], command: str) -> None:
-        """Refuse what was said on the command line and would change nothing; a file may be for several commands."""
+        """Refuse settings of the command line that the command does not use; a file may serve several commands."""
         searches = SearchConfig in used
         shared = {one.dotted for kind in used for one in kind.settings()}
         algorithm = said.get("algorithm", self.given.get("algorithm"))
@@ -189,7 +189,7 @@ class Gathered:
     def task(self, seed: int) -> TaskConfig | TaskMix:
         """Return the task that is asked, or the mix.
 
-        Raises `LropeError`: values that cannot be, or do not go together.
+        Raises `LropeError`: wrong values, or values that conflict.
         """
         parts: list[tuple[TaskConfig, float]] = []
         for name in self.tasks:
@@ -203,7 +203,7 @@ class Gathered:
     def search(self, seed: int) -> SearchConfig:
         """Return the settings of the search, which begins with no curves yet.
 
-        Raises `LropeError`: values that cannot be, or do not go together.
+        Raises `LropeError`: wrong values, or values that conflict.
         """
         algorithm = self.given.get("algorithm")
         name = "ga" if algorithm is None else algorithm.read(self._known["algorithm"])

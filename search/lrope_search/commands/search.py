@@ -112,7 +112,7 @@ def starting_with(paths: Sequence[str], settings: SearchConfig) -> SearchConfig:
 
 
 def at_the_bounds(curve: Curve) -> str | None:
-    """Say so where the bounds, not the model, have decided a control point."""
+    """Return a hint where a control point lies at the bounds, so that wider ones may find more; else None."""
     at = sorted({y for _, y in curve.control_points} & set(curve.bounds))
     points = " and ".join(f"{y:g}" for y in at)
     return (

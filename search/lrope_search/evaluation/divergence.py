@@ -1,4 +1,4 @@
-"""A curve must not hurt ordinary text: its KL divergence from the base model, on short and long text.
+"""The guard: KL divergence of a curve from the base model on ordinary text, short and long.
 
 The text is the user's, or what the base model itself writes from a seed: then it needs no data, and is what that model
 takes for ordinary.

@@ -51,7 +51,7 @@ class Facts:
     layers: tuple[int, ...]
     """Layers that rotate over the whole of it."""
     samples: tuple[Sample, ...]
-    """What the base model makes of an easy question of each task."""
+    """The base model's answer to an easy question of each task."""
     n_probes: int
     """Questions of the first search context."""
     n_places: int
@@ -78,7 +78,7 @@ class TeacherForcedEvaluator:
     would write it.
 
     Attributes:
-        guard: What measures the `divergence`, if anything does.
+        guard: Measures the `divergence`; None: nothing does.
         scoring: One of `SCORINGS`.
         rates: Of the divisions of the cores, if they were measured on the model.
     """

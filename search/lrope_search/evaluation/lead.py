@@ -1,4 +1,4 @@
-"""The lead: what a model writes before the value it is asked for.
+"""The lead: the words that a model writes before the value it is asked for.
 
 ``The value corresponding to the key "..." is "``, say. A value's log-probability means nothing where the model would
 first say something else; so the base model is let write, once, and the words that it writes most often are fed.
@@ -19,7 +19,7 @@ _KEY = "\0"  # in a lead: stands for what is particular to the question
 
 @dataclass(frozen=True)
 class Lead:
-    """What a model writes before the value it is asked for."""
+    """The words that a model writes before the value it is asked for."""
 
     template: str
     """A NUL stands for what is particular to the question, such as its key."""

@@ -1,4 +1,4 @@
-"""What is read off rows of logits: log-probabilities of given tokens, and divergences.
+"""Log-probabilities of given tokens, and divergences, from rows of logits.
 
 Row by row, so that a large vocabulary's row stays in the processor's cache, and in threads: NumPy gives the
 interpreter's lock back, and a row's result does not depend on who computes it.

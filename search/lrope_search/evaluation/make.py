@@ -1,4 +1,4 @@
-"""Model, task and evaluator from their settings, in whatever process they are wanted."""
+"""Makes model, task and evaluator from their settings, in any process."""
 
 from __future__ import annotations
 

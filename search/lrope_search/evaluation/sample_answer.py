@@ -1,4 +1,4 @@
-"""What a base model makes of an easy question, for when it makes nothing of the hard ones."""
+"""The base model's answer to an easy question, shown where it answers none of the others right."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class ModelConfig(Settings):
         path: GGUF file; of a split model the first shard.
 
     Raises:
-        LropeError: a value out of range, or two that do not go together.
+        LropeError: a value out of range, or two that conflict.
     """
 
     path: str
@@ -80,7 +80,7 @@ class ModelConfig(Settings):
         super().__post_init__()
 
     def check(self) -> None:
-        """Refuse what llama.cpp would refuse or ignore."""
+        """Refuse values that llama.cpp would refuse or ignore."""
         for name in ("rope_scale", *_UNSET):
             self._check_number(name)
         if self.rope_scale is not None and self.rope_freq_scale is not None:

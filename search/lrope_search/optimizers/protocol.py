@@ -1,4 +1,4 @@
-"""What the search and an optimizer say to each other: candidates are asked for, evaluated elsewhere, told."""
+"""The interface of optimizers: candidates are asked for, evaluated elsewhere, and told with their scores."""
 
 from __future__ import annotations
 

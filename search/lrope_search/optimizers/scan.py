@@ -20,7 +20,7 @@ _TOGETHER = 4  # layers that gained alone are tried together, two to so many of 
 
 
 class LayerScan:
-    """Which layers matter: each, or each group of a deep model, is raised alone; of what moves, more is asked.
+    """Finds the layers that matter: each, or each group of a deep model, is raised alone; then those with an effect.
 
     First every group is raised. The half that moved the fitness most is lowered as well. Where groups hold several
     layers, the layers of the quarter that moved most are then looked at one by one in the same way (adaptive group

@@ -1,4 +1,4 @@
-"""What the settings of all optimizers have in common, and the optimizers that there are.
+"""Base classes of the optimizers' settings, and the registry of optimizers.
 
 An optimizer is one file, which declares its settings beside the algorithm that they make, and one entry of
 `OPTIMIZERS`.
@@ -94,7 +94,7 @@ OPTIMIZERS: Registry[OptimizerConfig] = Registry(
 def optimizer_config(name: str = "ga", **values: Any) -> OptimizerConfig:
     """Return the settings of the optimizer ``name``; a value of None is the default.
 
-    Raises `LropeError`: no such optimizer, a setting that it does not have, or a value that cannot be.
+    Raises `LropeError`: no such optimizer, a setting that it does not have, or a wrong value.
     """
     kind = OPTIMIZERS[name]
     given = {key: value for key, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The space that all algorithms search: candidates as vectors of free coordinates, of Bézier curves to begin with."""
+"""Search spaces: candidates as vectors of free coordinates; here those of Bézier curves."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def page_text(study: StudySummary, pictures: Mapping[str, Picture]) -> str:
 
 
 def _facts(study: StudySummary) -> Iterator[tuple[str, str, list[str]]]:
-    """Name, value and details of what one wants to know first."""
+    """Yield name, value and details of the key figures."""
     table = study.table
     if table is not None and study.table_split == "test":
         base = table.totals["base"].accuracy

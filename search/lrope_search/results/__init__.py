@@ -1,1 +1,1 @@
-"""What scores come to: objective, comparison with intervals, table by depth, verdict; knows of no model."""
+"""Statistics of scores: objective, comparison with intervals, table by depth, verdict."""

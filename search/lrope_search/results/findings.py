@@ -58,8 +58,8 @@ class Look:
 def looked_again(confidence: float, number: int) -> float:
     """Return the confidence of a study's look ``number``, whose first has ``confidence``.
 
-    Who looks again has another chance to be lucky. Look ``k`` errs half as often as the one before, from a quarter at
-    the second on: however many looks, a study finds a gain that is not there at most 1.5 times as often as at one.
+    Each further look is another chance of a false gain. Look ``k`` errs half as often as the one before, from a quarter
+    at the second on: however many looks, a study finds a gain that is not there at most 1.5 times as often as at one.
     """
     return confidence if number == 1 else 1.0 - (1.0 - confidence) / 2.0**number
 

@@ -71,7 +71,7 @@ class Front:
 
     @property
     def passed_over(self) -> tuple[FrontPoint, ...]:
-        """Those that gain more than the choice, but stray too far; the best first."""
+        """Those that gain more than the choice, but have a KL above the limit; the best first."""
         least = 0.0 if self.choice is None else self.choice.gain
         over = [point for point in self.points if point.gain > least and not point.kl <= self.limit]
         return tuple(sorted(over, key=lambda point: -point.gain))

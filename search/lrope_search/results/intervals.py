@@ -1,4 +1,4 @@
-"""Intervals that cover: of means over contexts, and of answers that two sides give to the same questions.
+"""Confidence intervals of means over contexts, and of answers that two sides give to the same questions.
 
 Questions of one context share its prefix and are dependent, so contexts are what is resampled and counted. SciPy's
 `bootstrap` resamples one statistic; here the contexts' resamples serve all depths, both measures and all sides.

@@ -1,4 +1,4 @@
-"""What a candidate is worth: paired differences against the base model on the same contexts."""
+"""Fitness of candidates: paired differences against the base model on the same contexts."""
 
 from __future__ import annotations
 

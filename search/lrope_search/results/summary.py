@@ -34,7 +34,7 @@ class Trial:
     fitness: float
 
     def __post_init__(self) -> None:
-        """Call a fitness that is no finite number the worst."""
+        """Take a fitness that is not finite as the worst."""
         if not math.isfinite(self.fitness):
             object.__setattr__(self, "fitness", -math.inf)
 

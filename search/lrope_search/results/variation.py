@@ -1,4 +1,4 @@
-"""How candidates vary against the base model over questions and contexts: what tells how many questions to ask."""
+"""Variance of candidate minus base over questions and contexts, which decides how many questions to ask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, pressed once or more often than once, and `kill`."""
+"""Handling of Ctrl-C and `kill`, repeated ones too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the settings of a search come to: an optimizer, a number of evaluations."""
+"""The optimizer that settings ask for, and the number of evaluations that they take."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ class SearchConfig(Settings):
     def from_json(cls, value: Mapping[str, Any]) -> SearchConfig:
         """Return what `to_json` wrote, or, with defaults for what it leaves out, `identity`.
 
-        Raises `LropeError`: a field that there is not, or a value out of range.
+        Raises `LropeError`: an unknown field, or a value out of range.
         """
         kind = OPTIMIZERS[str(value.get("algorithm", "ga"))]
         own = [one.name for one in kind.settings()]

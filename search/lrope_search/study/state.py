@@ -1,4 +1,4 @@
-"""What the two phases of a search share: who is evaluated on what, and who leads."""
+"""State that both phases of a search share: evaluations, ranking, and the choice of the winner."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .settings import SearchConfig
 from .store import Study
 
 _NEARER_STILL = (0.25, 0.125)
-"""As `NEARER`, for where all of these stray too far."""
+"""As `NEARER`, where all of these exceed the guard's limit."""
 
 
 def uniform_factor(candidate: Candidate) -> float | None:
@@ -161,7 +161,7 @@ class Run:
         """Validate, look at ordinary text, and choose the best that the guard lets pass, if it beats the base model.
 
         Beside the finalists, a guard looks at the candidates nearest to the base model that reach a good part of the
-        best one's gain: where the best stray too far, one of them takes their place. Where these do too, nearer ones
+        best one's gain: where the best exceed the limit, one of them takes their place. Where these do too, nearer ones
         still are asked.
         """
         finalists, uniform = self.finalists(NEARER if self.guard_contexts else ())

@@ -1,4 +1,4 @@
-"""When does a text hold an answer?"""
+"""Whether a text contains an answer."""
 
 from __future__ import annotations
 

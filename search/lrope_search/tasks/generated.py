@@ -1,4 +1,4 @@
-"""What tasks have in common that are made of a seed and have answers of several parts."""
+"""Base of tasks that are generated from a seed and have answers of several parts."""
 
 from __future__ import annotations
 

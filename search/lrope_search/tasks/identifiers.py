@@ -1,4 +1,4 @@
-"""What stands in a generated key-value context: a kind of keys and values, and how a prompt words them."""
+"""Kinds of keys and values of generated contexts, and how a prompt words them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A needle among needles."""
+"""Retrieval of one needle among similar ones."""
 
 from __future__ import annotations
 

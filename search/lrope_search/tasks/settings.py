@@ -1,4 +1,4 @@
-"""What the settings of all tasks have in common, and the tasks that there are.
+"""Base classes of the tasks' settings, and the registry of tasks.
 
 A task is one file, which declares its settings beside the task that they make, and one entry of `TASKS`.
 """
@@ -35,7 +35,7 @@ class TaskConfig(Settings):
         seed: Of all that is random.
 
     Raises:
-        LropeError: values out of range or that do not go together.
+        LropeError: values out of range, or values that conflict.
     """
 
     summary: ClassVar[str] = ""
@@ -67,7 +67,7 @@ class TaskConfig(Settings):
     def but(self, **values: Any) -> Self:
         """Return these settings with other values.
 
-        Raises `LropeError`: a setting that this task does not have, or values that cannot be.
+        Raises `LropeError`: a setting that this task does not have, or a wrong value.
         """
         for key in values:
             check_owned(self.section, key)
@@ -150,7 +150,7 @@ def task_config(name: str = "kv", **values: Any) -> TaskConfig:
         'uuid'
 
     Raises:
-        LropeError: no such task, a setting that it does not have, or a value that cannot be.
+        LropeError: no such task, a setting that it does not have, or a wrong value.
     """
     kind = TASKS[name]
     given = {key: value for key, value in values.items() if value is not None}
@@ -160,7 +160,7 @@ def task_config(name: str = "kv", **values: Any) -> TaskConfig:
 
 
 def check_owned(name: str, key: str) -> None:
-    """Refuse a setting that is another task's, or nobody's. Raises `LropeError`: names the tasks whose it is."""
+    """Refuse a setting of another task, or an unknown one. Raises `LropeError`: names the tasks that have it."""
     if key in (one.name for one in fields(TASKS[name])):
         return
     owners = [kind for kind in TASKS.classes() if key in (one.name for one in kind.settings())]
@@ -185,7 +185,7 @@ class TaskMix:
             whatever order its tasks are named.
 
     Raises:
-        LropeError: no task, a task given twice, or a weight that is no positive number.
+        LropeError: no task, a task given twice, or a weight that is not a positive number.
     """
 
     parts: tuple[tuple[TaskConfig, float], ...]

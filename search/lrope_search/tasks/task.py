@@ -1,4 +1,4 @@
-"""What a task is, and the parts that every task has."""
+"""The interface of tasks, and the parts that they share."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of the work."""
+    """The result of the work."""
 
     result: Any
 

@@ -11,7 +11,7 @@ EXECUTORS = ("local", "ray")
 
 @dataclass(frozen=True)
 class WorkersConfig(Settings):
-    """Who does the work. The result of a search does not depend on it. Raises `LropeError`: a value out of range."""
+    """How many workers there are, and where; the result of a search does not depend on it."""
 
     n_workers: int | None = setting(
         None, "worker processes, each with a model of its own", key="workers", metavar="N", least=1,
