@@ -21,7 +21,7 @@ _MOST_BYTES = 1 << 20
 def read_config(path: str, known: Mapping[str, Setting]) -> dict[str, Given]:
     """Return what a file says of ``known`` settings, by their dotted names.
 
-    Raises `LropeError`: it cannot be read, is not valid TOML, or has a key that is unknown, given twice, or of the wrong
+    Raises `LropeError`: it cannot be read, is not valid TOML, or has a key that is unknown, given twice, or of a wrong
     type; names the line.
     """
     try:
