@@ -14,20 +14,6 @@ from .settings import BaselineConfig, population_setting
 from .space import Space, Start
 
 
-@dataclass(frozen=True, kw_only=True)
-class CmaEsConfig(BaselineConfig):
-    """Settings of `CmaEs`."""
-
-    section = "cma-es"
-    summary = "CMA-ES, as a baseline"
-
-    population: int | None = population_setting("4 + 3 ln(dimensions)")
-
-    def make(self, space: Space, start: Sequence[Start] | None, seed: int) -> CmaEs:
-        """Return the algorithm."""
-        return CmaEs(space, start, seed=seed, width=self.width, population=self.population)
-
-
 class CmaEs(Generational):
     """CMA-ES (Hansen, arXiv 1604.00772) of the ``cmaes`` package, started at the best of the first curves.
 
@@ -73,3 +59,14 @@ def _cma_es(space: Space, first: list[Start], seed: int, width: float, populatio
         points = [optimizer.ask() for _ in range(population)]
         scores = yield [(point * space.scale, "cma-es") for point in points]
         optimizer.tell([(point, minimised(score)) for point, score in zip(points, scores, strict=True)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CmaEsConfig(BaselineConfig):
+    """Settings of `CmaEs`."""
+
+    section = "cma-es"
+    summary = "CMA-ES, as a baseline"
+    algorithm = CmaEs
+
+    population: int | None = population_setting("4 + 3 ln(dimensions)")

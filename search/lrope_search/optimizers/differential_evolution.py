@@ -17,20 +17,6 @@ from .settings import BaselineConfig, population_setting
 from .space import Space, Start
 
 
-@dataclass(frozen=True, kw_only=True)
-class DifferentialEvolutionConfig(BaselineConfig):
-    """Settings of `DifferentialEvolution`."""
-
-    section = "de"
-    summary = "differential evolution, as a baseline"
-
-    population: int | None = population_setting("16")
-
-    def make(self, space: Space, start: Sequence[Start] | None, seed: int) -> DifferentialEvolution:
-        """Return the algorithm."""
-        return DifferentialEvolution(space, start, seed=seed, width=self.width, **self.given("population"))
-
-
 class DifferentialEvolution(Generational):
     """Differential evolution (Storn and Price 1997) of SciPy.
 
@@ -105,3 +91,14 @@ def _differential_evolution(space: Space, first: list[Start], generator: np.rand
             origins = ["de"] * len(points)
     finally:
         answers.put(None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifferentialEvolutionConfig(BaselineConfig):
+    """Settings of `DifferentialEvolution`."""
+
+    section = "de"
+    summary = "differential evolution, as a baseline"
+    algorithm = DifferentialEvolution
+
+    population: int | None = population_setting("16")

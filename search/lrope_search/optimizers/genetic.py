@@ -20,23 +20,6 @@ from .surrogate import GaussianProcess, expected_improvement, one_thread
 Genomes = NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeneticConfig(OptimizerConfig):
-    """Settings of `GeneticAlgorithm`."""
-
-    section = "ga"
-    summary = "a genetic algorithm after a scan of the layers"
-
-    lag: int = lag_setting()
-    population: int | None = population_setting("16", "candidates before the first birth")
-    parents: int | None = parents_setting("8")
-
-    def make(self, space: CurveSpace | LayerSpace, start: Sequence[Start] | None, seed: int) -> GeneticAlgorithm:
-        """Return the algorithm."""
-        own = self.given("population", "parents")
-        return GeneticAlgorithm(space, start, lag=self.lag, seed=seed, width=self.width, **own)
-
-
 class GeneticAlgorithm:
     """Elitist steady-state (mu + 1) genetic algorithm that maximises; seeded, without input or output.
 
@@ -354,3 +337,16 @@ def _flatten(fitness: NDArray[np.float64], best: float) -> tuple[NDArray[np.floa
     if unit == 0.0:  # a plateau: nothing is known about what an improvement could be
         return -(lack > 0.0).astype(np.float64), math.inf
     return -np.log1p(np.where(finite, lack, lack[finite].max()) / unit), unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneticConfig(OptimizerConfig):
+    """Settings of `GeneticAlgorithm`."""
+
+    section = "ga"
+    summary = "a genetic algorithm after a scan of the layers"
+    algorithm = GeneticAlgorithm
+
+    lag: int = lag_setting()
+    population: int | None = population_setting("16", "candidates before the first birth")
+    parents: int | None = parents_setting("8")

@@ -14,22 +14,6 @@ from .settings import BaselineConfig, parents_setting, population_setting
 from .space import Genome, Space, Start
 
 
-@dataclass(frozen=True, kw_only=True)
-class LongRopeConfig(BaselineConfig):
-    """Settings of `LongRopeEvolution`."""
-
-    section = "papers-ga"
-    summary = "LongRoPE's evolutionary search, as a baseline"
-
-    population: int | None = population_setting("64")
-    parents: int | None = parents_setting("32")
-
-    def make(self, space: Space, start: Sequence[Start] | None, seed: int) -> LongRopeEvolution:
-        """Return the algorithm."""
-        own = self.given("population", "parents")
-        return LongRopeEvolution(space, start, seed=seed, width=self.width, **own)
-
-
 class LongRopeEvolution(Generational):
     """LongRoPE's evolutionary search (arXiv 2402.13753, algorithm 1) on the control points of a curve.
 
@@ -95,3 +79,15 @@ class LongRopeEvolution(Generational):
             -1.0, 1.0, self._space.size
         )
         return self._space.repair(np.where(self._chosen(), fresh, genome))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRopeConfig(BaselineConfig):
+    """Settings of `LongRopeEvolution`."""
+
+    section = "papers-ga"
+    summary = "LongRoPE's evolutionary search, as a baseline"
+    algorithm = LongRopeEvolution
+
+    population: int | None = population_setting("64")
+    parents: int | None = parents_setting("32")

@@ -13,20 +13,6 @@ from .settings import LAG, BaselineConfig, lag_setting
 from .space import Ledger, Space, Start
 
 
-@dataclass(frozen=True, kw_only=True)
-class RandomConfig(BaselineConfig):
-    """Settings of `RandomSearch`."""
-
-    section = "random"
-    summary = "random candidates, as a baseline"
-
-    lag: int = lag_setting()
-
-    def make(self, space: Space, start: Sequence[Start] | None, seed: int) -> RandomSearch:
-        """Return the algorithm."""
-        return RandomSearch(space, start, lag=self.lag, seed=seed, width=self.width)
-
-
 class RandomSearch:
     """Random smooth curves close to 1.
 
@@ -81,3 +67,14 @@ class RandomSearch:
         Raises `ValueError`: it is not the oldest candidate that was asked for and not told.
         """
         self._ledger.settle(candidate, score)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomConfig(BaselineConfig):
+    """Settings of `RandomSearch`."""
+
+    section = "random"
+    summary = "random candidates, as a baseline"
+    algorithm = RandomSearch
+
+    lag: int = lag_setting()

@@ -6,7 +6,7 @@ An optimizer is one file, which declares its settings beside the algorithm that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +31,8 @@ class OptimizerConfig(Settings):
     """An optimizer. `optimizer_config` makes one by its name, which is the ``section`` of its class."""
 
     summary: ClassVar[str] = ""
+    algorithm: ClassVar[Callable[..., Optimizer]]
+    """Its class, which takes the settings that are not None, and has defaults of its own for the others."""
 
     width: float = setting(
         0.05, "initial spread of the candidates: standard deviation of the log factors", metavar="W", above=0.0,
@@ -42,13 +44,11 @@ class OptimizerConfig(Settings):
         """The optimizer's name."""
         return self.section
 
-    def given(self, *names: str) -> dict[str, Any]:
-        """Return the values of those fields that are not None: for an algorithm that has defaults of its own."""
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
     def make(self, space: CurveSpace | LayerSpace, start: Sequence[Start] | None, seed: int) -> Optimizer:
         """Return the optimizer, fresh: over ``space``, with what it begins with."""
-        raise NotImplementedError
+        own = {one.name: getattr(self, one.name) for one in self.settings() if one.name != "scan"}
+        given = {name: value for name, value in own.items() if value is not None}
+        return self.algorithm(space, start, seed=seed, **given)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from lrope_gguf.curve import CurveFile
 
 from ..optimizers.protocol import Candidate, Score
-from ..results.findings import Findings, GuardFinding, Stage
+from ..results.findings import Findings, GuardFinding, Stage, Verdict
 from ..results.front import Front
 from ..results.summary import StudySummary, Trial, summarise
 from ..results.table import depth_table
-from ..results.verdict import Verdict
 from .state import Run
 
 
