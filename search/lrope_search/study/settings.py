@@ -166,15 +166,17 @@ class SearchConfig(Settings):
             try:
                 return Curve(start, bounds=self.bounds)
             except LropeError as error:
-                raise LropeError(f"{where}: outside the bounds {low:g},{high:g} ({error})") from None
+                raise LropeError(f"{where}: outside the bounds {low:g},{high:g} ({error}); give wider ones") from None
         if self.parametrization == "bezier":
             raise LropeError(
                 f"{where}: has factors of layers but no curve, and parametrization bezier searches curves alone; "
-                "give a curve, or another parametrization"
+                "give a curve, or --set parametrization=both"
             )
         outside = [factor for factor in start if not low <= factor <= high]
         if outside:
-            raise LropeError(f"{where}: outside the bounds {low:g},{high:g} (a factor of {outside[0]:g})")
+            raise LropeError(
+                f"{where}: outside the bounds {low:g},{high:g} (a factor of {outside[0]:g}); give wider ones"
+            )
         return start
 
     def identity(self) -> dict[str, Any]:
