@@ -31,7 +31,7 @@ class OptimizerConfig(Settings):
     """An optimizer. `optimizer_config` makes one by its name, which is the ``section`` of its class."""
 
     summary: ClassVar[str] = ""
-    algorithm: ClassVar[Callable[..., Optimizer]]
+    algorithm: ClassVar[Callable[..., Any]]
     """Its class, which takes the settings that are not None, and has defaults of its own for the others."""
 
     width: float = setting(
@@ -48,7 +48,8 @@ class OptimizerConfig(Settings):
         """Return the optimizer, fresh: over ``space``, with what it begins with."""
         own = {one.name: getattr(self, one.name) for one in self.settings() if one.name != "scan"}
         given = {name: value for name, value in own.items() if value is not None}
-        return self.algorithm(space, start, seed=seed, **given)
+        optimizer: Optimizer = self.algorithm(space, start, seed=seed, **given)
+        return optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
