@@ -3,125 +3,76 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
 
 import numpy as np
 
 from .vocabulary import KEY_WORDS, VALUE_WORDS, word_context, word_question
 
-
-class Wording(Protocol):
-    """How a prompt puts pairs and asks for one."""
-
-    @property
-    def lead(self) -> str:
-        """What comes between question and value."""
-
-    def prefix(self, pairs: Sequence[tuple[str, str]]) -> str:
-        """Return the context."""
-
-    def question(self, key: str) -> str:
-        """Return the question that follows the context."""
+Pairs = Sequence[tuple[str, str]]
+"""Keys with their values."""
 
 
-class JsonWording:
-    """The benchmark's prompt ("Lost in the Middle", Liu et al., arXiv 2307.03172, figure 6): a JSON object."""
+@dataclass(frozen=True)
+class Wording:
+    """How a prompt puts pairs and asks for one: ``lead`` comes between question and value."""
 
-    lead = ' "'
-
-    def prefix(self, pairs: Sequence[tuple[str, str]]) -> str:
-        """Return the task and the JSON object."""
-        records = ",\n ".join(f'"{key}": "{value}"' for key, value in pairs)
-        task = "Extract the value corresponding to the specified key in the JSON object below."
-        return f"{task}\n\nJSON data:\n{{{records}}}\n\n"
-
-    def question(self, key: str) -> str:
-        """Return the key, and the words before the value."""
-        return f'Key: "{key}"\nCorresponding value:'
+    prefix: Callable[[Pairs], str]
+    question: Callable[[str], str]
+    lead: str
 
 
-class WordWording:
-    """The prompt that the embedded model was trained on: ``{ badi=bab mano=div } mano``, and it answers ``=div``."""
+@dataclass(frozen=True)
+class Identifiers:
+    """A kind of keys and values.
 
-    lead = "="
+    ``most``: distinct keys that there are; None: as many as wanted. ``pairs`` makes so many pairs of distinct keys, as
+    the generator alone decides.
+    """
 
-    def prefix(self, pairs: Sequence[tuple[str, str]]) -> str:
-        """Return the pairs in braces."""
-        return word_context(pairs)
-
-    def question(self, key: str) -> str:
-        """Return the key alone."""
-        return word_question(key)
-
-
-JSON_WORDING = JsonWording()
+    description: str
+    most: int | None
+    wording: Wording
+    pairs: Callable[[np.random.Generator, int], Pairs]
 
 
-class Identifiers(Protocol):
-    """A kind of keys and values."""
-
-    @property
-    def most(self) -> int | None:
-        """Distinct keys that there are, None if as many as wanted."""
-
-    @property
-    def description(self) -> str:
-        """What they are, for help."""
-
-    @property
-    def wording(self) -> Wording:
-        """How a prompt puts them."""
-
-    def pairs(self, generator: np.random.Generator, n: int) -> list[tuple[str, str]]:
-        """Return ``n`` pairs of key and value, their keys distinct; only ``generator`` decides."""
+def _json_prefix(pairs: Pairs) -> str:
+    records = ",\n ".join(f'"{key}": "{value}"' for key, value in pairs)
+    task = "Extract the value corresponding to the specified key in the JSON object below."
+    return f"{task}\n\nJSON data:\n{{{records}}}\n\n"
 
 
-class Uuids:
-    """Keys and values are random UUIDs (version 4), as in the benchmark."""
-
-    most = None
-    description = "UUIDs, as in the benchmark"
-    wording = JSON_WORDING
-
-    def pairs(self, generator: np.random.Generator, n: int) -> list[tuple[str, str]]:
-        """Return ``n`` pairs of UUIDs."""
-        data = generator.bytes(32 * n)
-        ids = [str(uuid.UUID(bytes=data[i : i + 16], version=4)) for i in range(0, len(data), 16)]
-        return list(zip(ids[::2], ids[1::2], strict=True))
+def _json_question(key: str) -> str:
+    return f'Key: "{key}"\nCorresponding value:'
 
 
-class Numbers:
-    """Keys of four digits and values of three, for models too small to copy a UUID."""
-
-    most = 9000
-    description = "keys of 4 digits and values of 3, for small models"
-    wording = JSON_WORDING
-
-    def pairs(self, generator: np.random.Generator, n: int) -> list[tuple[str, str]]:
-        """Return ``n`` pairs of numbers, at most `most`."""
-        keys = generator.choice(self.most, n, replace=False) + 1000
-        values = generator.integers(100, 1000, n)
-        return [(str(key), str(value)) for key, value in zip(keys, values, strict=True)]
+def _uuids(generator: np.random.Generator, n: int) -> Pairs:
+    data = generator.bytes(32 * n)
+    ids = [str(uuid.UUID(bytes=data[i : i + 16], version=4)) for i in range(0, len(data), 16)]
+    return list(zip(ids[::2], ids[1::2], strict=True))
 
 
-class Words:
-    """Words of the embedded model's vocabulary; no other model knows its prompt."""
-
-    most = len(KEY_WORDS)
-    description = "words of the embedded model"
-    wording = WordWording()
-
-    def pairs(self, generator: np.random.Generator, n: int) -> list[tuple[str, str]]:
-        """Return ``n`` pairs of words, at most `most`."""
-        keys = generator.choice(self.most, n, replace=False)
-        values = generator.integers(len(VALUE_WORDS), size=n)
-        return [(KEY_WORDS[key], VALUE_WORDS[value]) for key, value in zip(keys, values, strict=True)]
+def _numbers(generator: np.random.Generator, n: int) -> Pairs:
+    keys = generator.choice(9000, n, replace=False) + 1000
+    return [(str(key), str(value)) for key, value in zip(keys, generator.integers(100, 1000, n), strict=True)]
 
 
-IDENTIFIERS: MappingProxyType[str, Identifiers] = MappingProxyType(
-    {"uuid": Uuids(), "number": Numbers(), "word": Words()}
+def _words(generator: np.random.Generator, n: int) -> Pairs:
+    keys = generator.choice(len(KEY_WORDS), n, replace=False)
+    values = generator.integers(len(VALUE_WORDS), size=n)
+    return [(KEY_WORDS[key], VALUE_WORDS[value]) for key, value in zip(keys, values, strict=True)]
+
+
+# the benchmark's prompt, figure 6 of "Lost in the Middle" (Liu et al., arXiv 2307.03172); the embedded model's own
+_JSON, _WORDS = Wording(_json_prefix, _json_question, ' "'), Wording(word_context, word_question, "=")
+IDENTIFIERS: Mapping[str, Identifiers] = MappingProxyType(
+    {
+        "uuid": Identifiers("UUIDs, as in the benchmark", None, _JSON, _uuids),
+        "number": Identifiers("keys of 4 digits and values of 3, for small models", 9000, _JSON, _numbers),
+        "word": Identifiers("words of the embedded model", len(KEY_WORDS), _WORDS, _words),
+    }
 )
 """The kinds by their names on the command line; the first is the default."""
 

@@ -13,7 +13,7 @@ from lrope_gguf.errors import LropeError
 
 from ..sample import SPLITS, default_probes
 from ..settings import setting
-from .identifiers import IDENTIFIERS, describe
+from .identifiers import IDENTIFIERS, Pairs, describe
 from .records import read_records, split_groups, too_few
 from .settings import AS_NEEDED, POSITIONS, Count, SizedTaskConfig, positions_setting, probes_setting
 from .sizing import TokenLimit
@@ -23,8 +23,6 @@ _CALIBRATION = len(SPLITS)  # in place of a split's number: pairs that are part 
 
 DEFAULT_PAIRS = 40
 """Of a context, pairs of key and value."""
-
-Pairs = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..settings import setting
+from .identifiers import Pairs, Wording
 from .kv import DEFAULT_PAIRS, KeyValueTask, known_probes
 from .settings import AS_NEEDED, POSITIONS, Count, SizedTaskConfig, positions_setting, probes_setting
 from .sizing import TokenLimit
@@ -38,19 +38,13 @@ class MultiKeyConfig(SizedTaskConfig):
         }
 
 
-class NeedleWording:
-    """A sentence for each pair, a line each; the words are our own."""
+def _prefix(pairs: Pairs) -> str:
+    needles = "\n".join(f"The secret code of {key} is {value}." for key, value in pairs)
+    return f"Remember the secret codes in this text. You will be asked for one of them.\n\n{needles}\n\n"
 
-    lead = " "
 
-    def prefix(self, pairs: Sequence[tuple[str, str]]) -> str:
-        """Return the task and the sentences."""
-        needles = "\n".join(f"The secret code of {key} is {value}." for key, value in pairs)
-        return f"Remember the secret codes in this text. You will be asked for one of them.\n\n{needles}\n\n"
-
-    def question(self, key: str) -> str:
-        """Return the beginning of the sentence about ``key``: asked outright, models answer now so, now so."""
-        return f"Complete this sentence: The secret code of {key} is"
+def _question(key: str) -> str:  # asked outright, models answer in ever different ways
+    return f"Complete this sentence: The secret code of {key} is"
 
 
 class MultiKeyTask(KeyValueTask):
@@ -77,4 +71,4 @@ class MultiKeyTask(KeyValueTask):
         Raises `LropeError`: wrong numbers.
         """
         super().__init__(n_needles, probes=probes, positions=positions, seed=seed, limit=limit)
-        self._wording = NeedleWording()
+        self._wording = Wording(_prefix, _question, " ")
