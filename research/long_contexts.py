@@ -34,10 +34,10 @@ from options import (
 )
 
 from lrope_gguf.errors import LropeError
+from lrope_gguf.rope_scaling import KINDS
 from lrope_search import ModelConfig, TaskConfig, search
 from lrope_search.evaluation.logits import RowWorkers, kl_divergences
 from lrope_search.evaluation.make import open_model
-from lrope_search.evaluation.settings import ROPE_SCALINGS
 from lrope_search.machine import physical_cores
 from lrope_search.results.comparison import Comparison
 
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--trained", metavar="N", type=int, required=True, help="tokens that it was trained on")
     parser.add_argument("--multiples", metavar="M", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0, 8.0])
-    parser.add_argument("--scalings", metavar="S", nargs="+", choices=ROPE_SCALINGS, default=list(ROPE_SCALINGS))
+    parser.add_argument("--scalings", metavar="S", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--short", metavar="N", type=int, default=512, help="tokens of short text (%(default)s)")
     parser.add_argument("--short-only", action="store_true", help="no searches")
     parser.add_argument("--text", metavar="FILE", type=Path, default=README, help="short text (README.md)")

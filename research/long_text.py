@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from options import head, row, scaled
 
 from lrope_gguf.errors import LropeError
+from lrope_gguf.rope_scaling import KINDS
 from lrope_search import ModelConfig
 from lrope_search.evaluation.logits import RowWorkers, gold_scores
 from lrope_search.evaluation.make import open_model
-from lrope_search.evaluation.settings import ROPE_SCALINGS
 from lrope_search.machine import physical_cores
 
 STEP = 8  # every eighth token is scored
@@ -57,7 +57,7 @@ def main() -> None:
     n_tokens = round(args.multiple * args.trained)
     edges = [round(i * n_tokens / args.bins) for i in range(args.bins + 1)]
     print(head("scaling", *(f"to {100 * edge / args.trained:.0f} %" for edge in edges[1:])))
-    for scaling in ROPE_SCALINGS:
+    for scaling in KINDS:
         config = scaled(ModelConfig(args.model, n_threads=args.threads), scaling, args.multiple, args.trained)
         try:
             found = losses(config, text, n_tokens)

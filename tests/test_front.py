@@ -20,8 +20,8 @@ from lrope_search.report.reading import read_study
 from lrope_search.report.text import front_rows, summary_lines
 from lrope_search.results.front import Front, FrontPoint
 from lrope_search.scores import GUARD, DivergenceScore
+from lrope_search.study.conclude import SearchOutcome
 from lrope_search.study.plan import planned_evaluations
-from lrope_search.study.run import SearchOutcome
 
 SETTINGS = SearchConfig(seed=3, max_evaluations=120, search_contexts=2, validation_contexts=4, test_contexts=12)
 

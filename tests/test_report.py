@@ -31,7 +31,7 @@ from lrope_search.results.intervals import wilson
 from lrope_search.results.summary import LayerEffect, StudySummary
 from lrope_search.results.table import depth_table
 from lrope_search.scores import ContextScore, Job, ProbeScore
-from lrope_search.study.run import SearchOutcome
+from lrope_search.study.conclude import SearchOutcome
 from lrope_search.study.store import parse_evaluations
 
 PICTURES = ["accuracy", "cost", "factors", "fitness", "population"]

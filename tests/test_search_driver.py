@@ -26,10 +26,11 @@ from lrope_search import SearchConfig, optimizer_config
 from lrope_search.optimizers.protocol import Candidate, Optimizer, Score
 from lrope_search.results.objective import Objective
 from lrope_search.scores import GUARD, ContextScore, DivergenceScore, Evaluator, Job, ProbeScore
+from lrope_search.study.conclude import SearchOutcome
 from lrope_search.study.plan import make_optimizer, planned_evaluations
 from lrope_search.study.progress import Progress
 from lrope_search.study.racing import Race, Racing
-from lrope_search.study.run import SearchOutcome, run_search
+from lrope_search.study.run import run_search
 from lrope_search.study.store import Study
 from lrope_search.workers.protocol import LocalExecutor
 

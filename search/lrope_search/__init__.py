@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .launch import estimate, search
     from .measurement import Measurement, measure
     from .optimizers.settings import optimizer_config
-    from .study.run import SearchOutcome, run_search
+    from .study.conclude import SearchOutcome
+    from .study.run import run_search
     from .study.settings import SearchConfig
     from .study.store import Study
     from .tasks.settings import TaskConfig, TaskMix, task_config
@@ -41,7 +42,8 @@ _WHERE = {
     "launch": ("estimate", "search"),
     "measurement": ("Measurement", "measure"),
     "optimizers.settings": ("optimizer_config",),
-    "study.run": ("SearchOutcome", "run_search"),
+    "study.conclude": ("SearchOutcome",),
+    "study.run": ("run_search",),
     "study.settings": ("SearchConfig",),
     "study.store": ("Study",),
     "tasks.settings": ("TaskConfig", "TaskMix", "task_config"),

@@ -20,8 +20,9 @@ from .results.variation import components
 from .sample import SPLITS
 from .scores import Job
 from .session import Session, Show, open_session
+from .study.conclude import SearchOutcome
 from .study.plan import make_optimizer, planned_evaluations
-from .study.run import SearchOutcome, run_search
+from .study.run import run_search
 from .study.settings import SearchConfig
 from .study.store import Study
 from .tasks.make import file_identity, make_tasks

@@ -8,9 +8,10 @@ from typing import Any
 
 from lrope_search import SearchConfig
 from lrope_search.scores import ContextScore
+from lrope_search.study.conclude import SearchOutcome
 from lrope_search.study.plan import make_optimizer
 from lrope_search.study.progress import Progress
-from lrope_search.study.run import SearchOutcome, run_search
+from lrope_search.study.run import run_search
 from lrope_search.study.store import Study
 from lrope_search.workers.protocol import LocalExecutor
 from support.synthetic import Landscape, noise

@@ -21,7 +21,7 @@ from ..evaluation.settings import ModelConfig
 from ..launch import search
 from ..optimizers.settings import optimizer_config
 from ..results.comparison import depth_groups
-from ..study.run import SearchOutcome
+from ..study.conclude import SearchOutcome
 from ..study.settings import SearchConfig
 from ..tasks.kv import KeyValueConfig
 from ..tasks.task import Task

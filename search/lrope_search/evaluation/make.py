@@ -12,7 +12,7 @@ from lrope_gguf.errors import LropeError
 
 from ..scores import Evaluator, Factors, Job
 from ..tasks.make import make_task, make_tasks
-from ..tasks.mix import AnyTask, mixed
+from ..tasks.mix import mixed
 from ..tasks.settings import TaskConfig, TaskMix, Tasks
 from ..tasks.task import Task
 from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
@@ -38,20 +38,8 @@ def open_model(config: ModelConfig) -> Model:
 
 
 def task_for(model: Model, config: TaskConfig) -> Task:
-    """Return the task, its contexts sized by the model's tokenizer where they are sized by tokens.
-
-    Raises `LropeError`: see `make_task`.
-    """
+    """Return the task, its contexts sized by the model's tokenizer where they are sized by tokens."""
     return make_task(config, lambda text: len(model.tokenize_prompt(text, config.answer_prefix)))
-
-
-def evaluator_parts(model: Model, tasks: Tasks) -> tuple[AnyTask, tuple[str, ...]]:
-    """Return what a `TeacherForcedEvaluator` of ``tasks`` takes: the task or mix, and what begins each one's answers.
-
-    Raises `LropeError`: see `make_task`.
-    """
-    configs = TaskMix.of(tasks).tasks
-    return mixed([task_for(model, config) for config in configs]), tuple(config.answer_prefix for config in configs)
 
 
 @dataclass(frozen=True)
@@ -96,7 +84,9 @@ class EvaluatorSpec:
                 alone = {division: rate for division, rate in rates.items() if division.n_workers == 1}
                 model.set_threads(fastest(alone).n_threads)
             texts = (self.guard_texts or self._texts(model)) if self.guarded else None
-            task, prefixes = evaluator_parts(model, self.task)
+            configs = TaskMix.of(self.task).tasks
+            task = mixed([task_for(model, config) for config in configs])
+            prefixes = tuple(config.answer_prefix for config in configs)
             guard = None if texts is None else Guard(model, texts)
             evaluator = TeacherForcedEvaluator(
                 model, task, answer_prefix=prefixes, guard=guard, scoring=self.scoring, leads=self.leads

@@ -11,8 +11,6 @@ from lrope_gguf.rope_scaling import KINDS, MAX_FACTOR
 
 from ..settings import SettingError, Settings, setting
 
-ROPE_SCALINGS = KINDS
-"""What ``--rope-scaling`` of the patched llama.cpp takes."""
 _SET_BY_DYNAMIC = ("rope_freq_base", "yarn_ext_factor", "yarn_attn_factor")
 CACHE_TYPES: Mapping[str, int] = MappingProxyType(
     {"f16": 1, "f32": 0, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6, "q5_1": 7}
@@ -55,7 +53,7 @@ class ModelConfig(Settings):
     )  # fmt: skip
     chat_template: bool = setting(True, "put prompts into the model's own chat template, if it has one")
     verbose: bool = setting(False, "show llama.cpp's log")
-    rope_scaling: str | None = setting(None, "RoPE scaling", choices=ROPE_SCALINGS, unset="the model's")
+    rope_scaling: str | None = setting(None, "RoPE scaling", choices=KINDS, unset="the model's")
     rope_scale: float | None = setting(
         None, "factor by which contexts become longer; give this or rope_freq_scale", metavar="N", unset="the model's"
     )

@@ -16,8 +16,6 @@ from .settings import SearchConfig
 from .state import Run
 from .store import Study
 
-__all__ = ["SearchOutcome", "run_search"]
-
 
 def run_search(
     executor: Executor,

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from ..settings import Settings, setting
 
-EXECUTORS = ("local", "ray")
-
 
 @dataclass(frozen=True)
 class WorkersConfig(Settings):
@@ -20,7 +18,7 @@ class WorkersConfig(Settings):
     gpus: tuple[str, ...] = setting(
         (), "GPUs for the local workers, one each in turn; none: all in CUDA_VISIBLE_DEVICES"
     )
-    executor: str = setting("local", "where workers live: processes here, or a Ray cluster", choices=EXECUTORS)
+    executor: str = setting("local", "where workers live: processes here, or a Ray cluster", choices=("local", "ray"))
     ray_address: str | None = setting(
         None, "address of the Ray cluster", unset="what the environment names, or a new one"
     )
