@@ -13,7 +13,7 @@ from lrope_gguf.errors import LropeError
 
 from ..sample import SPLITS, default_probes
 from ..settings import setting
-from .identifiers import IDENTIFIERS, Pairs, describe
+from .identifiers import IDENTIFIERS, Pairs, Wording, describe
 from .records import read_records, split_groups, too_few
 from .settings import AS_NEEDED, POSITIONS, Count, SizedTaskConfig, positions_setting, probes_setting
 from .sizing import TokenLimit
@@ -85,6 +85,8 @@ class KeyValueTask:
     """
 
     name = "kv"
+    wording: Wording | None = None
+    """Of the prompt; None: that of the identifiers."""
     _stream: tuple[int, ...] = ()  # of random numbers, apart from those of other tasks
 
     def __init__(
@@ -115,7 +117,7 @@ class KeyValueTask:
                 f"{self.name}.identifiers {identifiers}: give one of {', '.join(IDENTIFIERS)}, without --data"
             )
         self._identifiers = IDENTIFIERS[identifiers]
-        self._wording = self._identifiers.wording
+        self._wording = self.wording or self._identifiers.wording
         self._most = self._identifiers.most
         if data is None and self._most is not None and self._n_pairs > self._most:
             raise LropeError(f"--keys {self._n_pairs}: there are {self._most} such keys; ask for fewer")

@@ -8,7 +8,7 @@ from typing import Any
 from ..settings import setting
 from .identifiers import Pairs, Wording
 from .kv import DEFAULT_PAIRS, KeyValueTask, known_probes
-from .settings import AS_NEEDED, POSITIONS, Count, SizedTaskConfig, positions_setting, probes_setting
+from .settings import AS_NEEDED, Count, SizedTaskConfig, positions_setting, probes_setting
 from .sizing import TokenLimit
 
 
@@ -55,20 +55,5 @@ class MultiKeyTask(KeyValueTask):
     """
 
     name = "multikey"
+    wording = Wording(_prefix, _question, " ")
     _stream = (1,)
-
-    def __init__(
-        self,
-        n_needles: int | None = None,
-        *,
-        probes: int | None = None,
-        positions: str = POSITIONS[0],
-        seed: int = 0,
-        limit: TokenLimit | None = None,
-    ) -> None:
-        """Make contexts of ``n_needles`` needles (None: 40), or as many as fit; the rest is as for `KeyValueTask`.
-
-        Raises `LropeError`: wrong numbers.
-        """
-        super().__init__(n_needles, probes=probes, positions=positions, seed=seed, limit=limit)
-        self._wording = Wording(_prefix, _question, " ")
