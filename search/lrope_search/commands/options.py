@@ -50,7 +50,7 @@ class SearchRun(RunConfig):
         (), "curve file to start from, such as one of an earlier search or a smaller model; may be repeated",
         metavar="FILE", option=True,
     )  # fmt: skip
-    algorithm: str = setting("ga", f"what proposes candidates: {', '.join(OPTIMIZERS)}", metavar="NAME")
+    algorithm: str = setting("ga", f"algorithm that proposes candidates: {', '.join(OPTIMIZERS)}", metavar="NAME")
 
 
 @dataclass(frozen=True)

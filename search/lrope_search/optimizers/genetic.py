@@ -348,5 +348,5 @@ class GeneticConfig(OptimizerConfig):
     algorithm = GeneticAlgorithm
 
     lag: int = lag_setting()
-    population: int | None = population_setting("16", "candidates before the first birth")
+    population: int | None = population_setting("16", "candidates before the first children")
     parents: int | None = parents_setting("8")

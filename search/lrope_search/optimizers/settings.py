@@ -63,7 +63,7 @@ class BaselineConfig(OptimizerConfig):
         return {key: value for key, value in super().to_json().items() if value is not False}
 
 
-def population_setting(unset: str, text: str = "candidates of a generation") -> Any:
+def population_setting(unset: str, text: str = "candidates per generation") -> Any:
     """Declare ``population``."""
     return setting(None, text, metavar="N", least=1, unset=unset)
 

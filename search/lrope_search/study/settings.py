@@ -58,7 +58,7 @@ class SearchConfig(Settings):
     finalists: int = setting(4, "best candidates that go on to validation", metavar="N", least=1)
     racing_first: int | None = setting(
         None, "contexts that every candidate is scored on first, if racing is on", metavar="N", least=1,
-        unset="an eighth of them",
+        unset="an eighth of search_contexts",
     )  # fmt: skip
     racing_fraction: float | None = setting(
         None, "share of the candidates that go on to more contexts; 1: no racing", metavar="F", above=0.0, most=1.0,

@@ -50,7 +50,7 @@ class CommonWordsConfig(SizedTaskConfig):
     summary = "common words, for eval --generate"
     size = "words"
 
-    words: int | None = setting(None, "words a context", metavar="N", least=1, unset=str(DEFAULT_WORDS))
+    words: int | None = setting(None, "words per context", metavar="N", least=1, unset=str(DEFAULT_WORDS))
 
     def make(self, count: Count | None = None) -> GeneratedTask:
         """Return the task."""

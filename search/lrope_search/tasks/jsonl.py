@@ -30,8 +30,8 @@ class JsonlConfig(TaskConfig):
     wants = "your file of questions"
 
     data: str | None = setting(
-        None, "a line {context, question, answer: text or list of texts, depth: 0 to 1, optional}; may be gzipped",
-        metavar="FILE", unset="none, it must be given", option=True,
+        None, "JSON lines {context, question, answer: text or list of texts, depth: 0 to 1, optional}; may be gzipped",
+        metavar="FILE", unset="required", option=True,
     )  # fmt: skip
     prompt_template: str = setting(
         DEFAULT_TEMPLATE.replace("\n", "\\n"),

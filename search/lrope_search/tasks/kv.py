@@ -37,14 +37,14 @@ class KeyValueConfig(SizedTaskConfig):
         None, "kv-retrieval-*_keys.jsonl[.gz] of the benchmark", metavar="FILE", unset="made from the seed", option=True
     )
     keys: int | None = setting(
-        None, "pairs a context", metavar="N", least=1, unset=f"{DEFAULT_PAIRS}; with data all of a record",
+        None, "pairs per context", metavar="N", least=1, unset=f"{DEFAULT_PAIRS}; with data all of a record",
         option=True,
     )  # fmt: skip
     identifiers: str | None = setting(
         None, f"what keys and values are, without data; {describe()}", choices=tuple(IDENTIFIERS),
         unset=next(iter(IDENTIFIERS)),
     )  # fmt: skip
-    probes: int | None = probes_setting("questions a context", AS_NEEDED)
+    probes: int | None = probes_setting("questions per context", AS_NEEDED)
     positions: str = positions_setting()
 
     def make(self, count: Count | None = None) -> KeyValueTask:

@@ -41,10 +41,10 @@ class MultiDocumentConfig(SizedTaskConfig):
     size = "documents"
 
     data: str | None = setting(
-        None, "nq-open-*.jsonl[.gz] of the benchmark", metavar="FILE", unset="none, it must be given", option=True
+        None, "nq-open-*.jsonl[.gz] of the benchmark", metavar="FILE", unset="required", option=True
     )
-    documents: int | None = setting(None, "documents a context", metavar="N", least=1, unset=str(DEFAULT_DOCUMENTS))
-    probes: int | None = probes_setting("questions a context", AS_NEEDED)
+    documents: int | None = setting(None, "documents per context", metavar="N", least=1, unset=str(DEFAULT_DOCUMENTS))
+    probes: int | None = probes_setting("questions per context", AS_NEEDED)
     positions: str = positions_setting()
 
     def make(self, count: Count | None = None) -> MultiDocumentTask:

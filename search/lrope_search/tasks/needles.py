@@ -20,8 +20,8 @@ class MultiKeyConfig(SizedTaskConfig):
     summary = "one needle among similar ones"
     size = "keys"
 
-    keys: int | None = setting(None, "needles a context", metavar="N", least=1, unset=str(DEFAULT_PAIRS), option=True)
-    probes: int | None = probes_setting("questions a context", AS_NEEDED)
+    keys: int | None = setting(None, "needles per context", metavar="N", least=1, unset=str(DEFAULT_PAIRS), option=True)
+    probes: int | None = probes_setting("questions per context", AS_NEEDED)
     positions: str = positions_setting()
 
     def make(self, count: Count | None = None) -> MultiKeyTask:

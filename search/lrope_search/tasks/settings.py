@@ -43,7 +43,7 @@ class TaskConfig(Settings):
     """What its file holds, if it cannot do without one."""
 
     seed: int = 0
-    answer_prefix: str = setting("", "begins all answers, for base models, such as ' \"'", metavar="TEXT")
+    answer_prefix: str = setting("", "text that begins every answer, for base models, such as ' \"'", metavar="TEXT")
 
     @property
     def name(self) -> str:
@@ -116,8 +116,8 @@ class SizedTaskConfig(TaskConfig):
     size: ClassVar[str] = ""
 
     context_tokens: int | None = setting(
-        None, "as many keys, documents, lines or words as fit into N tokens", metavar="N", least=1,
-        unset="a number of them", option=True,
+        None, "fill each context up to N tokens", metavar="N", least=1,
+        unset="the size is given as a number", option=True,
     )  # fmt: skip
 
     def check(self) -> None:

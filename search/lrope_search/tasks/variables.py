@@ -38,8 +38,8 @@ class VariableConfig(SizedTaskConfig):
     summary = "variable tracking"
     size = "lines"
 
-    lines: int | None = setting(None, "lines a context", metavar="N", least=1, unset=str(DEFAULT_LINES))
-    probes: int | None = probes_setting("chains a context", "1")
+    lines: int | None = setting(None, "lines per context", metavar="N", least=1, unset=str(DEFAULT_LINES))
+    probes: int | None = probes_setting("chains per context", "1")
     positions: str = positions_setting()
 
     def make(self, count: Count | None = None) -> VariableTask:

@@ -18,7 +18,9 @@ class WorkersConfig(Settings):
     gpus: tuple[str, ...] = setting(
         (), "GPUs for the local workers, one each in turn; none: all in CUDA_VISIBLE_DEVICES"
     )
-    executor: str = setting("local", "where workers live: processes here, or a Ray cluster", choices=("local", "ray"))
+    executor: str = setting(
+        "local", "where workers run: as processes on this machine, or on a Ray cluster", choices=("local", "ray")
+    )
     ray_address: str | None = setting(
         None, "address of the Ray cluster", unset="what the environment names, or a new one"
     )
