@@ -166,7 +166,7 @@ def test_the_users_text(model: Model, tmp_path: Path) -> None:
     assert texts.short[0] == (BOS, *tokens[:49])
     assert texts.short[2] == (BOS, *tokens[-49:])
     assert read_texts(model, path, short=50, long=10_000).long == (BOS, *tokens)
-    with pytest.raises(LropeError, match=r"text\.txt: \d+ tokens, too few .* guard_text at least 2000"):
+    with pytest.raises(LropeError, match=r"text\.txt: \d+ tokens, too few; give guard_text at least 2000"):
         read_texts(model, path, short=1000)
     with pytest.raises(LropeError, match=r"none\.txt: cannot be read as text"):
         read_texts(model, tmp_path / "none.txt")
