@@ -475,7 +475,7 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> N
         "none.gguf": "no such file",
         "cut.gguf": "not within the file bounds",
         "text.gguf": "magic",
-        "mpt.gguf": "without RoPE",
+        "mpt.gguf": "no RoPE",
         "factors.gguf": "bad factor for layer 2",
     }.items():
         with pytest.raises(LropeError, match=message) as caught:

@@ -159,7 +159,7 @@ def test_a_model_without_rope_is_no_model_that_refuses_everything(tmp_path: Path
     path = write_readable(tmp_path / "granite.gguf", TinyModel(
         "granite", "granite", LLAMA.config, (("rope.scaling.finetuned", False),)
     ))  # fmt: skip
-    with pytest.raises(LropeError, match="a model without RoPE"):
+    with pytest.raises(LropeError, match="the model has no RoPE"):
         search(ModelConfig(str(path)), TASK, SETTINGS, tmp_path / "a")
 
 
