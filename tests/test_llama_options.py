@@ -143,9 +143,7 @@ def test_a_stretched_context_is_trained_length(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        (["--set", "rope_scaling=longrope"], "--set rope_scaling=longrope: unknown; choose from none, linear, yarn"),
-    ],
+    [(["--set", "rope_scaling=longrope"], "--set rope_scaling=longrope: unknown; choose from none, linear, yarn")],
 )
 @pytest.mark.parametrize("command", ["search", "eval"])
 def test_mistakes_are_said_before_the_model_is_loaded(

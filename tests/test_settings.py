@@ -122,26 +122,14 @@ BAD_FILES = [
     ("bounds = [0.5, 'x']", "c.toml:1: bounds: wants a list of numbers"),
     ("chat_template = 'yes'", 'c.toml:1: chat_template = "yes": wants true or false'),
     ("max_kl = nan", "c.toml:1: max_kl = nan: not finite"),
-    (
-        "[kv]\nidentifiers = 'words'",
-        'c.toml:2: kv.identifiers = "words": unknown; choose from uuid',
-    ),
+    ("[kv]\nidentifiers = 'words'", 'c.toml:2: kv.identifiers = "words": unknown; choose from uuid'),
     ("max_kl = 1\n\nmax_kl = 2", "c.toml:3: max_kl is there twice, first in line 1; leave out one of them"),
     ("[kv]\nkeys = 3\n[kv]\nprobes = 1", "c.toml:3: table [kv] is there twice, first in line 1"),
     ("max_kl = ", "c.toml:1: is no TOML ("),
     ("a = [1,\n2\nb = 3", "c.toml:3: is no TOML ("),
-    (
-        "task = ['kv', 'kw']",
-        "c.toml:1: task kw: unknown; choose from kv, mdqa, jsonl, multikey, vt, cwe, fwe (did you",
-    ),
-    (
-        "rope_scaling = 'none'\nrope_scale = 2",
-        'c.toml:2: rope_scale = 2, c.toml:1: rope_scaling = "none": means',
-    ),
-    (
-        "algorithm = 'gaa'",
-        "c.toml:1: algorithm gaa: unknown; choose from ga, cma-es, de, random, papers-ga (did",
-    ),
+    ("task = ['kv', 'kw']", "c.toml:1: task kw: unknown; choose from kv, mdqa, jsonl, multikey, vt, cwe, fwe (did you"),
+    ("rope_scaling = 'none'\nrope_scale = 2", 'c.toml:2: rope_scale = 2, c.toml:1: rope_scaling = "none": means'),
+    ("algorithm = 'gaa'", "c.toml:1: algorithm gaa: unknown; choose from ga, cma-es, de, random, papers-ga (did"),
     ("\xff", "c.toml:1: is no UTF-8 text"),
 ]
 
