@@ -65,11 +65,8 @@ def test_the_gguf_package_reads_our_keys_and_all_others(model: Path) -> None:
     assert GGUFReader(model).fields[KEY].types == [GGUFValueType.ARRAY, GGUFValueType.FLOAT32]
     assert tuple(after.pop(KEY)) == STORED  # type: ignore[arg-type]
     assert json.loads(after.pop("lrope.curve")) == {  # type: ignore[arg-type]
-        "format": "lrope-curve",
-        "version": 1,
-        "layer_factors": list(FACTORS),
-        "architecture": "llama",
-    }
+        "format": "lrope-curve", "version": 1, "layer_factors": list(FACTORS), "architecture": "llama",
+    }  # fmt: skip
     assert list(after) == list(before)
     after["GGUF.kv_count"] -= 2  # type: ignore[operator]
     assert after == before

@@ -188,15 +188,11 @@ def test_other_settings_on_a_study_are_refused_with_the_difference(model: Path, 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--set", "search_contexts=0"],
-        ["--set", "bounds=2,4"],
-        ["--set", "finalists=0"],
-        ["--set", "ga.population=9", "--set", "algorithm=random"],
-        ["--set", "guard_text=none.txt"],
-        ["--workers", "100000"],
-        ["--start", "none.json"],
+        ["--set", "search_contexts=0"], ["--set", "bounds=2,4"], ["--set", "finalists=0"],
+        ["--set", "ga.population=9", "--set", "algorithm=random"], ["--set", "guard_text=none.txt"],
+        ["--workers", "100000"], ["--start", "none.json"],
     ],
-)
+)  # fmt: skip
 def test_search_refuses_bad_options_in_one_line(arguments: list[str], model: Path, tmp_path: Path) -> None:
     result = run(["search", model, *SEARCH, *arguments, "--output", tmp_path / "b.json"])
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1

@@ -33,15 +33,12 @@ ASK = ["--keys", "4", "--set", "kv.probes=2", "--threads", "1"]
 TEMPLATES = {
     "Go": "{{ range .Messages }}{{ .Content }}{{ end }}",
     "Go with a pipe": "{{ if .System }}{{ .System | trim }}{{ end }}",
-    "unclosed block": "{% for m in messages %}{{ m.content }}",
-    "unclosed variable": "{{ messages",
+    "unclosed block": "{% for m in messages %}{{ m.content }}", "unclosed variable": "{{ messages",
     "unknown tag": "{% nonsense %}{{ messages[0].content }}",
     "unknown filter": "{{ messages[0].content | nonsense }}",
-    "unknown test": "{% if messages is nonsense %}{% endif %}",
-    "undefined attribute": "{{ nothing.there.at_all }}",
-    "division by zero": "{{ 1 // 0 }}",
-    "not UTF-8": "{{ messages[0].content }}~~~~",
-}
+    "unknown test": "{% if messages is nonsense %}{% endif %}", "undefined attribute": "{{ nothing.there.at_all }}",
+    "division by zero": "{{ 1 // 0 }}", "not UTF-8": "{{ messages[0].content }}~~~~",
+}  # fmt: skip
 
 
 @native

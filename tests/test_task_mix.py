@@ -94,17 +94,13 @@ def test_one_task_is_what_it_was(data: dict[str, str]) -> None:
         *(
             (f"--task kv --task jsonl --data jsonl=x --set kv.weight={weight}", f"^--set kv.weight={weight}: {reason}")
             for weight, reason in {
-                "two": "wants a number",
-                "": "wants a number",
-                "0": "too small; give more than 0",
-                "-1": "too small",
-                "nan": "not finite",
-                "inf": "not finite",
+                "two": "wants a number", "": "wants a number", "0": "too small; give more than 0", "-1": "too small",
+                "nan": "not finite", "inf": "not finite",
             }.items()
         ),
         ("--task kv --task jsonl --data jsonl=x --set mdqa.weight=1", "^--set mdqa.weight=1: no --task mdqa is given"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_named_before_any_model(
     options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,17 +272,8 @@ def test_the_table_has_a_row_for_each_task() -> None:
     assert alone["kv"].accuracy_gain == compare(base[::2], scores(noise)[::2]).accuracy_gain
     lines = str(table).splitlines()[-5:]
     assert lines[0].split() == [
-        "task",
-        "weight",
-        "contexts",
-        "side",
-        "accuracy,",
-        "%",
-        "gain,",
-        "points",
-        "log-probability",
-        "gain",
-    ]
+        "task", "weight", "contexts", "side", "accuracy,", "%", "gain,", "points", "log-probability", "gain",
+    ]  # fmt: skip
     assert [line.split()[:5] for line in lines[1::2]] == [
         ["kv", "3", "8", "base", "0.0"],
         ["mdqa", "1", "8", "base", "100.0"],

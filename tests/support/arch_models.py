@@ -110,37 +110,19 @@ def common(n_layer: int) -> dict[str, Value]:
 
 
 MOE: dict[str, Value] = {
-    "expert_feed_forward_length": N_FF,
-    "expert_shared_feed_forward_length": N_FF // 2,
-    "expert_latent_length": N_FF,
-    "interleave_moe_layer_step": 2,
-    "moe_every_n_layers": 2,
-    "expert_count": 2,
-    "expert_used_count": 2,
-    "expert_shared_count": 1,
-    "expert_gating_func": 2,
-    "expert_group_scale": 1.0,
-    "experts_per_group": 1,
-    "expert_weights_scale": 1.0,
-    "expert_weights_norm": True,
-}
+    "expert_feed_forward_length": N_FF, "expert_shared_feed_forward_length": N_FF // 2, "expert_latent_length": N_FF,
+    "interleave_moe_layer_step": 2, "moe_every_n_layers": 2, "expert_count": 2, "expert_used_count": 2,
+    "expert_shared_count": 1, "expert_gating_func": 2, "expert_group_scale": 1.0, "experts_per_group": 1,
+    "expert_weights_scale": 1.0, "expert_weights_norm": True,
+}  # fmt: skip
 MLA: dict[str, Value] = {
-    "attention.head_count": 1,
-    "attention.head_count_kv": 1,
-    "attention.key_length": 48,
-    "attention.value_length": 32,
-    "rope.dimension_count": 16,
-    "attention.key_length_mla": 32,
-    "attention.value_length_mla": 16,
-}
+    "attention.head_count": 1, "attention.head_count_kv": 1, "attention.key_length": 48, "attention.value_length": 32,
+    "rope.dimension_count": 16, "attention.key_length_mla": 32, "attention.value_length_mla": 16,
+}  # fmt: skip
 HYPER: dict[str, Value] = {
-    "hyper_connection.count": 4,
-    "hyper_connection.sinkhorn_iterations": 2,
-    "hyper_connection.epsilon": 1e-6,
-    "hyper_connection.low_rank": 8,
-    "hyper_connection.magnitude": 2.0,
-    "swiglu_clamp_exp": 10.0,
-}
+    "hyper_connection.count": 4, "hyper_connection.sinkhorn_iterations": 2, "hyper_connection.epsilon": 1e-6,
+    "hyper_connection.low_rank": 8, "hyper_connection.magnitude": 2.0, "swiglu_clamp_exp": 10.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -480,14 +462,11 @@ GRAPHS: dict[str, tuple[tuple[str, Step], ...]] = {
         ("shift", _shifted(_predict(1))),
     ),
     "dflash": (
-        ("encode", _features(True)),
-        ("inject", _features(False)),
-        ("prompt", _prompt),
-        ("shift", _shifted(_prompt)),
+        ("encode", _features(True)), ("inject", _features(False)), ("prompt", _prompt), ("shift", _shifted(_prompt)),
     ),
     # the target reads the prompt, the assistant goes on where it stopped
     "assistant": (("target", _target), ("token", _predict(1))),
-}
+}  # fmt: skip
 
 
 def _names(text: str) -> list[str]:
@@ -586,17 +565,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "minimax-m3": {"metadata": {"attention.indexer.head_count": N_HEAD, "rope.dimension_count": HEAD // 2}},
     "deepseek4": {
         "metadata": {
-            **HYPER,
-            "attention.head_count_kv": 1,
-            "attention.key_length": HEAD,
-            "attention.value_length": HEAD,
-            "rope.dimension_count": HEAD // 2,
-            "attention.output_group_count": 2,
-            "attention.output_lora_rank": 32,
-            "attention.compress_ratios": [0, 0, 4, 128, 4, 128],
-            "attention.compress_rope_freq_base": 160000.0,
-            "hash_layer_count": 0,
-            "expert_gating_func": 4,
+            **HYPER, "attention.head_count_kv": 1, "attention.key_length": HEAD, "attention.value_length": HEAD,
+            "rope.dimension_count": HEAD // 2, "attention.output_group_count": 2, "attention.output_lora_rank": 32,
+            "attention.compress_ratios": [0, 0, 4, 128, 4, 128], "attention.compress_rope_freq_base": 160000.0,
+            "hash_layer_count": 0, "expert_gating_func": 4,
         }
     },
     # layers without RoPE among others
@@ -617,22 +589,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "graphs": "vision",
         "layer_of": by_cache,
         "metadata": {
-            "attention.sliding_window_pattern": [1, 1, 1, 0, 1, 0],
-            "attention.shared_kv_layers": 2,
-            "embedding_length_per_layer_input": 16,
-            "attention.key_length_swa": HEAD,
-            "attention.value_length_swa": HEAD,
-            "rope.freq_base_swa": 10000.0,
+            "attention.sliding_window_pattern": [1, 1, 1, 0, 1, 0], "attention.shared_kv_layers": 2,
+            "embedding_length_per_layer_input": 16, "attention.key_length_swa": HEAD,
+            "attention.value_length_swa": HEAD, "rope.freq_base_swa": 10000.0,
         },
     },
     "hrm_text": {"layer_of": by_cache, "metadata": {"hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2}},
     "graniteswitch": {
         "metadata": {
-            "adapters.count": 2,
-            "adapters.lora_rank": 4,
-            "adapters.token_ids_activate": [3, 4],
-            "adapters.token_ids_substitute": [5, 6],
-            "adapters.router_gain": 1.0,
+            "adapters.count": 2, "adapters.lora_rank": 4, "adapters.token_ids_activate": [3, 4],
+            "adapters.token_ids_substitute": [5, 6], "adapters.router_gain": 1.0,
         }
     },
     "maple": {"metadata": {"swiglu_clamp_exp": 7.0}, "without": ODD},
@@ -647,7 +613,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "metadata": {"target_layers": [0, 1, 2], "target_hidden_size": N_EMBD},
     },
     "dflash": {"graphs": "dflash", "metadata": {"target_layers": [0, 1, 2], "rope.dimension_sections": [0] * 4}},
-}
+}  # fmt: skip
 
 DENSE = _names(
     "llama deci falcon gpt2 gptneox mpt baichuan starcoder refact bert modern-bert nomic-bert neo-bert "
@@ -791,17 +757,12 @@ def _variants() -> Iterator[Fixture]:
         virtual=False,
         tensors=dict(_assistant_tensors(N_EMBD // 2, N_EMBD, 4)),
         metadata={
-            "nextn_predict_layers": 4,
-            "embedding_length": N_EMBD // 2,
-            "embedding_length_out": N_EMBD,
-            "attention.key_length": HEAD,
-            "attention.value_length": HEAD,
-            "attention.key_length_swa": HEAD,
-            "attention.value_length_swa": HEAD,
-            "attention.sliding_window_pattern": [1, 1, 1, 0],
+            "nextn_predict_layers": 4, "embedding_length": N_EMBD // 2, "embedding_length_out": N_EMBD,
+            "attention.key_length": HEAD, "attention.value_length": HEAD, "attention.key_length_swa": HEAD,
+            "attention.value_length_swa": HEAD, "attention.sliding_window_pattern": [1, 1, 1, 0],
             "rope.freq_base_swa": 10000.0,
         },
-    )
+    )  # fmt: skip
 
 
 def _fixtures() -> Iterator[Fixture]:

@@ -222,22 +222,11 @@ def _bits(value: int) -> float:
 GOOD_VALUES = {"one": 1.0, "largest": 1024.0, "smallest": 1 / 1024}
 # NaN stays bits: a signalling one does not survive a conversion
 BAD_VALUES = {
-    "NaN": 0x7FC00000,
-    "negative NaN": 0xFFC00000,
-    "signalling NaN": 0x7F800001,
-    "infinity": 0x7F800000,
-    "negative infinity": 0xFF800000,
-    "zero": 0,
-    "negative zero": 0x80000000,
-    "negative": 0xBFC00000,
-    "denormal": 1,
-    "largest denormal": 0x007FFFFF,
-    "FLT_MIN": 0x00800000,
-    "FLT_MAX": 0x7F7FFFFF,
-    "1e30": 0x7149F2CA,
-    "above 1024": 0x44800001,
-    "below 1/1024": 0x3A7FFFFF,
-}
+    "NaN": 0x7FC00000, "negative NaN": 0xFFC00000, "signalling NaN": 0x7F800001, "infinity": 0x7F800000,
+    "negative infinity": 0xFF800000, "zero": 0, "negative zero": 0x80000000, "negative": 0xBFC00000, "denormal": 1,
+    "largest denormal": 0x007FFFFF, "FLT_MIN": 0x00800000, "FLT_MAX": 0x7F7FFFFF, "1e30": 0x7149F2CA,
+    "above 1024": 0x44800001, "below 1/1024": 0x3A7FFFFF,
+}  # fmt: skip
 
 
 def value_cases(model: Model, kind: str) -> Iterator[Case]:
@@ -460,16 +449,8 @@ def _splice(rng: random.Random, header: bytearray, at: int) -> None:
 
 
 DAMAGE: tuple[Callable[[random.Random, bytearray, int], None], ...] = (
-    _flip,
-    _set_byte,
-    _set_u32,
-    _set_u64,
-    _set_float,
-    _nudge,
-    _insert,
-    _delete,
-    _splice,
-)
+    _flip, _set_byte, _set_u32, _set_u64, _set_float, _nudge, _insert, _delete, _splice,
+)  # fmt: skip
 
 
 def other_factors(rng: random.Random) -> bytes:
