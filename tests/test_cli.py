@@ -25,13 +25,9 @@ Completed = subprocess.CompletedProcess[str]
 
 def run(*arguments: object, **environment: str) -> Completed:
     return subprocess.run(
-        [sys.executable, "-m", "lrope_gguf", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=60,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment,
-    )
+        [sys.executable, "-m", "lrope_gguf", *map(str, arguments)], capture_output=True, text=True, encoding="utf-8",
+        timeout=60, env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment,
+    )  # fmt: skip
 
 
 def call(*arguments: object) -> Completed:
@@ -289,14 +285,9 @@ def in_shell(bench: Path, *command: str) -> Completed:
 def test_completion_in_bash(bench: Path) -> None:
     files = {"<default>"}  # that bash completes itself
     cases = {
-        "": set(COMMANDS),
-        "s": {"show", "search"},
-        "show ": files,
-        "show --": {"--help", "--json", "--plot"},
-        "write m --curve ": files,
-        "write m --factors ": set(),
-        "search m --task m": {"mdqa", "multikey"},
-    }
+        "": set(COMMANDS), "s": {"show", "search"}, "show ": files, "show --": {"--help", "--json", "--plot"},
+        "write m --curve ": files, "write m --factors ": set(), "search m --task m": {"mdqa", "multikey"},
+    }  # fmt: skip
     code = (
         'eval "$(_LROPE_GGUF_COMPLETE=bash_source lrope-gguf)"; compopt() { COMPREPLY+=("<$2>"); };'
         'for line in "$@"; do COMP_WORDS=(lrope-gguf $line); [[ $line =~ " "$ || -z $line ]] && COMP_WORDS+=("");'

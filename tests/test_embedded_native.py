@@ -71,15 +71,11 @@ def test_a_python_call_is_the_same_search(base: Path, curve: CurveFile, folder: 
         ModelConfig(str(base), n_threads=1),
         task_config("kv", identifiers="word", keys=LONG, probes=40),
         SearchConfig(
-            algorithm=optimizer_config("ga", width=0.3),
-            max_kl=100.0,
-            max_evaluations=60,
-            search_contexts=3,
-            validation_contexts=6,
-            test_contexts=12,
+            algorithm=optimizer_config("ga", width=0.3), max_kl=100.0, max_evaluations=60, search_contexts=3,
+            validation_contexts=6, test_contexts=12,
         ),
         folder / "python.study",
-    )
+    )  # fmt: skip
     assert outcome.best.dumps() == curve.dumps()
     assert outcome.verdict.recommended
 

@@ -75,19 +75,13 @@ def test_the_gguf_package_reads_our_keys_and_all_others(model: Path) -> None:
 
 
 GENERATED = {
-    GGUFValueType.UINT8: st.integers(0, 2**8 - 1),
-    GGUFValueType.INT8: st.integers(-(2**7), 2**7 - 1),
-    GGUFValueType.UINT16: st.integers(0, 2**16 - 1),
-    GGUFValueType.INT16: st.integers(-(2**15), 2**15 - 1),
-    GGUFValueType.UINT32: st.integers(0, 2**32 - 1),
-    GGUFValueType.INT32: st.integers(-(2**31), 2**31 - 1),
-    GGUFValueType.FLOAT32: st.floats(width=32),
-    GGUFValueType.UINT64: st.integers(0, 2**64 - 1),
-    GGUFValueType.INT64: st.integers(-(2**63), 2**63 - 1),
-    GGUFValueType.FLOAT64: st.floats(),
-    GGUFValueType.BOOL: st.booleans(),
-    GGUFValueType.STRING: st.text(max_size=20),
-}
+    GGUFValueType.UINT8: st.integers(0, 2**8 - 1), GGUFValueType.INT8: st.integers(-(2**7), 2**7 - 1),
+    GGUFValueType.UINT16: st.integers(0, 2**16 - 1), GGUFValueType.INT16: st.integers(-(2**15), 2**15 - 1),
+    GGUFValueType.UINT32: st.integers(0, 2**32 - 1), GGUFValueType.INT32: st.integers(-(2**31), 2**31 - 1),
+    GGUFValueType.FLOAT32: st.floats(width=32), GGUFValueType.UINT64: st.integers(0, 2**64 - 1),
+    GGUFValueType.INT64: st.integers(-(2**63), 2**63 - 1), GGUFValueType.FLOAT64: st.floats(),
+    GGUFValueType.BOOL: st.booleans(), GGUFValueType.STRING: st.text(max_size=20),
+}  # fmt: skip
 
 
 @st.composite
@@ -110,13 +104,9 @@ def random_keys(draw: st.DrawFn) -> Callable[[GGUFWriter], None]:
 
 @settings(deadline=None, max_examples=15)
 @given(
-    add=random_keys(),
-    big_endian=st.booleans(),
-    alignment=st.none() | st.sampled_from([8, 16, 64, 256, 4096, 16384]),
-    tensors=st.integers(0, 4),
-    seed=st.integers(0, 5),
-    data=st.data(),
-)
+    add=random_keys(), big_endian=st.booleans(), alignment=st.none() | st.sampled_from([8, 16, 64, 256, 4096, 16384]),
+    tensors=st.integers(0, 4), seed=st.integers(0, 5), data=st.data(),
+)  # fmt: skip
 def test_round_trip_of_any_file(
     tmp_path_factory: pytest.TempPathFactory,
     add: Callable[[GGUFWriter], None],

@@ -236,11 +236,8 @@ def any_model(
     old=st.fixed_dictionaries(
         {CONTEXT: st.just(TRAINED), "llama.block_count": st.just(LAYERS), "x.filler": st.text("xy", max_size=5000)},
         optional={
-            TYPE: OLD_TYPES,
-            FACTOR: st.floats(0.5, 8, width=32),
-            ORIGINAL: st.integers(64, TRAINED),
-            "llama.rope.freq_base": st.floats(1, 1e6, width=32),
-            "general.name": st.text(max_size=9),
+            TYPE: OLD_TYPES, FACTOR: st.floats(0.5, 8, width=32), ORIGINAL: st.integers(64, TRAINED),
+            "llama.rope.freq_base": st.floats(1, 1e6, width=32), "general.name": st.text(max_size=9),
         },
     ),
     order=st.randoms(use_true_random=False),
@@ -248,7 +245,7 @@ def any_model(
     alignment=st.none() | st.sampled_from([8, 64, 4096, 16384]),
     tensors=st.integers(0, 3),
     steps=STEPS,
-)
+)  # fmt: skip
 def test_round_trip_of_any_file(
     tmp_path_factory: pytest.TempPathFactory,
     old: dict[str, object],

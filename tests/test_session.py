@@ -35,13 +35,9 @@ native = pytest.mark.native
 
 TASK = task_config("kv", keys=6, probes=3, identifiers="number")
 SETTINGS = SearchConfig(
-    max_evaluations=6,
-    algorithm=optimizer_config("ga", population=4),
-    search_contexts=2,
-    validation_contexts=1,
-    test_contexts=2,
-    max_kl=100.0,
-)
+    max_evaluations=6, algorithm=optimizer_config("ga", population=4), search_contexts=2, validation_contexts=1,
+    test_contexts=2, max_kl=100.0,
+)  # fmt: skip
 SIDES = {"other": (1.1,) * 6}
 Lines = list[str]
 
@@ -142,13 +138,8 @@ def settled(
     facts = SimpleNamespace(rates=measured, n_threads=n_threads, n_tokens=1000, memory=MemoryNeeded(100, 60, 40))
     lines: Lines = []
     parts: list[Any] = [
-        None,
-        ModelConfig("m", n_threads=threads),
-        None,
-        facts,
-        None,
-        SimpleNamespace(line=lines.append),
-    ]
+        None, ModelConfig("m", n_threads=threads), None, facts, None, SimpleNamespace(line=lines.append),
+    ]  # fmt: skip
     session = Session(*parts, WorkersConfig(workers), *cast(list[Any], [None] * 4), free)
     times = session.divide(1000, most)
     return (session._division.n_workers, session._division.n_threads), times, lines

@@ -49,12 +49,8 @@ def test_the_prompt_is_the_benchmarks(tmp_path: Path) -> None:
 
 
 SETTINGS = (
-    st.integers(1, 15),
-    st.integers(0, 40),
-    st.integers(0, 2**32),
-    st.sampled_from(SPLITS),
-    st.integers(0, 1000),
-)
+    st.integers(1, 15), st.integers(0, 40), st.integers(0, 2**32), st.sampled_from(SPLITS), st.integers(0, 1000),
+)  # fmt: skip
 
 
 @given(*SETTINGS)
