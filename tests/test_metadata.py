@@ -376,10 +376,6 @@ def test_interrupted_copy(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_write_protected_places(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = model.read_bytes()
-    with pytest.raises(LropeError, match="its directory does not exist"):
-        write_factors(model, FACTORS, output=model.parent / "no" / "o.gguf")
-    with pytest.raises(LropeError, match="is a directory"):
-        write_factors(model, FACTORS, output=model.parent)
     with pytest.raises(LropeError, match=r"Permission denied.*check the permissions"):
         monkeypatch.setattr(os, "open", fail_with(errno.EACCES))
         write_factors(model, FACTORS)
@@ -467,19 +463,13 @@ def test_a_search_s_document_fits_a_model_with_multi_token_prediction_layers(tmp
     assert main(["show", str(model)]) == 0
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "mamba", "rwkv7", "t5", "bert", "jina-bert-v2", "starcoder"])
-def test_models_without_rope_are_refused(tmp_path: Path, architecture: str) -> None:
-    model = write_model(tmp_path / "m.gguf", architecture=architecture)
-    assert not read_model(model).has_rope
-    with pytest.raises(LropeError, match=f"has no RoPE .architecture '{architecture}'"):
-        write_factors(model, FACTORS)
-
-
-def test_switched_off_rope(tmp_path: Path) -> None:
+def test_models_without_rope(tmp_path: Path) -> None:
     def off(architecture: str) -> Path:
         key = f"{architecture}.rope.scaling.finetuned"
         return write_model(tmp_path / "m.gguf", architecture=architecture, add=lambda w: w.add_bool(key, False))
 
+    for architecture in ("gpt2", "bloom", "mamba", "rwkv7", "t5", "bert", "jina-bert-v2", "starcoder"):
+        assert not read_model(write_model(tmp_path / "m.gguf", architecture=architecture)).has_rope
     assert not read_model(off("granitehybrid")).has_rope
     assert read_model(off("llama")).has_rope
     assert read_model(off("granitemoe")).has_rope  # its graph does not ask
@@ -502,14 +492,9 @@ def test_split_models(tmp_path: Path) -> None:
     first = write_model(tmp_path / "m-00001-of-00002.gguf", add=shard(0))
     second = write_model(tmp_path / "m-00002-of-00002.gguf", add=shard(1))
     before = second.read_bytes()
-    for call in (read_model, remove_factors, lambda path: write_factors(path, FACTORS)):
-        with pytest.raises(LropeError, match=rf"shard 2 of 2.*{first}"):
-            call(second)
     write_factors(first, FACTORS)
     assert read_factors(first) == STORED and second.read_bytes() == before
     assert read_model(first).shards == 2
-    with pytest.raises(LropeError, match=r"must end in -00001-of-00002\.gguf"):
-        write_factors(first, FACTORS, output=tmp_path / "out.gguf")
     write_factors(first, FACTORS, output=tmp_path / "out-00001-of-00002.gguf")
 
 

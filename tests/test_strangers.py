@@ -14,13 +14,12 @@ from gguf import GGUFWriter
 from support.gguf_fixtures import write_model
 from support.tiny_models import write_readable
 
-from lrope_gguf import LropeError, read_factors, read_model, remove_factors, write_factors
+from lrope_gguf import read_factors, read_model, remove_factors, write_factors
 from lrope_gguf.cli import main
 from lrope_gguf.curve import CurveFile
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.model import Model
 from lrope_search.evaluation.sample_answer import Sample
-from lrope_search.study.store import Study
 from lrope_search.tasks import KeyValueTask
 from lrope_search.tasks.records import read_records
 
@@ -200,14 +199,3 @@ def test_gguf_convert_endian_there_and_back_keeps_factors(tmp_path: Path) -> Non
         subprocess.run([BIN / "gguf-convert-endian", path, order], input="YES\n", text=True, check=True)
         assert read_factors(path) == FACTORS
     assert path.read_bytes() == before
-
-
-def test_two_searches_in_one_study_at_once(tmp_path: Path) -> None:
-    with (
-        Study(tmp_path / "a.study", {"seed": 1}),
-        pytest.raises(LropeError) as error,
-        Study(tmp_path / "a.study", {"seed": 1}),
-    ):
-        pass
-    assert str(tmp_path / "a.study") in str(error.value)
-    Study(tmp_path / "a.study", {"seed": 1}).close()  # which another may have when it is free
