@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from support import llama_direct
 from support.llama_direct import GGML_TYPE_F16, Context
 from support.tiny_models import write_readable
 
+from lrope_gguf.cli import main
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import read_factors, remove_factors, write_factors
@@ -119,9 +122,11 @@ def test_factors_survive_quantizing_and_splitting(model: Path, tmp_path: Path) -
             assert context.get_factors(6) == pytest.approx(FACTORS)
 
 
-def run(arguments: Sequence[object], **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lrope_gguf", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload, no-any-return]
+def run(arguments: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    """A command in this process, which has the library loaded already."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        status = main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess([*map(str, arguments)], status, out.getvalue(), err.getvalue())
 
 
 def lines(path: Path) -> int:
@@ -258,8 +263,8 @@ def test_a_verdict_without_a_gain_has_a_status_of_its_own_if_asked(model: Path, 
 
 
 def test_the_number_of_workers_does_not_matter(model: Path, tmp_path: Path) -> None:
-    outputs = [tmp_path / f"{n}.json" for n in (1, 2, 4)]
-    for n, output in zip((1, 2, 4), outputs, strict=True):
+    outputs = [tmp_path / f"{n}.json" for n in (1, 3)]
+    for n, output in zip((1, 3), outputs, strict=True):
         result = run(["search", model, *SEARCH, "--workers", n, "--output", output])
         assert result.returncode == 0, result.stderr
     assert len({output.read_bytes() for output in outputs}) == 1

@@ -234,7 +234,7 @@ def any_model(
     return path
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     old=st.fixed_dictionaries(
         {CONTEXT: st.just(TRAINED), "llama.block_count": st.just(LAYERS), "x.filler": st.text("xy", max_size=5000)},

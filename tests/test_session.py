@@ -18,7 +18,6 @@ from lrope_search import (
     SearchConfig,
     WorkersConfig,
     estimate,
-    launch,
     measure,
     optimizer_config,
     search,
@@ -75,7 +74,6 @@ def test_progress_is_silenced_or_goes_to_a_function(
     """Nothing of Python, llama.cpp or another process reaches either stream."""
     call(model, tmp_path / "silent", progress=False, workers=WorkersConfig(2))
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setattr(launch, "write_report", lambda summary: "nowhere")  # pictures take seconds
     rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0})
     lines: Lines = []
     call(model, tmp_path / "lines", progress=lines.append)
@@ -93,7 +91,6 @@ def test_a_dry_run_is_a_session_that_is_not_continued(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0})
-    monkeypatch.setattr(launch, "write_report", lambda summary: "nowhere")
     lines: Lines = []
     estimate(model, TASK, SETTINGS, tmp_path / "s", progress=lines.append)
     assert not (tmp_path / "s").exists()
@@ -109,7 +106,6 @@ def test_a_dry_run_is_a_session_that_is_not_continued(
 def test_the_result_is_the_same_however_the_cores_are_divided(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "write_report", lambda summary: "nowhere")
     found, said = [], []
     for fast in ((1, 1), (1, 2), (2, 1)):
         rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0} | {fast: 900.0})

@@ -301,6 +301,7 @@ SETTINGS = SearchConfig(
 CONFIG = {"task": {"name": "kv+mdqa", "parts": {name: {"name": name, "weight": w} for name, w in WEIGHTS.items()}}}
 
 
+@pytest.mark.pictures
 def test_a_search_over_two_tasks_reports_both(tmp_path: Path) -> None:
     outcome = make_study(tmp_path, SETTINGS, evaluator=Two(), config=CONFIG)
     assert outcome.verdict.recommended and outcome.winner is not None
