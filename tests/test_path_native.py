@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,10 +140,17 @@ def wait_for_lines(process: subprocess.Popen[Any], path: Path, wanted: int) -> N
         time.sleep(0.002)
 
 
-def test_a_killed_search_resumes_to_the_same_curve(model: Path, tmp_path: Path) -> None:
-    straight = run(["search", model, *SEARCH, "--output", tmp_path / "straight.json"])
-    assert straight.returncode == 0, straight.stderr
-    assert "unseen contexts" in straight.stdout or "no curve beat" in straight.stdout
+@pytest.fixture(scope="module")
+def straight(model: Path) -> tuple[Path, str]:
+    """The curve of a search that ran without interruption, with its study beside it, and what was said."""
+    output = model.with_name("straight.json")
+    done = run(["search", model, *SEARCH, "--workers", "1", "--output", output])
+    assert done.returncode == 0, done.stderr
+    assert "unseen contexts" in done.stdout or "no curve beat" in done.stdout
+    return output, done.stdout
+
+
+def test_a_killed_search_resumes_to_the_same_curve(model: Path, straight: tuple[Path, str], tmp_path: Path) -> None:
 
     killed = tmp_path / "killed.json"
     evaluations = tmp_path / "killed.study" / "evaluations.jsonl"
@@ -158,8 +166,8 @@ def test_a_killed_search_resumes_to_the_same_curve(model: Path, tmp_path: Path) 
     assert not killed.exists()
     resumed = run(["search", model, *SEARCH, "--output", killed])
     assert resumed.returncode == 0, resumed.stderr
-    assert killed.read_bytes() == (tmp_path / "straight.json").read_bytes()
-    assert resumed.stdout.replace("killed.json", "straight.json") == straight.stdout
+    assert killed.read_bytes() == straight[0].read_bytes()
+    assert resumed.stdout.replace(str(killed), str(straight[0])) == straight[1]
 
     report = run(["report", tmp_path / "killed.study"])
     assert (
@@ -176,8 +184,10 @@ def test_a_dry_run_leaves_nothing(model: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_other_settings_on_a_study_are_refused_with_the_difference(model: Path, tmp_path: Path) -> None:
-    assert run(["search", model, *SEARCH, "--output", tmp_path / "a.json"]).returncode == 0
+def test_other_settings_on_a_study_are_refused_with_the_difference(
+    model: Path, straight: tuple[Path, str], tmp_path: Path
+) -> None:
+    shutil.copytree(straight[0].with_suffix(".study"), tmp_path / "a.study")
     second = run(["search", model, *SEARCH, "--output", tmp_path / "a.json", "--seed", "9"])
     assert second.returncode == 1
     assert "seed" in second.stderr and "0" in second.stderr and "9" in second.stderr
@@ -262,11 +272,10 @@ def test_a_verdict_without_a_gain_has_a_status_of_its_own_if_asked(model: Path, 
     assert required.returncode == 3 and "not recommended" in required.stdout
 
 
-def test_the_number_of_workers_does_not_matter(model: Path, tmp_path: Path) -> None:
-    outputs = [tmp_path / f"{n}.json" for n in (1, 3)]
-    for n, output in zip((1, 3), outputs, strict=True):
-        result = run(["search", model, *SEARCH, "--workers", n, "--output", output])
-        assert result.returncode == 0, result.stderr
+def test_the_number_of_workers_does_not_matter(model: Path, straight: tuple[Path, str], tmp_path: Path) -> None:
+    outputs = [straight[0], tmp_path / "3.json"]
+    result = run(["search", model, *SEARCH, "--workers", "3", "--output", outputs[1]])
+    assert result.returncode == 0, result.stderr
     assert len({output.read_bytes() for output in outputs}) == 1
     scores: dict[str, set[str]] = {}
     for output in outputs:
