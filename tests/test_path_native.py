@@ -26,7 +26,6 @@ from lrope_gguf.cli import main
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import read_factors, remove_factors, write_factors
-from lrope_gguf.native import tool_path
 from lrope_search import ModelConfig, task_config
 from lrope_search.commands.search import at_the_bounds
 from lrope_search.demo.server import LlamaServer
@@ -107,20 +106,6 @@ def test_written_and_removed_factors_leave_the_base_model(model: Path, tmp_path:
         assert np.abs(context.decode(tokens) - base).max() > 0.1
     remove_factors(copy)
     assert copy.read_bytes() == model.read_bytes()
-
-
-def test_factors_survive_quantizing_and_splitting(model: Path, tmp_path: Path) -> None:
-    written, quantized, split = tmp_path / "w.gguf", tmp_path / "q.gguf", tmp_path / "s"
-    write_factors(model, FACTORS, output=written)
-    subprocess.run([tool_path("llama-quantize"), written, quantized, "Q8_0"], check=True, capture_output=True)
-    command = [tool_path("llama-gguf-split"), "--split", "--split-max-tensors", "20", written, split]
-    subprocess.run(command, check=True, capture_output=True)
-    shards = sorted(tmp_path.glob("s-*.gguf"))
-    assert len(shards) > 1
-    for path in (quantized, shards[0]):
-        assert read_factors(path) == pytest.approx(FACTORS)
-        with Context(path) as context:
-            assert context.get_factors(6) == pytest.approx(FACTORS)
 
 
 def run(arguments: Sequence[object]) -> subprocess.CompletedProcess[str]:
