@@ -75,7 +75,7 @@ def kill_and_fail(case: kill_points.Case, folder: Path, every: int, offset: int)
 @pytest.mark.skipif(not kill_points.can_trace(), reason="processes cannot be traced here")
 @pytest.mark.parametrize("name", CASES)
 def test_killed_or_failing_at_system_calls(name: str, tmp_path: Path) -> None:
-    states, problems = kill_and_fail(CASES[name], tmp_path, 13, len(name))
+    states, problems = kill_and_fail(CASES[name], tmp_path, 17, len(name))
     assert not problems
     assert {"old", "new"} <= states
 
