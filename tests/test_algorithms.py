@@ -63,6 +63,11 @@ def play(algorithm: Optimizer, budget: int, score: Callable[[Candidate], Score])
     return told
 
 
+def enough(name: str) -> int:
+    """Evaluations beyond the first generation, which has up to 64; that of `ga` is small, and its surrogate slow."""
+    return 30 if name == "ga" else 75
+
+
 def bumpy(candidate: Candidate) -> Score:
     return 2, Landscape(len(candidate.factors)).log_probability(candidate.factors, 0)
 
@@ -78,7 +83,7 @@ def test_every_algorithm_has_an_example_that_runs() -> None:
 
 
 @NAMES
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n_layer=st.integers(1, 40),
@@ -106,16 +111,16 @@ def test_candidates_are_legal_and_never_repeat(
 
 @NAMES
 def test_same_seed_same_candidates(name: str) -> None:
-    first = play(make_algorithm(optimizer_config(name), 12, seed=3), 75, bumpy)
-    assert play(make_algorithm(optimizer_config(name), 12, seed=3), 75, bumpy) == first
-    assert play(make_algorithm(optimizer_config(name), 12, seed=4), 75, bumpy) != first
+    first = play(make_algorithm(optimizer_config(name), 12, seed=3), enough(name), bumpy)
+    assert play(make_algorithm(optimizer_config(name), 12, seed=3), enough(name), bumpy) == first
+    assert play(make_algorithm(optimizer_config(name), 12, seed=4), enough(name), bumpy) != first
 
 
 @NAMES
 def test_asking_in_vain_changes_nothing(name: str) -> None:
     def pestered(algorithm: Optimizer) -> list[Candidate]:
         asked, pending = [], []
-        while len(asked) < 90:
+        while len(asked) < enough(name):
             candidate = algorithm.ask()
             if candidate is None:
                 assert algorithm.ask() is None and algorithm.ask() is None and not algorithm.should_stop()
@@ -127,12 +132,12 @@ def test_asking_in_vain_changes_nothing(name: str) -> None:
                 assert len(pending) <= algorithm.lag
         return asked
 
-    told = play(make_algorithm(optimizer_config(name), 12, seed=5), 90, bumpy)
+    told = play(make_algorithm(optimizer_config(name), 12, seed=5), enough(name), bumpy)
     assert [c for c, _ in told] == pestered(make_algorithm(optimizer_config(name), 12, seed=5))
 
 
 @NAMES
-@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("workers", [2, 5])
 def test_candidates_do_not_depend_on_which_result_comes_first(name: str, workers: int) -> None:
     """The driver's rule: ask for k when all up to k - lag are told; workers finish in an order nobody foresees."""
     algorithm = make_algorithm(optimizer_config(name), 12, seed=6)
@@ -140,7 +145,7 @@ def test_candidates_do_not_depend_on_which_result_comes_first(name: str, workers
     waiting: list[Candidate] = []  # in order of ids
     done: dict[int, Score] = {}
     order = random.Random(workers)
-    while len(asked) < 50:
+    while len(asked) < enough(name):
         candidate = algorithm.ask() if len(waiting) < algorithm.lag else None
         if candidate is not None:
             asked.append(candidate)
@@ -152,7 +157,7 @@ def test_candidates_do_not_depend_on_which_result_comes_first(name: str, workers
             done[finished.id] = bumpy(finished)
         algorithm.tell(waiting[0], done[waiting[0].id])
         del waiting[0]
-    told = play(make_algorithm(optimizer_config(name), 12, seed=6), 50, bumpy)
+    told = play(make_algorithm(optimizer_config(name), 12, seed=6), enough(name), bumpy)
     assert [c for c, _ in told] == asked
 
 
@@ -175,10 +180,10 @@ def test_scores_are_told_in_order(name: str) -> None:
 def test_global_random_state_is_neither_used_nor_touched(name: str) -> None:
     np.random.seed(1)
     state = np.random.get_state()[1].tolist()
-    first = play(make_algorithm(optimizer_config(name), 8), 40, bumpy)
+    first = play(make_algorithm(optimizer_config(name), 8), 24, bumpy)
     assert np.random.get_state()[1].tolist() == state
     np.random.seed(2)
-    assert play(make_algorithm(optimizer_config(name), 8), 40, bumpy) == first
+    assert play(make_algorithm(optimizer_config(name), 8), 24, bumpy) == first
 
 
 @NAMES
@@ -188,10 +193,10 @@ def test_useless_candidates_do_no_harm(name: str) -> None:
     def score(c: Candidate) -> Score:
         return (1, -math.inf) if max(c.factors) > 1.06 else (2, -abs(sum(c.factors) - 8.2))
 
-    told = play(make_algorithm(optimizer_config(name), 8, seed=1), 120, score)
+    told = play(make_algorithm(optimizer_config(name), 8, seed=1), 100, score)
     best = min(told, key=rank)
     assert max(best[0].factors) <= 1.06 and best[1][1] > -0.12
-    play(make_algorithm(optimizer_config(name), 8, seed=1), 40, lambda c: (1, -math.inf))
+    play(make_algorithm(optimizer_config(name), 8, seed=1), 20, lambda c: (1, -math.inf))
 
 
 @NAMES
@@ -290,7 +295,7 @@ def test_an_abandoned_differential_evolution_leaves_no_thread() -> None:
     assert threads() == before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), degree=st.integers(1, 6), bounds=st.sampled_from(BOUNDS))
 def test_repair_is_idempotent_and_alike_for_one_and_many(
     data: st.DataObject, degree: int, bounds: tuple[float, float]

@@ -13,14 +13,11 @@ from lrope_search.tasks.task import Probe
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("The  Who", "who"),
-        ("An apple, a day;\tthe\nend!", "apple day end"),
-        ("Theatre of A.B. Marx", "theatre of ab marx"),
-        ("A", ""),
-        ("*", ""),
+        ("The  Who", "who"), ("An apple, a day;\tthe\nend!", "apple day end"),
+        ("Theatre of A.B. Marx", "theatre of ab marx"), ("A", ""), ("*", ""),
         ("Wilhelm Conrad Röntgen", "wilhelm conrad röntgen"),
     ],
-)
+)  # fmt: skip
 def test_normalized_texts(text: str, expected: str) -> None:
     assert normalize(text) == expected
 

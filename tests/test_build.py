@@ -110,8 +110,7 @@ def test_a_later_patch_may_change_what_an_earlier_one_left(checkout: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("header", "lacks"),
-    [("int get_stream_id();\n", "get_stream"), ("int get_stream();\nint discarded;\n", "discard")],
+    ("header", "lacks"), [("int get_stream_id();\n", "get_stream"), ("int get_stream();\nint discarded;\n", "discard")]
 )
 def test_a_patch_is_left_out_where_the_source_lacks_what_it_needs(checkout: Path, header: str, lacks: str) -> None:
     """Such as node-llama-cpp's llama.cpp, where the text applies and the code does not compile."""

@@ -25,13 +25,9 @@ Completed = subprocess.CompletedProcess[str]
 
 def run(*arguments: object, **environment: str) -> Completed:
     return subprocess.run(
-        [sys.executable, "-m", "lrope_gguf", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=60,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment,
-    )
+        [sys.executable, "-m", "lrope_gguf", *map(str, arguments)], capture_output=True, text=True, encoding="utf-8",
+        timeout=60, env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment,
+    )  # fmt: skip
 
 
 def call(*arguments: object) -> Completed:
@@ -69,16 +65,7 @@ def test_write_show_remove_as_a_program(model: Path) -> None:
     shown = run("show", model)
     assert shown.returncode == 0 and "▄█▁▄  0.8 to 1.25" in shown.stdout and shown.stderr == ""
     assert run("remove", model).returncode == 0 and model.read_bytes() == original
-    assert run("bake").returncode == 2
-
-
-def test_usage_errors() -> None:
-    for arguments, message in [
-        ((), "give a command"),
-        (("bake",), "No such command 'bake'"),
-        (("show",), "MODEL"),
-        (("write", "m.gguf"), "one of the arguments --curve --factors --uniform is required"),
-    ]:
+    for arguments, message in (((), "give a command"), (("bake",), "No such command 'bake'"), (("show",), "MODEL")):
         done = call(*arguments)
         assert done.returncode == 2 and message in done.stderr and done.stdout == ""
 
@@ -182,21 +169,15 @@ BAD, FULL = "lrope-gguf: standard output: Bad file descriptor", "No space left o
 STREAMS = [
     # redirection, command, status, and what the other stream says
     (">&-", "show m.gguf", 1, BAD),
-    (">&-", "show m.gguf --json", 1, BAD),
-    (">&-", "write m.gguf --uniform 1.5", 1, BAD),
     (">&-", "--help", 1, BAD),
-    (">&-", "remove m.gguf --quiet", 0, ""),  # says nothing
     (">/dev/full", "show m.gguf", 1, FULL),
     (">/dev/full", "write m.gguf --uniform 1.5", 1, FULL),
     ("2>&-", "show m.gguf", 0, "512 tokens"),
-    ("2>&-", "show none", 1, ""),
     ("2>&-", "write m.gguf", 2, ""),
-    (">&-", "eval --help", 1, "Bad file descriptor"),
     ("2>/dev/full", "show none", 1, ""),
     ("<&-", "write m.gguf --uniform 1.1 --dry-run", 0, "would be"),
     (">&- 2>&-", "show m.gguf", 1, ""),
     (">&- 2>&- <&-", "write m.gguf --uniform 2 --quiet", 0, ""),
-    (">&- 2>&- <&-", "remove m.gguf --quiet", 0, ""),
 ]
 
 
@@ -213,13 +194,6 @@ def test_closed_and_full_streams(model: Path, redirection: str, command: str, st
         assert (read_factors(model) or ())[0] in (1.5, 2)
         main(["remove", str(model), "--quiet"])
     assert model.read_bytes() == original
-
-
-def test_a_terminal_without_unicode(model: Path) -> None:
-    run("write", model, "--factors", "1,1.25,0.8,1")
-    done = run("show", model, PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and "?" not in done.stdout and "1.25" in done.stdout
-    assert "layer factors   ~#_~  0.8 to 1.25" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
@@ -289,14 +263,9 @@ def in_shell(bench: Path, *command: str) -> Completed:
 def test_completion_in_bash(bench: Path) -> None:
     files = {"<default>"}  # that bash completes itself
     cases = {
-        "": set(COMMANDS),
-        "s": {"show", "search"},
-        "show ": files,
-        "show --": {"--help", "--json", "--plot"},
-        "write m --curve ": files,
-        "write m --factors ": set(),
-        "search m --task m": {"mdqa", "multikey"},
-    }
+        "": set(COMMANDS), "s": {"show", "search"}, "show ": files, "show --": {"--help", "--json", "--plot"},
+        "write m --curve ": files, "write m --factors ": set(), "search m --task m": {"mdqa", "multikey"},
+    }  # fmt: skip
     code = (
         'eval "$(_LROPE_GGUF_COMPLETE=bash_source lrope-gguf)"; compopt() { COMPREPLY+=("<$2>"); };'
         'for line in "$@"; do COMP_WORDS=(lrope-gguf $line); [[ $line =~ " "$ || -z $line ]] && COMP_WORDS+=("");'

@@ -11,7 +11,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.interpolate import BPoly
 from scipy.optimize import brentq
@@ -144,7 +144,6 @@ def test_brackets_in_strings_are_no_depth() -> None:
     assert CurveFile.loads(json.dumps(document), "x").provenance == document["provenance"]
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
 def test_loading_anything_raises_nothing_else(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "anything.json"
@@ -164,7 +163,6 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=40)
 @given(
     control_points(),
     st.none() | st.text(),

@@ -1,8 +1,8 @@
-"""The true main job, end to end on the embedded model: search, write, serve, quantize, split and merge."""
+"""The true main job, end to end on the embedded model: `lrope-gguf demo`, then quantize, split and merge."""
 
 from __future__ import annotations
 
-import shutil
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from support.llama_direct import Context
 from support.rope_reference import Config, Reference, Rope, rms_error
 
-from lrope_gguf import read_factors, write_factors
+from lrope_gguf import read_factors
+from lrope_gguf.cli import main
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.native import tool_path
 from lrope_search import ModelConfig, SearchConfig, optimizer_config, search, task_config
@@ -32,56 +33,72 @@ TRAINED, LONG = 48, 120  # pairs
 N_LAYER = 4
 BASE = (1.0,) * N_LAYER
 UNIFORM = (0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
-SEARCH = ["--set", "kv.identifiers=word", "--keys", str(LONG), "--set", "kv.probes=40", "--set", "ga.width=0.3",
-          "--max-kl", "100",
-          "--threads", "1", "--max-evaluations", "60", "--set", "search_contexts=3",
-          "--set", "validation_contexts=6", "--set", "test_contexts=12"]  # fmt: skip
 N_UNSEEN = 8
 UNSEEN = 99  # a seed that the search does not have
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("embedded")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of `lrope-gguf demo`, whose search all tests share, and what it said."""
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "lrope_gguf", "demo", "--dir", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(demo: tuple[Path, str]) -> Path:
+    return demo[0]
 
 
 @pytest.fixture(scope="module")
 def base(folder: Path) -> Path:
-    return Path(shutil.copyfile(embedded_model(), folder / "base.gguf"))
+    return folder / "lrope-kv.gguf"
 
 
 @pytest.fixture(scope="module")
-def curve(base: Path, folder: Path) -> CurveFile:
-    output = folder / "best.json"
-    command = [sys.executable, "-m", "lrope_gguf", "search", str(base), *SEARCH, "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return CurveFile.load(output)
+def curve(folder: Path) -> CurveFile:
+    return CurveFile.load(folder / "lrope-kv.json")
 
 
 @pytest.fixture(scope="module")
-def written(base: Path, curve: CurveFile, folder: Path) -> Path:
-    path = folder / "written.gguf"
-    write_factors(base, curve.factors_for(N_LAYER), curve_json=curve.dumps(compact=True), output=path)
-    return path
+def written(folder: Path) -> Path:
+    return folder / "lrope-kv-lrope.gguf"
 
 
-def test_a_python_call_is_the_same_search(base: Path, curve: CurveFile, folder: Path) -> None:
+def test_the_demo_shows_a_gain_over_base_and_uniform_interpolation(
+    demo: tuple[Path, str], base: Path, curve: CurveFile, written: Path
+) -> None:
+    folder, said = demo
+    found = re.search(r"^gain ([\d.]+) points \[([\d.]+), .*; ([\d.]+) points \[([\d.]+), .* above it", said, re.M)
+    assert found is not None, said
+    assert all(float(number) > 5.0 for number in found.groups())
+    over_http = {name: int(n) for name, n in re.findall(r"^(base|written) .* (\d+)/240$", said, re.M)}
+    assert over_http["written"] > over_http["base"] + 24
+    assert read_factors(written) == pytest.approx(curve.factors_for(4))
+    assert read_factors(base) is None
+    assert (folder / "lrope-kv.study" / "report.html").is_file()
+    assert (folder / "lrope-kv.png").is_file()
+
+
+def test_a_python_call_is_the_same_search(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "best.json"
+    command = ["--keys", "24", "--threads", "1", "--max-evaluations", "10", "--max-kl", "100", "--output"]
+    sets = ("kv.identifiers=word", "kv.probes=6", "ga.width=0.3", "ga.population=8", "search_contexts=1",
+            "validation_contexts=2", "test_contexts=6")  # fmt: skip
+    assert main(["search", str(base), *command, str(output), *(f"--set={name}" for name in sets)]) == 0
     outcome = search(
         ModelConfig(str(base), n_threads=1),
-        task_config("kv", identifiers="word", keys=LONG, probes=40),
+        task_config("kv", identifiers="word", keys=24, probes=6),
         SearchConfig(
-            algorithm=optimizer_config("ga", width=0.3),
-            max_kl=100.0,
-            max_evaluations=60,
-            search_contexts=3,
-            validation_contexts=6,
-            test_contexts=12,
+            algorithm=optimizer_config("ga", width=0.3, population=8), max_kl=100.0, max_evaluations=10,
+            search_contexts=1, validation_contexts=2, test_contexts=6,
         ),
-        folder / "python.study",
-    )
-    assert outcome.best.dumps() == curve.dumps()
-    assert outcome.verdict.recommended
+        tmp_path / "python.study",
+        progress=False,
+    )  # fmt: skip
+    assert outcome.best == CurveFile.load(output)
 
 
 def accuracy(path: Path, sides: Sequence[Sequence[float]], split: str = "test", n: int = N_UNSEEN) -> list[float]:

@@ -6,7 +6,6 @@ import gzip
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -596,31 +595,3 @@ def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert document["probes"] == 15
     assert main([*command, "--contexts", "4"]) == 1
     assert "of its 10 records 3 are for test" in capsys.readouterr().err
-
-
-@native
-@pytest.mark.parametrize(
-    ("options", "status", "message"),
-    [
-        (["--factors", "1,1,1"], 1, "--factors: .*: 3 factors for a model of 6 layers"),
-        (["--factors", "1,1,1,0,1,1"], 1, "refused by llama.cpp"),
-        (["--factors", "1,a"], 2, "not a list of numbers"),
-        (["--keys", "0"], 1, "--keys 0: too small; give at least 1"),
-        (["--keys", "5", "--set", "kv.probes=11"], 1, "--keys 5: too few for 11 probes"),
-        (["--curve", "none.json"], 1, "none.json"),
-    ],
-)
-def test_eval_refuses_bad_options_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], status: int, message: str
-) -> None:
-    path = write_readable(tmp_path / "model.gguf")
-    try:
-        result = main(["eval", str(path), "--threads", "1", *options])
-    except SystemExit as error:
-        result = int(error.code or 0)
-    out, err = capsys.readouterr()
-    assert (result, out) == (status, "")
-    assert re.search(message, err)
-    assert "Traceback" not in err
-    if status == 1:
-        assert len(err.strip().splitlines()) == 1

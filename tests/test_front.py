@@ -23,7 +23,7 @@ from lrope_search.scores import GUARD, DivergenceScore
 from lrope_search.study.conclude import SearchOutcome
 from lrope_search.study.plan import planned_evaluations
 
-SETTINGS = SearchConfig(seed=3, max_evaluations=120, search_contexts=2, validation_contexts=4, test_contexts=12)
+SETTINGS = SearchConfig(seed=3, max_evaluations=60, search_contexts=2, validation_contexts=4, test_contexts=12)
 
 
 class Sensitive(Landscape):
@@ -101,6 +101,7 @@ def test_the_limit_chooses_on_the_front(free: tuple[Path, SearchOutcome], tmp_pa
     assert len(gains) >= 2 and gains == sorted(gains, reverse=True)
 
 
+@pytest.mark.pictures
 def test_it_is_shown_in_text_and_picture(free: tuple[Path, SearchOutcome], tmp_path: Path) -> None:
     directory, outcome = free
     assert outcome.winner is not None
@@ -119,6 +120,7 @@ def test_it_is_shown_in_text_and_picture(free: tuple[Path, SearchOutcome], tmp_p
     assert sum(point["front"] for point in summary.json()["front"]) == len(summary.front.best)
 
 
+@pytest.mark.pictures
 def test_kl_that_is_no_number(tmp_path: Path) -> None:
     class Broken(Sensitive):
         limit = 0.01

@@ -339,12 +339,11 @@ def listed(item: bytes) -> bytes:
 @pytest.mark.parametrize(
     "provenance",
     [
-        *(listed(b"[]"), listed(b"[" * 28 + b"]" * 28), listed(b"{}"), listed(b'{"":{"":{}}}'), listed(b"1.5")),
-        *(listed(b'""'), b"{" + b",".join(b'"%x":{}' % i for i in range(ROOM // 11)) + b"}"),
+        *(listed(b"[]"), listed(b"[" * 28 + b"]" * 28), listed(b'{"":{"":{}}}'), listed(b'""')),
         b'"' + ("\U0001f600" * (ROOM // 4 - 1)).encode() + b'"',
         b'1}, "layer_factors": [' + b",".join([b"1.5"] * 1000) + b"]",
     ],
-    ids=["lists", "deep", "objects", "deep objects", "numbers", "strings", "keys", "text", "damaged"],
+    ids=["lists", "deep", "deep objects", "strings", "text", "damaged"],
 )
 def test_show_takes_little_memory_whatever_the_curve_holds(tmp_path: Path, provenance: bytes) -> None:
     """The whole process, interpreter included."""

@@ -35,9 +35,9 @@ def script(path: Path, text: str) -> Path:
 
 
 def launcher(path: Path, name: str = "llama-server") -> Path:
-    """What pip makes of an entry point."""
+    """What pip makes of an entry point; without site-packages, whose hook for an editable installation comes first."""
     function = name.replace("-", "_")
-    return script(path, f"#!{sys.executable}\nfrom lrope_gguf.native import {function}\n{function}()\n")
+    return script(path, f"#!{sys.executable} -S\nfrom lrope_gguf.native import {function}\n{function}()\n")
 
 
 def tool(path: Path) -> Path:

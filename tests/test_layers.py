@@ -54,13 +54,13 @@ def play(optimizer: Optimizer, n: int, landscape: Landscape, lag: int) -> list[t
 @pytest.mark.parametrize("lag", [1, 8])
 def test_a_gain_of_few_layers_is_found_where_a_curve_finds_none(curve: CurveSpace | None, lag: int) -> None:
     space = LayerSpace(N_LAYER, range(N_LAYER), curve=curve)
-    found = max(score for _, (_, score) in play(GeneticAlgorithm(space, seed=3, lag=lag), 90, sparse, lag))
+    told = play(GeneticAlgorithm(space, seed=3, lag=lag), 90, sparse, lag)
+    found = max(score for _, (_, score) in told)
     smooth = max(
         score for _, (_, score) in play(GeneticAlgorithm(CurveSpace(N_LAYER), seed=3, lag=lag), 90, sparse, lag)
     )
     assert found > 0.033 > 0.02 > smooth
-    again = play(GeneticAlgorithm(space, seed=3, lag=lag), 90, sparse, lag)
-    assert again == play(GeneticAlgorithm(space, seed=3, lag=lag), 90, sparse, lag)
+    assert told == play(GeneticAlgorithm(space, seed=3, lag=lag), 90, sparse, lag)
 
 
 LATE = 0.5 / (1.0 + np.exp(-(np.linspace(0.0, 1.0, N_LAYER) - 0.6) / 0.08))

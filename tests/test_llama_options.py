@@ -63,11 +63,8 @@ def test_wrong_values_are_named(settings: dict[str, Any], message: str) -> None:
 def test_settings_that_come_to_the_same_are_the_same() -> None:
     assert ModelConfig("m").llama_options() == {}
     defaults: dict[str, Any] = {
-        "rope_freq_base": 0.0,
-        "yarn_orig_ctx": 0,
-        "yarn_ext_factor": -1.0,
-        "yarn_beta_fast": -1.0,
-    }
+        "rope_freq_base": 0.0, "yarn_orig_ctx": 0, "yarn_ext_factor": -1.0, "yarn_beta_fast": -1.0,
+    }  # fmt: skip
     assert ModelConfig("m", **defaults, cache_type_k="f16").llama_options() == {}
     scale = ModelConfig("m", rope_scale=4.0, cache_type_v="q8_0")
     assert scale.llama_options() == {"rope_freq_scale": 0.25, "cache_type_v": "q8_0"}
@@ -143,9 +140,7 @@ def test_a_stretched_context_is_trained_length(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        (["--set", "rope_scaling=longrope"], "--set rope_scaling=longrope: unknown; choose from none, linear, yarn"),
-    ],
+    [(["--set", "rope_scaling=longrope"], "--set rope_scaling=longrope: unknown; choose from none, linear, yarn")],
 )
 @pytest.mark.parametrize("command", ["search", "eval"])
 def test_mistakes_are_said_before_the_model_is_loaded(

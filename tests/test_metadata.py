@@ -65,11 +65,8 @@ def test_the_gguf_package_reads_our_keys_and_all_others(model: Path) -> None:
     assert GGUFReader(model).fields[KEY].types == [GGUFValueType.ARRAY, GGUFValueType.FLOAT32]
     assert tuple(after.pop(KEY)) == STORED  # type: ignore[arg-type]
     assert json.loads(after.pop("lrope.curve")) == {  # type: ignore[arg-type]
-        "format": "lrope-curve",
-        "version": 1,
-        "layer_factors": list(FACTORS),
-        "architecture": "llama",
-    }
+        "format": "lrope-curve", "version": 1, "layer_factors": list(FACTORS), "architecture": "llama",
+    }  # fmt: skip
     assert list(after) == list(before)
     after["GGUF.kv_count"] -= 2  # type: ignore[operator]
     assert after == before
@@ -78,19 +75,13 @@ def test_the_gguf_package_reads_our_keys_and_all_others(model: Path) -> None:
 
 
 GENERATED = {
-    GGUFValueType.UINT8: st.integers(0, 2**8 - 1),
-    GGUFValueType.INT8: st.integers(-(2**7), 2**7 - 1),
-    GGUFValueType.UINT16: st.integers(0, 2**16 - 1),
-    GGUFValueType.INT16: st.integers(-(2**15), 2**15 - 1),
-    GGUFValueType.UINT32: st.integers(0, 2**32 - 1),
-    GGUFValueType.INT32: st.integers(-(2**31), 2**31 - 1),
-    GGUFValueType.FLOAT32: st.floats(width=32),
-    GGUFValueType.UINT64: st.integers(0, 2**64 - 1),
-    GGUFValueType.INT64: st.integers(-(2**63), 2**63 - 1),
-    GGUFValueType.FLOAT64: st.floats(),
-    GGUFValueType.BOOL: st.booleans(),
-    GGUFValueType.STRING: st.text(max_size=20),
-}
+    GGUFValueType.UINT8: st.integers(0, 2**8 - 1), GGUFValueType.INT8: st.integers(-(2**7), 2**7 - 1),
+    GGUFValueType.UINT16: st.integers(0, 2**16 - 1), GGUFValueType.INT16: st.integers(-(2**15), 2**15 - 1),
+    GGUFValueType.UINT32: st.integers(0, 2**32 - 1), GGUFValueType.INT32: st.integers(-(2**31), 2**31 - 1),
+    GGUFValueType.FLOAT32: st.floats(width=32), GGUFValueType.UINT64: st.integers(0, 2**64 - 1),
+    GGUFValueType.INT64: st.integers(-(2**63), 2**63 - 1), GGUFValueType.FLOAT64: st.floats(),
+    GGUFValueType.BOOL: st.booleans(), GGUFValueType.STRING: st.text(max_size=20),
+}  # fmt: skip
 
 
 @st.composite
@@ -113,13 +104,9 @@ def random_keys(draw: st.DrawFn) -> Callable[[GGUFWriter], None]:
 
 @settings(deadline=None, max_examples=15)
 @given(
-    add=random_keys(),
-    big_endian=st.booleans(),
-    alignment=st.none() | st.sampled_from([8, 16, 64, 256, 4096, 16384]),
-    tensors=st.integers(0, 4),
-    seed=st.integers(0, 5),
-    data=st.data(),
-)
+    add=random_keys(), big_endian=st.booleans(), alignment=st.none() | st.sampled_from([8, 16, 64, 256, 4096, 16384]),
+    tensors=st.integers(0, 4), seed=st.integers(0, 5), data=st.data(),
+)  # fmt: skip
 def test_round_trip_of_any_file(
     tmp_path_factory: pytest.TempPathFactory,
     add: Callable[[GGUFWriter], None],
@@ -389,10 +376,6 @@ def test_interrupted_copy(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_write_protected_places(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = model.read_bytes()
-    with pytest.raises(LropeError, match="its directory does not exist"):
-        write_factors(model, FACTORS, output=model.parent / "no" / "o.gguf")
-    with pytest.raises(LropeError, match="is a directory"):
-        write_factors(model, FACTORS, output=model.parent)
     with pytest.raises(LropeError, match=r"Permission denied.*check the permissions"):
         monkeypatch.setattr(os, "open", fail_with(errno.EACCES))
         write_factors(model, FACTORS)
@@ -480,19 +463,13 @@ def test_a_search_s_document_fits_a_model_with_multi_token_prediction_layers(tmp
     assert main(["show", str(model)]) == 0
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "mamba", "rwkv7", "t5", "bert", "jina-bert-v2", "starcoder"])
-def test_models_without_rope_are_refused(tmp_path: Path, architecture: str) -> None:
-    model = write_model(tmp_path / "m.gguf", architecture=architecture)
-    assert not read_model(model).has_rope
-    with pytest.raises(LropeError, match=f"has no RoPE .architecture '{architecture}'"):
-        write_factors(model, FACTORS)
-
-
-def test_switched_off_rope(tmp_path: Path) -> None:
+def test_models_without_rope(tmp_path: Path) -> None:
     def off(architecture: str) -> Path:
         key = f"{architecture}.rope.scaling.finetuned"
         return write_model(tmp_path / "m.gguf", architecture=architecture, add=lambda w: w.add_bool(key, False))
 
+    for architecture in ("gpt2", "bloom", "mamba", "rwkv7", "t5", "bert", "jina-bert-v2", "starcoder"):
+        assert not read_model(write_model(tmp_path / "m.gguf", architecture=architecture)).has_rope
     assert not read_model(off("granitehybrid")).has_rope
     assert read_model(off("llama")).has_rope
     assert read_model(off("granitemoe")).has_rope  # its graph does not ask
@@ -515,14 +492,9 @@ def test_split_models(tmp_path: Path) -> None:
     first = write_model(tmp_path / "m-00001-of-00002.gguf", add=shard(0))
     second = write_model(tmp_path / "m-00002-of-00002.gguf", add=shard(1))
     before = second.read_bytes()
-    for call in (read_model, remove_factors, lambda path: write_factors(path, FACTORS)):
-        with pytest.raises(LropeError, match=rf"shard 2 of 2.*{first}"):
-            call(second)
     write_factors(first, FACTORS)
     assert read_factors(first) == STORED and second.read_bytes() == before
     assert read_model(first).shards == 2
-    with pytest.raises(LropeError, match=r"must end in -00001-of-00002\.gguf"):
-        write_factors(first, FACTORS, output=tmp_path / "out.gguf")
     write_factors(first, FACTORS, output=tmp_path / "out-00001-of-00002.gguf")
 
 

@@ -336,15 +336,6 @@ def test_the_library_refuses_what_is_singular(fold: Json, tmp_path: Path) -> Non
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("factors", [[1.0, 2.0], [1.0] * 4, [1.0, 0.0, 1.0], [1.0, math.nan, 1.0], [1.0, 1025.0, 1.0]])
-def test_the_library_refuses_other_lists(factors: list[float], tmp_path: Path) -> None:
-    model = tiny(ROTATIONS[0], [1.0] * 3)
-    with errors() as logged, pytest.raises(OSError, match="not loaded"):
-        Context(model.write(tmp_path / "model.gguf", factors))
-    assert "layer_factors" in "".join(logged)
-
-
-@pytest.mark.native
 @pytest.mark.parametrize("factor", [0.5, 1025.0, math.nan])
 def test_the_library_refuses_other_dynamic_factors(factor: float, tmp_path: Path) -> None:
     model = tiny(DYNAMIC[0] | {"rope": DYNAMIC[0]["rope"] | {"factor": factor}}, [1.0])

@@ -122,17 +122,9 @@ def test_a_draft_model_keeps_its_own(model: Path) -> None:
 BAD: dict[str, tuple[str, Sequence[str]]] = {
     "short": ("1,1.2", ["has 2 factors, but the model has 6 layers"]),
     "zero": ("1,1,0,1,1,1", ["bad factor for layer 2: 0"]),
-    "negative": ("1,1,1,1,1,-1", ["bad factor for layer 5: -1"]),
-    "no number": ("1,1,1,1,1,1-2", ["parse error"]),
-    "empty item": ("1,1,,1,1,1", ["parse error"]),
     "no file": ("missing.json", ["neither a list of numbers such as 1,1.05,0.98 nor a file that can be read"]),
-    "no JSON number": ("1,1,1,1,1,1_0", ["neither a list of numbers"]),
-    "no json": ("{", ["parse error"]),
-    "no curve": ('{"a": 1}', ["not a curve file"]),
     "nothing in it": (document(layer_factors=...), ["has no layer_factors; lrope-gguf write MODEL"]),
-    "text": (document(layer_factors=["a"] * 6), ["layer_factors must be a list of numbers"]),
     "other architecture": (document(architecture="gemma3"), ["another model", "llama, 6 layers"]),
-    "other size": (document(block_count=7), ["another model", "llama, 6 layers"]),
     "a curve alone": (
         curved(factors=...),
         [

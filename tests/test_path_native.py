@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,10 @@ from support import llama_direct
 from support.llama_direct import GGML_TYPE_F16, Context
 from support.tiny_models import write_readable
 
+from lrope_gguf.cli import main
 from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.metadata import read_factors, remove_factors, write_factors
-from lrope_gguf.native import tool_path
 from lrope_search import ModelConfig, task_config
 from lrope_search.commands.search import at_the_bounds
 from lrope_search.demo.server import LlamaServer
@@ -105,23 +108,11 @@ def test_written_and_removed_factors_leave_the_base_model(model: Path, tmp_path:
     assert copy.read_bytes() == model.read_bytes()
 
 
-def test_factors_survive_quantizing_and_splitting(model: Path, tmp_path: Path) -> None:
-    written, quantized, split = tmp_path / "w.gguf", tmp_path / "q.gguf", tmp_path / "s"
-    write_factors(model, FACTORS, output=written)
-    subprocess.run([tool_path("llama-quantize"), written, quantized, "Q8_0"], check=True, capture_output=True)
-    command = [tool_path("llama-gguf-split"), "--split", "--split-max-tensors", "20", written, split]
-    subprocess.run(command, check=True, capture_output=True)
-    shards = sorted(tmp_path.glob("s-*.gguf"))
-    assert len(shards) > 1
-    for path in (quantized, shards[0]):
-        assert read_factors(path) == pytest.approx(FACTORS)
-        with Context(path) as context:
-            assert context.get_factors(6) == pytest.approx(FACTORS)
-
-
-def run(arguments: Sequence[object], **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lrope_gguf", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload, no-any-return]
+def run(arguments: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    """A command in this process, which has the library loaded already."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        status = main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess([*map(str, arguments)], status, out.getvalue(), err.getvalue())
 
 
 def lines(path: Path) -> int:
@@ -134,10 +125,17 @@ def wait_for_lines(process: subprocess.Popen[Any], path: Path, wanted: int) -> N
         time.sleep(0.002)
 
 
-def test_a_killed_search_resumes_to_the_same_curve(model: Path, tmp_path: Path) -> None:
-    straight = run(["search", model, *SEARCH, "--output", tmp_path / "straight.json"])
-    assert straight.returncode == 0, straight.stderr
-    assert "unseen contexts" in straight.stdout or "no curve beat" in straight.stdout
+@pytest.fixture(scope="module")
+def straight(model: Path) -> tuple[Path, str]:
+    """The curve of a search that ran without interruption, with its study beside it, and what was said."""
+    output = model.with_name("straight.json")
+    done = run(["search", model, *SEARCH, "--workers", "1", "--output", output])
+    assert done.returncode == 0, done.stderr
+    assert "unseen contexts" in done.stdout or "no curve beat" in done.stdout
+    return output, done.stdout
+
+
+def test_a_killed_search_resumes_to_the_same_curve(model: Path, straight: tuple[Path, str], tmp_path: Path) -> None:
 
     killed = tmp_path / "killed.json"
     evaluations = tmp_path / "killed.study" / "evaluations.jsonl"
@@ -153,8 +151,8 @@ def test_a_killed_search_resumes_to_the_same_curve(model: Path, tmp_path: Path) 
     assert not killed.exists()
     resumed = run(["search", model, *SEARCH, "--output", killed])
     assert resumed.returncode == 0, resumed.stderr
-    assert killed.read_bytes() == (tmp_path / "straight.json").read_bytes()
-    assert resumed.stdout.replace("killed.json", "straight.json") == straight.stdout
+    assert killed.read_bytes() == straight[0].read_bytes()
+    assert resumed.stdout.replace(str(killed), str(straight[0])) == straight[1]
 
     report = run(["report", tmp_path / "killed.study"])
     assert (
@@ -171,8 +169,10 @@ def test_a_dry_run_leaves_nothing(model: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_other_settings_on_a_study_are_refused_with_the_difference(model: Path, tmp_path: Path) -> None:
-    assert run(["search", model, *SEARCH, "--output", tmp_path / "a.json"]).returncode == 0
+def test_other_settings_on_a_study_are_refused_with_the_difference(
+    model: Path, straight: tuple[Path, str], tmp_path: Path
+) -> None:
+    shutil.copytree(straight[0].with_suffix(".study"), tmp_path / "a.study")
     second = run(["search", model, *SEARCH, "--output", tmp_path / "a.json", "--seed", "9"])
     assert second.returncode == 1
     assert "seed" in second.stderr and "0" in second.stderr and "9" in second.stderr
@@ -188,15 +188,11 @@ def test_other_settings_on_a_study_are_refused_with_the_difference(model: Path, 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--set", "search_contexts=0"],
-        ["--set", "bounds=2,4"],
-        ["--set", "finalists=0"],
-        ["--set", "ga.population=9", "--set", "algorithm=random"],
-        ["--set", "guard_text=none.txt"],
-        ["--workers", "100000"],
-        ["--start", "none.json"],
+        ["--set", "search_contexts=0"], ["--set", "bounds=2,4"], ["--set", "finalists=0"],
+        ["--set", "ga.population=9", "--set", "algorithm=random"], ["--set", "guard_text=none.txt"],
+        ["--workers", "100000"], ["--start", "none.json"],
     ],
-)
+)  # fmt: skip
 def test_search_refuses_bad_options_in_one_line(arguments: list[str], model: Path, tmp_path: Path) -> None:
     result = run(["search", model, *SEARCH, *arguments, "--output", tmp_path / "b.json"])
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
@@ -261,11 +257,10 @@ def test_a_verdict_without_a_gain_has_a_status_of_its_own_if_asked(model: Path, 
     assert required.returncode == 3 and "not recommended" in required.stdout
 
 
-def test_the_number_of_workers_does_not_matter(model: Path, tmp_path: Path) -> None:
-    outputs = [tmp_path / f"{n}.json" for n in (1, 2, 4)]
-    for n, output in zip((1, 2, 4), outputs, strict=True):
-        result = run(["search", model, *SEARCH, "--workers", n, "--output", output])
-        assert result.returncode == 0, result.stderr
+def test_the_number_of_workers_does_not_matter(model: Path, straight: tuple[Path, str], tmp_path: Path) -> None:
+    outputs = [straight[0], tmp_path / "3.json"]
+    result = run(["search", model, *SEARCH, "--workers", "3", "--output", outputs[1]])
+    assert result.returncode == 0, result.stderr
     assert len({output.read_bytes() for output in outputs}) == 1
     scores: dict[str, set[str]] = {}
     for output in outputs:

@@ -22,27 +22,10 @@ ROOT = Path(__file__).parent.parent
 CURVE = '{"format": "lrope-curve", "version": 1, "layer_factors": [1, 1.2, 1.1, 1]}'
 
 NAMES = [
-    "plain",
-    "two words",
-    "it's",
-    'say "so"',
-    "$HOME `id` $(id)",
-    "a;b&c|d>e",
-    "back\\slash",
-    "*?[a]",
-    "~",
-    "!x",
-    "#x",
-    "é ü 漢",
-    "esc\x1b[31mred",
-    "new\nline",
-    "tab\tbell\x07",
-    "quote' and \x1b",
-    "octal\x1b7",
-    "bidi\u202egnp",
-    "latin1 \udce9",
-    "-dash",
-]
+    "plain", "two words", "it's", 'say "so"', "$HOME `id` $(id)", "a;b&c|d>e", "back\\slash", "*?[a]", "~", "!x",
+    "#x", "é ü 漢", "esc\x1b[31mred", "new\nline", "tab\tbell\x07", "quote' and \x1b", "octal\x1b7", "bidi\u202egnp",
+    "latin1 \udce9", "-dash",
+]  # fmt: skip
 """Of folders and files."""
 
 
@@ -94,27 +77,15 @@ def test_what_a_report_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 ODD = "x\x1b]owned\x07\x1b[31m\x9b\u202e"
 COMMANDS = [
-    ("show {}.gguf", 0),
-    ("show none{}.gguf", 1),
-    ("show you/none{}", 1),
-    ("write {}.gguf --curve {}.json", 0),
-    ("write {}.gguf --curve {}.json --dry-run", 0),
-    ("write {}.gguf --curve none{}.json", 1),
-    ("write {}.gguf --curve {}.gguf", 1),
-    ("write {}.gguf --uniform 1.1 --output none{}/o.gguf", 1),
+    ("show {}.gguf", 0), ("show none{}.gguf", 1), ("show you/none{}", 1), ("write {}.gguf --curve {}.json", 0),
+    ("write {}.gguf --curve {}.json --dry-run", 0), ("write {}.gguf --curve none{}.json", 1),
+    ("write {}.gguf --curve {}.gguf", 1), ("write {}.gguf --uniform 1.1 --output none{}/o.gguf", 1),
     ("write {}.gguf --uniform 1.1 --preset {}.ini", 0),
-    ("write {}.gguf --uniform 1.1 --preset {}.ini --preset-name {}", 1),
-    ("write {}.gguf --uniform {}", 2),
-    ("write {}.gguf --{}", 2),
-    ("{}", 2),
-    ("remove {}.gguf", 0),
-    ("search {}.gguf --output {}.gguf", 1),
-    ("search {}.gguf --data none{}", 1),
-    ("search {}.gguf --start {}.gguf", 1),
-    ("eval {}.gguf --task {}", 1),
-    ("eval {}.gguf --curve none{}", 1),
-    ("report {}", 1),
-]
+    ("write {}.gguf --uniform 1.1 --preset {}.ini --preset-name {}", 1), ("write {}.gguf --uniform {}", 2),
+    ("write {}.gguf --{}", 2), ("{}", 2), ("remove {}.gguf", 0), ("search {}.gguf --output {}.gguf", 1),
+    ("search {}.gguf --data none{}", 1), ("search {}.gguf --start {}.gguf", 1), ("eval {}.gguf --task {}", 1),
+    ("eval {}.gguf --curve none{}", 1), ("report {}", 1),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("command", "status"), COMMANDS)

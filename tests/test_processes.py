@@ -27,14 +27,9 @@ from lrope_search.workers.processes import ProcessExecutor
 from lrope_search.workers.protocol import Executor, LocalExecutor
 
 SETTINGS = SearchConfig(
-    seed=4,
-    max_evaluations=24,
-    search_contexts=2,
-    racing_fraction=0.5,
-    validation_contexts=2,
-    test_contexts=6,
+    seed=4, max_evaluations=24, search_contexts=2, racing_fraction=0.5, validation_contexts=2, test_contexts=6,
     finalists=2,
-)
+)  # fmt: skip
 JOBS = [Job((1.0 + i / 100.0,) * 12, "search", i) for i in range(12)]
 
 

@@ -27,14 +27,9 @@ from lrope_search.workers.ray_cluster import RayExecutor
 
 pytestmark = pytest.mark.slow
 SETTINGS = SearchConfig(
-    seed=4,
-    max_evaluations=24,
-    search_contexts=2,
-    racing_fraction=0.5,
-    validation_contexts=2,
-    test_contexts=6,
+    seed=4, max_evaluations=24, search_contexts=2, racing_fraction=0.5, validation_contexts=2, test_contexts=6,
     finalists=2,
-)
+)  # fmt: skip
 
 
 def search(directory: Path, executor: Executor) -> bytes:

@@ -15,7 +15,7 @@ from support.study_fixtures import CONFIG, make_study
 from lrope_gguf.plot import COLOURS
 from lrope_search.report.page import write_report
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH"), pytest.mark.pictures]
 
 HOSTILE = "<script>document.title='owned'</script><img src=https://example.org/x onerror=document.title='owned'>"
 

@@ -277,13 +277,7 @@ STRANGERS: dict[str, tuple[Parameters, list[float], Parameters, list[float], str
     "no factors, some here": ({}, ONES, {}, FACTORS, "with a RoPE factor of 1 in layer 1"),
     "a level, not dynamic here": (NTK.parameters(), ONES, {}, ONES, "with another RoPE scaling"),
     "another kind": (NTK.parameters(), ONES, YARN.parameters(), ONES, "with another RoPE scaling"),
-    "another length": (
-        YARN.parameters(),
-        ONES,
-        Scaling(24, yarn=True).parameters(),
-        ONES,
-        "with another RoPE scaling",
-    ),
+    "another length": (YARN.parameters(), ONES, Scaling(24, yarn=True).parameters(), ONES, "with another RoPE scaling"),
     "factors on another base": ({}, FACTORS, {"rope_freq_base": 20000.0}, FACTORS, "with another RoPE scaling"),
 }
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGUFWriter
 from support.gguf_fixtures import read_keys, write_model
 
-from lrope_gguf import CurveFile, Scaling, read_model, write_factors
+from lrope_gguf import Scaling, read_model, write_factors
 from lrope_gguf.cli import main
-from lrope_gguf.rope_scaling import RopeScaling
 
 PREFIX = "llama.rope.scaling"
 
@@ -22,14 +19,6 @@ PREFIX = "llama.rope.scaling"
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return write_model(Path("m.gguf"))
-
-
-def yarn_of_its_own(path: Path) -> Path:
-    def add(writer: GGUFWriter) -> None:
-        writer.add_string(f"{PREFIX}.type", "yarn")
-        writer.add_float32(f"{PREFIX}.factor", 2.0)
-
-    return write_model(path, add=add)
 
 
 @pytest.fixture
@@ -43,35 +32,6 @@ def said(capsys: pytest.CaptureFixture[str]) -> Any:
         return str(out + err)
 
     return run
-
-
-def row(text: str, name: str) -> str:
-    (found,) = re.findall(rf"^{re.escape(name)}  +(.*)$", text, re.MULTILINE)
-    return str(found)
-
-
-@pytest.mark.parametrize(
-    ("options", "shown"),
-    [
-        (["linear", "--rope-scale", "4"], "linear up to 4 times 512 tokens, at any length"),
-        (["yarn", "--rope-scale", "2.5"], "YaRN up to 2.5 times 512 tokens, at any length"),
-        (["yarn", "--context-length", "1536"], "YaRN up to 3 times 512 tokens, at any length"),
-        (["dynamic"], "dynamic NTK beyond 512 tokens; none up to 512"),
-        (["dynamic", "--rope-scale", "2"], "dynamic NTK beyond 512 tokens, factor 2; none up to 512"),
-        (["dynamic-yarn", "--rope-scale", "2"], "dynamic YaRN up to 2 times 512 tokens; none up to 512"),
-    ],
-)
-def test_show_says_it_in_words(model: Path, said: Any, options: list[str], shown: str) -> None:
-    said("write", "m.gguf", "--rope-scaling", *options)
-    assert row(said("show", "m.gguf"), "RoPE scaling") == f"{shown} (written by lrope-gguf; was: none)"
-    yarn_of_its_own(model)
-    before = row(said("show", "m.gguf"), "RoPE scaling")
-    assert before == "yarn, factor 2"
-    said("write", "m.gguf", "--rope-scaling", *options)
-    was = "was: YaRN up to 2 times 512 tokens, at any length"
-    assert row(said("show", "m.gguf"), "RoPE scaling") == f"{shown} (written by lrope-gguf; {was})"
-    said("write", "m.gguf", "--rope-scaling", "none")
-    assert row(said("show", "m.gguf"), "RoPE scaling") == before
 
 
 def test_show_json(model: Path, said: Any) -> None:
@@ -92,33 +52,6 @@ def test_the_file_s_factors_are_checked_for_a_preset_too(model: Path, said: Any)
     command = ("write", "m.gguf", "--preset", "p.ini", "--rope-scaling")
     assert "YaRN frequency scale of 0.5" in said(*command, "yarn", "--rope-scale", "2", status=1)
     said(*command, "linear", "--rope-scale", "2")
-
-
-def curve(rope: RopeScaling) -> str:
-    document = CurveFile(layer_factors=(1, 1.2, 1.1, 1), provenance={"rope": rope.json()})
-    document.save(Path("best.json"))
-    return "best.json"
-
-
-def test_a_curve_that_was_found_under_another_scaling(model: Path, said: Any) -> None:
-    write_factors(model, scaling=Scaling("dynamic-yarn", 4))
-    found = read_model(model).rope
-    assert "note" not in said("write", "m.gguf", "--curve", curve(found))
-    text = said("write", "m.gguf", "--curve", curve(RopeScaling(orig_ctx=512)))
-    assert "found with --rope-scaling none (the file says dynamic-yarn); give llama-server the same" in text
-    assert text.splitlines()[0].endswith("next: llama-server -m m.gguf --rope-scaling none")
-    # what was asked for is not taken back by an option
-    text = said("write", "m.gguf", "--curve", curve(RopeScaling(orig_ctx=512)), "--rope-scaling", "dynamic")
-    assert "--rope-scaling none (the file says dynamic); write the same scaling, or search again" in text
-    assert text.splitlines()[0].endswith("next: llama-server -m m.gguf")
-    text = said("write", "m.gguf", "--curve", curve(found), "--rope-scaling", "dynamic-yarn", "--rope-scale", "2")
-    assert "--rope-scale 4 (the file says 2); write the same scaling" in text
-    yarn = RopeScaling(scaling="yarn", freq_scale=0.25, orig_ctx=512)
-    assert "note" not in said("write", "m.gguf", "--curve", curve(yarn), "--rope-scaling", "yarn", "--rope-scale", "4")
-    said("write", "m.gguf", "--rope-scaling", "none")
-    text = said("write", "m.gguf", "--curve", curve(found))
-    assert "--rope-scaling dynamic-yarn --rope-scale 4" in text.splitlines()[0]
-    assert "the curve was found with --rope-scaling dynamic-yarn (the file says none), --rope-scale 4" in text
 
 
 def test_presets(model: Path, said: Any) -> None:
@@ -148,17 +81,6 @@ def test_presets(model: Path, said: Any) -> None:
     said(*command, "--rope-scaling", "none")
     assert presets.read_text() == f"{head}rope-scaling = none\n{listed}"
     assert model.read_bytes() == before
-
-
-def test_a_preset_for_a_curve(model: Path, said: Any) -> None:
-    found = curve(RopeScaling(scaling="yarn", freq_scale=0.25, orig_ctx=512))
-    command = ("write", "m.gguf", "--preset", "p.ini", "--curve", found, "--rope-scaling")
-    assert "note" not in said(*command, "yarn", "--rope-scale", "4")
-    assert "rope-scaling = yarn\nrope-scale = 4\nctx-size = 2048\n" in Path("p.ini").read_text()
-    text = said(*command, "dynamic")
-    assert "found with --rope-scaling yarn (the file says dynamic), --rope-freq-scale 0.25" in text
-    assert "write the same scaling, or search again" in text
-    assert "freq-scale" not in Path("p.ini").read_text()
 
 
 def test_a_preset_of_a_model_that_has_a_scaling(model: Path, said: Any) -> None:

@@ -35,14 +35,9 @@ from lrope_search.study.store import Study
 from lrope_search.workers.protocol import LocalExecutor
 
 SETTINGS = SearchConfig(
-    seed=3,
-    max_evaluations=44,
-    search_contexts=3,
-    racing_fraction=0.5,
-    validation_contexts=4,
-    test_contexts=12,
+    seed=3, max_evaluations=44, search_contexts=3, racing_fraction=0.5, validation_contexts=4, test_contexts=12,
     finalists=3,
-)
+)  # fmt: skip
 
 
 class Recorder:
@@ -638,24 +633,12 @@ def test_the_base_model_is_told_in_full_whatever_the_race_makes_of_it(tmp_path: 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("max_evaluations", 0),
-        ("max_evaluations", 1.5),
-        ("test_contexts", 0),
-        ("max_kl", -0.1),
-        ("max_kl", True),
-        ("algorithm", "annealing"),
-        ("seed", -1),
-        ("max_hours", 0.0),
-        ("racing_fraction", 0.0),
-        ("racing_fraction", 1.5),
-        ("bounds", (1.1, 2.0)),
-        ("bounds", (1.0, 1.0)),
-        ("bounds", (0.5,)),
-        ("uniform_factors", (1.1, -1.0)),
-        ("middle_weight", math.inf),
-        ("confidence", 1.0),
+        ("max_evaluations", 0), ("max_evaluations", 1.5), ("test_contexts", 0), ("max_kl", -0.1), ("max_kl", True),
+        ("algorithm", "annealing"), ("seed", -1), ("max_hours", 0.0), ("racing_fraction", 0.0),
+        ("racing_fraction", 1.5), ("bounds", (1.1, 2.0)), ("bounds", (1.0, 1.0)), ("bounds", (0.5,)),
+        ("uniform_factors", (1.1, -1.0)), ("middle_weight", math.inf), ("confidence", 1.0),
     ],
-)
+)  # fmt: skip
 def test_settings_out_of_range_are_named(option: str, value: object) -> None:
     with pytest.raises(LropeError, match=rf"^({option}|--{option.replace('_', '-')}) "):
         SearchConfig(**{option: value})

@@ -42,10 +42,15 @@ def scrubbed(text: str, *, numbers: bool) -> str:
     text = re.sub(r"[▁▂▃▄▅▆▇█]+", "~", text)
     text = re.sub(r"(?<![\w.])[-+]?\d[\d.,:]*\d|(?<![\w.])[-+]?\d", "#", text)
     text = re.sub(r" (seconds|minutes|hours|KB|MB|GB)\b", " unit", text)
+    # on so few contexts another library may judge otherwise; tests/test_statistics.py has the words
+    text = re.sub(r"^(gain|not recommended)\b.*# unseen contexts.*$", "(verdict)", text, flags=re.MULTILINE)
     lines = [re.sub(r" {2,}", "  ", line.rstrip()) for line in text.splitlines()]
     kept = [re.sub(r"-{4,}", "----", line) for line in lines]
-    # how often it says how far it is depends on what it finds
-    return "\n".join(line for line in kept if not re.match(r"#/# candidates|# candidates|test context", line)) + "\n"
+    # how often it says how far it is, and whether there is something to write, depends on what it finds
+    return (
+        "\n".join(line for line in kept if not re.match(r"#/# candidates|# candidates|test context|next: ", line))
+        + "\n"
+    )
 
 
 @pytest.mark.parametrize(

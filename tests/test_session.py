@@ -18,7 +18,6 @@ from lrope_search import (
     SearchConfig,
     WorkersConfig,
     estimate,
-    launch,
     measure,
     optimizer_config,
     search,
@@ -35,13 +34,9 @@ native = pytest.mark.native
 
 TASK = task_config("kv", keys=6, probes=3, identifiers="number")
 SETTINGS = SearchConfig(
-    max_evaluations=6,
-    algorithm=optimizer_config("ga", population=4),
-    search_contexts=2,
-    validation_contexts=1,
-    test_contexts=2,
-    max_kl=100.0,
-)
+    max_evaluations=6, algorithm=optimizer_config("ga", population=4), search_contexts=2, validation_contexts=1,
+    test_contexts=2, max_kl=100.0,
+)  # fmt: skip
 SIDES = {"other": (1.1,) * 6}
 Lines = list[str]
 
@@ -79,7 +74,6 @@ def test_progress_is_silenced_or_goes_to_a_function(
     """Nothing of Python, llama.cpp or another process reaches either stream."""
     call(model, tmp_path / "silent", progress=False, workers=WorkersConfig(2))
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setattr(launch, "write_report", lambda summary: "nowhere")  # pictures take seconds
     rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0})
     lines: Lines = []
     call(model, tmp_path / "lines", progress=lines.append)
@@ -97,7 +91,6 @@ def test_a_dry_run_is_a_session_that_is_not_continued(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0})
-    monkeypatch.setattr(launch, "write_report", lambda summary: "nowhere")
     lines: Lines = []
     estimate(model, TASK, SETTINGS, tmp_path / "s", progress=lines.append)
     assert not (tmp_path / "s").exists()
@@ -113,7 +106,6 @@ def test_a_dry_run_is_a_session_that_is_not_continued(
 def test_the_result_is_the_same_however_the_cores_are_divided(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "write_report", lambda summary: "nowhere")
     found, said = [], []
     for fast in ((1, 1), (1, 2), (2, 1)):
         rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0} | {fast: 900.0})
@@ -142,13 +134,8 @@ def settled(
     facts = SimpleNamespace(rates=measured, n_threads=n_threads, n_tokens=1000, memory=MemoryNeeded(100, 60, 40))
     lines: Lines = []
     parts: list[Any] = [
-        None,
-        ModelConfig("m", n_threads=threads),
-        None,
-        facts,
-        None,
-        SimpleNamespace(line=lines.append),
-    ]
+        None, ModelConfig("m", n_threads=threads), None, facts, None, SimpleNamespace(line=lines.append),
+    ]  # fmt: skip
     session = Session(*parts, WorkersConfig(workers), *cast(list[Any], [None] * 4), free)
     times = session.divide(1000, most)
     return (session._division.n_workers, session._division.n_threads), times, lines

@@ -122,10 +122,7 @@ BAD_FILES = [
     ("bounds = [0.5, 'x']", "c.toml:1: bounds: give a list of numbers"),
     ("chat_template = 'yes'", 'c.toml:1: chat_template = "yes": give true or false'),
     ("max_kl = nan", "c.toml:1: max_kl = nan: not finite"),
-    (
-        "[kv]\nidentifiers = 'words'",
-        'c.toml:2: kv.identifiers = "words": unknown; choose from uuid',
-    ),
+    ("[kv]\nidentifiers = 'words'", 'c.toml:2: kv.identifiers = "words": unknown; choose from uuid'),
     ("max_kl = 1\n\nmax_kl = 2", "c.toml:3: max_kl is given twice, first in line 1; leave out one of them"),
     ("[kv]\nkeys = 3\n[kv]\nprobes = 1", "c.toml:3: table [kv] is given twice, first in line 1"),
     ("max_kl = ", "c.toml:1: is not valid TOML ("),
@@ -138,10 +135,7 @@ BAD_FILES = [
         "rope_scaling = 'none'\nrope_scale = 2",
         'c.toml:2: rope_scale = 2, c.toml:1: rope_scaling = "none": has no effect',
     ),
-    (
-        "algorithm = 'gaa'",
-        "c.toml:1: algorithm gaa: unknown; choose from ga, cma-es, de, random, papers-ga (did",
-    ),
+    ("algorithm = 'gaa'", "c.toml:1: algorithm gaa: unknown; choose from ga, cma-es, de, random, papers-ga (did"),
     ("\xff", "c.toml:1: is not UTF-8 text"),
 ]
 

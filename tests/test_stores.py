@@ -146,17 +146,13 @@ FILES = {
     "alike": ["m-Q4_K_XL.gguf", "m-UD-Q4_K_XL.gguf"],
 }
 NAMES = [
-    ("me/plain", "m-Q4_K_M.gguf", "me/plain:Q4_K_M"),
-    ("me/plain:Q8_0", "m-Q8_0.gguf", "me/plain:Q8_0"),
-    ("me/plain:q2_k", "m-Q2_K.gguf", "me/plain:Q2_K"),
-    ("me/eight", "m-Q8_0.gguf", "me/eight:Q8_0"),
-    ("me/first", "m-F16.gguf", "me/first:F16"),
-    ("me/split", "big/m-Q4_K_M-00001-of-00003.gguf", "me/split:Q4_K_M"),
-    ("me/split:F16", "m-F16.gguf", "me/split:F16"),
-    ("me/parts", "m-IQ4_XS.gguf", "me/parts:IQ4_XS"),
+    ("me/plain", "m-Q4_K_M.gguf", "me/plain:Q4_K_M"), ("me/plain:Q8_0", "m-Q8_0.gguf", "me/plain:Q8_0"),
+    ("me/plain:q2_k", "m-Q2_K.gguf", "me/plain:Q2_K"), ("me/eight", "m-Q8_0.gguf", "me/eight:Q8_0"),
+    ("me/first", "m-F16.gguf", "me/first:F16"), ("me/split", "big/m-Q4_K_M-00001-of-00003.gguf", "me/split:Q4_K_M"),
+    ("me/split:F16", "m-F16.gguf", "me/split:F16"), ("me/parts", "m-IQ4_XS.gguf", "me/parts:IQ4_XS"),
     ("me/alike:Q4_K_XL", "m-Q4_K_XL.gguf", "me/alike:Q4_K_XL"),
     ("me/alike:UD-Q4_K_XL", "m-UD-Q4_K_XL.gguf", "me/alike:UD-Q4_K_XL"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "file", "full"), NAMES)

@@ -101,7 +101,7 @@ SPEC = st.tuples(  # page, passage, numbers of aliases, first of what the retrie
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.lists(SPEC, min_size=25, max_size=60), st.integers(0, 2**32))
 def test_no_document_answers_another_question_and_no_split_sees_anothers(
     tmp_path_factory: pytest.TempPathFactory, spec: list[tuple[int, int, list[int], int]], seed: int

@@ -22,15 +22,7 @@ from lrope_search import ModelConfig, SearchConfig, TaskConfig, optimizer_config
 from lrope_search.commands.options import Gathered, RunConfig, config_options, options_of, task_options
 from lrope_search.evaluation.make import task_for
 from lrope_search.evaluation.model import Model
-from lrope_search.tasks import (
-    JsonlTask,
-    KeyValueTask,
-    MultiDocumentTask,
-    Task,
-    TokenLimit,
-    make_task,
-    task_identity,
-)
+from lrope_search.tasks import JsonlTask, KeyValueTask, MultiDocumentTask, Task, TokenLimit, make_task, task_identity
 
 native = pytest.mark.native
 SETTING = re.compile(r"[a-z]+\.[a-z_]+=")

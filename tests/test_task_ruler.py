@@ -349,10 +349,7 @@ def test_a_table_of_shares(path: Path, capsys: pytest.CaptureFixture[str], monke
 @native
 def test_answers_of_several_parts_have_room(path: Path) -> None:
     with Model(path, n_threads=1) as model:
-        for context, times in (
-            (CommonWordsTask(70).context("test", 0), 3),
-            (MultiKeyTask(3).context("test", 0), 0),
-        ):
+        for context, times in ((CommonWordsTask(70).context("test", 0), 3), (MultiKeyTask(3).context("test", 0), 0)):
             encoding = Encoder(model, "", Frame()).encode(context)
             n_answer = max(len(model.tokenize(probe.answer)) for probe in context.probes)
             assert encoding.n_new == max(MAX_NEW_TOKENS, times * n_answer)

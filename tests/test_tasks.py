@@ -49,12 +49,8 @@ def test_the_prompt_is_the_benchmarks(tmp_path: Path) -> None:
 
 
 SETTINGS = (
-    st.integers(1, 15),
-    st.integers(0, 40),
-    st.integers(0, 2**32),
-    st.sampled_from(SPLITS),
-    st.integers(0, 1000),
-)
+    st.integers(1, 15), st.integers(0, 40), st.integers(0, 2**32), st.sampled_from(SPLITS), st.integers(0, 1000),
+)  # fmt: skip
 
 
 @given(*SETTINGS)
@@ -206,26 +202,6 @@ def test_too_few_records_are_an_error_with_the_numbers(tmp_path: Path) -> None:
     assert task.size("test") == 3
     with pytest.raises(LropeError, match="5 test contexts asked for, but of its 10 records 3 are for test"):
         task.context("test", 4)
-
-
-def test_number_identifiers_are_distinct_short_and_seeded() -> None:
-    task = KeyValueTask(40, probes=5, seed=3, identifiers="number")
-    context = task.context("test", 0)
-    pairs = json.loads(context.prefix[context.prefix.index("{") :])
-    assert len(pairs) == 40
-    assert all(1000 <= int(key) <= 9999 and 100 <= int(value) <= 999 for key, value in pairs.items())
-    assert [pairs[probe.question.split('"')[1]] for probe in context.probes] == [p.answer for p in context.probes]
-    assert context == KeyValueTask(40, probes=5, seed=3, identifiers="number").context("test", 0)
-    assert context.prefix != task.context("search", 0).prefix
-
-
-def test_number_identifiers_have_limits(tmp_path: Path) -> None:
-    with pytest.raises(LropeError, match="--keys 9001"):
-        KeyValueTask(9001, identifiers="number")
-    with pytest.raises(LropeError, match="without --data"):
-        KeyValueTask(10, probes=1, identifiers="number", data=tmp_path / "x.jsonl")
-    with pytest.raises(LropeError, match=r"kv\.identifiers words"):
-        KeyValueTask(20, identifiers="words")
 
 
 def test_a_file_is_refused_that_splits_cannot_share(tmp_path: Path) -> None:

@@ -83,6 +83,11 @@ def prepare() -> None:
     found = {"rope": RopeScaling("yarn", freq_scale=0.25, orig_ctx=512).json()}
     options = {"config": {"llama_options": {"cache_type_k": "q8_0"}}}
     CurveFile(layer_factors=(1, 1.2, 1.1, 1), provenance=found | options).save("yarn.json")
+    for name, rope in (
+        ("plain", RopeScaling(orig_ctx=512)),
+        ("dynamic", RopeScaling("dynamic-yarn", orig_ctx=512, factor=4.0)),
+    ):
+        CurveFile(layer_factors=(1, 1.2, 1.1, 1), provenance={"rope": rope.json()}).save(f"{name}.json")
     write_factors(model("disagrees.gguf"), (1, 1.25, 0.75, 1))
     data = Path("disagrees.gguf").read_bytes()
     Path("disagrees.gguf").write_bytes(data.replace(np.float32(1.25).tobytes(), np.float32(1.5).tobytes()))

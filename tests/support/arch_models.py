@@ -43,104 +43,43 @@ def common(n_layer: int) -> dict[str, Value]:
     """The keys that one architecture or another needs; nobody reads those that it does not know."""
     alternating = [il % 2 for il in range(n_layer)]
     return {
-        "vocab_size": N_VOCAB,
-        "context_length": N_CTX,
-        "embedding_length": N_EMBD,
-        "features_length": N_EMBD,
-        "block_count": n_layer,
-        "leading_dense_block_count": 1,
-        "feed_forward_length": N_FF,
-        "use_parallel_residual": False,
-        "logit_scale": 1.0,
-        "residual_scale": 1.5,
-        "full_attention_interval": 2,
-        "attention.head_count": N_HEAD,
-        "attention.head_count_kv": N_HEAD,
-        "attention.max_alibi_bias": 8.0,
-        "attention.clamp_kqv": 1.0,
-        "attention.layer_norm_epsilon": 1e-5,
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        "attention.group_norm_epsilon": 1e-5,
-        "attention.group_norm_groups": 8,
-        "attention.q_lora_rank": 32,
-        "attention.kv_lora_rank": 32,
-        "attention.relative_buckets_count": 8,
-        "attention.sliding_window": 32,
-        "attention.sliding_window_pattern": [1 - a for a in alternating],
-        "attention.indexer.head_count": 64,
-        "attention.indexer.key_length": 128,
-        "attention.indexer.top_k": 8,
-        "attention.indexer.block_size": 4,
-        "attention.indexer.kpool": 4,
-        "attention.indexer.kpool_select_tail": True,
-        "attention.indexer.local_blocks": 1,
-        "rope.dimension_sections": [HEAD // 4] * 4,
-        "rope.freq_base": 10000.0,
-        "time_mix_extra_dim": 32,
-        "time_decay_extra_dim": 32,
-        "attention.decay_lora_rank": 32,
-        "attention.iclr_lora_rank": 32,
-        "attention.value_residual_mix_lora_rank": 32,
-        "attention.gate_lora_rank": 32,
-        "wkv.head_size": HEAD,
-        "token_shift_count": 2,
-        "posnet.embedding_length": N_EMBD,
-        "posnet.block_count": n_layer,
-        "convnext.embedding_length": N_EMBD,
-        "convnext.block_count": n_layer,
-        "xielu.alpha_n": 1.0,
-        "xielu.alpha_p": 1.0,
-        "xielu.beta": 1.0,
-        "xielu.eps": 1e-7,
-        "ssm.inner_size": 2 * N_EMBD,
-        "ssm.conv_kernel": 4,
-        "ssm.state_size": 16,
-        "ssm.time_step_rank": N_HEAD,
-        "ssm.group_count": 2,
-        "kda.head_dim": 32,
-        "kda.safe_gate": True,
-        "kda.gate_lower_bound": -5.0,
-        "shortconv.l_cache": 3,
-        "attn_res.block_size": 12,
-        "activation.situ_beta": 4.0,
-        "activation.situ_linear_beta": 25.0,
-        "tokenizer.ggml.model": "no_vocab",
-        "tokenizer.ggml.token_type_count": 2,
-    }
+        "vocab_size": N_VOCAB, "context_length": N_CTX, "embedding_length": N_EMBD, "features_length": N_EMBD,
+        "block_count": n_layer, "leading_dense_block_count": 1, "feed_forward_length": N_FF,
+        "use_parallel_residual": False, "logit_scale": 1.0, "residual_scale": 1.5, "full_attention_interval": 2,
+        "attention.head_count": N_HEAD, "attention.head_count_kv": N_HEAD, "attention.max_alibi_bias": 8.0,
+        "attention.clamp_kqv": 1.0, "attention.layer_norm_epsilon": 1e-5, "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.group_norm_epsilon": 1e-5, "attention.group_norm_groups": 8, "attention.q_lora_rank": 32,
+        "attention.kv_lora_rank": 32, "attention.relative_buckets_count": 8, "attention.sliding_window": 32,
+        "attention.sliding_window_pattern": [1 - a for a in alternating], "attention.indexer.head_count": 64,
+        "attention.indexer.key_length": 128, "attention.indexer.top_k": 8, "attention.indexer.block_size": 4,
+        "attention.indexer.kpool": 4, "attention.indexer.kpool_select_tail": True,
+        "attention.indexer.local_blocks": 1, "rope.dimension_sections": [HEAD // 4] * 4, "rope.freq_base": 10000.0,
+        "time_mix_extra_dim": 32, "time_decay_extra_dim": 32, "attention.decay_lora_rank": 32,
+        "attention.iclr_lora_rank": 32, "attention.value_residual_mix_lora_rank": 32, "attention.gate_lora_rank": 32,
+        "wkv.head_size": HEAD, "token_shift_count": 2, "posnet.embedding_length": N_EMBD,
+        "posnet.block_count": n_layer, "convnext.embedding_length": N_EMBD, "convnext.block_count": n_layer,
+        "xielu.alpha_n": 1.0, "xielu.alpha_p": 1.0, "xielu.beta": 1.0, "xielu.eps": 1e-7,
+        "ssm.inner_size": 2 * N_EMBD, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.time_step_rank": N_HEAD,
+        "ssm.group_count": 2, "kda.head_dim": 32, "kda.safe_gate": True, "kda.gate_lower_bound": -5.0,
+        "shortconv.l_cache": 3, "attn_res.block_size": 12, "activation.situ_beta": 4.0,
+        "activation.situ_linear_beta": 25.0, "tokenizer.ggml.model": "no_vocab", "tokenizer.ggml.token_type_count": 2,
+    }  # fmt: skip
 
 
 MOE: dict[str, Value] = {
-    "expert_feed_forward_length": N_FF,
-    "expert_shared_feed_forward_length": N_FF // 2,
-    "expert_latent_length": N_FF,
-    "interleave_moe_layer_step": 2,
-    "moe_every_n_layers": 2,
-    "expert_count": 2,
-    "expert_used_count": 2,
-    "expert_shared_count": 1,
-    "expert_gating_func": 2,
-    "expert_group_scale": 1.0,
-    "experts_per_group": 1,
-    "expert_weights_scale": 1.0,
-    "expert_weights_norm": True,
-}
+    "expert_feed_forward_length": N_FF, "expert_shared_feed_forward_length": N_FF // 2, "expert_latent_length": N_FF,
+    "interleave_moe_layer_step": 2, "moe_every_n_layers": 2, "expert_count": 2, "expert_used_count": 2,
+    "expert_shared_count": 1, "expert_gating_func": 2, "expert_group_scale": 1.0, "experts_per_group": 1,
+    "expert_weights_scale": 1.0, "expert_weights_norm": True,
+}  # fmt: skip
 MLA: dict[str, Value] = {
-    "attention.head_count": 1,
-    "attention.head_count_kv": 1,
-    "attention.key_length": 48,
-    "attention.value_length": 32,
-    "rope.dimension_count": 16,
-    "attention.key_length_mla": 32,
-    "attention.value_length_mla": 16,
-}
+    "attention.head_count": 1, "attention.head_count_kv": 1, "attention.key_length": 48, "attention.value_length": 32,
+    "rope.dimension_count": 16, "attention.key_length_mla": 32, "attention.value_length_mla": 16,
+}  # fmt: skip
 HYPER: dict[str, Value] = {
-    "hyper_connection.count": 4,
-    "hyper_connection.sinkhorn_iterations": 2,
-    "hyper_connection.epsilon": 1e-6,
-    "hyper_connection.low_rank": 8,
-    "hyper_connection.magnitude": 2.0,
-    "swiglu_clamp_exp": 10.0,
-}
+    "hyper_connection.count": 4, "hyper_connection.sinkhorn_iterations": 2, "hyper_connection.epsilon": 1e-6,
+    "hyper_connection.low_rank": 8, "hyper_connection.magnitude": 2.0, "swiglu_clamp_exp": 10.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -480,14 +419,11 @@ GRAPHS: dict[str, tuple[tuple[str, Step], ...]] = {
         ("shift", _shifted(_predict(1))),
     ),
     "dflash": (
-        ("encode", _features(True)),
-        ("inject", _features(False)),
-        ("prompt", _prompt),
-        ("shift", _shifted(_prompt)),
+        ("encode", _features(True)), ("inject", _features(False)), ("prompt", _prompt), ("shift", _shifted(_prompt)),
     ),
     # the target reads the prompt, the assistant goes on where it stopped
     "assistant": (("target", _target), ("token", _predict(1))),
-}
+}  # fmt: skip
 
 
 def _names(text: str) -> list[str]:
@@ -549,18 +485,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "kimi-linear": {"metadata": {**MLA, **ONE_HEAD}, "without": ALL},
     "glm5-next": {
         "metadata": {
-            **MLA,
-            **HYPER,
-            "attention.head_count_kv": [n // N_HEAD for n in MIXED],
-            "attention.key_length": 32,
+            **MLA, **HYPER, "attention.head_count_kv": [n // N_HEAD for n in MIXED], "attention.key_length": 32,
             "rope.dimension_count": 0,
         },
         "without": ALL,
     },
-    "bailingmoe3": {
-        "metadata": {**MLA, **ONE_HEAD, "rope.dimension_sections": [2, 3, 3, 0]},
-        "without": ODD,
-    },
+    "bailingmoe3": {"metadata": {**MLA, **ONE_HEAD, "rope.dimension_sections": [2, 3, 3, 0]}, "without": ODD},
     "qwen3next": {"metadata": DELTA_NET, "without": EVEN},
     "qwen35": {"metadata": DELTA_NET, "without": EVEN, "needs": ("attn_gate", "attn_qkv")},
     "qwen35moe": {"metadata": DELTA_NET, "without": EVEN, "needs": ("attn_gate", "attn_qkv")},
@@ -575,31 +505,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hy_v4": {"metadata": {**MLA, **HYPER, **INDEXED}},
     "dots3note": {
         "metadata": {
-            **MLA,
-            **INDEXED,
-            "attention.sliding_window_pattern": [il % 2 for il in range(N_LAYER)],
-            "attention.kv_lora_rank_swa": 32,
-            "attention.key_length_swa": 48,
-            "attention.value_length_swa": 32,
-            "attention.key_length_mla_swa": 32,
-            "attention.value_length_mla_swa": 16,
-            "rope.freq_base_swa": 10000.0,
+            **MLA, **INDEXED, "attention.sliding_window_pattern": [il % 2 for il in range(N_LAYER)],
+            "attention.kv_lora_rank_swa": 32, "attention.key_length_swa": 48, "attention.value_length_swa": 32,
+            "attention.key_length_mla_swa": 32, "attention.value_length_mla_swa": 16, "rope.freq_base_swa": 10000.0,
         }
     },
     "minimax-m3": {"metadata": {"attention.indexer.head_count": N_HEAD, "rope.dimension_count": HEAD // 2}},
     "deepseek4": {
         "metadata": {
-            **HYPER,
-            "attention.head_count_kv": 1,
-            "attention.key_length": HEAD,
-            "attention.value_length": HEAD,
-            "rope.dimension_count": HEAD // 2,
-            "attention.output_group_count": 2,
-            "attention.output_lora_rank": 32,
-            "attention.compress_ratios": [0, 0, 4, 128, 4, 128],
-            "attention.compress_rope_freq_base": 160000.0,
-            "hash_layer_count": 0,
-            "expert_gating_func": 4,
+            **HYPER, "attention.head_count_kv": 1, "attention.key_length": HEAD, "attention.value_length": HEAD,
+            "rope.dimension_count": HEAD // 2, "attention.output_group_count": 2, "attention.output_lora_rank": 32,
+            "attention.compress_ratios": [0, 0, 4, 128, 4, 128], "attention.compress_rope_freq_base": 160000.0,
+            "hash_layer_count": 0, "expert_gating_func": 4,
         }
     },
     # layers without RoPE among others
@@ -620,25 +537,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "graphs": "vision",
         "layer_of": by_cache,
         "metadata": {
-            "attention.sliding_window_pattern": [1, 1, 1, 0, 1, 0],
-            "attention.shared_kv_layers": 2,
-            "embedding_length_per_layer_input": 16,
-            "attention.key_length_swa": HEAD,
-            "attention.value_length_swa": HEAD,
-            "rope.freq_base_swa": 10000.0,
+            "attention.sliding_window_pattern": [1, 1, 1, 0, 1, 0], "attention.shared_kv_layers": 2,
+            "embedding_length_per_layer_input": 16, "attention.key_length_swa": HEAD,
+            "attention.value_length_swa": HEAD, "rope.freq_base_swa": 10000.0,
         },
     },
-    "hrm_text": {
-        "layer_of": by_cache,
-        "metadata": {"hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2},
-    },
+    "hrm_text": {"layer_of": by_cache, "metadata": {"hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2}},
     "graniteswitch": {
         "metadata": {
-            "adapters.count": 2,
-            "adapters.lora_rank": 4,
-            "adapters.token_ids_activate": [3, 4],
-            "adapters.token_ids_substitute": [5, 6],
-            "adapters.router_gain": 1.0,
+            "adapters.count": 2, "adapters.lora_rank": 4, "adapters.token_ids_activate": [3, 4],
+            "adapters.token_ids_substitute": [5, 6], "adapters.router_gain": 1.0,
         }
     },
     "maple": {"metadata": {"swiglu_clamp_exp": 7.0}, "without": ODD},
@@ -653,7 +561,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "metadata": {"target_layers": [0, 1, 2], "target_hidden_size": N_EMBD},
     },
     "dflash": {"graphs": "dflash", "metadata": {"target_layers": [0, 1, 2], "rope.dimension_sections": [0] * 4}},
-}
+}  # fmt: skip
 
 DENSE = _names(
     "llama deci falcon gpt2 gptneox mpt baichuan starcoder refact bert modern-bert nomic-bert neo-bert "
@@ -797,17 +705,12 @@ def _variants() -> Iterator[Fixture]:
         virtual=False,
         tensors=dict(_assistant_tensors(N_EMBD // 2, N_EMBD, 4)),
         metadata={
-            "nextn_predict_layers": 4,
-            "embedding_length": N_EMBD // 2,
-            "embedding_length_out": N_EMBD,
-            "attention.key_length": HEAD,
-            "attention.value_length": HEAD,
-            "attention.key_length_swa": HEAD,
-            "attention.value_length_swa": HEAD,
-            "attention.sliding_window_pattern": [1, 1, 1, 0],
+            "nextn_predict_layers": 4, "embedding_length": N_EMBD // 2, "embedding_length_out": N_EMBD,
+            "attention.key_length": HEAD, "attention.value_length": HEAD, "attention.key_length_swa": HEAD,
+            "attention.value_length_swa": HEAD, "attention.sliding_window_pattern": [1, 1, 1, 0],
             "rope.freq_base_swa": 10000.0,
         },
-    )
+    )  # fmt: skip
 
 
 def _fixtures() -> Iterator[Fixture]:

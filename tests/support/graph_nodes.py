@@ -22,21 +22,12 @@ class GgmlTensor(ctypes.Structure):
     """Mirror of ``struct ggml_tensor``."""
 
     _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * MAX_DIMS),
-        ("nb", ctypes.c_size_t * MAX_DIMS),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * MAX_OP_PARAMS),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * MAX_SRC),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * MAX_NAME),
-        ("extra", ctypes.c_void_p),
-        ("padding", ctypes.c_char * 8),
-    )
+        ("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * MAX_DIMS),
+        ("nb", ctypes.c_size_t * MAX_DIMS), ("op", ctypes.c_int), ("op_params", ctypes.c_int32 * MAX_OP_PARAMS),
+        ("flags", ctypes.c_int32), ("src", ctypes.c_void_p * MAX_SRC), ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t), ("data", ctypes.c_void_p), ("name", ctypes.c_char * MAX_NAME),
+        ("extra", ctypes.c_void_p), ("padding", ctypes.c_char * 8),
+    )  # fmt: skip
 
 
 class RopeParams(NamedTuple):

@@ -107,10 +107,7 @@ class Model:
 
     def header(self, *, n_pairs: int | None = None, n_tensors: int | None = None, version: int = 3) -> bytes:
         """All before the data, with other counts if they are given."""
-        counts = (
-            self.n_tensors if n_tensors is None else n_tensors,
-            len(self.pairs) if n_pairs is None else n_pairs,
-        )
+        counts = (self.n_tensors if n_tensors is None else n_tensors, len(self.pairs) if n_pairs is None else n_pairs)
         start = b"GGUF" + struct.pack("<IQQ", version, *counts)
         return start + b"".join(string(key.encode()) + value for key, value in self.pairs) + self.tensors
 
@@ -225,22 +222,11 @@ def _bits(value: int) -> float:
 GOOD_VALUES = {"one": 1.0, "largest": 1024.0, "smallest": 1 / 1024}
 # NaN stays bits: a signalling one does not survive a conversion
 BAD_VALUES = {
-    "NaN": 0x7FC00000,
-    "negative NaN": 0xFFC00000,
-    "signalling NaN": 0x7F800001,
-    "infinity": 0x7F800000,
-    "negative infinity": 0xFF800000,
-    "zero": 0,
-    "negative zero": 0x80000000,
-    "negative": 0xBFC00000,
-    "denormal": 1,
-    "largest denormal": 0x007FFFFF,
-    "FLT_MIN": 0x00800000,
-    "FLT_MAX": 0x7F7FFFFF,
-    "1e30": 0x7149F2CA,
-    "above 1024": 0x44800001,
-    "below 1/1024": 0x3A7FFFFF,
-}
+    "NaN": 0x7FC00000, "negative NaN": 0xFFC00000, "signalling NaN": 0x7F800001, "infinity": 0x7F800000,
+    "negative infinity": 0xFF800000, "zero": 0, "negative zero": 0x80000000, "negative": 0xBFC00000, "denormal": 1,
+    "largest denormal": 0x007FFFFF, "FLT_MIN": 0x00800000, "FLT_MAX": 0x7F7FFFFF, "1e30": 0x7149F2CA,
+    "above 1024": 0x44800001, "below 1/1024": 0x3A7FFFFF,
+}  # fmt: skip
 
 
 def value_cases(model: Model, kind: str) -> Iterator[Case]:
@@ -463,16 +449,8 @@ def _splice(rng: random.Random, header: bytearray, at: int) -> None:
 
 
 DAMAGE: tuple[Callable[[random.Random, bytearray, int], None], ...] = (
-    _flip,
-    _set_byte,
-    _set_u32,
-    _set_u64,
-    _set_float,
-    _nudge,
-    _insert,
-    _delete,
-    _splice,
-)
+    _flip, _set_byte, _set_u32, _set_u64, _set_float, _nudge, _insert, _delete, _splice,
+)  # fmt: skip
 
 
 def other_factors(rng: random.Random) -> bytes:

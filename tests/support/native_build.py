@@ -23,18 +23,10 @@ WORK = PROJECT / "build" / "proofs"
 
 # like CMakeLists.txt: the commit would be that of this repository, and the interface of the server is a download
 OPTIONS = (
-    "CMAKE_BUILD_TYPE=Release",
-    "BUILD_SHARED_LIBS=ON",
-    "LLAMA_BUILD_NUMBER=0",
-    "LLAMA_BUILD_COMMIT=unknown",
-    "LLAMA_BUILD_COMMON=ON",
-    "LLAMA_BUILD_TOOLS=ON",
-    "LLAMA_BUILD_SERVER=ON",
-    "LLAMA_BUILD_EXAMPLES=OFF",
-    "LLAMA_BUILD_TESTS=OFF",
-    "LLAMA_BUILD_APP=OFF",
-    "LLAMA_USE_PREBUILT_UI=OFF",
-)
+    "CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=ON", "LLAMA_BUILD_NUMBER=0", "LLAMA_BUILD_COMMIT=unknown",
+    "LLAMA_BUILD_COMMON=ON", "LLAMA_BUILD_TOOLS=ON", "LLAMA_BUILD_SERVER=ON", "LLAMA_BUILD_EXAMPLES=OFF",
+    "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_APP=OFF", "LLAMA_USE_PREBUILT_UI=OFF",
+)  # fmt: skip
 
 LIBRARY = ("llama",)
 TOOLS = ("llama-bench", "llama-cli", "llama-server", "llama-perplexity")

@@ -207,13 +207,9 @@ def _yarn(
     """
     divisor = 1.0 + 0.1 * (log_multiplier or 0.0) * np.log(factor)
     rope = replace(
-        rope,
-        freq_scale=1.0 / factor,
-        ext_factor=1.0,
-        attn_factor=(1.0 if attn is None else attn) / divisor,
-        n_ctx_orig=256,
-        divisors=divisors,
-    )
+        rope, freq_scale=1.0 / factor, ext_factor=1.0, attn_factor=(1.0 if attn is None else attn) / divisor,
+        n_ctx_orig=256, divisors=divisors,
+    )  # fmt: skip
     metadata += (
         ("rope.scaling.type", "yarn"),
         ("rope.scaling.factor", factor),

@@ -17,14 +17,9 @@ from lrope_search.workers.protocol import LocalExecutor
 from support.synthetic import Landscape, noise
 
 SETTINGS = SearchConfig(
-    parametrization="bezier",
-    seed=3,
-    max_evaluations=60,
-    search_contexts=4,
-    racing_fraction=0.5,
-    validation_contexts=6,
-    test_contexts=24,
-)
+    parametrization="bezier", seed=3, max_evaluations=60, search_contexts=4, racing_fraction=0.5,
+    validation_contexts=6, test_contexts=24,
+)  # fmt: skip
 CONFIG = {
     "model": {"fingerprint": "sha256:0f3c", "architecture": "synthetic", "name": "Landscape 24 layers"},
     "task": {"task": "kv", "keys": 100, "identifiers": "uuid", "depths": 5, "seed": 3, "data": None},

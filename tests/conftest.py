@@ -1,0 +1,21 @@
+"""What all tests of the product share."""
+
+from __future__ import annotations
+
+import pytest
+
+from lrope_search.evaluation import make
+from lrope_search.report import pictures
+from lrope_search.report.pictures import Picture
+
+
+@pytest.fixture(autouse=True)
+def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what takes a second or more of each search and each report, and is tested where it belongs.
+
+    All divisions of the cores are equally fast (tests/test_parallel.py measures them), and pictures are blank but for
+    tests with the marker ``pictures``.
+    """
+    monkeypatch.setattr(make, "measure_rates", lambda model, choices: dict.fromkeys(choices, 100.0))
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(pictures, "_picture", lambda name, draw, study: Picture(name, "<svg ></svg>", b"x"))
