@@ -157,6 +157,7 @@ def build(
     cannot be built stops no other and is no error.
     """
     configure: list[str | Path] = ["cmake", "-S", source, "-B", build_dir]
+    configure.append(f"-DCMAKE_PROJECT_INCLUDE={PROJECT / 'cmake' / 'amx.cmake'}")
     environment = dict(env or {})
     if shutil.which("ninja"):
         configure += ["-G", "Ninja"]
