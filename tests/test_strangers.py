@@ -41,7 +41,7 @@ TEMPLATES = {
 
 
 @native
-@pytest.mark.parametrize(("name", "command"), zip(TEMPLATES, ["eval", "search"] * 5, strict=True))
+@pytest.mark.parametrize(("name", "command"), list(zip(TEMPLATES, ["eval", "search"] * 5, strict=True)))
 def test_a_chat_template_that_fails_is_one_line(
     name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
