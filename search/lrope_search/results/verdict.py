@@ -45,7 +45,7 @@ def judge(found: Findings) -> Verdict:
         return Verdict(
             False,
             f"not recommended: {n} contexts{worth} are too few to tell a gain from chance, at least {needed} are "
-            f"needed (--test-contexts): {text}",
+            f"needed (--set test_contexts=N): {text}",
         )
     why = "the gain may be chance" if gain.accuracy_gain.mean > 0.0 else "no gain"
     return Verdict(False, f"not recommended, {why}: {text}")
