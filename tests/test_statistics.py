@@ -361,8 +361,8 @@ VERDICTS = {
     "gain 12.1 points [6.0, 18.3] on 40 contexts (look 3 of this study, at contexts that an earlier one saw: the data "
     "has no more; intervals at 99.375 %)": found(GOOD, look=Look(3, range(40), False, 0.99375)),
     "not recommended, the gain may be chance: gain 2.0 points [0.0, 5.0] on 40 unseen contexts": found(MAYBE),
-    "not recommended: 5 contexts are too few to tell a gain from chance, at least 6 are needed (--set test_contexts=N): "
-    "gain 50.0 points [40.0, 60.0] on 5 unseen contexts": found(comparison(0.5, 0.4, 0.6, n=5)),
+    "not recommended: 5 contexts are too few to tell a gain from chance, at least 6 are needed (--set "
+    "test_contexts=N): gain 50.0 points [40.0, 60.0] on 5 unseen contexts": found(comparison(0.5, 0.4, 0.6, n=5)),
     "not recommended: 40 contexts, which count as 5.6 by their weights, are too few to tell a gain from chance, at "
     "least 6 are needed (--set test_contexts=N): gain 12.1 points [6.0, 18.3] on 40 unseen contexts": found(
         replace(GOOD, n_effective=5.6)
