@@ -2,10 +2,12 @@
 
 A command in docs/ or research/ that is marked `<!-- again: N minutes -->` is run as it stands there. Each row of the
 tables and each line of the output that follow it, up to the next heading or command, is looked for in what the command
-prints, which is kept in --output. Another CPU rounds otherwise, so that a search may take another path there: figures
-then differ, and verdicts should not. Exit status 1 if a line differs, with --check only. Usage:
+prints, which is kept in --output. Another CPU rounds otherwise, so that a search may take another path there. So a line
+of a command that runs a model counts as the same, unless --exact is given, where each gain's interval overlaps the
+document's, and every other figure differs by at most a seventh of itself or 15 percent points. A kept study's lines
+must be the same to the digit. Exit status 1 if a line differs, with --check only. Usage:
 
-    python research/evidence.py [--list] [--only TEXT] [--jobs 2] [--with NAME] [--check]
+    python research/evidence.py [--list] [--only TEXT] [--jobs 2] [--with NAME] [--check] [--exact]
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+_NUMBER = r"[+-]?\d+(?:\.\d+)?"
+_FIGURE = re.compile(rf"({_NUMBER})(?: \[({_NUMBER}), ({_NUMBER})\])?( %)?")
 _MARK = re.compile(r"<!-- again: ([\d.]+) minutes?(?:; needs (.*))? -->")
 
 
@@ -47,15 +52,29 @@ class Claim:
     commands: tuple[str, ...]
     lines: tuple[str, ...]
 
+    @property
+    def rounds(self) -> bool:
+        """Whether a model runs, so that another CPU may give other figures."""
+        return any(".gguf" in command or " demo" in command for command in self.commands)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command printed: ``differs`` pairs a document's line with the nearest one that was printed."""
+    """What a command printed.
+
+    Args:
+        seconds: How long it took.
+        output: What it printed.
+        error: Why it failed; "" if it did not.
+        differs: Lines of the document that were not printed, each with the nearest one that was.
+        rounded: Likewise, such as another CPU's rounding may make of them.
+    """
 
     seconds: float
     output: str
     error: str
     differs: tuple[tuple[str, str], ...]
+    rounded: tuple[tuple[str, str], ...] = ()
 
 
 def pages() -> list[Path]:
@@ -123,7 +142,44 @@ def compare(expected: Sequence[str], output: str) -> tuple[tuple[str, str], ...]
     return tuple(differs)
 
 
-def run(claim: Claim) -> Outcome:
+def shape(line: str) -> str:
+    """A line without its figures."""
+    return _FIGURE.sub(lambda match: "# []" if match[2] else "#", line)
+
+
+def close(document: str, printed: str) -> bool:
+    """Whether two lines are alike but for figures, and these as close as rounding may leave them."""
+    names = [line.strip("| ").partition(" | ")[0] for line in (document, printed)]
+    if names[0] != names[1] or shape(document) != shape(printed):
+        return False
+    for (x, low, high, share), (y, floor, ceiling, _) in zip(
+        _FIGURE.findall(document), _FIGURE.findall(printed), strict=True
+    ):
+        if low and (float(ceiling) < float(low) or float(high) < float(floor)):
+            return False
+        if not low and abs(float(x) - float(y)) > max(15.0 if share else 0.0, abs(float(x)) / 7):
+            return False
+    return True
+
+
+def sort(differs: Sequence[tuple[str, str]], output: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return what rounding explains, with the lines that it made, and what it does not.
+
+    Tables follow each other in the document as in the output: a line is looked for after the one before it.
+    """
+    printed = [" ".join(line.split()) for line in output.splitlines()]
+    rounded, others, start = [], [], 0
+    for line, near in differs:
+        at = next((i for i in range(start, len(printed)) if close(" ".join(line.split()), printed[i])), None)
+        if at is None:
+            others.append((line, near))
+        else:
+            rounded.append((line, printed[at]))
+            start = at + 1
+    return rounded, others
+
+
+def run(claim: Claim, exact: bool = False) -> Outcome:
     """Run a claim's commands from the project's folder, up to the first that fails."""
     start, output, failure = time.monotonic(), "", ""
     for command in claim.commands:
@@ -140,7 +196,9 @@ def run(claim: Claim) -> Outcome:
             last = (done.stderr.strip().splitlines() or [""])[-1]
             failure = f"exit status {done.returncode}: {last}"
             break
-    return Outcome(time.monotonic() - start, output, failure, compare(claim.lines, output))
+    differs = compare(claim.lines, output)
+    rounded, others = ([], list(differs)) if exact or not claim.rounds else sort(differs, output)
+    return Outcome(time.monotonic() - start, output, failure, tuple(others), tuple(rounded))
 
 
 def main() -> None:
@@ -155,6 +213,7 @@ def main() -> None:
     parser.add_argument("--with", metavar="NAME", dest="present", nargs="+", default=[],
                         help="what is installed: commands that need anything else are left out")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="exit status 1 if a line differs")
+    parser.add_argument("--exact", action="store_true", help="let no figure differ, as on the CPU of the documents")
     args = parser.parse_args()
     found = [claim for path in pages() for claim in claims(path)]
     found = [claim for claim in found if args.only in f"{claim.document} {claim.title} {' '.join(claim.commands)}"]
@@ -172,12 +231,16 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     bad = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        for i, (claim, outcome) in enumerate(zip(found, pool.map(run, found), strict=True), 1):
+        for i, (claim, outcome) in enumerate(
+            zip(found, pool.map(partial(run, exact=args.exact), found), strict=True), 1
+        ):
             name = re.sub(r"[^a-z0-9]+", "-", f"{Path(claim.document).stem} {claim.title}".lower()).strip("-")
             kept = args.output / f"{i:02}-{name}.txt"
             kept.write_text(outcome.output, encoding="utf-8")
-            same = len(claim.lines) - len(outcome.differs)
+            same = len(claim.lines) - len(outcome.differs) - len(outcome.rounded)
             verdict = outcome.error or f"{same} of {len(claim.lines)} lines as in the document"
+            if outcome.rounded and not outcome.error:
+                verdict += f", {len(outcome.rounded)} more within their intervals"
             print(f"[{i}/{len(found)}] {claim.document}, {claim.title}: {outcome.seconds:.0f} s, {verdict}; {kept}")
             for line, near in outcome.differs if not outcome.error else ():
                 print(f"  document: {line}\n  printed:  {near or 'nothing like it'}")

@@ -133,3 +133,15 @@ def test_the_product_knows_nothing_of_the_research() -> None:
         for path in modules(ROOT / folder):
             for name in imports(path, folder):
                 assert name.split(".")[0] not in names - standard, f"{folder}: {path.name} imports {name}"
+
+
+def test_the_modules_of_lrope_gguf_stand_in_order() -> None:
+    """Each imports only those before it in docs/design.md, and what needs none of them."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    before, free = re.findall(r"Inside `lrope_gguf`:(.*?)only those before it(.*?)\.\n", text, re.DOTALL)[0]
+    order, alone = re.findall(r"`(\w+)` \(", before), set(re.findall(r"`(\w+)`", free))
+    assert {path.stem for path in (ROOT / "lrope_gguf").glob("[!_]*.py")} == {*order, *alone, "cli"}
+    for name in {*order, *alone}:
+        may = {*order[: order.index(name)], *alone} if name in order else alone
+        found = imports(ROOT / "lrope_gguf" / f"{name}.py", "lrope_gguf")
+        assert {one.split(".")[1] for one in found if one.startswith("lrope_gguf.")} <= may, name

@@ -122,7 +122,7 @@ def test_prediction_follows_the_types_of_the_cache(
 def test_types_of_the_cache_that_a_model_cannot_have(tmp_path: Path, types: tuple[str, str], reason: str) -> None:
     path = write_readable(tmp_path / "m.gguf", LLAMA)
     assert needed(path, 256, types=("bf16", "f32")).kv_cache > needed(path, 256).kv_cache
-    message = f"{path}: cannot make a context of 256 tokens with cache_type_k {types[0]} and cache_type_v {types[1]}: "
+    message = f"{path}: cannot make a context of 256 tokens with cache_type_k={types[0]} and cache_type_v={types[1]}: "
     with pytest.raises(LropeError, match=f"^{re.escape(message + reason)}$"):
         needed(path, 256, types=types, flash_attention=True)
 

@@ -107,13 +107,9 @@ def test_write_uniform_asks_where_the_header_does_not_tell(
     assert main(["show", str(path)]) == 0
 
 
-def test_a_published_uniform_factor_is_what_the_search_measured(tmp_path: Path) -> None:
+def test_a_uniform_factor_is_what_a_search_measured(tmp_path: Path) -> None:
     """Gemma 3 270M: the winner of its study is the uniform factor 1.25, on 3 of 18 layers."""
-    path, named = tmp_path / "uniform.gguf", tmp_path / "named.gguf"
-    for model in (path, named):
-        reach(model, "gemma3", 18, attention__sliding_window=512, context_length=32768)
-    assert (
-        main(["write", str(path), "--uniform", "1.25"]) == main(["write", str(named), "--curve", "gemma-3-270m"]) == 0
-    )
-    measured = tuple(1.25 if layer in (5, 11, 17) else 1.0 for layer in range(18))
-    assert read_factors(path) == read_factors(named) == measured
+    path = tmp_path / "uniform.gguf"
+    reach(path, "gemma3", 18, attention__sliding_window=512, context_length=32768)
+    assert main(["write", str(path), "--uniform", "1.25"]) == 0
+    assert read_factors(path) == tuple(1.25 if layer in (5, 11, 17) else 1.0 for layer in range(18))

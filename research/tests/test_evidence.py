@@ -77,6 +77,36 @@ def test_what_differs_is_named_with_the_nearest_line(evidence: Any) -> None:
     assert evidence.compare(["| a | 1 |"], "nothing\n") == (("| a | 1 |", ""),)
 
 
+CLOSE = {
+    "same": ("| a | 15.3 [14.5, 16.1] | 3.3 | 85 % |", True),
+    "an interval that overlaps, and figures near": ("| a | 14.0 [13.1, 14.6] | 3.0 | 71 % |", True),
+    "an interval beside": ("| a | 13.0 [12.1, 14.4] | 3.3 | 85 % |", False),
+    "a figure far off": ("| a | 15.3 [14.5, 16.1] | 2.7 | 85 % |", False),
+    "a share far off": ("| a | 15.3 [14.5, 16.1] | 3.3 | 69 % |", False),
+    "another name": ("| b | 15.3 [14.5, 16.1] | 3.3 | 85 % |", False),
+    "no interval": ("| a | 15.3 | 3.3 | 85 % |", False),
+}
+
+
+@pytest.mark.parametrize(("printed", "expected"), CLOSE.values(), ids=CLOSE)
+def test_another_cpus_rounding_is_told_from_a_difference(evidence: Any, printed: str, expected: bool) -> None:
+    assert evidence.close("| a | 15.3 [14.5, 16.1] | 3.3 | 85 % |", printed) is expected
+
+
+def test_rows_are_looked_for_in_the_order_of_the_tables(evidence: Any) -> None:
+    output = "| x | 9 % |\n| y | 99 % |\n| x | 50 % |\n| y | 12 % |\n"
+    differs = [("| x | 55 % |", ""), ("| y | 99 % |", "")]
+    assert evidence.sort(differs, output) == ([("| x | 55 % |", "| x | 50 % |")], [("| y | 99 % |", "")])
+
+
+def test_a_kept_studys_figures_are_exact(evidence: Any) -> None:
+    for command, rounded in (("print('| x | 51 % |')", 0), ("print('| x | 51 % |') # m.gguf", 1)):
+        claim = evidence.Claim("p.md", "T", 1.0, "", (f'python -c "{command}"',), ("| x | 50 % |",))
+        outcome = evidence.run(claim)
+        assert (len(outcome.rounded), len(outcome.differs)) == (rounded, 1 - rounded)
+        assert len(evidence.run(claim, exact=True).differs) == 1
+
+
 def test_the_documents_commands_exist(evidence: Any) -> None:
     found = [claim for path in evidence.pages() for claim in evidence.claims(path)]
     assert found

@@ -336,7 +336,7 @@ class Model:
         """Say which types of cache were asked for, which most models cannot have if they have others than usual."""
         if self.cache_types == ("f16", "f16"):
             return ""
-        return f" with cache_type_k {self.cache_types[0]} and cache_type_v {self.cache_types[1]}"
+        return f" with cache_type_k={self.cache_types[0]} and cache_type_v={self.cache_types[1]}"
 
     def clear(self, *, data: bool = False) -> None:
         """Empty all sequences; with ``data`` also overwrite the cached keys and values (needed after a NaN)."""
