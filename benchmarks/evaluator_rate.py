@@ -13,20 +13,16 @@ import argparse
 import itertools
 import json
 import os
-import shlex
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from patch_speed import cpu_model, spread
-from tables import table
+from tables import command, cpu_model, script, spread, table
 
-from lrope_gguf import LropeError
 from lrope_gguf.native import tool_path
 from lrope_search.evaluation.evaluator import SCORINGS, TeacherForcedEvaluator
 from lrope_search.evaluation.model import Model
@@ -38,9 +34,9 @@ _ROWS = 128  # of logits, to measure what one costs
 
 def bench(path: str, n_tokens: int, n_threads: int, n_batch: int) -> float:
     """Seconds of one `llama-bench` prefill of ``n_tokens``."""
-    command = [tool_path("llama-bench"), "-m", path, "-p", n_tokens, "-n", 0, "-t", n_threads, "-r", 1, "-o", "json"]
+    words = [tool_path("llama-bench"), "-m", path, "-p", n_tokens, "-n", 0, "-t", n_threads, "-r", 1, "-o", "json"]
     options = ["-fa", 1, "-b", n_batch, "-ub", n_batch]
-    done = subprocess.run([str(word) for word in (*command, *options)], check=True, capture_output=True, text=True)
+    done = subprocess.run([str(word) for word in (*words, *options)], check=True, capture_output=True, text=True)
     return n_tokens / float(json.loads(done.stdout)[0]["avg_ts"])
 
 
@@ -138,14 +134,11 @@ def main() -> None:
     args = parser.parse_args()
     cases = itertools.product(args.models, args.keys, args.probes)
     rows = [found for path, n_keys, n in cases if n <= n_keys for found in measure(path, n_keys, n, args)]
-    print(f"`{shlex.join(['python', 'benchmarks/evaluator_rate.py', *sys.argv[1:]])}`\n")
+    print(command())
     what = "processor time, against prefill in this process" if args.cpu_time else "against llama-bench -fa 1"
     print(f"{cpu_model()}, {os.cpu_count()} cores, {args.threads} threads, batch {args.batch_size}; {what}\n")
     print(table(rows[0], (found.values() for found in rows)))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LropeError as error:
-        sys.exit(f"error: {error}")
+    script(main)

@@ -22,9 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tables import head, row
+from tables import head, row, script
 
-from lrope_gguf.errors import LropeError
 from lrope_search.evaluation.logits import RowWorkers, kl_divergences
 from lrope_search.evaluation.memory import memory_needed
 from lrope_search.evaluation.model import Model
@@ -144,19 +143,16 @@ def main() -> None:
     parser.add_argument("--cache-types", metavar="T", nargs="+", choices=list(CACHE_TYPES), default=types)
     args = parser.parse_args()
     rate = copy_rate()
-    try:
-        print(head("model", "keys", "tokens", "change of level", "floor", "share of the prefill"))
-        for path in args.models:
-            for kind in args.cache_types:
-                print(cost_row(path, args, kind, rate), flush=True)
-        turned = (f"turned {turns} times" for turns in TURNS[1:])
-        print(f"\n{head('model', 'keys', 'type against F32', *turned)}")
-        for path in args.models:
-            for kind in args.cache_types:
-                print(rounding_row(path, args, kind), flush=True)
-    except LropeError as error:
-        parser.exit(1, f"{error}\n")
+    print(head("model", "keys", "tokens", "change of level", "floor", "share of the prefill"))
+    for path in args.models:
+        for kind in args.cache_types:
+            print(cost_row(path, args, kind, rate), flush=True)
+    turned = (f"turned {turns} times" for turns in TURNS[1:])
+    print(f"\n{head('model', 'keys', 'type against F32', *turned)}")
+    for path in args.models:
+        for kind in args.cache_types:
+            print(rounding_row(path, args, kind), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -195,10 +195,7 @@ def run_to_target(kind: str, seed: int, n_workers: int, lag: int, budget: int, s
     executor = VirtualExecutor(OnLandscape(landscape), n_workers, lambda job: duration(job, 0.25))
     settings = SearchConfig(seed=seed, max_evaluations=budget, search_contexts=CONTEXTS, racing_fraction=0.5,
                             algorithm=optimizer_config("ga", lag=lag))  # fmt: skip
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        Watch(Path(directory), landscape, executor, share) as study,
-    ):
+    with tempfile.TemporaryDirectory() as directory, Watch(Path(directory), landscape, executor, share) as study:
         try:
             run_search(executor, study, settings, Progress(quiet=True))
         except Reached:

@@ -557,10 +557,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
         "without": ALL,
     },
-    "bailingmoe3": {
-        "metadata": {**MLA, **ONE_HEAD, "rope.dimension_sections": [2, 3, 3, 0]},
-        "without": ODD,
-    },
+    "bailingmoe3": {"metadata": {**MLA, **ONE_HEAD, "rope.dimension_sections": [2, 3, 3, 0]}, "without": ODD},
     "qwen3next": {"metadata": DELTA_NET, "without": EVEN},
     "qwen35": {"metadata": DELTA_NET, "without": EVEN, "needs": ("attn_gate", "attn_qkv")},
     "qwen35moe": {"metadata": DELTA_NET, "without": EVEN, "needs": ("attn_gate", "attn_qkv")},
@@ -628,10 +625,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "rope.freq_base_swa": 10000.0,
         },
     },
-    "hrm_text": {
-        "layer_of": by_cache,
-        "metadata": {"hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2},
-    },
+    "hrm_text": {"layer_of": by_cache, "metadata": {"hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2}},
     "graniteswitch": {
         "metadata": {
             "adapters.count": 2,

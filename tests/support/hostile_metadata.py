@@ -107,10 +107,7 @@ class Model:
 
     def header(self, *, n_pairs: int | None = None, n_tensors: int | None = None, version: int = 3) -> bytes:
         """All before the data, with other counts if they are given."""
-        counts = (
-            self.n_tensors if n_tensors is None else n_tensors,
-            len(self.pairs) if n_pairs is None else n_pairs,
-        )
+        counts = (self.n_tensors if n_tensors is None else n_tensors, len(self.pairs) if n_pairs is None else n_pairs)
         start = b"GGUF" + struct.pack("<IQQ", version, *counts)
         return start + b"".join(string(key.encode()) + value for key, value in self.pairs) + self.tensors
 
