@@ -41,7 +41,6 @@ def bench(path: str, n_tokens: int, n_threads: int, n_batch: int) -> float:
 
 
 def seconds_of(work: Callable[[], object], clock: Callable[[], float]) -> float:
-    """What ``work`` takes on ``clock``."""
     start = clock()
     work()
     return clock() - start
@@ -58,7 +57,6 @@ def prefill(model: Model, n_tokens: int, n_rows: int = 0) -> None:
 
 
 def measure(path: str, n_keys: int, n_probes: int, args: argparse.Namespace) -> list[dict[str, str]]:
-    """Rows of the table: one for each who scores."""
     clock = time.process_time if args.cpu_time else time.perf_counter
     task = KeyValueTask(n_keys, probes=n_probes, identifiers=args.identifiers)
     with Model(path, n_threads=args.threads, n_batch=args.batch_size) as model:
@@ -100,25 +98,19 @@ def measure(path: str, n_keys: int, n_probes: int, args: argparse.Namespace) -> 
     floor = statistics.median(b / (b + n_rows * row) for b in theirs)
     return [
         {
-            "model": Path(path).name,
-            "keys": str(n_keys),
-            "probes": str(n_probes),
-            "tokens": str(n_tokens),
-            "scored by": scoring,
-            "evaluator, tokens/s": f"{n_tokens / statistics.median(seconds):.0f}",
+            "model": Path(path).name, "keys": str(n_keys), "probes": str(n_probes), "tokens": str(n_tokens),
+            "scored by": scoring, "evaluator, tokens/s": f"{n_tokens / statistics.median(seconds):.0f}",
             "prefill, tokens/s": f"{n_tokens / statistics.median(theirs):.0f}",
             "ratio (range)": spread([b / a for a, b in zip(seconds, theirs, strict=True)]),
-            "rows of logits": f"{n_rows} of {1e3 * row:.1f} ms",
-            "floor": f"{floor:.3f}",
+            "rows of logits": f"{n_rows} of {1e3 * row:.1f} ms", "floor": f"{floor:.3f}",
             "one prompt a probe": f"{n_alone} tokens, {n_alone / n_tokens:.1f} times",
             "factor change": f"{1e3 * statistics.median(changes):.3f} ms",
         }
         for scoring, seconds in ours.items()
-    ]
+    ]  # fmt: skip
 
 
 def main() -> None:
-    """Measure all models at all lengths and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--keys", type=int, nargs="+", default=[40], metavar="N", help="pairs a context (40)")

@@ -109,7 +109,6 @@ def count(library: Path, args: argparse.Namespace, factors: int, n_decode: int) 
 
 
 def main() -> None:
-    """Count all arms and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--stock", type=Path, metavar="LIBDIR")
     parser.add_argument("--patched", type=Path, metavar="LIBDIR")

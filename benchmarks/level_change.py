@@ -45,7 +45,6 @@ def opened(path: str, n_tokens: int, kind: str, n_threads: int, scaling: str) ->
 
 
 def text_of(model: Model, n_tokens: int) -> NDArray[np.int32]:
-    """The beginning of the README, again and again."""
     tokens = [*model.text_start(), *model.tokenize(README.read_text())]
     return np.resize(np.array(tokens, np.int32), n_tokens)
 
@@ -62,12 +61,10 @@ def append(
 
 
 def forget(model: Model, sequence: int) -> None:
-    """Empty a sequence."""
     model._llama.llama_memory_seq_rm(model._memory, sequence, -1, -1)
 
 
 def seconds(model: Model, tokens: NDArray[np.int32], start: int) -> float:
-    """What decoding ``tokens`` takes."""
     begin = time.perf_counter()
     append(model, tokens, start)
     return time.perf_counter() - begin
@@ -132,7 +129,6 @@ def rounding_row(path: str, args: argparse.Namespace, kind: str) -> str:
 
 
 def main() -> None:
-    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", metavar="MODEL", nargs="+")
     parser.add_argument("--tokens", metavar="N", type=int, default=2048, help="not scaled up to these (%(default)s)")

@@ -61,7 +61,6 @@ class Arm(NamedTuple):
 
 
 def measure(command: Sequence[str]) -> Run:
-    """Run a command that must succeed."""
     with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
         try:
@@ -96,12 +95,10 @@ def compare(arms: Sequence[Arm], rounds: int, what: str) -> dict[str, list[Run]]
 
 
 def median(runs: Sequence[Run]) -> float:
-    """Of the times."""
     return statistics.median(run.seconds for run in runs)
 
 
 def seconds(runs: Sequence[Run]) -> str:
-    """Median and range of the times."""
     return spread([run.seconds for run in runs])
 
 
@@ -116,7 +113,6 @@ def peak(runs: Sequence[Run]) -> str:
 
 
 def verdict(ratio: float, goal: float, *, least: bool = False) -> str:
-    """A ratio beside its goal."""
     met = ratio >= goal if least else ratio <= goal
     return f"{'at least' if least else 'at most'} {goal:g}: {'met' if met else 'MISSED'}"
 
@@ -132,13 +128,11 @@ def ours(*words: str | Path) -> list[str]:
 
 
 def theirs(name: str) -> str | None:
-    """A script of the `gguf` package."""
     script = Path(sys.executable).with_name(name)
     return str(script) if script.exists() else shutil.which(name)
 
 
 def copying(source: Path, target: Path, *options: str) -> list[str]:
-    """`cp` and fsync."""
     line = f'cp {" ".join(options)} "$1" "$2" && sync "$2"'
     return ["sh", "-c", line, "sh", str(source), str(target)]
 
@@ -164,7 +158,6 @@ def fresh_copy(source: Path, target: Path) -> None:
 
 
 def reading(model: Path, rounds: int) -> str:
-    """`show` beside `gguf-dump`."""
     dump = theirs("gguf-dump")
     show = Arm("`lrope-gguf show --json`", ours("show", "--json", model), lambda: settle(model))
     text = Arm("`lrope-gguf show`", ours("show", model), lambda: settle(model))
@@ -380,7 +373,6 @@ def own_peak() -> int:
 
 
 def file_system(folder: Path) -> str:
-    """Type of the file system of a folder."""
     done = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=False)
     kind = done.stdout.strip() or "unknown"
     with contextlib.suppress(OSError):  # stat says ext2/ext3 for ext4
@@ -398,7 +390,6 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def main() -> None:
-    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="GGUF file with layers and RoPE, left as it is (default: made)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of every command (default: 7)")
@@ -418,10 +409,10 @@ def main() -> None:
             model = args.model.resolve()
         print(command())
         print(f"{cpu_model()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python ", end="")
+        print(f"{platform.python_version()}; model {model.name}, {model.stat().st_size / 1e6:.0f} MB; ", end="")
         print(
-            f"{platform.python_version()}; model {model.name}, {model.stat().st_size / 1e6:.0f} MB; files on ", end=""
+            f"files on {file_system(folder)}; load {math.ceil(os.getloadavg()[0] * 10) / 10:g} at the start; ", end=""
         )
-        print(f"{file_system(folder)}; load {math.ceil(os.getloadavg()[0] * 10) / 10:g} at the start; ", end="")
         print(f"peak memory below {own_peak() >> 20} MiB, that of this process, cannot be seen\n", flush=True)
         print(f"{reading(model, args.rounds)}\n", flush=True)
         print(f"{writing(model, folder, args.rounds)}\n", flush=True)

@@ -31,8 +31,6 @@ from lrope_search.tasks.task import Context
 
 
 class Cost(NamedTuple):
-    """Of one candidate on one context."""
-
     n_tokens: int
     seconds: float
     n_correct: int
@@ -47,7 +45,6 @@ def high_level(
     *,
     prefix_cache: bool,
 ) -> Cost:
-    """Score one candidate through `llama_cpp.Llama`."""
     from llama_cpp import Llama  # after our model: on the library that it has set
 
     start = time.perf_counter()
@@ -82,7 +79,6 @@ def high_level(
 
 
 def main() -> None:
-    """Score the candidates in all ways and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--keys", type=int, default=40)

@@ -14,32 +14,26 @@ from lrope_gguf.errors import LropeError
 
 
 def head(*names: str) -> str:
-    """The names of the columns and the line below them."""
     return f"{row(names)}\n|{'---|' * len(names)}"
 
 
 def row(cells: Iterable[object]) -> str:
-    """One row."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def table(names: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A whole table."""
     return "\n".join((head(*names), *map(row, rows)))
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median and range."""
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def command() -> str:
-    """The command line of a benchmark, as a page shows it."""
     return f"`{shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`\n"
 
 
 def cpu_model() -> str:
-    """Name of the processor, as the system tells it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

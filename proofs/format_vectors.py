@@ -111,7 +111,6 @@ ENTRIES: list[tuple[str, list[float] | float]] = [
 
 
 def stock(said: Json) -> Rope:
-    """The reference of a rotation without dynamic scaling."""
     divisors, components = said["frequency_factors"], said["components"]
     plain = Rope(
         said["n_dims"],
@@ -153,13 +152,9 @@ def length(said: Json, n: int) -> Json:
     level = scaling.level(n - 1)
     rotation = scaling.rope(stock(said), level)
     return {
-        "n": n,
-        "level": level,
-        "base": rotation.base,
-        "freq_scale": rotation.freq_scale,
-        "magnitude": float(rotation.magnitude),
-        "layers": layers(rotation, FACTORS, [[n - 1]]),
-    }
+        "n": n, "level": level, "base": rotation.base, "freq_scale": rotation.freq_scale,
+        "magnitude": float(rotation.magnitude), "layers": layers(rotation, FACTORS, [[n - 1]]),
+    }  # fmt: skip
 
 
 def refused(freq_scale: float, s: float) -> bool:
@@ -198,18 +193,13 @@ def entry(key: str, value: list[float] | float, order: str) -> str:
 
 
 def vectors() -> Json:
-    """The whole document."""
     return {
         "format": "lrope-vectors",
         "version": 1,
         "rotations": [
             {
-                "name": name,
-                "architecture": architecture,
-                "rope": said,
-                "positions": positions,
-                "magnitude": float(stock(said).magnitude),
-                "layers": layers(stock(said), factors, positions),
+                "name": name, "architecture": architecture, "rope": said, "positions": positions,
+                "magnitude": float(stock(said).magnitude), "layers": layers(stock(said), factors, positions),
             }
             for name, architecture, said, positions, factors in ROTATIONS
         ],
@@ -226,11 +216,10 @@ def vectors() -> Json:
             {"key": key, "value": value, "little": entry(key, value, "<"), "big": entry(key, value, ">")}
             for key, value in ENTRIES
         ],
-    }
+    }  # fmt: skip
 
 
 def dumps(document: Json) -> str:
-    """The document with a line for each vector."""
 
     def text(value: object) -> str:
         if not isinstance(value, list) or not value or not isinstance(value[0], dict):
@@ -256,7 +245,6 @@ def difference(found: object, wanted: object, where: str = "") -> str | None:
 
 
 def main() -> int:
-    """Print the vectors, or check a file of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare this file with the reference")
     path = parser.parse_args().check

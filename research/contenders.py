@@ -32,14 +32,12 @@ class KnotSpace(Space):
     """Factors linear between knots at equal distances over the layers; a genome is the logarithm of each knot."""
 
     def __init__(self, n_layer: int, *, knots: int = KNOTS, bounds: tuple[float, float] = DEFAULT_BOUNDS) -> None:
-        """Hold the settings."""
         self.n_layer, self.bounds, self.size = n_layer, bounds, knots
         self.box = np.array([np.log(bounds)] * knots)
         self.scale = np.ones(knots)
         self._x, self._knots = np.linspace(0.0, 1.0, n_layer), np.linspace(0.0, 1.0, knots)
 
     def uniform(self, factor: float) -> Genome:
-        """Return all knots at one height."""
         return np.full(self.size, math.log(factor))
 
     def encode(self, curve: Curve | Factors) -> Genome:
@@ -58,11 +56,9 @@ class KnotSpace(Space):
         return self.repair(width * (level + slope * (2.0 * self._knots - 1.0) + np.array(own) / 2.0))
 
     def repair(self, genomes: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Clip to the bounds."""
         return np.minimum(np.maximum(genomes, self.box[:, 0]), self.box[:, 1])
 
     def express(self, genome: Genome) -> tuple[Curve | None, Factors]:
-        """Return the factors between the knots."""
         return None, rounded(np.interp(self._x, self._knots, np.exp(genome)), 4)
 
 
@@ -122,12 +118,10 @@ class OptunaSampler:
         return None
 
     def tell(self, candidate: Candidate, score: Score) -> None:
-        """Tell the trial."""
         self._ledger.settle(candidate, score)
         self._study.tell(self._trial, self._loss(score))
 
     def should_stop(self) -> bool:
-        """Whether nothing new came of many trials."""
         return self._exhausted
 
     def _loss(self, score: Score) -> float:
@@ -176,7 +170,6 @@ CONTENDERS = (*(f"ga-{space}" for space in OURS),
 
 
 def make_space(name: str, n_layer: int) -> Space:
-    """Return a space by its name."""
     return _SPACES[name](n_layer)
 
 

@@ -149,7 +149,6 @@ def over_contexts(values: NDArray[np.float64], seed: int = 0, resamples: int = 1
 
 
 def excludes_zero(interval: Interval) -> bool:
-    """Whether an interval lies on one side of zero."""
     return interval.low > 0.0 or interval.high < 0.0
 
 
@@ -205,7 +204,6 @@ def needed(varies: Components, gain: float, questions: int) -> int | None:
 
 
 def measured(args: argparse.Namespace) -> Asked:
-    """Ask a model the pool."""
     model, task = model_of(args), task_of(args)
     if args.curve is not None:
         curve = curve_for(args.curve, read_model(model.path))[1]
@@ -336,7 +334,6 @@ def sizes_of(args: argparse.Namespace, pool: tuple[int, int]) -> list[tuple[int,
 
 
 def main() -> None:
-    """Print a table for each gain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", nargs="?")
     parser.add_argument("--study", metavar="DIR", type=Path, help="take the answers of a kept study's test")

@@ -178,7 +178,6 @@ def draw(path: str, lengths: Sequence[Length], title: str) -> None:
 
 
 def of_study(args: argparse.Namespace) -> Iterator[Length]:
-    """Yield the one length of a kept study."""
     share = args.shares[0]
     yield length_of(share, round(share * args.window), kept(args.study, args.contexts)[1])
 
@@ -203,7 +202,6 @@ def of_model(args: argparse.Namespace) -> Iterator[Length]:
 
 
 def main() -> None:
-    """Print the table of accuracy as it comes, then that of log-probability."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", nargs="?")
     parser.add_argument("--study", metavar="DIR", type=Path, help="take the answers of a kept study's test")

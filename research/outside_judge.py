@@ -300,7 +300,6 @@ def paired(base: Judgement, other: Judgement, key: Key) -> Comparison:
 
 
 def judged_rows(sides: Sequence[Judgement]) -> list[list[str]]:
-    """Return a row a figure of lm-eval."""
     base, other = sides
     rows = []
     for key in base.figures:
@@ -315,14 +314,12 @@ def judged_rows(sides: Sequence[Judgement]) -> list[list[str]]:
 
 
 def measured_row(name: str, table: DepthTable) -> list[str]:
-    """Return the row of what our own `measure` found."""
     found = table.comparisons["written"]
     cells = [f"{100 * table.totals[side].accuracy:.1f}" for side in SIDES]
     return [f"lrope_search, {name}", str(table.n_probes), *cells, with_interval(found, found.accuracy_gain, 100, 1)]
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows as a table in Markdown."""
     print(table(("judge", "questions", "base, %", "written, %", "difference, points"), rows))
 
 
@@ -362,7 +359,6 @@ def both(
 
 
 def kv(args: argparse.Namespace) -> None:
-    """Our contexts, lm-eval's and our own figures."""
     task = task_of(args)
     if task.name != "kv" or task.to_json()["context_tokens"] is not None:
         raise LropeError("--task, --context-tokens: only the kv task is exported, of so many --keys")
@@ -378,7 +374,6 @@ def kv(args: argparse.Namespace) -> None:
 
 
 def ruler(args: argparse.Namespace) -> None:
-    """RULER as lm-eval has it."""
     for option, value, least in (("--limit", args.limit, 1), ("--length", args.length, LEAST)):
         if value < least:
             raise LropeError(f"{option} {value}: too few; give at least {least}")
@@ -396,7 +391,6 @@ def ruler(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, add_options in (("kv", add_task_options), ("ruler", add_ruler_options)):
@@ -418,7 +412,6 @@ def main() -> None:
 
 
 def add_ruler_options(parser: argparse.ArgumentParser) -> None:
-    """Declare which of RULER's tasks, how long and how many."""
     parser.add_argument("--tasks", nargs="+", choices=RULER, default=["ruler_vt"])
     parser.add_argument("--length", metavar="N", type=int, default=4096, help="tokens a prompt (%(default)s)")
     parser.add_argument("--limit", metavar="N", type=int, default=20, help="samples a task (%(default)s)")

@@ -43,7 +43,6 @@ LARGEST = 64 << 20
 
 
 def archived(folder: Path = ARCHIVES) -> dict[str, Path]:
-    """The kept studies' archives by name."""
     return {path.name.removesuffix(ENDING): path for path in sorted(folder.glob(f"*{ENDING}"))}
 
 
@@ -122,7 +121,6 @@ def draw(name: str, picture: str, target: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """List, unpack or pack."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     parts.add_parser("list", help="names and sizes")

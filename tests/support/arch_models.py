@@ -43,110 +43,47 @@ def common(n_layer: int) -> dict[str, Value]:
     """The keys that one architecture or another needs; nobody reads those that it does not know."""
     alternating = [il % 2 for il in range(n_layer)]
     return {
-        "vocab_size": N_VOCAB,
-        "context_length": N_CTX,
-        "embedding_length": N_EMBD,
-        "features_length": N_EMBD,
-        "block_count": n_layer,
-        "leading_dense_block_count": 1,
-        "feed_forward_length": N_FF,
-        "use_parallel_residual": False,
-        "logit_scale": 1.0,
-        "residual_scale": 1.5,
-        "full_attention_interval": 2,
-        "attention.head_count": N_HEAD,
-        "attention.head_count_kv": N_HEAD,
-        "attention.max_alibi_bias": 8.0,
-        "attention.clamp_kqv": 1.0,
-        "attention.layer_norm_epsilon": 1e-5,
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        "attention.group_norm_epsilon": 1e-5,
-        "attention.group_norm_groups": 8,
-        "attention.q_lora_rank": 32,
-        "attention.kv_lora_rank": 32,
-        "attention.relative_buckets_count": 8,
-        "attention.sliding_window": 32,
-        "attention.sliding_window_pattern": [1 - a for a in alternating],
-        "attention.indexer.head_count": 64,
-        "attention.indexer.key_length": 128,
-        "attention.indexer.top_k": 8,
-        "attention.indexer.block_size": 4,
-        "attention.indexer.kpool": 4,
-        "attention.indexer.kpool_select_tail": True,
-        "attention.indexer.local_blocks": 1,
-        "rope.dimension_sections": [HEAD // 4] * 4,
-        "rope.freq_base": 10000.0,
-        "time_mix_extra_dim": 32,
-        "time_decay_extra_dim": 32,
-        "attention.decay_lora_rank": 32,
-        "attention.iclr_lora_rank": 32,
-        "attention.value_residual_mix_lora_rank": 32,
-        "attention.gate_lora_rank": 32,
-        "wkv.head_size": HEAD,
-        "token_shift_count": 2,
-        "posnet.embedding_length": N_EMBD,
-        "posnet.block_count": n_layer,
-        "convnext.embedding_length": N_EMBD,
-        "convnext.block_count": n_layer,
-        "xielu.alpha_n": 1.0,
-        "xielu.alpha_p": 1.0,
-        "xielu.beta": 1.0,
-        "xielu.eps": 1e-7,
-        "ssm.inner_size": 2 * N_EMBD,
-        "ssm.conv_kernel": 4,
-        "ssm.state_size": 16,
-        "ssm.time_step_rank": N_HEAD,
-        "ssm.group_count": 2,
-        "kda.head_dim": 32,
-        "kda.safe_gate": True,
-        "kda.gate_lower_bound": -5.0,
-        "shortconv.l_cache": 3,
-        "attn_res.block_size": 12,
-        "activation.situ_beta": 4.0,
-        "activation.situ_linear_beta": 25.0,
-        "tokenizer.ggml.model": "no_vocab",
-        "tokenizer.ggml.token_type_count": 2,
-    }
+        "vocab_size": N_VOCAB, "context_length": N_CTX, "embedding_length": N_EMBD, "features_length": N_EMBD,
+        "block_count": n_layer, "leading_dense_block_count": 1, "feed_forward_length": N_FF,
+        "use_parallel_residual": False, "logit_scale": 1.0, "residual_scale": 1.5, "full_attention_interval": 2,
+        "attention.head_count": N_HEAD, "attention.head_count_kv": N_HEAD, "attention.max_alibi_bias": 8.0,
+        "attention.clamp_kqv": 1.0, "attention.layer_norm_epsilon": 1e-5, "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.group_norm_epsilon": 1e-5, "attention.group_norm_groups": 8, "attention.q_lora_rank": 32,
+        "attention.kv_lora_rank": 32, "attention.relative_buckets_count": 8, "attention.sliding_window": 32,
+        "attention.sliding_window_pattern": [1 - a for a in alternating], "attention.indexer.head_count": 64,
+        "attention.indexer.key_length": 128, "attention.indexer.top_k": 8, "attention.indexer.block_size": 4,
+        "attention.indexer.kpool": 4, "attention.indexer.kpool_select_tail": True,
+        "attention.indexer.local_blocks": 1, "rope.dimension_sections": [HEAD // 4] * 4, "rope.freq_base": 10000.0,
+        "time_mix_extra_dim": 32, "time_decay_extra_dim": 32, "attention.decay_lora_rank": 32,
+        "attention.iclr_lora_rank": 32, "attention.value_residual_mix_lora_rank": 32, "attention.gate_lora_rank": 32,
+        "wkv.head_size": HEAD, "token_shift_count": 2, "posnet.embedding_length": N_EMBD,
+        "posnet.block_count": n_layer, "convnext.embedding_length": N_EMBD, "convnext.block_count": n_layer,
+        "xielu.alpha_n": 1.0, "xielu.alpha_p": 1.0, "xielu.beta": 1.0, "xielu.eps": 1e-7,
+        "ssm.inner_size": 2 * N_EMBD, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.time_step_rank": N_HEAD,
+        "ssm.group_count": 2, "kda.head_dim": 32, "kda.safe_gate": True, "kda.gate_lower_bound": -5.0,
+        "shortconv.l_cache": 3, "attn_res.block_size": 12, "activation.situ_beta": 4.0,
+        "activation.situ_linear_beta": 25.0, "tokenizer.ggml.model": "no_vocab", "tokenizer.ggml.token_type_count": 2,
+    }  # fmt: skip
 
 
 MOE: dict[str, Value] = {
-    "expert_feed_forward_length": N_FF,
-    "expert_shared_feed_forward_length": N_FF // 2,
-    "expert_latent_length": N_FF,
-    "interleave_moe_layer_step": 2,
-    "moe_every_n_layers": 2,
-    "expert_count": 2,
-    "expert_used_count": 2,
-    "expert_shared_count": 1,
-    "expert_gating_func": 2,
-    "expert_group_scale": 1.0,
-    "experts_per_group": 1,
-    "expert_weights_scale": 1.0,
-    "expert_weights_norm": True,
-}
+    "expert_feed_forward_length": N_FF, "expert_shared_feed_forward_length": N_FF // 2, "expert_latent_length": N_FF,
+    "interleave_moe_layer_step": 2, "moe_every_n_layers": 2, "expert_count": 2, "expert_used_count": 2,
+    "expert_shared_count": 1, "expert_gating_func": 2, "expert_group_scale": 1.0, "experts_per_group": 1,
+    "expert_weights_scale": 1.0, "expert_weights_norm": True,
+}  # fmt: skip
 MLA: dict[str, Value] = {
-    "attention.head_count": 1,
-    "attention.head_count_kv": 1,
-    "attention.key_length": 48,
-    "attention.value_length": 32,
-    "rope.dimension_count": 16,
-    "attention.key_length_mla": 32,
-    "attention.value_length_mla": 16,
-}
+    "attention.head_count": 1, "attention.head_count_kv": 1, "attention.key_length": 48, "attention.value_length": 32,
+    "rope.dimension_count": 16, "attention.key_length_mla": 32, "attention.value_length_mla": 16,
+}  # fmt: skip
 HYPER: dict[str, Value] = {
-    "hyper_connection.count": 4,
-    "hyper_connection.sinkhorn_iterations": 2,
-    "hyper_connection.epsilon": 1e-6,
-    "hyper_connection.low_rank": 8,
-    "hyper_connection.magnitude": 2.0,
-    "swiglu_clamp_exp": 10.0,
-}
+    "hyper_connection.count": 4, "hyper_connection.sinkhorn_iterations": 2, "hyper_connection.epsilon": 1e-6,
+    "hyper_connection.low_rank": 8, "hyper_connection.magnitude": 2.0, "swiglu_clamp_exp": 10.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Fixture:
-    """One tiny model and the graphs to run."""
-
     name: str
     arch: str
     metadata: dict[str, Value] = field(default_factory=dict)
@@ -195,7 +132,6 @@ class Library:
 
     @contextmanager
     def metadata(self, fixture: Fixture, factors: Factors = None) -> Iterator[ctypes.c_void_p]:
-        """A gguf context with the fixture's keys."""
         ctx = ctypes.c_void_p(self.raw.gguf_init_empty())
         self._set(ctx, "general.architecture", fixture.arch)
         for key, value in fixture.keys().items():
@@ -332,8 +268,6 @@ def _fused(queries: Tensors, known: Tensors) -> Tensors:
 
 
 class Session:
-    """A context that records its graphs."""
-
     def __init__(self, model: Model, target: Session | None = None, **extra: Any) -> None:
         self.model, self.lib, self.fixture, self.target = model, model.lib, model.fixture, target
         llama = self.lib.llama
@@ -372,7 +306,6 @@ class Session:
         self.n_past = 0
 
     def run(self) -> dict[str, Graph]:
-        """All graphs of the fixture's kind, from an empty memory."""
         self.clear()
         graphs = {}
         for name, step in GRAPHS[self.fixture.graphs]:
@@ -429,12 +362,10 @@ def _encode(s: Session) -> bool:
 
 
 def _predict(n: int) -> Callable[[Session], bool]:
-    """Tokens with the hidden states of the model before."""
     return lambda s: s.process(n, width=s.lib.llama.llama_model_n_embd_out(s.model.handle))
 
 
 def _features(encode: bool) -> Callable[[Session], bool]:
-    """Hidden states of several layers of the target."""
 
     def step(s: Session) -> bool:
         rows = 4 if s.lib.llama.llama_model_rope_type(s.model.handle) in MROPE else 1
@@ -572,15 +503,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hy_v4": {"metadata": {**MLA, **HYPER, **INDEXED}},
     "dots3note": {
         "metadata": {
-            **MLA,
-            **INDEXED,
-            "attention.sliding_window_pattern": [il % 2 for il in range(N_LAYER)],
-            "attention.kv_lora_rank_swa": 32,
-            "attention.key_length_swa": 48,
-            "attention.value_length_swa": 32,
-            "attention.key_length_mla_swa": 32,
-            "attention.value_length_mla_swa": 16,
-            "rope.freq_base_swa": 10000.0,
+            **MLA, **INDEXED, "attention.sliding_window_pattern": [il % 2 for il in range(N_LAYER)],
+            "attention.kv_lora_rank_swa": 32, "attention.key_length_swa": 48, "attention.value_length_swa": 32,
+            "attention.key_length_mla_swa": 32, "attention.value_length_mla_swa": 16, "rope.freq_base_swa": 10000.0,
         }
     },
     "minimax-m3": {"metadata": {"attention.indexer.head_count": N_HEAD, "rope.dimension_count": HEAD // 2}},
@@ -647,7 +572,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "metadata": {"target_layers": [0, 1, 2], "target_hidden_size": N_EMBD},
     },
     "dflash": {"graphs": "dflash", "metadata": {"target_layers": [0, 1, 2], "rope.dimension_sections": [0] * 4}},
-}
+}  # fmt: skip
 
 DENSE = _names(
     "llama deci falcon gpt2 gptneox mpt baichuan starcoder refact bert modern-bert nomic-bert neo-bert "
@@ -791,17 +716,12 @@ def _variants() -> Iterator[Fixture]:
         virtual=False,
         tensors=dict(_assistant_tensors(N_EMBD // 2, N_EMBD, 4)),
         metadata={
-            "nextn_predict_layers": 4,
-            "embedding_length": N_EMBD // 2,
-            "embedding_length_out": N_EMBD,
-            "attention.key_length": HEAD,
-            "attention.value_length": HEAD,
-            "attention.key_length_swa": HEAD,
-            "attention.value_length_swa": HEAD,
-            "attention.sliding_window_pattern": [1, 1, 1, 0],
+            "nextn_predict_layers": 4, "embedding_length": N_EMBD // 2, "embedding_length_out": N_EMBD,
+            "attention.key_length": HEAD, "attention.value_length": HEAD, "attention.key_length_swa": HEAD,
+            "attention.value_length_swa": HEAD, "attention.sliding_window_pattern": [1, 1, 1, 0],
             "rope.freq_base_swa": 10000.0,
         },
-    )
+    )  # fmt: skip
 
 
 def _fixtures() -> Iterator[Fixture]:

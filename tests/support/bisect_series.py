@@ -24,8 +24,6 @@ _INCLUDES = ("include", "ggml/include", "src", "common", "vendor", "tools/server
 
 @dataclass(frozen=True)
 class Step:
-    """A patch on top of those before it."""
-
     patch: str
     files: tuple[str, ...]
     """What was compiled."""

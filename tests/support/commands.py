@@ -53,11 +53,9 @@ def script(main: Callable[[], int | None]) -> None:
 
 
 def progress(text: str) -> None:
-    """Tell what is being done, beside the output."""
     print(text, file=sys.stderr, flush=True)
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)

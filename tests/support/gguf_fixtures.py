@@ -47,12 +47,10 @@ def write_model(
 
 
 def names(directory: Path) -> list[str]:
-    """What lies in a directory, hidden files included."""
     return sorted(entry.name for entry in directory.iterdir())
 
 
 def read_keys(path: Path) -> dict[str, object]:
-    """All keys as the `gguf` package reads them."""
     return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
 
 
@@ -62,17 +60,14 @@ def read_tensors(path: Path) -> dict[str, bytes]:
 
 
 def u32(value: int, order: str = "<") -> bytes:
-    """A uint32."""
     return struct.pack(order + "I", value)
 
 
 def u64(value: int, order: str = "<") -> bytes:
-    """A uint64."""
     return struct.pack(order + "Q", value)
 
 
 def string(data: bytes, order: str = "<") -> bytes:
-    """A GGUF string."""
     return u64(len(data), order) + data
 
 
@@ -82,10 +77,8 @@ def header(pairs: bytes, n_keys: int, *, n_tensors: int = 0, version: int = 3, o
 
 
 def text_pair(key: str, value: str, order: str = "<") -> bytes:
-    """A key with a string."""
     return string(key.encode(), order) + u32(8, order) + string(value.encode(), order)
 
 
 def number_pair(key: str, value: int, order: str = "<") -> bytes:
-    """A key with a uint32."""
     return string(key.encode(), order) + struct.pack(order + "II", 4, value)

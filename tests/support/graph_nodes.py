@@ -19,29 +19,16 @@ MAX_DIMS, MAX_OP_PARAMS, MAX_SRC, MAX_NAME = 4, 16, 10, 64
 
 
 class GgmlTensor(ctypes.Structure):
-    """Mirror of ``struct ggml_tensor``."""
-
     _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * MAX_DIMS),
-        ("nb", ctypes.c_size_t * MAX_DIMS),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * MAX_OP_PARAMS),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * MAX_SRC),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * MAX_NAME),
-        ("extra", ctypes.c_void_p),
-        ("padding", ctypes.c_char * 8),
-    )
+        ("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * MAX_DIMS),
+        ("nb", ctypes.c_size_t * MAX_DIMS), ("op", ctypes.c_int), ("op_params", ctypes.c_int32 * MAX_OP_PARAMS),
+        ("flags", ctypes.c_int32), ("src", ctypes.c_void_p * MAX_SRC), ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t), ("data", ctypes.c_void_p), ("name", ctypes.c_char * MAX_NAME),
+        ("extra", ctypes.c_void_p), ("padding", ctypes.c_char * 8),
+    )  # fmt: skip
 
 
 class RopeParams(NamedTuple):
-    """The operation parameters of a RoPE node."""
-
     n_dims: int
     mode: int
     n_ctx_orig: int
@@ -175,7 +162,6 @@ class Recorder:
         self.callback = callback_type(self._visit)
 
     def take(self) -> Graph:
-        """The nodes since the last call."""
         graph = Graph(tuple(self._nodes))
         self._nodes, self._known = [], {}
         return graph

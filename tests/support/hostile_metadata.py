@@ -41,7 +41,6 @@ def floats(values: Sequence[float]) -> bytes:
 
 
 def scalar(kind: int, value: bytes) -> bytes:
-    """A GGUF value with its type."""
     return u32(kind) + value
 
 
@@ -51,7 +50,6 @@ def array(kind: int, n: int, content: bytes) -> bytes:
 
 
 def factors(values: Sequence[float]) -> bytes:
-    """An array as the key should have it."""
     return array(F32, len(values), floats(values))
 
 
@@ -77,7 +75,6 @@ class Model:
 
     @classmethod
     def parse(cls, file: bytes) -> Model:
-        """Take a valid file apart."""
         n_tensors, n_pairs = struct.unpack_from("<QQ", file, 8)
         at, pairs = 24, []
         for _ in range(n_pairs):
@@ -92,17 +89,14 @@ class Model:
         return cls(tuple(pairs), n_tensors, file[start:at], file[_aligned(at) :])
 
     def put(self, key: str, value: bytes) -> Model:
-        """Replace the value of a key, or add the key at the end."""
         if key not in dict(self.pairs):
             return replace(self, pairs=(*self.pairs, (key, value)))
         return replace(self, pairs=tuple((k, value if k == key else v) for k, v in self.pairs))
 
     def add(self, key: str, value: bytes) -> Model:
-        """Add a key at the end, even if it is there."""
         return replace(self, pairs=(*self.pairs, (key, value)))
 
     def drop(self, key: str) -> Model:
-        """Remove a key."""
         return replace(self, pairs=tuple(pair for pair in self.pairs if pair[0] != key))
 
     def header(self, *, n_pairs: int | None = None, n_tensors: int | None = None, version: int = 3) -> bytes:
@@ -112,15 +106,12 @@ class Model:
         return start + b"".join(string(key.encode()) + value for key, value in self.pairs) + self.tensors
 
     def with_header(self, header: bytes) -> bytes:
-        """The file with another header; the data stay aligned."""
         return header.ljust(_aligned(len(header)), b"\0") + self.data
 
     def file(self) -> bytes:
-        """The whole file."""
         return self.with_header(self.header())
 
     def span(self, key: str) -> tuple[int, int]:
-        """Where a key and its value stand in the header."""
         at = 24
         for name, value in self.pairs:
             stop = at + 8 + len(name.encode()) + len(value)
@@ -222,26 +213,14 @@ def _bits(value: int) -> float:
 GOOD_VALUES = {"one": 1.0, "largest": 1024.0, "smallest": 1 / 1024}
 # NaN stays bits: a signalling one does not survive a conversion
 BAD_VALUES = {
-    "NaN": 0x7FC00000,
-    "negative NaN": 0xFFC00000,
-    "signalling NaN": 0x7F800001,
-    "infinity": 0x7F800000,
-    "negative infinity": 0xFF800000,
-    "zero": 0,
-    "negative zero": 0x80000000,
-    "negative": 0xBFC00000,
-    "denormal": 1,
-    "largest denormal": 0x007FFFFF,
-    "FLT_MIN": 0x00800000,
-    "FLT_MAX": 0x7F7FFFFF,
-    "1e30": 0x7149F2CA,
-    "above 1024": 0x44800001,
-    "below 1/1024": 0x3A7FFFFF,
-}
+    "NaN": 0x7FC00000, "negative NaN": 0xFFC00000, "signalling NaN": 0x7F800001, "infinity": 0x7F800000,
+    "negative infinity": 0xFF800000, "zero": 0, "negative zero": 0x80000000, "negative": 0xBFC00000, "denormal": 1,
+    "largest denormal": 0x007FFFFF, "FLT_MIN": 0x00800000, "FLT_MAX": 0x7F7FFFFF, "1e30": 0x7149F2CA,
+    "above 1024": 0x44800001, "below 1/1024": 0x3A7FFFFF,
+}  # fmt: skip
 
 
 def value_cases(model: Model, kind: str) -> Iterator[Case]:
-    """Bad and extreme values at every layer."""
     for layer in range(LAYERS):
         for name, bits in BAD_VALUES.items():
             content = bytearray(floats(FACTORS))
@@ -264,7 +243,6 @@ def length_cases(model: Model) -> Iterator[Case]:
 
 
 def type_cases(model: Model) -> Iterator[Case]:
-    """Every other type, as an array and alone."""
     for kind, name in enumerate(TYPE_NAMES):
         if kind != F32:
             file = model.put(KEY, array(kind, LAYERS, one(kind) * LAYERS)).file()
@@ -302,7 +280,6 @@ def key_cases(model: Model, without_rope: Model) -> Iterator[Case]:
 
 
 def block_count_cases(model: Model) -> Iterator[Case]:
-    """Counts of layers that disagree with the factors."""
     key = "llama.block_count"
     for n in (1, LAYERS - 1, LAYERS + 1, MAX_LAYERS):
         file = model.put(key, scalar(U32, u32(n))).file()
@@ -363,7 +340,6 @@ def shared_cases(model: Model) -> Iterator[Case]:
 
 
 def count_cases(model: Model) -> Iterator[Case]:
-    """Counts and lengths of the header itself."""
     n_pairs, huge = len(model.pairs), (2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
     for n in (0, 1, n_pairs - 1, n_pairs + 1, *huge):
         yield Case("header", f"{n} keys", model.with_header(model.header(n_pairs=n)))
@@ -396,21 +372,12 @@ def structured_cases(folder: Path, step: int = 1) -> list[Case]:
     return [
         Case("unchanged", "plain", plain.file(), "ok"),
         Case("unchanged", "without factors", plain.drop(KEY).file(), "ok"),
-        Case("unchanged", "YaRN", yarn.file(), "ok"),
-        Case("unchanged", "without RoPE", without_rope.file(), "ok"),
-        *length_cases(plain),
-        *type_cases(plain),
-        *value_cases(plain, "value"),
-        *value_cases(yarn, "value with YaRN"),
-        *claim_cases(plain),
-        *key_cases(plain, without_rope),
-        *block_count_cases(plain),
-        *yarn_cases(yarn),
+        Case("unchanged", "YaRN", yarn.file(), "ok"), Case("unchanged", "without RoPE", without_rope.file(), "ok"),
+        *length_cases(plain), *type_cases(plain), *value_cases(plain, "value"), *value_cases(yarn, "value with YaRN"),
+        *claim_cases(plain), *key_cases(plain, without_rope), *block_count_cases(plain), *yarn_cases(yarn),
         *looped_cases(seed_model(folder, replace(YARN, name="nanbeige", arch="nanbeige"))),
-        *shared_cases(shared_model(folder)),
-        *count_cases(plain),
-        *truncated_cases(plain, step),
-    ]
+        *shared_cases(shared_model(folder)), *count_cases(plain), *truncated_cases(plain, step),
+    ]  # fmt: skip
 
 
 INTERESTING = (0, 1, 2, 3, 5, 6, 8, 9, 127, 128, 255, 256, 511, 512, 513, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
@@ -460,16 +427,8 @@ def _splice(rng: random.Random, header: bytearray, at: int) -> None:
 
 
 DAMAGE: tuple[Callable[[random.Random, bytearray, int], None], ...] = (
-    _flip,
-    _set_byte,
-    _set_u32,
-    _set_u64,
-    _set_float,
-    _nudge,
-    _insert,
-    _delete,
-    _splice,
-)
+    _flip, _set_byte, _set_u32, _set_u64, _set_float, _nudge, _insert, _delete, _splice,
+)  # fmt: skip
 
 
 def other_factors(rng: random.Random) -> bytes:
@@ -550,7 +509,6 @@ def signature(report: str) -> str:
 
 
 def parse_output(output: str) -> dict[str, Outcome]:
-    """Outcomes by path."""
     result = {}
     for block in re.split(r"^@file ", output, flags=re.M)[1:]:
         path, _, report = block.partition("\n")

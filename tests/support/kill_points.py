@@ -153,7 +153,6 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def can_trace() -> bool:
-    """Whether processes can be traced here."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -163,7 +162,6 @@ def can_trace() -> bool:
 
 
 def can_fail() -> bool:
-    """Whether system calls can be made to fail here."""
     return platform.machine() == "x86_64" and can_trace()
 
 
@@ -240,7 +238,6 @@ def _follow(child: int, reading: int, kill_at: int, fail_at: int, error: int) ->
 
 
 def contents(folder: Path) -> Files:
-    """All files of a folder."""
     return {entry.name: entry.read_bytes() for entry in folder.iterdir()}
 
 
@@ -248,7 +245,6 @@ class Bench:
     """A folder in which one case is broken again and again."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        """Make the files and run the case once undisturbed."""
         self.case, self.folder = case, folder
         case.prepare(folder)
         self.old = contents(folder)
@@ -262,7 +258,6 @@ class Bench:
         return self.case.act(self.folder)
 
     def reset(self) -> None:
-        """Put the old files back, where anything else is there."""
         found = contents(self.folder)
         for name in found.keys() - self.old.keys():
             (self.folder / name).unlink()
@@ -287,7 +282,6 @@ class Bench:
         return state, [f"{self.case.name}, killed at stop {stop}: {problem}" for problem in problems]
 
     def faults(self) -> list[tuple[int, int]]:
-        """Number and entry of the system calls that take a file."""
         return [(number, entry) for number, entry in self.whole.calls if number in NAMES]
 
     def fail(self, number: int, entry: int, error: int) -> tuple[str, list[str]]:

@@ -222,7 +222,6 @@ class Context:
         self.n_past = 0
 
     def save(self, sequence: int | None = None) -> Any:
-        """The state of one sequence, or of all."""
         lib, whole = self.lib, sequence is None
         which = () if whole else (sequence,)
         size = (lib.llama_state_get_size if whole else lib.llama_state_seq_get_size)(self.context, *which)

@@ -23,25 +23,16 @@ WORK = PROJECT / "build" / "proofs"
 
 # like CMakeLists.txt: the commit would be that of this repository, and the interface of the server is a download
 OPTIONS = (
-    "CMAKE_BUILD_TYPE=Release",
-    "BUILD_SHARED_LIBS=ON",
-    "LLAMA_BUILD_NUMBER=0",
-    "LLAMA_BUILD_COMMIT=unknown",
-    "LLAMA_BUILD_COMMON=ON",
-    "LLAMA_BUILD_TOOLS=ON",
-    "LLAMA_BUILD_SERVER=ON",
-    "LLAMA_BUILD_EXAMPLES=OFF",
-    "LLAMA_BUILD_TESTS=OFF",
-    "LLAMA_BUILD_APP=OFF",
-    "LLAMA_USE_PREBUILT_UI=OFF",
-)
+    "CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=ON", "LLAMA_BUILD_NUMBER=0", "LLAMA_BUILD_COMMIT=unknown",
+    "LLAMA_BUILD_COMMON=ON", "LLAMA_BUILD_TOOLS=ON", "LLAMA_BUILD_SERVER=ON", "LLAMA_BUILD_EXAMPLES=OFF",
+    "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_APP=OFF", "LLAMA_USE_PREBUILT_UI=OFF",
+)  # fmt: skip
 
 LIBRARY = ("llama",)
 TOOLS = ("llama-bench", "llama-cli", "llama-server", "llama-perplexity")
 
 
 def pinned() -> tuple[str, str]:
-    """Release and SHA-256 in patches/source.txt."""
     match = re.search(
         r"^llama-cpp-python==(\S+) --hash=sha256:([0-9a-f]{64})$", (PATCHES / "source.txt").read_text(), re.M
     )

@@ -131,7 +131,6 @@ def add_attention(writer: gguf.GGUFWriter, c: Config) -> None:
 
 
 def add_metadata(writer: gguf.GGUFWriter, model: TinyModel) -> None:
-    """Add the keys that are a model's own, each with its type."""
     for key, value in model.metadata:
         add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
         add.get(type(value), writer.add_array)(f"{model.arch}.{key}", value)
@@ -141,7 +140,6 @@ _folder = tempfile.TemporaryDirectory(prefix="rope-models-")
 
 
 def file_of(model: TinyModel, factors: list[float] | None = None) -> Path:
-    """The model's file, written once; all are removed at exit."""
     path = Path(_folder.name, f"{model.name}{'' if factors is None else '-' + '-'.join(map(str, factors))}.gguf")
     return path if path.exists() else model.write(path, factors)
 

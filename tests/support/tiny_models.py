@@ -23,7 +23,6 @@ CHAT_TEMPLATE = (
 
 
 def readable(model: TinyModel) -> TinyModel:
-    """The same model with this module's vocabulary."""
     return replace(model, config=replace(model.config, n_vocab=len(TOKENS)))
 
 
@@ -68,15 +67,11 @@ def write_without_rope(path: Path) -> Path:
     writer.add_layer_norm_eps(1e-5)
     writer.add_max_alibi_bias(8.0)
     shapes = {
-        "token_embd.weight": (len(TOKENS), n_embd),
-        "output_norm.weight": (n_embd,),
-        "blk.0.attn_norm.weight": (n_embd,),
-        "blk.0.attn_qkv.weight": (3 * n_embd, n_embd),
-        "blk.0.attn_output.weight": (n_embd, n_embd),
-        "blk.0.ffn_norm.weight": (n_embd,),
-        "blk.0.ffn_up.weight": (n_ff, n_embd),
-        "blk.0.ffn_down.weight": (n_embd, n_ff),
-    }
+        "token_embd.weight": (len(TOKENS), n_embd), "output_norm.weight": (n_embd,),
+        "blk.0.attn_norm.weight": (n_embd,), "blk.0.attn_qkv.weight": (3 * n_embd, n_embd),
+        "blk.0.attn_output.weight": (n_embd, n_embd), "blk.0.ffn_norm.weight": (n_embd,),
+        "blk.0.ffn_up.weight": (n_ff, n_embd), "blk.0.ffn_down.weight": (n_embd, n_ff),
+    }  # fmt: skip
     return _finish(writer, {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
 
 
