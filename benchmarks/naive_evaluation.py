@@ -37,14 +37,9 @@ class Cost(NamedTuple):
 
 
 def high_level(
-    path: Path,
-    factors: tuple[float, ...],
-    context: Context,
-    n_ctx: int,
-    args: argparse.Namespace,
-    *,
+    path: Path, factors: tuple[float, ...], context: Context, n_ctx: int, args: argparse.Namespace, *,
     prefix_cache: bool,
-) -> Cost:
+) -> Cost:  # fmt: skip
     from llama_cpp import Llama  # after our model: on the library that it has set
 
     start = time.perf_counter()

@@ -42,20 +42,11 @@ FACTORS = [1.0, 1.3125, 0.625]
 
 
 def rope(
-    kind: str = "none",
-    factor: float = 1.0,
-    original: int = 1024,
-    *,
-    n_dims: int = 16,
-    base: float = 10000.0,
-    attn_factor: float = 1.0,
-    ext_factor: float = 1.0,
-    betas: tuple[float, float] = (32.0, 1.0),
-    log_multiplier: float = 0.0,
-    frequency_factors: list[float] | None = None,
-    components: list[int] | None = None,
+    kind: str = "none", factor: float = 1.0, original: int = 1024, *, n_dims: int = 16, base: float = 10000.0,
+    attn_factor: float = 1.0, ext_factor: float = 1.0, betas: tuple[float, float] = (32.0, 1.0),
+    log_multiplier: float = 0.0, frequency_factors: list[float] | None = None, components: list[int] | None = None,
     levels_per_doubling: int = 2,
-) -> Json:
+) -> Json:  # fmt: skip
     """How a model rotates, as the document names it; what its type does not know is left out."""
     said: Json = {"type": kind, "n_dims": n_dims, "base": base, "factor": factor, "original": original}
     said |= {"attn_factor": attn_factor, "frequency_factors": frequency_factors, "components": components}
@@ -113,12 +104,10 @@ ENTRIES: list[tuple[str, list[float] | float]] = [
 def stock(said: Json) -> Rope:
     divisors, components = said["frequency_factors"], said["components"]
     plain = Rope(
-        said["n_dims"],
-        said["base"],
-        attn_factor=said["attn_factor"],
+        said["n_dims"], said["base"], attn_factor=said["attn_factor"],
         divisors=None if divisors is None else tuple(divisors),
         component=None if components is None else tuple(components),
-    )
+    )  # fmt: skip
     if said["type"] not in ("linear", "yarn"):
         return plain
     scaled = {**vars(plain), "freq_scale": 1.0 / said["factor"]}

@@ -63,22 +63,15 @@ REASONS = 30  # lines of the table of refusals
 
 
 def drive(driver: Path, cases: Sequence[Case]) -> list[Outcome]:
-    """Run ``cases`` through a driver.
-
-    Raises:
-        CommandError: the driver itself ended early.
-    """
+    """Run ``cases`` through a driver."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{i}.gguf" for i in range(len(cases))]
         for path, case in zip(paths, cases, strict=True):
             path.write_bytes(case.file)
         result = subprocess.run(
-            [driver],
-            input="".join(f"{path}\n" for path in paths).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=ENVIRONMENT,
-        )
+            [driver], input="".join(f"{path}\n" for path in paths).encode(), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env=ENVIRONMENT,
+        )  # fmt: skip
     outcomes = parse_output(result.stdout.decode(errors="replace"))
     if result.returncode or len(outcomes) != len(paths):
         raise CommandError(f"{driver} ended with status {result.returncode} after {len(outcomes)} files")

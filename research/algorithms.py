@@ -82,11 +82,7 @@ class ModelProblem:
         return -self._value((1.0,) * self.n_layer, "search", 0)
 
     def know_study(self, directory: Path) -> int:
-        """Take over what a search of the same task has evaluated, and return how many results that were.
-
-        Raises:
-            LropeError: it is a study of another task, or none.
-        """
+        """Take over what a search of the same task has evaluated, and return how many results that were."""
         mine = json.loads(self._key)[1]
         try:
             theirs = json.loads((directory / "config.json").read_text(encoding="utf-8"))["task"]

@@ -41,11 +41,7 @@ class KnotSpace(Space):
         return np.full(self.size, math.log(factor))
 
     def encode(self, curve: Curve | Factors) -> Genome:
-        """Return the knots on a curve.
-
-        Raises:
-            ValueError: it is no curve.
-        """
+        """Return the knots on a curve."""
         if not isinstance(curve, Curve):
             raise ValueError("factors of layers in a search of knots")
         return self.repair(np.log(np.interp(self._knots, self._x, curve.factors(self.n_layer))))
@@ -74,11 +70,7 @@ class OptunaSampler:
     def __init__(
         self, space: Space, start: Sequence[Start], *, sampler: str, seed: int, reach: float, lack: float
     ) -> None:
-        """Make the study.
-
-        Raises:
-            LropeError: Optuna, or torch for its GP, is not installed.
-        """
+        """Make the study."""
         optuna = _optuna(sampler)
         self._space, self._ledger, self._start = space, Ledger(space), deque(start)
         low, high = space.box.T.copy()
@@ -174,15 +166,9 @@ def make_space(name: str, n_layer: int) -> Space:
 
 
 def make_contender(
-    name: str,
-    n_layer: int,
-    *,
-    seed: int,
-    width: float = 0.05,
-    uniform_factors: Sequence[float] = UNIFORM_FACTORS,
-    reach: float = math.inf,
-    lack: float = 10.0,
-) -> Optimizer:
+    name: str, n_layer: int, *, seed: int, width: float = 0.05, uniform_factors: Sequence[float] = UNIFORM_FACTORS,
+    reach: float = math.inf, lack: float = 10.0,
+) -> Optimizer:  # fmt: skip
     """Return a fresh contender.
 
     Args:
@@ -193,9 +179,6 @@ def make_contender(
         uniform_factors: Known to all from the start, beside the identity.
         reach: Largest log factor, either way, that samplers without a width look at.
         lack: They are told no larger loss than this (nats).
-
-    Raises:
-        LropeError: no such contender, or a package is missing.
     """
     if name not in CONTENDERS:
         raise LropeError(f"--contenders {name}: unknown; choose of {', '.join(CONTENDERS)}")

@@ -43,15 +43,9 @@ from lrope_search.results.comparison import Comparison
 
 README = Path(__file__).parent.parent / "README.md"
 HEADER = head(
-    "length",
-    "share of trained",
-    "scaling",
-    "accuracy",
-    "gain of best uniform factor",
-    "gain of layer factors",
-    "over uniform",
-    "KL on short text",
-)
+    "length", "share of trained", "scaling", "accuracy", "gain of best uniform factor", "gain of layer factors",
+    "over uniform", "KL on short text",
+)  # fmt: skip
 
 
 def short_divergence(plain: ModelConfig, other: ModelConfig, text: str, n_tokens: int) -> float:

@@ -104,13 +104,9 @@ def dispatch(parser: argparse.ArgumentParser, functions: Mapping[str, Callable[[
 
 def model_of(args: argparse.Namespace) -> ModelConfig:
     return ModelConfig(
-        args.model,
-        n_threads=args.threads,
-        n_gpu_layers=args.n_gpu_layers,
-        batch_size=args.batch_size,
-        chat_template=not args.no_chat_template,
-        verbose=args.verbose,
-    )
+        args.model, n_threads=args.threads, n_gpu_layers=args.n_gpu_layers, batch_size=args.batch_size,
+        chat_template=not args.no_chat_template, verbose=args.verbose,
+    )  # fmt: skip
 
 
 def task_of(args: argparse.Namespace) -> TaskConfig:
@@ -121,9 +117,6 @@ def tasks_of(args: argparse.Namespace) -> dict[str, TaskConfig]:
     """Return the settings of several tasks by their names as given, such as ``kv:keys=40``.
 
     Options of the command line are for all tasks that take them; one's own count more, and its own size replaces any.
-
-    Raises:
-        LropeError: an unknown task or option, or what `TaskConfig` refuses.
     """
     own = {text: _own(text) for text in args.tasks}
     names = {text: text.partition(":")[0] for text in own}

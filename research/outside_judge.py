@@ -82,9 +82,6 @@ def export_kv(config: TaskConfig, contexts: int, folder: Path) -> int:
 
     Returns:
         Tokens that the longest prompt with its answer takes at most: a token has at least a byte.
-
-    Raises:
-        LropeError: the task cannot be made.
     """
     task = make_task(config)
     lead = task.calibration().lead.removeprefix(config.answer_prefix)
@@ -139,9 +136,6 @@ def export_tokenizer(model: Path | str, folder: Path) -> bool:
 
     Returns:
         Whether there is a chat template with it.
-
-    Raises:
-        LropeError: the file cannot be read, or has another kind of vocabulary.
     """
     with GGUFFile(model) as gguf:
         if gguf.text("tokenizer.ggml.model") != "gpt2":
@@ -187,23 +181,14 @@ def _strings(gguf: GGUFFile, key: str) -> list[str]:
 
 
 def judge(
-    program: str,
-    path: Path | str,
-    tasks: Sequence[str],
-    folder: Path,
-    n_ctx: int,
-    model: ModelConfig,
-    options: Sequence[str] = (),
-    tokenizer: str | None = None,
-) -> Judgement:
+    program: str, path: Path | str, tasks: Sequence[str], folder: Path, n_ctx: int, model: ModelConfig,
+    options: Sequence[str] = (), tokenizer: str | None = None,
+) -> Judgement:  # fmt: skip
     """Serve ``path`` as ``model`` says, in a context of ``n_ctx`` tokens, and let lm-eval ask it.
 
     ``folder``: where lm-eval writes; beside it are tasks that it does not know. ``options``: more of lm-eval's.
     ``tokenizer``: a folder; lm-eval then puts prompts into its chat template, and sends their tokens. None: it sends
     text, which the server's own tokenizer turns into tokens.
-
-    Raises:
-        LropeError: lm-eval is missing or fails, or the server does not start.
     """
     folder.mkdir()
     layers = [] if model.n_gpu_layers is None else ["--gpu-layers", str(model.n_gpu_layers)]
@@ -230,11 +215,7 @@ def judge(
 
 
 def run_lm_eval(command: Sequence[str], environment: Mapping[str, str], log: Path | None) -> None:
-    """Run lm-eval; what it prints goes into ``log``, or to the standard error.
-
-    Raises:
-        LropeError: it fails; with its last line.
-    """
+    """Run lm-eval; what it prints goes into ``log``, or to the standard error."""
     with nullcontext(sys.stderr.fileno()) if log is None else log.open("wb") as output:
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     if done.returncode:
@@ -247,9 +228,6 @@ def read_judgement(folder: Path, seconds: float) -> Judgement:
     """Return what lm-eval wrote below ``folder``.
 
     Figures of -1 are left out: RULER's mark for lengths that were not asked.
-
-    Raises:
-        LropeError: there are no results.
     """
     found = sorted(folder.rglob("results_*.json"))
     if not found:
@@ -281,11 +259,7 @@ def contexts_of(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) ->
 
 
 def paired(base: Judgement, other: Judgement, key: Key) -> Comparison:
-    """Compare two models in one figure, question by question.
-
-    Raises:
-        LropeError: they were not asked the same questions.
-    """
+    """Compare two models in one figure, question by question."""
     task, metric, kind = key
     asked = [
         {(s["doc_id"], s["doc_hash"], s["prompt_hash"], s["target_hash"]) for s in side.samples.get(task, ())}
@@ -327,18 +301,10 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def both(
-    args: argparse.Namespace,
-    tasks: Sequence[str],
-    folder: Path,
-    n_ctx: int,
-    options: Sequence[str] = (),
+    args: argparse.Namespace, tasks: Sequence[str], folder: Path, n_ctx: int, options: Sequence[str] = (),
     tokenizer: str | None = None,
-) -> tuple[list[Judgement], Factors]:
-    """Let lm-eval judge the base model and the written one, see `judge`; also return the factors.
-
-    Raises:
-        LropeError: see there, or model and curve do not fit.
-    """
+) -> tuple[list[Judgement], Factors]:  # fmt: skip
+    """Let lm-eval judge the base model and the written one, see `judge`; also return the factors."""
     if shutil.which(args.lm_eval) is None:
         raise LropeError(f"--lm-eval {args.lm_eval}: no such program; install it: pip install 'lm-eval[api]'")
     info = read_model(args.model)

@@ -75,9 +75,6 @@ def quantized(source: str, kind: str, folder: Path, n_threads: int = 1) -> tuple
 
     Returns:
         The file, and how many tensors of which type it has, in words.
-
-    Raises:
-        LropeError: there is no llama-quantize, or it refuses.
     """
     path = folder / f"{kind}.gguf"
     tool, files = str(tool_path("llama-quantize")), [source, str(path), kind, str(n_threads)]
@@ -173,11 +170,7 @@ def beside(row: tuple[str, int | None], asked: str, found: Measurement) -> str:
 
 
 def show(settings: Sequence[Setting], args: argparse.Namespace) -> None:
-    """Search, ask and print.
-
-    Raises:
-        LropeError: a setting is given twice, or a search or a measurement fails.
-    """
+    """Search, ask and print."""
     for name, count in Counter(setting.name for setting in settings).items():
         if count > 1:
             raise LropeError(f"{name}: given twice; give each setting once")

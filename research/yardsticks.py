@@ -59,12 +59,9 @@ def instance(kind: str, seed: int, probes: int) -> Instance:
 
 
 def worths(
-    problem: Problem,
-    optimizer: Optimizer,
-    contexts: int,
-    budgets: Sequence[int],
+    problem: Problem, optimizer: Optimizer, contexts: int, budgets: Sequence[int],
     judge: Callable[[tuple[float, ...]], float] | None = None,
-) -> list[float]:
+) -> list[float]:  # fmt: skip
     """Worth of the best candidate after each of ``budgets`` evaluations; one that ended keeps its best.
 
     ``judge``: what a candidate is worth; None: `Problem.true_gain`.

@@ -746,11 +746,7 @@ class RefusedError(Exception):
 
 
 def runs(model: Model, *plans: Factors, **extra: Any) -> list[Graphs]:
-    """All graphs of the model with each of several factors, None standing for those of the file.
-
-    Raises:
-        RefusedError: with the message of the library.
-    """
+    """All graphs of the model with each of several factors, None standing for those of the file."""
     with ExitStack() as stack:
         if not model.fixture.follows:
             s = _open(stack, model, **extra)

@@ -17,18 +17,10 @@ class CommandError(Exception):
 
 
 def run(
-    command: Sequence[str | Path],
-    *,
-    cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
-    check: bool = True,
-    timeout: float | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` with ``env`` added to the environment and return its output.
-
-    Raises:
-        CommandError: it is missing, took longer than ``timeout`` seconds or, with ``check``, failed.
-    """
+    command: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str, str] | None = None,
+    check: bool = True, timeout: float | None = None,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run ``command`` with ``env`` added to the environment and return its output."""
     words = [str(word) for word in command]
     try:
         result = subprocess.run(

@@ -13,16 +13,9 @@ LAYERS = 4
 
 
 def write_model(
-    path: Path,
-    *,
-    architecture: str = "llama",
-    block_count: int | None = LAYERS,
-    big_endian: bool = False,
-    alignment: int | None = None,
-    tensors: int = 3,
-    seed: int = 0,
-    add: Callable[[GGUFWriter], None] | None = None,
-) -> Path:
+    path: Path, *, architecture: str = "llama", block_count: int | None = LAYERS, big_endian: bool = False,
+    alignment: int | None = None, tensors: int = 3, seed: int = 0, add: Callable[[GGUFWriter], None] | None = None,
+) -> Path:  # fmt: skip
     """A model of random tensors with a small vocabulary; `add` may set more keys. Returns `path`."""
     rng = np.random.default_rng(seed)
     writer = GGUFWriter(path, architecture, endianess=GGUFEndian.BIG if big_endian else GGUFEndian.LITTLE)

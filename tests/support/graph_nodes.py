@@ -227,13 +227,9 @@ def compare(
 
 
 def compare_ropes(
-    base: Sequence[RopeNode],
-    scaled: Sequence[RopeNode],
-    factors: Sequence[float],
-    layer_of: LayerRule,
-    *,
+    base: Sequence[RopeNode], scaled: Sequence[RopeNode], factors: Sequence[float], layer_of: LayerRule, *,
     exact: bool = False,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """What is wrong with rotations that were computed with factors."""
     if [_place(n) for n in base] != [_place(n) for n in scaled]:
         return ["other rotations, or in another order"]

@@ -105,14 +105,9 @@ class Context:
     """
 
     def __init__(
-        self,
-        path: Path | Context,
-        n_ctx: int = 512,
-        type_kv: int = GGML_TYPE_F32,
-        flash: bool = False,
-        trace: RopeTrace | None = None,
-        **extra: Any,
-    ) -> None:
+        self, path: Path | Context, n_ctx: int = 512, type_kv: int = GGML_TYPE_F32, flash: bool = False,
+        trace: RopeTrace | None = None, **extra: Any,
+    ) -> None:  # fmt: skip
         self.lib = library()
         self._owner = not isinstance(path, Context)
         self.model: Any = path.model if isinstance(path, Context) else self._load(path)

@@ -169,11 +169,9 @@ LLAMA = TinyModel("llama", "llama", _config(*[_NORMAL] * N_LAYER))
 QWEN2 = TinyModel("qwen2", "qwen2", _config(*[replace(_NEOX, base=1e6)] * N_LAYER))
 QWEN3 = TinyModel("qwen3", "qwen3", _config(*[replace(_NEOX, base=1e6)] * N_LAYER))
 LINEAR = TinyModel(
-    "llama-linear",
-    "llama",
-    _config(*[replace(_NORMAL, freq_scale=0.5)] * N_LAYER),
+    "llama-linear", "llama", _config(*[replace(_NORMAL, freq_scale=0.5)] * N_LAYER),
     (("rope.scaling.type", "linear"), ("rope.scaling.factor", 2.0)),
-)
+)  # fmt: skip
 
 
 def _gemma3(name: str, freq_scale: float, *metadata: tuple[str, Any]) -> TinyModel:
@@ -189,15 +187,9 @@ GEMMA3_LINEAR = _gemma3("gemma3-linear", 0.125, ("rope.scaling.type", "linear"),
 
 
 def _yarn(
-    name: str,
-    factor: float,
-    arch: str = "llama",
-    attn: float | None = None,
-    log_multiplier: float | None = None,
-    divisors: tuple[float, ...] | None = None,
-    rope: Rope = _NORMAL,
-    metadata: tuple[tuple[str, Any], ...] = (),
-) -> TinyModel:
+    name: str, factor: float, arch: str = "llama", attn: float | None = None, log_multiplier: float | None = None,
+    divisors: tuple[float, ...] | None = None, rope: Rope = _NORMAL, metadata: tuple[tuple[str, Any], ...] = (),
+) -> TinyModel:  # fmt: skip
     """A model with YaRN.
 
     The magnitude that llama.cpp means is ``attn * m(1) / m(log_multiplier)``, m(x) = 1 + 0.1 x ln(factor); without a
@@ -205,13 +197,9 @@ def _yarn(
     """
     divisor = 1.0 + 0.1 * (log_multiplier or 0.0) * np.log(factor)
     rope = replace(
-        rope,
-        freq_scale=1.0 / factor,
-        ext_factor=1.0,
-        attn_factor=(1.0 if attn is None else attn) / divisor,
-        n_ctx_orig=256,
-        divisors=divisors,
-    )
+        rope, freq_scale=1.0 / factor, ext_factor=1.0, attn_factor=(1.0 if attn is None else attn) / divisor,
+        n_ctx_orig=256, divisors=divisors,
+    )  # fmt: skip
     metadata += (
         ("rope.scaling.type", "yarn"),
         ("rope.scaling.factor", factor),
@@ -242,11 +230,9 @@ YARN_UNIT = _yarn("yarn-unit", 4.0, "qwen2", attn=float(1.0 / (1.0 + 0.1 * np.lo
 YARN_LOG = _yarn("yarn-log-1", 8.0, "mistral3", log_multiplier=1.0)
 YARN_LOG_HALF = _yarn("yarn-log-half", 8.0, "mistral3", attn=1.2, log_multiplier=0.5)
 LLAMA3 = TinyModel(
-    "llama3",
-    "llama",
-    _config(*[replace(_NORMAL, divisors=_LLAMA3)] * N_LAYER),
+    "llama3", "llama", _config(*[replace(_NORMAL, divisors=_LLAMA3)] * N_LAYER),
     tensors={"rope_freqs.weight": np.array(_LLAMA3, np.float32)},
-)
+)  # fmt: skip
 LLAMA3_YARN = _yarn("llama3-yarn", 4.0, divisors=_LLAMA3)
 
 
@@ -284,11 +270,9 @@ MROPE = TinyModel("qwen2vl", "qwen2vl", _config(*[_MROPE] * N_LAYER), (_SECTIONS
 MROPE_YARN = _yarn("qwen2vl-yarn", 4.0, "qwen2vl", rope=_MROPE, metadata=(_SECTIONS,))
 # interleaved: time, height, width, time, ... as long as each has pairs left
 IMROPE = TinyModel(
-    "qwen3vl",
-    "qwen3vl",
-    _config(*[replace(_NEOX, base=1e6, component=(0, 1, 2, 0, 1, 2, 0, 1))] * N_LAYER),
+    "qwen3vl", "qwen3vl", _config(*[replace(_NEOX, base=1e6, component=(0, 1, 2, 0, 1, 2, 0, 1))] * N_LAYER),
     (("rope.dimension_sections", [3, 3, 2, 0]),),
-)
+)  # fmt: skip
 
 UNSCALED = (LLAMA, QWEN2, QWEN3, LINEAR, GEMMA3, GEMMA3_LINEAR, LLAMA3)
 LONGROPE = (LONGROPE_SHORT, LONGROPE_LONG, LONGROPE_ATTN, PARTIAL)

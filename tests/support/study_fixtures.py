@@ -16,14 +16,9 @@ from lrope_search.workers.protocol import LocalExecutor
 from support.synthetic import Landscape, noise
 
 SETTINGS = SearchConfig(
-    parametrization="bezier",
-    seed=3,
-    max_evaluations=60,
-    search_contexts=4,
-    racing_fraction=0.5,
-    validation_contexts=6,
-    test_contexts=24,
-)
+    parametrization="bezier", seed=3, max_evaluations=60, search_contexts=4, racing_fraction=0.5,
+    validation_contexts=6, test_contexts=24,
+)  # fmt: skip
 CONFIG = {
     "model": {"fingerprint": "sha256:0f3c", "architecture": "synthetic", "name": "Landscape 24 layers"},
     "task": {"task": "kv", "keys": 100, "identifiers": "uuid", "depths": 5, "seed": 3, "data": None},
@@ -41,15 +36,9 @@ class Timed(Landscape):
 
 
 def make_study(
-    directory: Path,
-    settings: SearchConfig = SETTINGS,
-    *,
-    n_layer: int = 24,
-    evaluator: Landscape | None = None,
-    config: dict[str, Any] | None = None,
-    test_size: int | None = None,
-    layers: tuple[int, ...] | None = None,
-) -> SearchOutcome:
+    directory: Path, settings: SearchConfig = SETTINGS, *, n_layer: int = 24, evaluator: Landscape | None = None,
+    config: dict[str, Any] | None = None, test_size: int | None = None, layers: tuple[int, ...] | None = None,
+) -> SearchOutcome:  # fmt: skip
     """Run a whole search in ``directory``; ``layers``: those that may have factors of their own."""
     executor = LocalExecutor(evaluator or Timed(n_layer))
     with Study(directory, (CONFIG if config is None else config) | {"search": settings.identity()}) as study:

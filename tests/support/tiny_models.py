@@ -27,16 +27,9 @@ def readable(model: TinyModel) -> TinyModel:
 
 
 def write_readable(
-    path: Path,
-    model: TinyModel = LLAMA,
-    *,
-    context_length: int = 4096,
-    chat_template: str | None = None,
-    factors: list[float] | None = None,
-    poison: str | None = None,
-    add_eos: bool = False,
-    n_head_layers: int = 0,
-) -> Path:
+    path: Path, model: TinyModel = LLAMA, *, context_length: int = 4096, chat_template: str | None = None,
+    factors: list[float] | None = None, poison: str | None = None, add_eos: bool = False, n_head_layers: int = 0,
+) -> Path:  # fmt: skip
     """Write ``model`` with a tokenizer; the tensor named ``poison`` is full of NaN.
 
     ``n_head_layers`` are counted besides, as those of a multi-token-prediction head that the file does not hold.

@@ -46,11 +46,7 @@ class VirtualExecutor(LocalExecutor):
         return self._n_workers
 
     def submit(self, job: Job) -> None:
-        """Begin a job on the worker that has idled longest.
-
-        Raises:
-            IndexError: none is idle.
-        """
+        """Begin a job on the worker that has idled longest."""
         since, worker = heapq.heappop(self._idle)
         span = Span(worker, self.now, self.now + self._duration(job), job)
         heapq.heappush(self._running, (span.end, len(self.spans), span))
