@@ -107,14 +107,11 @@ def export_kv(config: TaskConfig, contexts: int, folder: Path) -> int:
         "generation_kwargs": {"until": [end], "max_gen_toks": room},
         "metric_list": [
             {
-                "metric": "exact_match",
-                "aggregation": "mean",
-                "higher_is_better": True,
-                "regexes_to_ignore": [r"\W"],
-                "ignore_case": True,
+                "metric": "exact_match", "aggregation": "mean", "higher_is_better": True,
+                "regexes_to_ignore": [r"\W"], "ignore_case": True,
             }
         ],
-    }
+    }  # fmt: skip
     (folder / f"{KV}.yaml").write_text(json.dumps(description, indent=1))  # JSON is YAML
     return longest + room
 
@@ -152,12 +149,10 @@ def export_tokenizer(model: Path | str, folder: Path) -> bool:
     bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     pieces = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
     document = {
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [pieces, bytes_only]},
-        "decoder": bytes_only,
+        "version": "1.0", "added_tokens": added,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [pieces, bytes_only]}, "decoder": bytes_only,
         "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges},
-    }
+    }  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(document))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | ({"chat_template": template} if template else {})
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

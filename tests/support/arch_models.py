@@ -29,11 +29,9 @@ HEAD = N_EMBD // N_HEAD
 N_LAYER = 6
 PROMPT = 9  # tokens: more than two blocks of four for architectures that compress or pool keys
 GGUF_TYPES: dict[type, tuple[str, Callable[[Any], Any]]] = {
-    bool: ("bool", ctypes.c_bool),
-    int: ("u32", ctypes.c_uint32),
-    float: ("f32", ctypes.c_float),
+    bool: ("bool", ctypes.c_bool), int: ("u32", ctypes.c_uint32), float: ("f32", ctypes.c_float),
     str: ("str", lambda text: ctypes.c_char_p(text.encode())),
-}
+}  # fmt: skip
 MROPE = (8, 40)  # rope types with four positions for each embedding
 GGUF_ARRAY_TYPES = {int: (4, np.uint32), float: (6, np.float32), bool: (7, np.int8)}
 ABSOLUTE = ("general.", "tokenizer.", "xielu.")  # keys without the architecture's name
@@ -405,20 +403,15 @@ GRAPHS: dict[str, tuple[tuple[str, Step], ...]] = {
     "encoder-decoder": (("encode", _encode), ("prompt", _prompt), ("token", _token)),
     "prediction": (("prompt", _predict(PROMPT)), ("token", _predict(1)), ("shift", _shifted(_predict(1)))),
     "eagle3": (
-        ("encode", _features(True)),
-        ("prompt", _predict(PROMPT)),
-        ("token", _predict(1)),
+        ("encode", _features(True)), ("prompt", _predict(PROMPT)), ("token", _predict(1)),
         ("shift", _shifted(_predict(1))),
     ),
     "dflash": (
-        ("encode", _features(True)),
-        ("inject", _features(False)),
-        ("prompt", _prompt),
-        ("shift", _shifted(_prompt)),
+        ("encode", _features(True)), ("inject", _features(False)), ("prompt", _prompt), ("shift", _shifted(_prompt)),
     ),
     # the target reads the prompt, the assistant goes on where it stopped
     "assistant": (("target", _target), ("token", _predict(1))),
-}
+}  # fmt: skip
 
 
 def _names(text: str) -> list[str]:
@@ -480,10 +473,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "kimi-linear": {"metadata": {**MLA, **ONE_HEAD}, "without": ALL},
     "glm5-next": {
         "metadata": {
-            **MLA,
-            **HYPER,
-            "attention.head_count_kv": [n // N_HEAD for n in MIXED],
-            "attention.key_length": 32,
+            **MLA, **HYPER, "attention.head_count_kv": [n // N_HEAD for n in MIXED], "attention.key_length": 32,
             "rope.dimension_count": 0,
         },
         "without": ALL,
@@ -511,17 +501,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "minimax-m3": {"metadata": {"attention.indexer.head_count": N_HEAD, "rope.dimension_count": HEAD // 2}},
     "deepseek4": {
         "metadata": {
-            **HYPER,
-            "attention.head_count_kv": 1,
-            "attention.key_length": HEAD,
-            "attention.value_length": HEAD,
-            "rope.dimension_count": HEAD // 2,
-            "attention.output_group_count": 2,
-            "attention.output_lora_rank": 32,
-            "attention.compress_ratios": [0, 0, 4, 128, 4, 128],
-            "attention.compress_rope_freq_base": 160000.0,
-            "hash_layer_count": 0,
-            "expert_gating_func": 4,
+            **HYPER, "attention.head_count_kv": 1, "attention.key_length": HEAD, "attention.value_length": HEAD,
+            "rope.dimension_count": HEAD // 2, "attention.output_group_count": 2, "attention.output_lora_rank": 32,
+            "attention.compress_ratios": [0, 0, 4, 128, 4, 128], "attention.compress_rope_freq_base": 160000.0,
+            "hash_layer_count": 0, "expert_gating_func": 4,
         }
     },
     # layers without RoPE among others
@@ -542,22 +525,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "graphs": "vision",
         "layer_of": by_cache,
         "metadata": {
-            "attention.sliding_window_pattern": [1, 1, 1, 0, 1, 0],
-            "attention.shared_kv_layers": 2,
-            "embedding_length_per_layer_input": 16,
-            "attention.key_length_swa": HEAD,
-            "attention.value_length_swa": HEAD,
-            "rope.freq_base_swa": 10000.0,
+            "attention.sliding_window_pattern": [1, 1, 1, 0, 1, 0], "attention.shared_kv_layers": 2,
+            "embedding_length_per_layer_input": 16, "attention.key_length_swa": HEAD,
+            "attention.value_length_swa": HEAD, "rope.freq_base_swa": 10000.0,
         },
     },
     "hrm_text": {"layer_of": by_cache, "metadata": {"hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2}},
     "graniteswitch": {
         "metadata": {
-            "adapters.count": 2,
-            "adapters.lora_rank": 4,
-            "adapters.token_ids_activate": [3, 4],
-            "adapters.token_ids_substitute": [5, 6],
-            "adapters.router_gain": 1.0,
+            "adapters.count": 2, "adapters.lora_rank": 4, "adapters.token_ids_activate": [3, 4],
+            "adapters.token_ids_substitute": [5, 6], "adapters.router_gain": 1.0,
         }
     },
     "maple": {"metadata": {"swiglu_clamp_exp": 7.0}, "without": ODD},
@@ -566,9 +543,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "baichuan": {"n_layer": 32},  # the 7B model; all others have linear biases
     "starcoder": {"without": ALL},
     "eagle3": {
-        "graphs": "eagle3",
-        "n_layer": 1,
-        "target": Fixture("llama", "llama"),
+        "graphs": "eagle3", "n_layer": 1, "target": Fixture("llama", "llama"),
         "metadata": {"target_layers": [0, 1, 2], "target_hidden_size": N_EMBD},
     },
     "dflash": {"graphs": "dflash", "metadata": {"target_layers": [0, 1, 2], "rope.dimension_sections": [0] * 4}},
@@ -662,10 +637,8 @@ NO_SECTIONS: dict[str, Value] = {"rope.dimension_sections": None}
 # names that the library knows without being able to run them, and what it says
 UNUSABLE = {"clip": "CLIP cannot be used as main model", "gptj": "unsupported model architecture"}
 YARN_KEYS: dict[str, Value] = {
-    "rope.scaling.type": "yarn",
-    "rope.scaling.factor": 4.0,
-    "rope.scaling.original_context_length": 64,
-}
+    "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64,
+}  # fmt: skip
 
 
 def names_in_source(source: Path) -> set[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFEndian, GGUFReader, GGUFWriter
+from numpy.typing import NDArray
 
 LAYERS = 4
 
@@ -30,13 +31,20 @@ def write_model(
     writer.add_token_scores([float(i) for i in range(300)])
     if add is not None:
         add(writer)
-    for i in range(tensors):
-        writer.add_tensor(f"blk.{i}.weight", rng.standard_normal((i + 1, 37), dtype=np.float32))
+    return finish(
+        writer, {f"blk.{i}.weight": rng.standard_normal((i + 1, 37), dtype=np.float32) for i in range(tensors)}
+    )
+
+
+def finish(writer: GGUFWriter, tensors: Mapping[str, NDArray[np.float32]]) -> Path:
+    """Add the tensors, write all to the disk, and return the file."""
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return Path(writer.path)
 
 
 def names(directory: Path) -> list[str]:

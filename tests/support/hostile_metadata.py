@@ -20,7 +20,8 @@ from typing import Literal
 import gguf
 import numpy as np
 
-from support.gguf_fixtures import string, u32, u64
+from lrope_gguf.gguf_file import GGUFFile
+from support.gguf_fixtures import finish, string, u32, u64
 from support.rope_models import LLAMA, YARN, TinyModel
 from support.tiny_models import write_without_rope
 
@@ -74,19 +75,13 @@ class Model:
     data: bytes
 
     @classmethod
-    def parse(cls, file: bytes) -> Model:
-        n_tensors, n_pairs = struct.unpack_from("<QQ", file, 8)
-        at, pairs = 24, []
-        for _ in range(n_pairs):
-            start, at = at, at + 8 + _u64(file, at)
-            key, start = file[start + 8 : at].decode(), at
-            at = _value_end(file, at + 4, _u32(file, at))
-            pairs.append((key, file[start:at]))
-        start = at
-        for _ in range(n_tensors):
-            at += 8 + _u64(file, at)
-            at += 4 + 8 * _u32(file, at) + 4 + 8
-        return cls(tuple(pairs), n_tensors, file[start:at], file[_aligned(at) :])
+    def read(cls, path: Path) -> Model:
+        """Take a valid file apart."""
+        data = path.read_bytes()
+        with GGUFFile(path) as gguf:
+            keys = {key: entry.start + 8 + len(key.encode()) for key, entry in gguf.entries.items()}
+            pairs = tuple((key, data[keys[key] : entry.end]) for key, entry in gguf.entries.items())
+            return cls(pairs, gguf.n_tensors, data[gguf.kv_end : gguf.info_end], data[_aligned(gguf.info_end) :])
 
     def put(self, key: str, value: bytes) -> Model:
         if key not in dict(self.pairs):
@@ -121,37 +116,15 @@ class Model:
         raise KeyError(key)
 
 
-def _u32(file: bytes | bytearray, at: int) -> int:
-    return int.from_bytes(file[at : at + 4], "little")
-
-
-def _u64(file: bytes | bytearray, at: int) -> int:
-    return int.from_bytes(file[at : at + 8], "little")
-
-
 def _aligned(n: int) -> int:
     return -(-n // 32) * 32
-
-
-def _value_end(file: bytes, at: int, kind: int) -> int:
-    if kind == STRING:
-        return at + 8 + _u64(file, at)
-    if kind != ARRAY:
-        return at + SIZES[kind]
-    kind, n, at = _u32(file, at), _u64(file, at + 4), at + 12
-    if kind != STRING:
-        return at + n * SIZES[kind]
-    for _ in range(n):
-        at += 8 + _u64(file, at)
-    return at
 
 
 def seed_model(folder: Path, model: TinyModel = LLAMA) -> Model:
     """A valid file of ``model``, cut down to four layers and about 25 KB, with factors."""
     c = replace(model.config, n_vocab=16, n_embd=16, n_head=1, n_head_kv=1, n_ff=16)
     c = replace(c, ropes=c.ropes[:LAYERS], windows=c.windows[:LAYERS])
-    path = replace(model, config=c).write(folder / f"{model.name}.gguf", list(FACTORS))
-    return Model.parse(path.read_bytes())
+    return Model.read(replace(model, config=c).write(folder / f"{model.name}.gguf", list(FACTORS)))
 
 
 def shared_model(folder: Path) -> Model:
@@ -182,13 +155,7 @@ def shared_model(folder: Path) -> Model:
             shapes[f"blk.{il}.{name}.weight"] = (n_embd, n_embd)
         for name in ("attn", "attn_q", "attn_k", "post_attention", "ffn", "post_ffw"):
             shapes[f"blk.{il}.{name}_norm.weight"] = (n_embd,)
-    for name, shape in shapes.items():
-        writer.add_tensor(name, np.ones(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return Model.parse((folder / "gemma4.gguf").read_bytes())
+    return Model.read(finish(writer, {name: np.ones(shape, np.float32) for name, shape in shapes.items()}))
 
 
 Verdict = Literal["ok", "refused", "any"]
@@ -368,7 +335,7 @@ def truncated_cases(model: Model, step: int) -> Iterator[Case]:
 def structured_cases(folder: Path, step: int = 1) -> list[Case]:
     """All cases that are bad in one known way; truncated at every ``step``-th byte."""
     plain, yarn = seed_model(folder), seed_model(folder, YARN)
-    without_rope = Model.parse(write_without_rope(folder / "mpt.gguf").read_bytes())
+    without_rope = Model.read(write_without_rope(folder / "mpt.gguf"))
     return [
         Case("unchanged", "plain", plain.file(), "ok"),
         Case("unchanged", "without factors", plain.drop(KEY).file(), "ok"),
@@ -388,47 +355,33 @@ def _hostile(rng: random.Random) -> bytes:
     return u32(rng.choice((*BAD_VALUES.values(), rng.getrandbits(32))))
 
 
-def _flip(rng: random.Random, header: bytearray, at: int) -> None:
-    header[at] ^= 1 << rng.randrange(8)
+def _nudged(rng: random.Random, old: bytes) -> bytes:
+    return u64((int.from_bytes(old, "little") + rng.choice((-8, -4, -1, 1, 4, 8))) % 2**64)
 
 
-def _set_byte(rng: random.Random, header: bytearray, at: int) -> None:
-    header[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+OVERWRITES: tuple[tuple[int, Callable[[random.Random, bytes], bytes]], ...] = (
+    (1, lambda rng, old: bytes([old[0] ^ 1 << rng.randrange(8)])),
+    (1, lambda rng, _: bytes([rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))])),
+    (4, lambda rng, _: u32(rng.choice(INTERESTING))),
+    (8, lambda rng, _: u64(rng.choice(LONG))),
+    (4, lambda rng, _: _hostile(rng)),
+    (8, _nudged),
+    (0, lambda rng, _: rng.randbytes(rng.choice((1, 4, 8)))),
+)
+"""Of how many bytes of a header, and what takes their place."""
 
 
-def _set_u32(rng: random.Random, header: bytearray, at: int) -> None:
-    header[at : at + 4] = u32(rng.choice(INTERESTING))
-
-
-def _set_u64(rng: random.Random, header: bytearray, at: int) -> None:
-    header[at : at + 8] = u64(rng.choice(LONG))
-
-
-def _set_float(rng: random.Random, header: bytearray, at: int) -> None:
-    header[at : at + 4] = _hostile(rng)
-
-
-def _nudge(rng: random.Random, header: bytearray, at: int) -> None:
-    value = (_u64(header, at) + rng.choice((-8, -4, -1, 1, 4, 8))) % 2**64
-    header[at : at + 8] = u64(value)
-
-
-def _insert(rng: random.Random, header: bytearray, at: int) -> None:
-    header[at:at] = rng.randbytes(rng.choice((1, 4, 8)))
-
-
-def _delete(rng: random.Random, header: bytearray, at: int) -> None:
-    del header[at : at + rng.choice((1, 4, 8))]
-
-
-def _splice(rng: random.Random, header: bytearray, at: int) -> None:
-    start, n = rng.randrange(len(header)), rng.randint(1, 64)
-    header[at : at + n] = header[start : start + n]
-
-
-DAMAGE: tuple[Callable[[random.Random, bytearray, int], None], ...] = (
-    _flip, _set_byte, _set_u32, _set_u64, _set_float, _nudge, _insert, _delete, _splice,
-)  # fmt: skip
+def damage(rng: random.Random, header: bytearray, at: int) -> None:
+    """Change a header in one of nine ways."""
+    way = rng.randrange(len(OVERWRITES) + 2)
+    if way < len(OVERWRITES):
+        n, made = OVERWRITES[way]
+        header[at : at + n] = made(rng, bytes(header[at : at + n]))
+    elif way == len(OVERWRITES):
+        del header[at : at + rng.choice((1, 4, 8))]
+    else:
+        start, n = rng.randrange(len(header)), rng.randint(1, 64)
+        header[at : at + n] = header[start : start + n]
 
 
 def other_factors(rng: random.Random) -> bytes:
@@ -474,7 +427,7 @@ def mutants(models: Sequence[Model], seed: int, n: int, weights: Sequence[int] =
         header = bytearray(model.header())
         for _ in range(hits):
             start, stop = rng.choice(rng.choices(spots(model), weights)[0])
-            rng.choice(DAMAGE)(rng, header, min(rng.randrange(start, max(stop, start + 1)), len(header) - 8))
+            damage(rng, header, min(rng.randrange(start, max(stop, start + 1)), len(header) - 8))
         yield Case(DAMAGED, f"seed {seed}, number {i}", model.with_header(bytes(header)))
 
 

@@ -21,10 +21,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lrope_gguf import CurveFile, LropeError, Scaling, metadata, remove_factors, write_factors
 from support.gguf_fixtures import write_model
@@ -99,44 +99,36 @@ def _model_and_another(folder: Path) -> None:
     (folder / "out.gguf").write_bytes(b"another file")
 
 
-def _write(folder: Path) -> object:
-    return write_factors(folder / "m.gguf", FACTORS)
+def _write(*factors: Sequence[float], output: str | None = None, **options: Any) -> Callable[[Path], object]:
+    def act(folder: Path) -> object:
+        target = None if output is None else folder / output
+        return write_factors(folder / "m.gguf", *factors, output=target, **options)
+
+    return act
 
 
+def _remove(folder: Path) -> object:
+    return remove_factors(folder / "m.gguf")
+
+
+# with mapped_ok: without the look at other processes, which takes a few system calls for each of them
 CASES = (
-    Case("first write", _model, _write),
-    Case("first write, named temporary", _model, _without_unnamed_files(_write)),
-    Case(
-        "in place",
-        _model_with_factors,
-        # without the look at other processes, which takes a few system calls for each of them
-        lambda folder: write_factors(folder / "m.gguf", FACTORS[::-1], mapped_ok=True),
-    ),
-    Case(
-        "longer document",
-        _model_with_factors,
-        lambda folder: write_factors(folder / "m.gguf", FACTORS, curve_json=LONG),
-    ),
-    Case("removal", _model_with_factors, lambda folder: remove_factors(folder / "m.gguf")),
-    Case(
-        "copy over another file",
-        _model_and_another,
-        lambda folder: write_factors(folder / "m.gguf", FACTORS, output=folder / "out.gguf"),
-    ),
-    Case("scaling", _model, lambda folder: write_factors(folder / "m.gguf", scaling=Scaling("dynamic-yarn", 8))),
+    Case("first write", _model, _write(FACTORS)),
+    Case("first write, named temporary", _model, _without_unnamed_files(_write(FACTORS))),
+    Case("in place", _model_with_factors, _write(FACTORS[::-1], mapped_ok=True)),
+    Case("longer document", _model_with_factors, _write(FACTORS, curve_json=LONG)),
+    Case("removal", _model_with_factors, _remove),
+    Case("copy over another file", _model_and_another, _write(FACTORS, output="out.gguf")),
+    Case("scaling", _model, _write(scaling=Scaling("dynamic-yarn", 8))),
     Case(
         "another factor of the scaling, in place",
         _model_with_scaling,
-        lambda folder: write_factors(folder / "m.gguf", FACTORS[::-1], scaling=Scaling("yarn", 8), mapped_ok=True),
+        _write(FACTORS[::-1], scaling=Scaling("yarn", 8), mapped_ok=True),
     ),
-    Case(
-        "another scaling",
-        _model_with_scaling,
-        lambda folder: write_factors(folder / "m.gguf", scaling=Scaling("dynamic", None, 2048)),
-    ),
-    Case("no scaling", _model_with_scaling, lambda folder: write_factors(folder / "m.gguf", scaling=Scaling("none"))),
-    Case("removal of a scaling", _model_with_scaling, lambda folder: remove_factors(folder / "m.gguf")),
-    Case("new copy", _model, lambda folder: write_factors(folder / "m.gguf", FACTORS, output=folder / "out.gguf")),
+    Case("another scaling", _model_with_scaling, _write(scaling=Scaling("dynamic", None, 2048))),
+    Case("no scaling", _model_with_scaling, _write(scaling=Scaling("none"))),
+    Case("removal of a scaling", _model_with_scaling, _remove),
+    Case("new copy", _model, _write(FACTORS, output="out.gguf")),
 )
 
 

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from support.gguf_fixtures import finish
 from support.rope_reference import Array, Config, Reference, Rope
 
 Weights = dict[str, NDArray[np.float32]]
@@ -111,13 +112,7 @@ class TinyModel:
         add_metadata(writer, self)
         if factors is not None:
             writer.add_array(f"{self.arch}.rope.scaling.layer_factors", [float(f) for f in factors])
-        for name, tensor in (self.weights() if weights is None else weights).items():
-            writer.add_tensor(name, tensor)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
+        return finish(writer, self.weights() if weights is None else weights)
 
 
 def add_attention(writer: gguf.GGUFWriter, c: Config) -> None:
