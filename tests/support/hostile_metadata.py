@@ -369,11 +369,11 @@ OVERWRITES: tuple[tuple[int, Callable[[random.Random, bytes], bytes]], ...] = (
     (0, lambda rng, _: rng.randbytes(rng.choice((1, 4, 8)))),
 )
 """Of how many bytes of a header, and what takes their place."""
+WAYS = len(OVERWRITES) + 2
 
 
-def damage(rng: random.Random, header: bytearray, at: int) -> None:
-    """Change a header in one of nine ways."""
-    way = rng.randrange(len(OVERWRITES) + 2)
+def damage(rng: random.Random, way: int, header: bytearray, at: int) -> None:
+    """Change a header in one of `WAYS`."""
     if way < len(OVERWRITES):
         n, made = OVERWRITES[way]
         header[at : at + n] = made(rng, bytes(header[at : at + n]))
@@ -427,7 +427,7 @@ def mutants(models: Sequence[Model], seed: int, n: int, weights: Sequence[int] =
         header = bytearray(model.header())
         for _ in range(hits):
             start, stop = rng.choice(rng.choices(spots(model), weights)[0])
-            damage(rng, header, min(rng.randrange(start, max(stop, start + 1)), len(header) - 8))
+            damage(rng, rng.randrange(WAYS), header, min(rng.randrange(start, max(stop, start + 1)), len(header) - 8))
         yield Case(DAMAGED, f"seed {seed}, number {i}", model.with_header(bytes(header)))
 
 
