@@ -13,20 +13,16 @@ import argparse
 import itertools
 import json
 import os
-import shlex
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from patch_speed import cpu_model, spread
-from tables import table
+from tables import command, cpu_model, script, spread, table
 
-from lrope_gguf import LropeError
 from lrope_gguf.native import tool_path
 from lrope_search.evaluation.evaluator import SCORINGS, TeacherForcedEvaluator
 from lrope_search.evaluation.model import Model
@@ -38,14 +34,13 @@ _ROWS = 128  # of logits, to measure what one costs
 
 def bench(path: str, n_tokens: int, n_threads: int, n_batch: int) -> float:
     """Seconds of one `llama-bench` prefill of ``n_tokens``."""
-    command = [tool_path("llama-bench"), "-m", path, "-p", n_tokens, "-n", 0, "-t", n_threads, "-r", 1, "-o", "json"]
+    words = [tool_path("llama-bench"), "-m", path, "-p", n_tokens, "-n", 0, "-t", n_threads, "-r", 1, "-o", "json"]
     options = ["-fa", 1, "-b", n_batch, "-ub", n_batch]
-    done = subprocess.run([str(word) for word in (*command, *options)], check=True, capture_output=True, text=True)
+    done = subprocess.run([str(word) for word in (*words, *options)], check=True, capture_output=True, text=True)
     return n_tokens / float(json.loads(done.stdout)[0]["avg_ts"])
 
 
 def seconds_of(work: Callable[[], object], clock: Callable[[], float]) -> float:
-    """What ``work`` takes on ``clock``."""
     start = clock()
     work()
     return clock() - start
@@ -62,7 +57,6 @@ def prefill(model: Model, n_tokens: int, n_rows: int = 0) -> None:
 
 
 def measure(path: str, n_keys: int, n_probes: int, args: argparse.Namespace) -> list[dict[str, str]]:
-    """Rows of the table: one for each who scores."""
     clock = time.process_time if args.cpu_time else time.perf_counter
     task = KeyValueTask(n_keys, probes=n_probes, identifiers=args.identifiers)
     with Model(path, n_threads=args.threads, n_batch=args.batch_size) as model:
@@ -104,25 +98,19 @@ def measure(path: str, n_keys: int, n_probes: int, args: argparse.Namespace) -> 
     floor = statistics.median(b / (b + n_rows * row) for b in theirs)
     return [
         {
-            "model": Path(path).name,
-            "keys": str(n_keys),
-            "probes": str(n_probes),
-            "tokens": str(n_tokens),
-            "scored by": scoring,
-            "evaluator, tokens/s": f"{n_tokens / statistics.median(seconds):.0f}",
+            "model": Path(path).name, "keys": str(n_keys), "probes": str(n_probes), "tokens": str(n_tokens),
+            "scored by": scoring, "evaluator, tokens/s": f"{n_tokens / statistics.median(seconds):.0f}",
             "prefill, tokens/s": f"{n_tokens / statistics.median(theirs):.0f}",
             "ratio (range)": spread([b / a for a, b in zip(seconds, theirs, strict=True)]),
-            "rows of logits": f"{n_rows} of {1e3 * row:.1f} ms",
-            "floor": f"{floor:.3f}",
+            "rows of logits": f"{n_rows} of {1e3 * row:.1f} ms", "floor": f"{floor:.3f}",
             "one prompt a probe": f"{n_alone} tokens, {n_alone / n_tokens:.1f} times",
             "factor change": f"{1e3 * statistics.median(changes):.3f} ms",
         }
         for scoring, seconds in ours.items()
-    ]
+    ]  # fmt: skip
 
 
 def main() -> None:
-    """Measure all models at all lengths and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--keys", type=int, nargs="+", default=[40], metavar="N", help="pairs a context (40)")
@@ -138,14 +126,11 @@ def main() -> None:
     args = parser.parse_args()
     cases = itertools.product(args.models, args.keys, args.probes)
     rows = [found for path, n_keys, n in cases if n <= n_keys for found in measure(path, n_keys, n, args)]
-    print(f"`{shlex.join(['python', 'benchmarks/evaluator_rate.py', *sys.argv[1:]])}`\n")
+    print(command())
     what = "processor time, against prefill in this process" if args.cpu_time else "against llama-bench -fa 1"
     print(f"{cpu_model()}, {os.cpu_count()} cores, {args.threads} threads, batch {args.batch_size}; {what}\n")
     print(table(rows[0], (found.values() for found in rows)))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LropeError as error:
-        sys.exit(f"error: {error}")
+    script(main)

@@ -22,9 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tables import head, row
+from tables import head, row, script
 
-from lrope_gguf.errors import LropeError
 from lrope_search.evaluation.logits import RowWorkers, kl_divergences
 from lrope_search.evaluation.memory import memory_needed
 from lrope_search.evaluation.model import Model
@@ -46,7 +45,6 @@ def opened(path: str, n_tokens: int, kind: str, n_threads: int, scaling: str) ->
 
 
 def text_of(model: Model, n_tokens: int) -> NDArray[np.int32]:
-    """The beginning of the README, again and again."""
     tokens = [*model.text_start(), *model.tokenize(README.read_text())]
     return np.resize(np.array(tokens, np.int32), n_tokens)
 
@@ -63,12 +61,10 @@ def append(
 
 
 def forget(model: Model, sequence: int) -> None:
-    """Empty a sequence."""
     model._llama.llama_memory_seq_rm(model._memory, sequence, -1, -1)
 
 
 def seconds(model: Model, tokens: NDArray[np.int32], start: int) -> float:
-    """What decoding ``tokens`` takes."""
     begin = time.perf_counter()
     append(model, tokens, start)
     return time.perf_counter() - begin
@@ -133,7 +129,6 @@ def rounding_row(path: str, args: argparse.Namespace, kind: str) -> str:
 
 
 def main() -> None:
-    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", metavar="MODEL", nargs="+")
     parser.add_argument("--tokens", metavar="N", type=int, default=2048, help="not scaled up to these (%(default)s)")
@@ -144,19 +139,16 @@ def main() -> None:
     parser.add_argument("--cache-types", metavar="T", nargs="+", choices=list(CACHE_TYPES), default=types)
     args = parser.parse_args()
     rate = copy_rate()
-    try:
-        print(head("model", "keys", "tokens", "change of level", "floor", "share of the prefill"))
-        for path in args.models:
-            for kind in args.cache_types:
-                print(cost_row(path, args, kind, rate), flush=True)
-        turned = (f"turned {turns} times" for turns in TURNS[1:])
-        print(f"\n{head('model', 'keys', 'type against F32', *turned)}")
-        for path in args.models:
-            for kind in args.cache_types:
-                print(rounding_row(path, args, kind), flush=True)
-    except LropeError as error:
-        parser.exit(1, f"{error}\n")
+    print(head("model", "keys", "tokens", "change of level", "floor", "share of the prefill"))
+    for path in args.models:
+        for kind in args.cache_types:
+            print(cost_row(path, args, kind, rate), flush=True)
+    turned = (f"turned {turns} times" for turns in TURNS[1:])
+    print(f"\n{head('model', 'keys', 'type against F32', *turned)}")
+    for path in args.models:
+        for kind in args.cache_types:
+            print(rounding_row(path, args, kind), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -1,12 +1,12 @@
 """Speed of `lrope-gguf show` and `write` beside the `gguf` package's scripts and `cp`, interpreter start included.
 
-    python benchmarks/metadata_speed.py [--model MODEL] [--rounds 7] [--folder DIR] [--loop xfs,btrfs] [--sizes 250,1000]
+    python benchmarks/metadata_speed.py [--model MODEL] [--rounds 7] [--folder DIR]
 
 Without a model, one of 1.1 GB with a vocabulary of 152 thousand tokens is made. Every command is a process of its own,
 its file is in the page cache, what was written before is on the disk, and the order is reversed from round to round.
 With root, the first write is also measured on file systems that share blocks, mounted from an image in the folder, for
 models of several sizes.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -30,18 +30,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from tables import table
+from tables import command, cpu_model, script, spread, table
+
+from lrope_gguf.errors import LropeError
 
 PROJECT = Path(__file__).resolve().parent.parent
-MKFS = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"], "ext4": ["mkfs.ext4", "-q", "-F"]}
+MKFS = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"]}
 LAYERS = 32
 MEGABYTES, VOCABULARY = 1100, 151_936  # the model that is made where none is given
 HEADER, COSTS = ("command", "seconds, median (range)"), ("processor, s", "peak memory, MiB")
+SIZES = (250, 1000)  # MB, on file systems that share blocks
 SLOW = 3  # rounds of what takes many seconds
-
-
-class BenchmarkError(Exception):
-    """The benchmark cannot be run; the message says why."""
 
 
 class Run(NamedTuple):
@@ -62,7 +61,6 @@ class Arm(NamedTuple):
 
 
 def measure(command: Sequence[str]) -> Run:
-    """Run a command that must succeed."""
     with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
         try:
@@ -70,14 +68,14 @@ def measure(command: Sequence[str]) -> Run:
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT
             )
         except OSError as error:
-            raise BenchmarkError(f"{command[0]}: {error.strerror}") from None
+            raise LropeError(f"{command[0]}: {error.strerror}") from None
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             output.seek(0)
             text = output.read().decode(errors="replace").strip()[-2000:]
-            raise BenchmarkError(f"{shlex.join(command)} failed:\n{text}")
+            raise LropeError(f"{shlex.join(command)} failed:\n{text}")
     return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
@@ -97,14 +95,11 @@ def compare(arms: Sequence[Arm], rounds: int, what: str) -> dict[str, list[Run]]
 
 
 def median(runs: Sequence[Run]) -> float:
-    """Of the times."""
     return statistics.median(run.seconds for run in runs)
 
 
-def spread(runs: Sequence[Run]) -> str:
-    """Median and range of the times in seconds."""
-    times = [run.seconds for run in runs]
-    return f"{statistics.median(times):.3f} ({min(times):.3f} to {max(times):.3f})"
+def seconds(runs: Sequence[Run]) -> str:
+    return spread([run.seconds for run in runs])
 
 
 def processor(runs: Sequence[Run]) -> str:
@@ -118,7 +113,6 @@ def peak(runs: Sequence[Run]) -> str:
 
 
 def verdict(ratio: float, goal: float, *, least: bool = False) -> str:
-    """A ratio beside its goal."""
     met = ratio >= goal if least else ratio <= goal
     return f"{'at least' if least else 'at most'} {goal:g}: {'met' if met else 'MISSED'}"
 
@@ -134,13 +128,11 @@ def ours(*words: str | Path) -> list[str]:
 
 
 def theirs(name: str) -> str | None:
-    """A script of the `gguf` package."""
     script = Path(sys.executable).with_name(name)
     return str(script) if script.exists() else shutil.which(name)
 
 
 def copying(source: Path, target: Path, *options: str) -> list[str]:
-    """`cp` and fsync."""
     line = f'cp {" ".join(options)} "$1" "$2" && sync "$2"'
     return ["sh", "-c", line, "sh", str(source), str(target)]
 
@@ -166,7 +158,6 @@ def fresh_copy(source: Path, target: Path) -> None:
 
 
 def reading(model: Path, rounds: int) -> str:
-    """`show` beside `gguf-dump`."""
     dump = theirs("gguf-dump")
     show = Arm("`lrope-gguf show --json`", ours("show", "--json", model), lambda: settle(model))
     text = Arm("`lrope-gguf show`", ours("show", model), lambda: settle(model))
@@ -183,7 +174,7 @@ def reading(model: Path, rounds: int) -> str:
             goal = verdict(median(runs) / base, 20, least=True)
         elif name in (show.name, text.name):
             goal = verdict(median(runs), 0.15).replace("0.15", "0.15 s")
-        rows.append([name, spread(runs), f"{median(runs) / base:.2f}", processor(runs), peak(runs), goal])
+        rows.append([name, seconds(runs), f"{median(runs) / base:.2f}", processor(runs), peak(runs), goal])
     result = table([*HEADER, "ratio to show --json", *COSTS, "goal"], rows)
     return result if dump else f"{result}\n\ngguf-dump: skipped, the gguf package is not installed"
 
@@ -230,14 +221,12 @@ def writing(model: Path, folder: Path, rounds: int) -> str:
     goals = {
         arm.name: verdict(median(results[arm.name]) / median(results[cp.name]), 1.15).replace("1.15", "1.15 times cp")
         for arm in (first, output)
-    } | {
-        again.name: verdict(median(results[again.name]), 0.2).replace("0.2", "0.2 s"),
-    }
+    } | {again.name: verdict(median(results[again.name]), 0.2).replace("0.2", "0.2 s")}
     if script:
         theirs_median = median(results["`gguf-new-metadata`"])
         goals["`gguf-new-metadata`"] = verdict(theirs_median / base, 3, least=True)
     rows = [
-        [name, spread(runs), f"{median(runs) / base:.2f}", processor(runs), peak(runs), goals.get(name, "")]
+        [name, seconds(runs), f"{median(runs) / base:.2f}", processor(runs), peak(runs), goals.get(name, "")]
         for name, runs in results.items()
     ]
     result = table([*HEADER, "ratio to first write", *COSTS, "goal"], rows)
@@ -311,12 +300,12 @@ def used(folder: Path) -> int:
     return (state.f_blocks - state.f_bfree) * state.f_frsize
 
 
-def sharing(kind: str, folder: Path, sizes: Sequence[int], rounds: int) -> list[list[object]]:
+def sharing(kind: str, folder: Path, rounds: int) -> list[list[object]]:
     """First write by model size, on a file system mounted from an image."""
     rows: list[list[object]] = []
-    need = (max(sizes) * 1_000_000 * 4) + (1 << 30)
+    need = (max(SIZES) * 1_000_000 * 4) + (1 << 30)
     with mounted(kind, folder, need) as place:
-        for size in sizes:
+        for size in SIZES:
             plain, work, copy = (place / f"{name}.gguf" for name in ("plain", "work", "copy"))
             synthetic(plain, size)
             written = place / "written.gguf"
@@ -346,26 +335,26 @@ def sharing(kind: str, folder: Path, sizes: Sequence[int], rounds: int) -> list[
                 path.unlink(missing_ok=True)
             for name, runs in results.items():
                 new = f"{grown / 1e6:.1f}" if name.endswith("--output") else ""
-                rows.append([kind, size, name, spread(runs), peak(runs), new])
+                rows.append([kind, size, name, seconds(runs), peak(runs), new])
     return rows
 
 
-def loops(kinds: Sequence[str], folder: Path, sizes: Sequence[int], rounds: int) -> str:
+def loops(folder: Path, rounds: int) -> str:
     """The table of mounted file systems, with what was skipped and why."""
     rows: list[list[object]] = []
     skipped = []
-    for kind in kinds:
+    for kind in MKFS:
         reason = None
         if sys.platform != "linux" or os.geteuid() != 0:
             reason = "needs root on Linux"
         elif shutil.which(MKFS[kind][0]) is None:
             reason = f"{MKFS[kind][0]} is not installed"
-        elif shutil.disk_usage(folder).free < max(sizes) * 5_000_000 + (1 << 30):
+        elif shutil.disk_usage(folder).free < max(SIZES) * 5_000_000 + (1 << 30):
             reason = "too little space for the image"
         else:
             try:
-                rows += sharing(kind, folder, sizes, rounds)
-            except BenchmarkError as error:
+                rows += sharing(kind, folder, rounds)
+            except LropeError as error:
                 reason = " ".join(str(error).split())[:300]
         if reason:
             skipped.append(f"{kind}: skipped, {reason}")
@@ -383,17 +372,7 @@ def own_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def cpu_model() -> str:
-    """Name of the processor, as the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def file_system(folder: Path) -> str:
-    """Type of the file system of a folder."""
     done = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=False)
     kind = done.stdout.strip() or "unknown"
     with contextlib.suppress(OSError):  # stat says ext2/ext3 for ext4
@@ -406,38 +385,15 @@ def file_system(folder: Path) -> str:
     return kind
 
 
-def numbers(text: str) -> list[int]:
-    """Positive sizes separated by commas, for argparse."""
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise ValueError
-    return values
-
-
-def file_systems(text: str) -> list[str]:
-    """Known file systems separated by commas, for argparse; none where it is empty."""
-    kinds = [part for part in text.split(",") if part]
-    if not set(kinds) <= set(MKFS):
-        raise ValueError
-    return kinds
-
-
 def _terminate(*_: object) -> NoReturn:
     raise SystemExit(143)  # so that mounts and files are removed
 
 
 def main() -> None:
-    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--model", type=Path, help="GGUF file with layers and RoPE, which is not changed (default: made)"
-    )
+    parser.add_argument("--model", type=Path, help="GGUF file with layers and RoPE, left as it is (default: made)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of every command (default: 7)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
-    parser.add_argument("--loop", type=file_systems, default=["xfs", "btrfs"], help="xfs, btrfs, ext4; '' for none")
-    parser.add_argument("--sizes", type=numbers, default=[250, 1000], metavar="MB,MB", help="default: 250,1000")
-    parser.add_argument("--write-size", type=int, metavar="MB", help="time writing on a model of this size too")
-    parser.add_argument("--only", choices=("show", "write", "loop"), help="one table")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -448,31 +404,20 @@ def main() -> None:
         folder = Path(name)
         if args.model is None:
             model = folder / "made.gguf"
-            if args.only != "loop":
-                synthetic(model, MEGABYTES, VOCABULARY)
+            synthetic(model, MEGABYTES, VOCABULARY)
         else:
             model = args.model.resolve()
-        print(f"`{shlex.join(['python', 'benchmarks/metadata_speed.py', *sys.argv[1:]])}`\n")
+        print(command())
         print(f"{cpu_model()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python ", end="")
-        size = f"{model.name}, {model.stat().st_size / 1e6:.0f} MB" if model.exists() else "none"
-        print(f"{platform.python_version()}; model {size}; files on ", end="")
-        print(f"{file_system(folder)}; load {math.ceil(os.getloadavg()[0] * 10) / 10:g} at the start; ", end="")
+        print(f"{platform.python_version()}; model {model.name}, {model.stat().st_size / 1e6:.0f} MB; ", end="")
+        print(
+            f"files on {file_system(folder)}; load {math.ceil(os.getloadavg()[0] * 10) / 10:g} at the start; ", end=""
+        )
         print(f"peak memory below {own_peak() >> 20} MiB, that of this process, cannot be seen\n", flush=True)
-        if args.only in (None, "show"):
-            print(f"{reading(model, args.rounds)}\n", flush=True)
-        if args.only in (None, "write"):
-            print(f"{writing(model, folder, args.rounds)}\n", flush=True)
-            if args.write_size:
-                synthetic(folder / "large.gguf", args.write_size)
-                print(f"The same with one tensor of {args.write_size} MB:\n")
-                print(f"{writing(folder / 'large.gguf', folder, args.rounds)}\n", flush=True)
-                (folder / "large.gguf").unlink()
-        if args.loop and args.only in (None, "loop"):
-            print(loops(args.loop, folder, args.sizes, args.rounds), flush=True)
+        print(f"{reading(model, args.rounds)}\n", flush=True)
+        print(f"{writing(model, folder, args.rounds)}\n", flush=True)
+        print(loops(folder, args.rounds), flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BenchmarkError as error:
-        sys.exit(f"error: {error}")
+    script(main)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -20,10 +19,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from patch_speed import cpu_model
-from tables import head, row
+from tables import command, cpu_model, head, row, script
 
-from lrope_gguf import LropeError, write_factors
+from lrope_gguf import write_factors
 from lrope_search.evaluation.encoding import MAX_NEW_TOKENS
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.model import Model
@@ -33,23 +31,15 @@ from lrope_search.tasks.task import Context
 
 
 class Cost(NamedTuple):
-    """Of one candidate on one context."""
-
     n_tokens: int
     seconds: float
     n_correct: int
 
 
 def high_level(
-    path: Path,
-    factors: tuple[float, ...],
-    context: Context,
-    n_ctx: int,
-    args: argparse.Namespace,
-    *,
+    path: Path, factors: tuple[float, ...], context: Context, n_ctx: int, args: argparse.Namespace, *,
     prefix_cache: bool,
-) -> Cost:
-    """Score one candidate through `llama_cpp.Llama`."""
+) -> Cost:  # fmt: skip
     from llama_cpp import Llama  # after our model: on the library that it has set
 
     start = time.perf_counter()
@@ -84,7 +74,6 @@ def high_level(
 
 
 def main() -> None:
-    """Score the candidates in all ways and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--keys", type=int, default=40)
@@ -116,7 +105,7 @@ def main() -> None:
             n_correct = round(sum(probe.correct for probe in score.probes))
             costs.setdefault("evaluator", []).append(Cost(score.n_tokens, score.seconds, n_correct))
             print(f"candidate {i + 1} of {args.candidates}", file=sys.stderr)
-    print(f"`{shlex.join(['python', 'benchmarks/naive_evaluation.py', *sys.argv[1:]])}`\n")
+    print(command())
     print(f"{cpu_model()}, {os.cpu_count()} cores, {args.threads} threads; model {args.model.name}")
     print(f"{len(context.probes)} probes of one context, {args.candidates} candidates; medians\n")
     print(head("a candidate", "tokens computed", "ratio", "seconds", "ratio", "right answers"))
@@ -130,7 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LropeError as error:
-        sys.exit(f"error: {error}")
+    script(main)

@@ -53,7 +53,6 @@ def audits(fixtures: Sequence[str]) -> Iterator[tuple[str, Audit | str]]:
 
 
 def main() -> int:
-    """Print the table and what is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("fixtures", nargs="*", help="only these (default: all)")
     parser.add_argument("--library", type=Path, help="folder of a patched library (default: the installed one)")

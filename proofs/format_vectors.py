@@ -42,20 +42,11 @@ FACTORS = [1.0, 1.3125, 0.625]
 
 
 def rope(
-    kind: str = "none",
-    factor: float = 1.0,
-    original: int = 1024,
-    *,
-    n_dims: int = 16,
-    base: float = 10000.0,
-    attn_factor: float = 1.0,
-    ext_factor: float = 1.0,
-    betas: tuple[float, float] = (32.0, 1.0),
-    log_multiplier: float = 0.0,
-    frequency_factors: list[float] | None = None,
-    components: list[int] | None = None,
+    kind: str = "none", factor: float = 1.0, original: int = 1024, *, n_dims: int = 16, base: float = 10000.0,
+    attn_factor: float = 1.0, ext_factor: float = 1.0, betas: tuple[float, float] = (32.0, 1.0),
+    log_multiplier: float = 0.0, frequency_factors: list[float] | None = None, components: list[int] | None = None,
     levels_per_doubling: int = 2,
-) -> Json:
+) -> Json:  # fmt: skip
     """How a model rotates, as the document names it; what its type does not know is left out."""
     said: Json = {"type": kind, "n_dims": n_dims, "base": base, "factor": factor, "original": original}
     said |= {"attn_factor": attn_factor, "frequency_factors": frequency_factors, "components": components}
@@ -111,15 +102,12 @@ ENTRIES: list[tuple[str, list[float] | float]] = [
 
 
 def stock(said: Json) -> Rope:
-    """The reference of a rotation without dynamic scaling."""
     divisors, components = said["frequency_factors"], said["components"]
     plain = Rope(
-        said["n_dims"],
-        said["base"],
-        attn_factor=said["attn_factor"],
+        said["n_dims"], said["base"], attn_factor=said["attn_factor"],
         divisors=None if divisors is None else tuple(divisors),
         component=None if components is None else tuple(components),
-    )
+    )  # fmt: skip
     if said["type"] not in ("linear", "yarn"):
         return plain
     scaled = {**vars(plain), "freq_scale": 1.0 / said["factor"]}
@@ -153,13 +141,9 @@ def length(said: Json, n: int) -> Json:
     level = scaling.level(n - 1)
     rotation = scaling.rope(stock(said), level)
     return {
-        "n": n,
-        "level": level,
-        "base": rotation.base,
-        "freq_scale": rotation.freq_scale,
-        "magnitude": float(rotation.magnitude),
-        "layers": layers(rotation, FACTORS, [[n - 1]]),
-    }
+        "n": n, "level": level, "base": rotation.base, "freq_scale": rotation.freq_scale,
+        "magnitude": float(rotation.magnitude), "layers": layers(rotation, FACTORS, [[n - 1]]),
+    }  # fmt: skip
 
 
 def refused(freq_scale: float, s: float) -> bool:
@@ -198,18 +182,13 @@ def entry(key: str, value: list[float] | float, order: str) -> str:
 
 
 def vectors() -> Json:
-    """The whole document."""
     return {
         "format": "lrope-vectors",
         "version": 1,
         "rotations": [
             {
-                "name": name,
-                "architecture": architecture,
-                "rope": said,
-                "positions": positions,
-                "magnitude": float(stock(said).magnitude),
-                "layers": layers(stock(said), factors, positions),
+                "name": name, "architecture": architecture, "rope": said, "positions": positions,
+                "magnitude": float(stock(said).magnitude), "layers": layers(stock(said), factors, positions),
             }
             for name, architecture, said, positions, factors in ROTATIONS
         ],
@@ -226,11 +205,10 @@ def vectors() -> Json:
             {"key": key, "value": value, "little": entry(key, value, "<"), "big": entry(key, value, ">")}
             for key, value in ENTRIES
         ],
-    }
+    }  # fmt: skip
 
 
 def dumps(document: Json) -> str:
-    """The document with a line for each vector."""
 
     def text(value: object) -> str:
         if not isinstance(value, list) or not value or not isinstance(value[0], dict):
@@ -256,7 +234,6 @@ def difference(found: object, wanted: object, where: str = "") -> str | None:
 
 
 def main() -> int:
-    """Print the vectors, or check a file of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare this file with the reference")
     path = parser.parse_args().check

@@ -107,7 +107,6 @@ def _run(seeds: list[Path], folder: Path, seed: int, files: int, jobs: int, ever
 
 
 def main() -> int:
-    """Run the fuzzer and print its table; 1 where there are findings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=100_000, help="mutants to try (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a processor)")

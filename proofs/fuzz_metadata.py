@@ -49,17 +49,10 @@ FLAGS = (
     "-fno-sanitize-recover=undefined"
 )
 OPTIONS = (
-    "CMAKE_BUILD_TYPE=None",
-    f"CMAKE_C_FLAGS={FLAGS}",
-    f"CMAKE_CXX_FLAGS={FLAGS}",
-    "GGML_NATIVE=OFF",
-    "GGML_OPENMP=OFF",
-    "GGML_LLAMAFILE=OFF",
-    "GGML_CPU_REPACK=OFF",
-    "LLAMA_BUILD_COMMON=OFF",
-    "LLAMA_BUILD_TOOLS=OFF",
+    "CMAKE_BUILD_TYPE=None", f"CMAKE_C_FLAGS={FLAGS}", f"CMAKE_CXX_FLAGS={FLAGS}", "GGML_NATIVE=OFF",
+    "GGML_OPENMP=OFF", "GGML_LLAMAFILE=OFF", "GGML_CPU_REPACK=OFF", "LLAMA_BUILD_COMMON=OFF", "LLAMA_BUILD_TOOLS=OFF",
     "LLAMA_BUILD_SERVER=OFF",
-)
+)  # fmt: skip
 ENVIRONMENT = {
     "ASAN_OPTIONS": "exitcode=99:detect_leaks=1:max_allocation_size_mb=512:allocator_may_return_null=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -70,22 +63,15 @@ REASONS = 30  # lines of the table of refusals
 
 
 def drive(driver: Path, cases: Sequence[Case]) -> list[Outcome]:
-    """Run ``cases`` through a driver.
-
-    Raises:
-        CommandError: the driver itself ended early.
-    """
+    """Run ``cases`` through a driver."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{i}.gguf" for i in range(len(cases))]
         for path, case in zip(paths, cases, strict=True):
             path.write_bytes(case.file)
         result = subprocess.run(
-            [driver],
-            input="".join(f"{path}\n" for path in paths).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=ENVIRONMENT,
-        )
+            [driver], input="".join(f"{path}\n" for path in paths).encode(), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env=ENVIRONMENT,
+        )  # fmt: skip
     outcomes = parse_output(result.stdout.decode(errors="replace"))
     if result.returncode or len(outcomes) != len(paths):
         raise CommandError(f"{driver} ended with status {result.returncode} after {len(outcomes)} files")
@@ -116,8 +102,6 @@ def reason(message: str) -> str:
 
 @dataclass
 class Results:
-    """What all cases did so far."""
-
     cases: list[tuple[Case, Outcome]]
     crashes: list[tuple[Case, Outcome]]
 
@@ -177,7 +161,6 @@ def tables(results: Results, stock: Sequence[Outcome]) -> str:
 
 
 def same_crash(patched: Outcome, stock: Outcome) -> bool:
-    """Whether the unpatched library crashes in the same way."""
     return stock.verdict == "crash" and stock.signature == patched.signature
 
 
@@ -191,7 +174,6 @@ def keep_crashes(results: Results, folder: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mutants", type=int, default=10_000, metavar="N", help="damaged files (default: 10000)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the damage (default: 1)")

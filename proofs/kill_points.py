@@ -45,7 +45,6 @@ def file_system(directory: Path) -> str:
 
 
 def main() -> int:
-    """Print a table of all points of all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth point")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write (default: the temporary folder)")

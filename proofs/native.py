@@ -17,7 +17,6 @@ from support.native_build import LIBRARY, TOOLS, WORK, patched_library, stock_li
 
 
 def main() -> None:
-    """Build one library and print its folder as the last line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("kind", choices=("stock", "patched"))
     parser.add_argument("--output", type=Path, default=WORK, help="work folder (default: build/proofs)")

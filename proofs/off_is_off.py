@@ -21,7 +21,6 @@ HEADER = ["model", "context", "tokens", "graphs", "nodes, stock", "nodes, patche
 
 
 def cells(c: Comparison) -> list[object]:
-    """Cells of the table."""
     nodes = [sum(step.nodes for step in steps) for steps in (c.stock, c.patched)]
     tokens = sum(step.tokens for step in c.stock)
     graphs, logits = ("equal" if same else "**DIFFER**" for same in (c.same_graphs, c.same_logits))
@@ -29,7 +28,6 @@ def cells(c: Comparison) -> list[object]:
 
 
 def main() -> int:
-    """Print the table; exit status 1 if anything differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="GGUF files (default: the tests' models)")
     parser.add_argument(

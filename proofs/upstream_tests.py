@@ -71,7 +71,6 @@ def run_ctest(build_dir: Path, exclude: str | None, seconds: int, jobs: int) -> 
 
 
 def run_extras(build_dir: Path, seconds: int) -> dict[str, tuple[str, str]]:
-    """Run EXTRAS; their output counts as well."""
     results = {}
     for name, (tool, *arguments) in EXTRAS.items():
         path = build_dir.resolve() / "bin" / tool
@@ -99,12 +98,10 @@ def differing_output(stock: Mapping[str, tuple[str, str]], patched: Mapping[str,
 
 
 def reason(output: str) -> str:
-    """Why a test fails on both trees, by what it printed."""
     return next((text for pattern, text in REASONS if re.search(pattern, output)), "unknown") if output else "unknown"
 
 
 def report(stock: Mapping[str, tuple[str, str]], patched: Mapping[str, tuple[str, str]]) -> tuple[str, bool]:
-    """The tables, and whether all results are equal."""
     names = sorted(stock.keys() | patched.keys())
     missing = ("missing", "")
     rows = [(name, stock.get(name, missing), patched.get(name, missing)) for name in names]

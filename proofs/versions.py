@@ -45,8 +45,6 @@ def prepare_metadata_for_build_wheel(directory, config_settings=None):
 
 @dataclass
 class Row:
-    """One line of the table."""
-
     release: str
     commit: str = ""
     applies: str = ""
@@ -55,7 +53,6 @@ class Row:
     seconds: float = 0.0
 
     def cells(self) -> list[object]:
-        """Cells of the table."""
         return [self.release, self.commit, self.applies, self.builds, self.tests, f"{self.seconds:.0f}"]
 
 
@@ -137,7 +134,6 @@ def _git_apply(source: Path, patch: Path, *options: str) -> bool:
 
 
 def struct_fields(header: str, name: str) -> list[tuple[str, str]]:
-    """Type and name of the members of a struct of llama.h."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", header, flags=re.S)
     match = re.search(rf"struct {name} \{{(.*?)\}};?", text, re.S)
     if match is None:
@@ -212,7 +208,6 @@ def all_passed(summary: str) -> bool:
 
 
 def prove(release: str, args: argparse.Namespace) -> Row:
-    """Fetch, apply, build and test one release."""
     progress(release)
     start = time.monotonic()
     row = Row(release)

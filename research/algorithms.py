@@ -51,13 +51,9 @@ class Problem(Protocol):
 
     n_layer: int
 
-    def gain(self, factors: Factors, context: int) -> float:
-        """What a search context shows."""
-        ...
+    def gain(self, factors: Factors, context: int) -> float: ...
 
-    def true_gain(self, factors: Factors) -> float:
-        """What is to be found."""
-        ...
+    def true_gain(self, factors: Factors) -> float: ...
 
 
 class ModelProblem:
@@ -86,11 +82,7 @@ class ModelProblem:
         return -self._value((1.0,) * self.n_layer, "search", 0)
 
     def know_study(self, directory: Path) -> int:
-        """Take over what a search of the same task has evaluated, and return how many results that were.
-
-        Raises:
-            LropeError: it is a study of another task, or none.
-        """
+        """Take over what a search of the same task has evaluated, and return how many results that were."""
         mine = json.loads(self._key)[1]
         try:
             theirs = json.loads((directory / "config.json").read_text(encoding="utf-8"))["task"]
@@ -109,7 +101,6 @@ class ModelProblem:
         return n
 
     def gain(self, factors: Factors, context: int) -> float:
-        """Difference to the base model on a search context."""
         return self._difference(factors, "search", context)
 
     def true_gain(self, factors: Factors) -> float:
@@ -117,7 +108,6 @@ class ModelProblem:
         return statistics.mean(self._difference(factors, "validation", i) for i in range(self._n_true))
 
     def n_tokens(self) -> int:
-        """Tokens of a search context."""
         return self._evaluator.n_tokens("search", 0)
 
     def _difference(self, factors: Factors, split: str, index: int) -> float:
@@ -183,7 +173,6 @@ class Run:
         return self.gains[min(n, len(self.gains)) - 1]
 
     def after_cost(self, cost: int) -> float:
-        """Worth after so many contexts."""
         n = sum(spent <= cost for spent in self.costs)
         return self.gains[n - 1] if n else 0.0
 
@@ -193,7 +182,6 @@ class Run:
 
 
 def run(problem: Problem, algorithm: Optimizer, racing: Racing, budget: int, max_cost: float = math.inf) -> Run:
-    """One run, judged."""
     worth: dict[int, float] = {}
     gains, costs = [], []
     for best, cost in play(problem, algorithm, racing, budget):
@@ -207,7 +195,6 @@ def run(problem: Problem, algorithm: Optimizer, racing: Racing, budget: int, max
 
 
 def synthetic_run(kind: str, seed: int, name: str, racing: Racing, budget: int, max_cost: float) -> tuple[Run, float]:
-    """A run on a landscape, and what its optimum is worth."""
     landscape = Landscape(kind, seed)
     algorithm = make_algorithm(optimizer_config(name), landscape.n_layer, seed=seed)
     optimum = landscape.true_gain(landscape.optimum())
@@ -245,7 +232,6 @@ def synthetic(args: argparse.Namespace) -> None:
 
 
 def seeds(args: argparse.Namespace) -> range:
-    """The seeds of the runs of each algorithm."""
     return range(args.first_seed, args.first_seed + args.seeds)
 
 
@@ -279,12 +265,10 @@ def model(args: argparse.Namespace) -> None:
 
 
 def print_header(first: str, second: str, budgets: Sequence[int]) -> None:
-    """First line of a table."""
     print(f"{first:<10} {second:<10}" + "".join(f"{n:>16}" for n in budgets) + f"{'to target':>18}")
 
 
 def print_row(name: str, kind: str, runs: Sequence[Run], budgets: Sequence[int], target: float, form: str) -> None:
-    """One line of a table."""
     cells = [mean_and_error([one.after(budget) for one in runs], form) for budget in budgets]
     reached = [one.reached(target) for one in runs]
     median = statistics.median_high(reached)
@@ -294,7 +278,6 @@ def print_row(name: str, kind: str, runs: Sequence[Run], budgets: Sequence[int],
 
 
 def mean_and_error(values: Sequence[float], form: str) -> str:
-    """Mean and its standard error, for a table."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return f"{form.format(statistics.mean(values))} ± {form.format(error)}"
 
@@ -345,17 +328,14 @@ def fidelity(args: argparse.Namespace) -> None:
 
 
 def words(text: str) -> list[str]:
-    """A list of names."""
     return text.split(",")
 
 
 def numbers(text: str) -> list[int]:
-    """A list of whole numbers."""
     return [int(part) for part in text.split(",")]
 
 
 def main() -> None:
-    """Parse the command and print its tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     functions = {"synthetic": synthetic, "model": model, "racing": compare_racing, "fidelity": fidelity}

@@ -32,22 +32,16 @@ class KnotSpace(Space):
     """Factors linear between knots at equal distances over the layers; a genome is the logarithm of each knot."""
 
     def __init__(self, n_layer: int, *, knots: int = KNOTS, bounds: tuple[float, float] = DEFAULT_BOUNDS) -> None:
-        """Hold the settings."""
         self.n_layer, self.bounds, self.size = n_layer, bounds, knots
         self.box = np.array([np.log(bounds)] * knots)
         self.scale = np.ones(knots)
         self._x, self._knots = np.linspace(0.0, 1.0, n_layer), np.linspace(0.0, 1.0, knots)
 
     def uniform(self, factor: float) -> Genome:
-        """Return all knots at one height."""
         return np.full(self.size, math.log(factor))
 
     def encode(self, curve: Curve | Factors) -> Genome:
-        """Return the knots on a curve.
-
-        Raises:
-            ValueError: it is no curve.
-        """
+        """Return the knots on a curve."""
         if not isinstance(curve, Curve):
             raise ValueError("factors of layers in a search of knots")
         return self.repair(np.log(np.interp(self._knots, self._x, curve.factors(self.n_layer))))
@@ -58,11 +52,9 @@ class KnotSpace(Space):
         return self.repair(width * (level + slope * (2.0 * self._knots - 1.0) + np.array(own) / 2.0))
 
     def repair(self, genomes: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Clip to the bounds."""
         return np.minimum(np.maximum(genomes, self.box[:, 0]), self.box[:, 1])
 
     def express(self, genome: Genome) -> tuple[Curve | None, Factors]:
-        """Return the factors between the knots."""
         return None, rounded(np.interp(self._x, self._knots, np.exp(genome)), 4)
 
 
@@ -78,11 +70,7 @@ class OptunaSampler:
     def __init__(
         self, space: Space, start: Sequence[Start], *, sampler: str, seed: int, reach: float, lack: float
     ) -> None:
-        """Make the study.
-
-        Raises:
-            LropeError: Optuna, or torch for its GP, is not installed.
-        """
+        """Make the study."""
         optuna = _optuna(sampler)
         self._space, self._ledger, self._start = space, Ledger(space), deque(start)
         low, high = space.box.T.copy()
@@ -122,12 +110,10 @@ class OptunaSampler:
         return None
 
     def tell(self, candidate: Candidate, score: Score) -> None:
-        """Tell the trial."""
         self._ledger.settle(candidate, score)
         self._study.tell(self._trial, self._loss(score))
 
     def should_stop(self) -> bool:
-        """Whether nothing new came of many trials."""
         return self._exhausted
 
     def _loss(self, score: Score) -> float:
@@ -176,20 +162,13 @@ CONTENDERS = (*(f"ga-{space}" for space in OURS),
 
 
 def make_space(name: str, n_layer: int) -> Space:
-    """Return a space by its name."""
     return _SPACES[name](n_layer)
 
 
 def make_contender(
-    name: str,
-    n_layer: int,
-    *,
-    seed: int,
-    width: float = 0.05,
-    uniform_factors: Sequence[float] = UNIFORM_FACTORS,
-    reach: float = math.inf,
-    lack: float = 10.0,
-) -> Optimizer:
+    name: str, n_layer: int, *, seed: int, width: float = 0.05, uniform_factors: Sequence[float] = UNIFORM_FACTORS,
+    reach: float = math.inf, lack: float = 10.0,
+) -> Optimizer:  # fmt: skip
     """Return a fresh contender.
 
     Args:
@@ -200,9 +179,6 @@ def make_contender(
         uniform_factors: Known to all from the start, beside the identity.
         reach: Largest log factor, either way, that samplers without a width look at.
         lack: They are told no larger loss than this (nats).
-
-    Raises:
-        LropeError: no such contender, or a package is missing.
     """
     if name not in CONTENDERS:
         raise LropeError(f"--contenders {name}: unknown; choose of {', '.join(CONTENDERS)}")

@@ -35,7 +35,6 @@ class Landscape:
     """One landscape of a kind; the seed draws all of its parameters, the number of layers included."""
 
     def __init__(self, kind: str, seed: int) -> None:
-        """Draw the landscape."""
         rng = np.random.default_rng([seed, (*TUNING, *HELD_OUT).index(kind)])
         self.kind, self.seed = kind, seed
         self.n_layer = int(rng.integers(12, 33))
@@ -73,11 +72,9 @@ class Landscape:
         return float(self._height)
 
     def optimum(self) -> tuple[float, ...]:
-        """About the best factors."""
         return tuple(np.exp(self.target).tolist())
 
     def true_gain(self, factors: tuple[float, ...]) -> float:
-        """Mean over many contexts without noise."""
         shifts = np.array([self._shift_of(10**6 + context) for context in range(_TRUE_CONTEXTS)])
         gains = self._value(np.log(factors), shifts) - self._value(np.zeros(self.n_layer), shifts)
         return float(gains.mean())
@@ -98,7 +95,6 @@ class Landscape:
 
 
 def _target(kind: str, x: Floats, rng: np.random.Generator) -> Floats:
-    """Logarithms of the best factors."""
     center, width = rng.uniform(0.35, 0.7), rng.uniform(0.1, 0.25)
     rise = 1.0 / (1.0 + np.exp(-(x - rng.uniform(0.5, 0.75)) / rng.uniform(0.05, 0.12)))
     hump = np.exp(-(((x - center) / width) ** 2))
@@ -133,7 +129,6 @@ class SparseLandscape:
     _FEATURES = 96  # of a context's random function
 
     def __init__(self, seed: int, probes: int = 60) -> None:
-        """Draw the landscape; ``probes``: questions a context."""
         rng = np.random.default_rng([seed, len((*TUNING, *HELD_OUT))])
         self.kind, self.seed, self.probes = SPARSE, seed, probes
         n = self.n_layer = int(rng.integers(24, 33))
@@ -167,7 +162,6 @@ class SparseLandscape:
         self._functions: dict[int, tuple[Floats, Floats, float]] = {}  # frequencies, phases, value at the identity
 
     def gain(self, factors: tuple[float, ...], context: int) -> float:
-        """What the probes of one context show."""
         log_s = np.log(factors)
         frequencies, phases, at_identity = self._function(context)
         error = float(np.cos(frequencies @ log_s + phases).sum()) - at_identity
@@ -175,7 +169,6 @@ class SparseLandscape:
         return float(self._value(log_s)) + float(scale) * error
 
     def true_gain(self, factors: tuple[float, ...]) -> float:
-        """Without the error of probes."""
         return float(self._value(np.log(factors)))
 
     def optimum(self) -> tuple[float, ...]:

@@ -73,12 +73,7 @@ class Gain:
 
 
 def gain_over(name: str, base: Sequence[ContextScore], other: Sequence[ContextScore]) -> Gain:
-    """Return what ``other`` gains over ``base``.
-
-    Raises:
-        LropeError: they are not of the same contexts and probes, or contexts differ in the number of probes, or a
-            log-probability is not finite.
-    """
+    """Return what ``other`` gains over ``base``."""
     asked = [[(score.split, score.index, [probe.depth for probe in score.probes]) for score in side]
              for side in (base, other)]  # fmt: skip
     if asked[0] != asked[1] or not base or len({len(score.probes) for score in base}) > 1:
@@ -149,7 +144,6 @@ def over_contexts(values: NDArray[np.float64], seed: int = 0, resamples: int = 1
 
 
 def excludes_zero(interval: Interval) -> bool:
-    """Whether an interval lies on one side of zero."""
     return interval.low > 0.0 or interval.high < 0.0
 
 
@@ -205,7 +199,6 @@ def needed(varies: Components, gain: float, questions: int) -> int | None:
 
 
 def measured(args: argparse.Namespace) -> Asked:
-    """Ask a model the pool."""
     model, task = model_of(args), task_of(args)
     if args.curve is not None:
         curve = curve_for(args.curve, read_model(model.path))[1]
@@ -234,9 +227,6 @@ def kept(directory: Path, most: int | None = None) -> Asked:
     """Return what was asked in the test of a kept study, or under ``eval --study``.
 
     Contexts are those of base and curve, the first so many at ``most``; sides that saw fewer are left out.
-
-    Raises:
-        LropeError: there is none, it is damaged, or it holds no curve that was tested.
     """
     path = directory / "evaluations.jsonl"
     tests: dict[Factors, dict[int, ContextScore]] = {}
@@ -320,11 +310,7 @@ def tables(gain: Gain, sizes: Sequence[tuple[int, int]], asked: Sequence[int], d
 
 
 def sizes_of(args: argparse.Namespace, pool: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return the numbers of contexts and questions that are asked for and can be drawn.
-
-    Raises:
-        LropeError: a number that is too small, or none that can be drawn.
-    """
+    """Return the numbers of contexts and questions that are asked for and can be drawn."""
     if min(args.contexts) < LEAST:
         raise LropeError(f"--contexts {min(args.contexts)}: too few for an interval; give at least {LEAST}")
     if min(args.questions) < 1 or args.draws < 1:
@@ -336,7 +322,6 @@ def sizes_of(args: argparse.Namespace, pool: tuple[int, int]) -> list[tuple[int,
 
 
 def main() -> None:
-    """Print a table for each gain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", nargs="?")
     parser.add_argument("--study", metavar="DIR", type=Path, help="take the answers of a kept study's test")

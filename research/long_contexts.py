@@ -43,15 +43,9 @@ from lrope_search.results.comparison import Comparison
 
 README = Path(__file__).parent.parent / "README.md"
 HEADER = head(
-    "length",
-    "share of trained",
-    "scaling",
-    "accuracy",
-    "gain of best uniform factor",
-    "gain of layer factors",
-    "over uniform",
-    "KL on short text",
-)
+    "length", "share of trained", "scaling", "accuracy", "gain of best uniform factor", "gain of layer factors",
+    "over uniform", "KL on short text",
+)  # fmt: skip
 
 
 def short_divergence(plain: ModelConfig, other: ModelConfig, text: str, n_tokens: int) -> float:
@@ -73,7 +67,6 @@ def points(gain: Comparison | None) -> str:
 
 
 def searched(args: argparse.Namespace, model: ModelConfig, task: TaskConfig, scaling: str, multiple: float) -> str:
-    """Search under one scaling at one length; the table's row."""
     config = scaled(model, scaling, multiple, args.trained)
     with tempfile.TemporaryDirectory() as folder:
         found = search(config, task, search_of(args, args.search_seed), Path(folder, "study")).summary.findings
@@ -82,20 +75,14 @@ def searched(args: argparse.Namespace, model: ModelConfig, task: TaskConfig, sca
     kl = short_divergence(plain, config, args.text.read_text(), min(args.short, args.trained))
     uniform = "-" if found.uniform is None else f"{found.uniform.factor:g}: {points(found.uniform_gain)}"
     cells = (
-        f"{multiple:g}x, {round(multiple * args.trained)} tokens",
-        f"{100 * multiple:.0f} %",
-        scaling,
-        f"{100 * found.base_accuracy:.1f} %",
-        uniform,
-        f"**{points(found.gain)}**",
-        points(found.over_uniform),
+        f"{multiple:g}x, {round(multiple * args.trained)} tokens", f"{100 * multiple:.0f} %", scaling,
+        f"{100 * found.base_accuracy:.1f} %", uniform, f"**{points(found.gain)}**", points(found.over_uniform),
         f"{kl:.4f}",
-    )
+    )  # fmt: skip
     return row(cells)
 
 
 def short_only(args: argparse.Namespace, model: ModelConfig) -> None:
-    """Print what scalings cost on short text."""
     plain, text = replace(model, rope_scaling="none"), args.text.read_text()
     print(head("model", "scaling", *(f"factor {m:g}" for m in args.multiples)))
     for scaling in args.scalings[1:]:
@@ -107,7 +94,6 @@ def short_only(args: argparse.Namespace, model: ModelConfig) -> None:
 
 
 def main() -> None:
-    """Print the table, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--trained", metavar="N", type=int, required=True, help="tokens that it was trained on")

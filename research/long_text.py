@@ -44,7 +44,6 @@ def losses(config: ModelConfig, text: str, n_tokens: int) -> NDArray[np.float64]
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("text", metavar="TEXT", nargs="+", type=Path, help="files, one after the other")

@@ -63,11 +63,7 @@ def profile(scores: Sequence[ContextScore]) -> NDArray[np.float64]:
 
 
 def parts(scores: Sequence[ContextScore]) -> NDArray[np.float64]:
-    """Return each context's start, end and middle, in accuracy and in log-probability, shape (3, 2, contexts).
-
-    Raises:
-        LropeError: a context asks nothing in one of them.
-    """
+    """Return each context's start, end and middle, in accuracy and in log-probability, shape (3, 2, contexts)."""
     found = []
     for score in scores:
         where, values = bins([probe.depth for probe in score.probes]), answers(score)
@@ -108,15 +104,13 @@ def length_of(share: float, tokens: int, scores: Mapping[str, Sequence[ContextSc
     changes = {name: side - next(iter(found.values())) for name, side in found.items()}
     base, *others = found
     return Length(
-        share,
-        tokens,
-        len(scores[base]),
+        share, tokens, len(scores[base]),
         np.bincount(bins([probe.depth for score in scores[base] for probe in score.probes]), minlength=BINS),
         {name: profile(side) for name, side in scores.items()},
         {name: np.mean([answers(one).mean(axis=1) for one in side], axis=0) for name, side in scores.items()},
         {name: [over_contexts(one) for one in contrasts(side)] for name, side in found.items()},
         {name: [over_contexts(contrasts(changes[name])[2]), over_contexts(changes[name][2])] for name in others},
-    )
+    )  # fmt: skip
 
 
 def rows(length: Length, index: int) -> list[str]:
@@ -178,7 +172,6 @@ def draw(path: str, lengths: Sequence[Length], title: str) -> None:
 
 
 def of_study(args: argparse.Namespace) -> Iterator[Length]:
-    """Yield the one length of a kept study."""
     share = args.shares[0]
     yield length_of(share, round(share * args.window), kept(args.study, args.contexts)[1])
 
@@ -203,7 +196,6 @@ def of_model(args: argparse.Namespace) -> Iterator[Length]:
 
 
 def main() -> None:
-    """Print the table of accuracy as it comes, then that of log-probability."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", nargs="?")
     parser.add_argument("--study", metavar="DIR", type=Path, help="take the answers of a kept study's test")

@@ -28,7 +28,6 @@ _OWN = ("data", *_COUNTS, "identifiers", "positions", "prompt_template", "answer
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Declare how a model is run."""
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (the physical cores)")
     parser.add_argument("--n-gpu-layers", metavar="N", type=int, help="layers to keep on the GPU (all that fit)")
     parser.add_argument("--batch-size", metavar="N", type=int, default=512, help="tokens a batch (%(default)s)")
@@ -54,7 +53,6 @@ def add_task_options(parser: argparse.ArgumentParser, *, several: bool = False) 
 
 
 def add_problem_options(parser: argparse.ArgumentParser) -> None:
-    """Declare a model with a task as something to optimize."""
     add_model_options(parser)
     add_task_options(parser)
     parser.add_argument("--width", metavar="W", type=float, default=0.05, help="as of search (%(default)s)")
@@ -105,19 +103,13 @@ def dispatch(parser: argparse.ArgumentParser, functions: Mapping[str, Callable[[
 
 
 def model_of(args: argparse.Namespace) -> ModelConfig:
-    """Return the model's settings."""
     return ModelConfig(
-        args.model,
-        n_threads=args.threads,
-        n_gpu_layers=args.n_gpu_layers,
-        batch_size=args.batch_size,
-        chat_template=not args.no_chat_template,
-        verbose=args.verbose,
-    )
+        args.model, n_threads=args.threads, n_gpu_layers=args.n_gpu_layers, batch_size=args.batch_size,
+        chat_template=not args.no_chat_template, verbose=args.verbose,
+    )  # fmt: skip
 
 
 def task_of(args: argparse.Namespace) -> TaskConfig:
-    """Return the task's settings."""
     return task_config(args.task, **{name: getattr(args, name) for name in (*_OWN, "seed")})
 
 
@@ -125,9 +117,6 @@ def tasks_of(args: argparse.Namespace) -> dict[str, TaskConfig]:
     """Return the settings of several tasks by their names as given, such as ``kv:keys=40``.
 
     Options of the command line are for all tasks that take them; one's own count more, and its own size replaces any.
-
-    Raises:
-        LropeError: an unknown task or option, or what `TaskConfig` refuses.
     """
     own = {text: _own(text) for text in args.tasks}
     names = {text: text.partition(":")[0] for text in own}
@@ -141,12 +130,10 @@ def tasks_of(args: argparse.Namespace) -> dict[str, TaskConfig]:
 
 
 def _fields(task: str) -> set[str]:
-    """Return the names of a task's own settings."""
     return {one.name for one in TASKS[task].settings()} - {"answer_prefix"}
 
 
 def _own(text: str) -> dict[str, Any]:
-    """Return the options in ``TASK[:OPTION=VALUE,...]``."""
     name, _, given = text.partition(":")
     if name not in TASKS:
         raise LropeError(f"--tasks {text}: no such task; choose from {', '.join(TASKS)}")

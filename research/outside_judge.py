@@ -82,9 +82,6 @@ def export_kv(config: TaskConfig, contexts: int, folder: Path) -> int:
 
     Returns:
         Tokens that the longest prompt with its answer takes at most: a token has at least a byte.
-
-    Raises:
-        LropeError: the task cannot be made.
     """
     task = make_task(config)
     lead = task.calibration().lead.removeprefix(config.answer_prefix)
@@ -110,14 +107,11 @@ def export_kv(config: TaskConfig, contexts: int, folder: Path) -> int:
         "generation_kwargs": {"until": [end], "max_gen_toks": room},
         "metric_list": [
             {
-                "metric": "exact_match",
-                "aggregation": "mean",
-                "higher_is_better": True,
-                "regexes_to_ignore": [r"\W"],
-                "ignore_case": True,
+                "metric": "exact_match", "aggregation": "mean", "higher_is_better": True,
+                "regexes_to_ignore": [r"\W"], "ignore_case": True,
             }
         ],
-    }
+    }  # fmt: skip
     (folder / f"{KV}.yaml").write_text(json.dumps(description, indent=1))  # JSON is YAML
     return longest + room
 
@@ -139,9 +133,6 @@ def export_tokenizer(model: Path | str, folder: Path) -> bool:
 
     Returns:
         Whether there is a chat template with it.
-
-    Raises:
-        LropeError: the file cannot be read, or has another kind of vocabulary.
     """
     with GGUFFile(model) as gguf:
         if gguf.text("tokenizer.ggml.model") != "gpt2":
@@ -158,12 +149,10 @@ def export_tokenizer(model: Path | str, folder: Path) -> bool:
     bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     pieces = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
     document = {
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [pieces, bytes_only]},
-        "decoder": bytes_only,
+        "version": "1.0", "added_tokens": added,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [pieces, bytes_only]}, "decoder": bytes_only,
         "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges},
-    }
+    }  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(document))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | ({"chat_template": template} if template else {})
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -187,23 +176,14 @@ def _strings(gguf: GGUFFile, key: str) -> list[str]:
 
 
 def judge(
-    program: str,
-    path: Path | str,
-    tasks: Sequence[str],
-    folder: Path,
-    n_ctx: int,
-    model: ModelConfig,
-    options: Sequence[str] = (),
-    tokenizer: str | None = None,
-) -> Judgement:
+    program: str, path: Path | str, tasks: Sequence[str], folder: Path, n_ctx: int, model: ModelConfig,
+    options: Sequence[str] = (), tokenizer: str | None = None,
+) -> Judgement:  # fmt: skip
     """Serve ``path`` as ``model`` says, in a context of ``n_ctx`` tokens, and let lm-eval ask it.
 
     ``folder``: where lm-eval writes; beside it are tasks that it does not know. ``options``: more of lm-eval's.
     ``tokenizer``: a folder; lm-eval then puts prompts into its chat template, and sends their tokens. None: it sends
     text, which the server's own tokenizer turns into tokens.
-
-    Raises:
-        LropeError: lm-eval is missing or fails, or the server does not start.
     """
     folder.mkdir()
     layers = [] if model.n_gpu_layers is None else ["--gpu-layers", str(model.n_gpu_layers)]
@@ -230,11 +210,7 @@ def judge(
 
 
 def run_lm_eval(command: Sequence[str], environment: Mapping[str, str], log: Path | None) -> None:
-    """Run lm-eval; what it prints goes into ``log``, or to the standard error.
-
-    Raises:
-        LropeError: it fails; with its last line.
-    """
+    """Run lm-eval; what it prints goes into ``log``, or to the standard error."""
     with nullcontext(sys.stderr.fileno()) if log is None else log.open("wb") as output:
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     if done.returncode:
@@ -247,9 +223,6 @@ def read_judgement(folder: Path, seconds: float) -> Judgement:
     """Return what lm-eval wrote below ``folder``.
 
     Figures of -1 are left out: RULER's mark for lengths that were not asked.
-
-    Raises:
-        LropeError: there are no results.
     """
     found = sorted(folder.rglob("results_*.json"))
     if not found:
@@ -281,11 +254,7 @@ def contexts_of(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) ->
 
 
 def paired(base: Judgement, other: Judgement, key: Key) -> Comparison:
-    """Compare two models in one figure, question by question.
-
-    Raises:
-        LropeError: they were not asked the same questions.
-    """
+    """Compare two models in one figure, question by question."""
     task, metric, kind = key
     asked = [
         {(s["doc_id"], s["doc_hash"], s["prompt_hash"], s["target_hash"]) for s in side.samples.get(task, ())}
@@ -300,7 +269,6 @@ def paired(base: Judgement, other: Judgement, key: Key) -> Comparison:
 
 
 def judged_rows(sides: Sequence[Judgement]) -> list[list[str]]:
-    """Return a row a figure of lm-eval."""
     base, other = sides
     rows = []
     for key in base.figures:
@@ -315,14 +283,12 @@ def judged_rows(sides: Sequence[Judgement]) -> list[list[str]]:
 
 
 def measured_row(name: str, table: DepthTable) -> list[str]:
-    """Return the row of what our own `measure` found."""
     found = table.comparisons["written"]
     cells = [f"{100 * table.totals[side].accuracy:.1f}" for side in SIDES]
     return [f"lrope_search, {name}", str(table.n_probes), *cells, with_interval(found, found.accuracy_gain, 100, 1)]
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows as a table in Markdown."""
     print(table(("judge", "questions", "base, %", "written, %", "difference, points"), rows))
 
 
@@ -330,18 +296,10 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def both(
-    args: argparse.Namespace,
-    tasks: Sequence[str],
-    folder: Path,
-    n_ctx: int,
-    options: Sequence[str] = (),
+    args: argparse.Namespace, tasks: Sequence[str], folder: Path, n_ctx: int, options: Sequence[str] = (),
     tokenizer: str | None = None,
-) -> tuple[list[Judgement], Factors]:
-    """Let lm-eval judge the base model and the written one, see `judge`; also return the factors.
-
-    Raises:
-        LropeError: see there, or model and curve do not fit.
-    """
+) -> tuple[list[Judgement], Factors]:  # fmt: skip
+    """Let lm-eval judge the base model and the written one, see `judge`; also return the factors."""
     if shutil.which(args.lm_eval) is None:
         raise LropeError(f"--lm-eval {args.lm_eval}: no such program; install it: pip install 'lm-eval[api]'")
     info = read_model(args.model)
@@ -362,7 +320,6 @@ def both(
 
 
 def kv(args: argparse.Namespace) -> None:
-    """Our contexts, lm-eval's and our own figures."""
     task = task_of(args)
     if task.name != "kv" or task.to_json()["context_tokens"] is not None:
         raise LropeError("--task, --context-tokens: only the kv task is exported, of so many --keys")
@@ -378,7 +335,6 @@ def kv(args: argparse.Namespace) -> None:
 
 
 def ruler(args: argparse.Namespace) -> None:
-    """RULER as lm-eval has it."""
     for option, value, least in (("--limit", args.limit, 1), ("--length", args.length, LEAST)):
         if value < least:
             raise LropeError(f"{option} {value}: too few; give at least {least}")
@@ -396,7 +352,6 @@ def ruler(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, add_options in (("kv", add_task_options), ("ruler", add_ruler_options)):
@@ -418,7 +373,6 @@ def main() -> None:
 
 
 def add_ruler_options(parser: argparse.ArgumentParser) -> None:
-    """Declare which of RULER's tasks, how long and how many."""
     parser.add_argument("--tasks", nargs="+", choices=RULER, default=["ruler_vt"])
     parser.add_argument("--length", metavar="N", type=int, default=4096, help="tokens a prompt (%(default)s)")
     parser.add_argument("--limit", metavar="N", type=int, default=20, help="samples a task (%(default)s)")

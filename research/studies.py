@@ -43,16 +43,11 @@ LARGEST = 64 << 20
 
 
 def archived(folder: Path = ARCHIVES) -> dict[str, Path]:
-    """The kept studies' archives by name."""
     return {path.name.removesuffix(ENDING): path for path in sorted(folder.glob(f"*{ENDING}"))}
 
 
 def packed(study: Path) -> bytes:
-    """Return a study's archive.
-
-    Raises:
-        LropeError: no study, or one that holds a folder or a link.
-    """
+    """Return a study's archive."""
     if not (study / "config.json").is_file():
         raise LropeError(f"{study}: no study (there is no config.json in it)")
     buffer = io.BytesIO()
@@ -71,11 +66,7 @@ def packed(study: Path) -> bytes:
 
 
 def unpack(archive: Path, to: Path = UNPACKED) -> Path:
-    """Unpack a study below ``to`` and return its folder. One that is there already stays as it is.
-
-    Raises:
-        LropeError: damaged, too large, or anything in it but plain files of one folder with the archive's name.
-    """
+    """Unpack a study below ``to`` and return its folder. One that is there already stays as it is."""
     name = archive.name.removesuffix(ENDING)
     folder = to / name
     if folder.exists():
@@ -102,11 +93,7 @@ def unpack(archive: Path, to: Path = UNPACKED) -> Path:
 
 
 def draw(name: str, picture: str, target: Path) -> None:
-    """Make a picture of a kept study's report, in few colours, which take a quarter of the bytes.
-
-    Raises:
-        LropeError: the study has no such picture.
-    """
+    """Make a picture of a kept study's report, in few colours, which take a quarter of the bytes."""
     from PIL import Image  # comes with matplotlib
 
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +109,6 @@ def draw(name: str, picture: str, target: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """List, unpack or pack."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     parts.add_parser("list", help="names and sizes")

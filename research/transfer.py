@@ -55,8 +55,6 @@ _REFUSED = re.compile(r"failed to quantize: (.*)|(invalid ftype .*)")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is searched on, or asked."""
-
     name: str
     model: ModelConfig
     task: TaskConfig
@@ -77,9 +75,6 @@ def quantized(source: str, kind: str, folder: Path, n_threads: int = 1) -> tuple
 
     Returns:
         The file, and how many tensors of which type it has, in words.
-
-    Raises:
-        LropeError: there is no llama-quantize, or it refuses.
     """
     path = folder / f"{kind}.gguf"
     tool, files = str(tool_path("llama-quantize")), [source, str(path), kind, str(n_threads)]
@@ -114,7 +109,6 @@ def searched(settings: Sequence[Setting], args: argparse.Namespace) -> dict[tupl
 
 
 def label(row: tuple[str, int | None]) -> str:
-    """A row's name."""
     name, seed = row
     return name if seed is None else f"{name}, seed {seed}"
 
@@ -130,7 +124,6 @@ def log_probability(comparison: Comparison) -> str:
 
 
 def named_rows(first: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A table whose rows have names."""
     return table((first, *columns), ((name, *cells) for name, cells in rows.items()))
 
 
@@ -177,11 +170,7 @@ def beside(row: tuple[str, int | None], asked: str, found: Measurement) -> str:
 
 
 def show(settings: Sequence[Setting], args: argparse.Namespace) -> None:
-    """Search, ask and print.
-
-    Raises:
-        LropeError: a setting is given twice, or a search or a measurement fails.
-    """
+    """Search, ask and print."""
     for name, count in Counter(setting.name for setting in settings).items():
         if count > 1:
             raise LropeError(f"{name}: given twice; give each setting once")
@@ -204,13 +193,11 @@ def show(settings: Sequence[Setting], args: argparse.Namespace) -> None:
 
 
 def lengths(args: argparse.Namespace) -> None:
-    """Print the tables of several lengths."""
     model, task = model_of(args), task_of(args)
     show([Setting(str(n), model, task.but(keys=n)) for n in args.lengths], args)
 
 
 def quantizations(args: argparse.Namespace) -> None:
-    """Print the tables of several quantizations."""
     model, task = model_of(args), task_of(args)
     with tempfile.TemporaryDirectory() as folder:
         settings = []
@@ -222,7 +209,6 @@ def quantizations(args: argparse.Namespace) -> None:
 
 
 def tasks(args: argparse.Namespace) -> None:
-    """Print the tables of several tasks."""
     model = model_of(args)
     show([Setting(name, model, task) for name, task in tasks_of(args).items()], args)
 
@@ -231,7 +217,6 @@ COMMANDS = {"lengths": lengths, "quantizations": quantizations, "tasks": tasks}
 
 
 def main() -> None:
-    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:

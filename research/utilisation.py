@@ -50,14 +50,11 @@ def uniform(*key: object) -> float:
 
 
 def duration(job: Job, spread: float) -> float:
-    """Virtual time of an evaluation: log-normal, mean 1."""
     key = (hash(job.factors), job.split, job.index)
     return math.exp(spread * float(ndtri(uniform(*key))) - spread**2 / 2.0)
 
 
 class PaperStudy(Study):
-    """Keeps nothing on disk but its config."""
-
     def record(self, job: Job, score: Evaluation) -> None:
         """Forget the result: the pipeline has it."""
 
@@ -74,12 +71,10 @@ class RandomWorth:
     n_layer = 1
 
     def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
-        """Score."""
         worth = 0.0 if factors == (1.0,) else uniform(factors, split, index) - 1.0
         return ContextScore(split, index, (ProbeScore(0.5, worth, True),), 1, 1.0)
 
     def divergence(self, factors: tuple[float, ...]) -> DivergenceScore:
-        """Never asked for."""
         raise NotImplementedError
 
 
@@ -87,24 +82,20 @@ class Anything:
     """An optimizer that proposes a new uniform factor whenever it may."""
 
     def __init__(self, lag: int) -> None:
-        """Begin."""
         self.lag = lag
         self._asked = self._told = 0
         self._curve = Curve(((0.0, 1.0), (1.0, 1.0)))
 
     def ask(self) -> Candidate | None:
-        """Return the next factor."""
         if self._asked - self._told >= self.lag:
             return None
         self._asked += 1
         return Candidate(self._asked - 1, self._curve, (1.0 + self._asked * 1e-6,), "any")
 
     def tell(self, candidate: Candidate, score: Score) -> None:
-        """Take note that there is one less to wait for."""
         self._told += 1
 
     def should_stop(self) -> bool:
-        """Never."""
         return False
 
 
@@ -117,7 +108,6 @@ class Usage:
 
 
 def usage(n_workers: int, lag: int, spread: float, rounds: int) -> Usage:
-    """Search with ``rounds`` candidates a worker."""
     settings = SearchConfig(max_evaluations=rounds * n_workers, search_contexts=CONTEXTS, racing_fraction=0.5,
                             algorithm=optimizer_config("ga", lag=lag))  # fmt: skip
     executor = VirtualExecutor(RandomWorth(), n_workers, lambda job: duration(job, spread))
@@ -141,10 +131,7 @@ def busy(args: argparse.Namespace) -> None:
 
 
 class OnLandscape:
-    """A synthetic landscape as an evaluator."""
-
     def __init__(self, landscape: Landscape) -> None:
-        """Hold the landscape."""
         self.n_layer = landscape.n_layer
         self._landscape = landscape
 
@@ -154,7 +141,6 @@ class OnLandscape:
         return ContextScore(split, index, (ProbeScore(0.5, gain - 10.0, True),), 1, 1.0)
 
     def divergence(self, factors: tuple[float, ...]) -> DivergenceScore:
-        """Never asked for."""
         raise NotImplementedError
 
 
@@ -166,14 +152,12 @@ class Watch(PaperStudy):
     """Ends the search as soon as its best candidate is worth the target."""
 
     def __init__(self, directory: Path, landscape: Landscape, executor: VirtualExecutor, share: float) -> None:
-        """Begin."""
         super().__init__(directory, {})
         self._landscape, self._executor = landscape, executor
         self._target = share * landscape.true_gain(tuple(np.exp(landscape.target).tolist()))
         self._best: Score = (0, -math.inf)
 
     def record_candidate(self, candidate: Candidate, score: Score) -> None:
-        """Look at the candidate if it is the best so far."""
         if score > self._best:
             self._best = score
             if self._landscape.true_gain(candidate.factors) >= self._target:
@@ -190,15 +174,11 @@ class Run:
 
 
 def run_to_target(kind: str, seed: int, n_workers: int, lag: int, budget: int, share: float) -> Run:
-    """One search with the genetic algorithm."""
     landscape = Landscape(kind, seed)
     executor = VirtualExecutor(OnLandscape(landscape), n_workers, lambda job: duration(job, 0.25))
     settings = SearchConfig(seed=seed, max_evaluations=budget, search_contexts=CONTEXTS, racing_fraction=0.5,
                             algorithm=optimizer_config("ga", lag=lag))  # fmt: skip
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        Watch(Path(directory), landscape, executor, share) as study,
-    ):
+    with tempfile.TemporaryDirectory() as directory, Watch(Path(directory), landscape, executor, share) as study:
         try:
             run_search(executor, study, settings, Progress(quiet=True))
         except Reached:
@@ -238,22 +218,18 @@ def target(args: argparse.Namespace) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """Whole numbers with commas between."""
     return [int(part) for part in text.split(",")]
 
 
 def reals(text: str) -> list[float]:
-    """Numbers with commas between."""
     return [float(part) for part in text.split(",")]
 
 
 def pairs(text: str) -> list[tuple[int, int]]:
-    """Workers and lag, as 4:8."""
     return [(int(n), int(lag)) for n, _, lag in (part.partition(":") for part in text.split(","))]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True)
     first = commands.add_parser("busy", help=busy.__doc__)

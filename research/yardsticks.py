@@ -51,23 +51,17 @@ class Instance(Problem, Protocol):
         """About what there is to gain, nats."""
         ...
 
-    def optimum(self) -> tuple[float, ...]:
-        """Factors that gain the most."""
-        ...
+    def optimum(self) -> tuple[float, ...]: ...
 
 
 def instance(kind: str, seed: int, probes: int) -> Instance:
-    """A landscape."""
     return SparseLandscape(seed, probes) if kind == SPARSE else Landscape(kind, seed)
 
 
 def worths(
-    problem: Problem,
-    optimizer: Optimizer,
-    contexts: int,
-    budgets: Sequence[int],
+    problem: Problem, optimizer: Optimizer, contexts: int, budgets: Sequence[int],
     judge: Callable[[tuple[float, ...]], float] | None = None,
-) -> list[float]:
+) -> list[float]:  # fmt: skip
     """Worth of the best candidate after each of ``budgets`` evaluations; one that ended keeps its best.
 
     ``judge``: what a candidate is worth; None: `Problem.true_gain`.
@@ -97,10 +91,7 @@ def landscape_run(key: Key, budgets: Sequence[int], reach: float) -> list[float]
 
 
 class Kept:
-    """Runs that are there already, on disk."""
-
     def __init__(self, path: str | None) -> None:
-        """Read them."""
         self._path = Path(path) if path else None
         self._known: dict[str, list[float]] = {}
         if self._path is not None and self._path.exists():
@@ -220,7 +211,6 @@ def model(args: argparse.Namespace) -> None:
 
 
 def thousands(n: int) -> str:
-    """Tokens in words."""
     return f"{n / 1e6:.1f}M" if n >= 999_500 else f"{n / 1e3:.0f}k"
 
 
@@ -307,7 +297,6 @@ def expressed(name: str, one: SparseLandscape) -> float:
 
 
 def main() -> None:
-    """Parse the command and print its tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     functions = {"landscapes": landscapes, "model": model, "probes": probes, "fit": fit}

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Import a script of research/, which is no package."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    return importlib.import_module
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 @pytest.fixture(scope="session")
 def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the kept studies, unpacked."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1]))
-        kept = importlib.import_module("studies")
+    kept = importlib.import_module("studies")
     folder = tmp_path_factory.mktemp("studies")
     for archive in kept.archived().values():
         kept.unpack(archive, folder)

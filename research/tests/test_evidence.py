@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import evidence
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,12 +48,7 @@ python -c ""
 """
 
 
-@pytest.fixture
-def evidence(benchmark: Callable[[str], Any]) -> Any:
-    return benchmark("evidence")
-
-
-def test_a_marked_command_has_the_rows_and_the_output_after_it(evidence: Any, tmp_path: Path) -> None:
+def test_a_marked_command_has_the_rows_and_the_output_after_it(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(PAGE)
     first, second = evidence.claims(tmp_path / "page.md")
     assert (first.title, first.minutes, first.needs) == ("A page", 2.0, "")
@@ -64,13 +58,13 @@ def test_a_marked_command_has_the_rows_and_the_output_after_it(evidence: Any, tm
     assert (second.commands, second.lines) == (("lrope-gguf demo", 'python -c ""'), ())
 
 
-def test_a_marker_without_a_command_is_refused(evidence: Any, tmp_path: Path) -> None:
+def test_a_marker_without_a_command_is_refused(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text("## Title\n<!-- again: 2 minutes -->\nNo command.\n")
     with pytest.raises(ValueError, match=r"page\.md: the marker under 'Title' has no command"):
         evidence.claims(tmp_path / "page.md")
 
 
-def test_what_differs_is_named_with_the_nearest_line(evidence: Any) -> None:
+def test_what_differs_is_named_with_the_nearest_line() -> None:
     shown = ["| name | value |", "|---|---|", "| a | 1 |", "| b | 2.5 |"]
     assert evidence.compare(shown, "| name |  value |\n| a | 1 |\n| b | 2.5 |\n") == ()
     assert evidence.compare(shown, "| name | value |\n| a | 1 |\n| b | 2.6 |\n") == (("| b | 2.5 |", "| b | 2.6 |"),)
@@ -89,17 +83,17 @@ CLOSE = {
 
 
 @pytest.mark.parametrize(("printed", "expected"), CLOSE.values(), ids=CLOSE)
-def test_another_cpus_rounding_is_told_from_a_difference(evidence: Any, printed: str, expected: bool) -> None:
+def test_another_cpus_rounding_is_told_from_a_difference(printed: str, expected: bool) -> None:
     assert evidence.close("| a | 15.3 [14.5, 16.1] | 3.3 | 85 % |", printed) is expected
 
 
-def test_rows_are_looked_for_in_the_order_of_the_tables(evidence: Any) -> None:
+def test_rows_are_looked_for_in_the_order_of_the_tables() -> None:
     output = "| x | 9 % |\n| y | 99 % |\n| x | 50 % |\n| y | 12 % |\n"
     differs = [("| x | 55 % |", ""), ("| y | 99 % |", "")]
     assert evidence.sort(differs, output) == ([("| x | 55 % |", "| x | 50 % |")], [("| y | 99 % |", "")])
 
 
-def test_a_kept_studys_figures_are_exact(evidence: Any) -> None:
+def test_a_kept_studys_figures_are_exact() -> None:
     for command, rounded in (("print('| x | 51 % |')", 0), ("print('| x | 51 % |') # m.gguf", 1)):
         claim = evidence.Claim("p.md", "T", 1.0, "", (f'python -c "{command}"',), ("| x | 50 % |",))
         outcome = evidence.run(claim)
@@ -107,7 +101,7 @@ def test_a_kept_studys_figures_are_exact(evidence: Any) -> None:
         assert len(evidence.run(claim, exact=True).differs) == 1
 
 
-def test_the_documents_commands_exist(evidence: Any) -> None:
+def test_the_documents_commands_exist() -> None:
     found = [claim for path in evidence.pages() for claim in evidence.claims(path)]
     assert found
     for claim in found:
@@ -118,7 +112,7 @@ def test_the_documents_commands_exist(evidence: Any) -> None:
 
 
 def test_a_run_reports_and_keeps_the_output(
-    evidence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "research").mkdir()
@@ -140,7 +134,7 @@ def test_a_run_reports_and_keeps_the_output(
     assert "document: | b | 2 |" in out and (tmp_path / "out" / "01-page-t.txt").read_text().endswith("| a | 1 |\n")
 
 
-def test_a_command_that_fails_is_named(evidence: Any) -> None:
+def test_a_command_that_fails_is_named() -> None:
     claim = evidence.Claim(
         "page.md", "T", 1.0, "", ("python -c \"import sys; sys.exit('no model')\"", "python -c \"print('never')\""), ()
     )

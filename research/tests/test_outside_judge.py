@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
+import outside_judge as judge
 import pytest
 
 from lrope_gguf import LropeError
@@ -32,11 +33,6 @@ for source in Path("{folder}", Path(word["--output_path"]).parent.name).iterdir(
 """
 
 
-@pytest.fixture
-def judge(benchmark: Callable[[str], Any]) -> Any:
-    return benchmark("outside_judge")
-
-
 def record(doc_id: int, score: float, doc: Mapping[str, Any] | None = None, **others: Any) -> dict[str, Any]:
     hashes = {name: f"{name}{doc_id}" for name in ("doc_hash", "prompt_hash", "target_hash")}
     return {"doc_id": doc_id, "doc": doc or {}, "filter": "none", "exact_match": score, **hashes, **others}
@@ -55,7 +51,7 @@ def by_context(right: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
     return [record(n, score, doc) for n, (doc, score) in enumerate(docs)]
 
 
-def test_the_exported_task_asks_what_our_own_task_asks(judge: Any, tmp_path: Path) -> None:
+def test_the_exported_task_asks_what_our_own_task_asks(tmp_path: Path) -> None:
     config = task_config("kv", keys=20, probes=5, identifiers="word", seed=1000)
     n_ctx = judge.export_kv(config, 3, tmp_path)
     records = [json.loads(line) for line in (tmp_path / "lrope_kv.jsonl").read_text().splitlines()]
@@ -68,7 +64,7 @@ def test_the_exported_task_asks_what_our_own_task_asks(judge: Any, tmp_path: Pat
     assert n_ctx > max(len(r["prompt"]) for r in records) + len("=bab")
 
 
-def test_answers_that_a_prefix_begins_have_room_for_all_of_a_uuid(judge: Any, tmp_path: Path) -> None:
+def test_answers_that_a_prefix_begins_have_room_for_all_of_a_uuid(tmp_path: Path) -> None:
     judge.export_kv(task_config("kv", keys=4, probes=2, answer_prefix=' "'), 1, tmp_path)
     task = json.loads((tmp_path / "lrope_kv.yaml").read_text())
     assert task["generation_kwargs"] == {"until": ["\n"], "max_gen_toks": 38}
@@ -76,7 +72,7 @@ def test_answers_that_a_prefix_begins_have_room_for_all_of_a_uuid(judge: Any, tm
     assert first["prompt"].endswith('Corresponding value: "')
 
 
-def test_results_are_read_without_what_was_not_asked(judge: Any, tmp_path: Path) -> None:
+def test_results_are_read_without_what_was_not_asked(tmp_path: Path) -> None:
     values = {"alias": "lrope_kv", "sample_len": 2, "exact_match,none": 0.5, "exact_match_stderr,none": 0.1,
               "4096,none": -1, "4096_stderr,none": "N/A", "8192,none": 0.25, "8192_stderr,none": "N/A"}  # fmt: skip
     write_results(tmp_path / "served", [record(0, 1.0), record(1, 0.0)], values)
@@ -87,7 +83,7 @@ def test_results_are_read_without_what_was_not_asked(judge: Any, tmp_path: Path)
         judge.read_judgement(tmp_path / "elsewhere", 0.0)
 
 
-def test_questions_are_paired_and_contexts_resampled(judge: Any) -> None:
+def test_questions_are_paired_and_contexts_resampled() -> None:
     """Order does not matter; questions that share a context are no evidence of their own."""
     base = judge.Judgement({}, {"lrope_kv": by_context([[0, 0, 1, 1]] * 4 + [[0, 0, 0, 0]] * 4)}, 0.0)
     other = judge.Judgement({}, {"lrope_kv": by_context([[1, 1, 1, 1]] * 8)[::-1]}, 0.0)
@@ -102,7 +98,7 @@ def test_questions_are_paired_and_contexts_resampled(judge: Any) -> None:
 
 
 @pytest.mark.parametrize("others", [{"doc_hash": "another"}, {"prompt_hash": "another"}, {"doc_id": 7}])
-def test_other_questions_are_not_compared(judge: Any, others: dict[str, Any]) -> None:
+def test_other_questions_are_not_compared(others: dict[str, Any]) -> None:
     sides = [judge.Judgement({}, {"lrope_kv": [{**record(0, 1.0), **more}]}, 0.0) for more in ({}, others)]
     with pytest.raises(LropeError, match="same questions"):
         judge.paired(*sides, EXACT)
@@ -126,9 +122,7 @@ class NoServer:
         NoServer.running -= 1
 
 
-def run(
-    judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: Path | str, task: str, *options: str
-) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: Path | str, task: str, *options: str) -> None:
     """Run the script on the embedded model, with nothing served."""
     curve = tmp_path / "curve.json"
     curve.write_text('{"format": "lrope-curve", "version": 1, "layer_factors": [1.0, 1.0, 3.0, 1.5]}')
@@ -147,13 +141,13 @@ def program(tmp_path: Path, text: str) -> Path:
 
 
 def test_both_models_are_judged_side_by_side(
-    judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, right in (("base", [[0.0, 1.0]] * 8), ("written", [[1.0, 1.0]] * 8)):
         share = sum(map(sum, right)) / 16
         values = {"exact_match,none": share, "exact_match_stderr,none": 0.125}
         write_results(tmp_path / name, by_context(right), values)
-    run(judge, monkeypatch, tmp_path, program(tmp_path, PROGRAM), "ruler", "--output", str(tmp_path / "kept"))
+    run(monkeypatch, tmp_path, program(tmp_path, PROGRAM), "ruler", "--output", str(tmp_path / "kept"))
     assert len(list(tmp_path.glob("kept/*/served/samples_*.jsonl"))) == 2
     out = capsys.readouterr().out.splitlines()
     row = r"\| lm-eval, lrope_kv, exact_match \| 16 \| 50.0 ± 12.5 \| 100.0 ± 12.5 \| \+50.0 \[\+\d+.\d, \+\d+.\d\] \|"
@@ -178,16 +172,16 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("text", "words", "said"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_one_line_and_no_server_stays(
-    judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     text: str | None, words: list[str], said: str,
 ) -> None:  # fmt: skip
     with pytest.raises(SystemExit) as end:
-        run(judge, monkeypatch, tmp_path, tmp_path / "none" if text is None else program(tmp_path, text), *words)
+        run(monkeypatch, tmp_path, tmp_path / "none" if text is None else program(tmp_path, text), *words)
     message = capsys.readouterr().err
     assert end.value.code == 1 and message.count("\n") == 1 and said in message and not NoServer.running
 
 
-def test_the_tokenizer_is_the_models_own_vocabulary(judge: Any, tmp_path: Path) -> None:
+def test_the_tokenizer_is_the_models_own_vocabulary(tmp_path: Path) -> None:
     assert judge.export_tokenizer(embedded_model(), tmp_path) is False  # it has no chat template
     document = json.loads((tmp_path / "tokenizer.json").read_text())
     fields = gguf.GGUFReader(embedded_model()).fields
@@ -197,7 +191,7 @@ def test_the_tokenizer_is_the_models_own_vocabulary(judge: Any, tmp_path: Path) 
     assert [token["id"] for token in document["added_tokens"]] == [i for i, kind in enumerate(types) if kind in (3, 4)]
 
 
-def test_another_kind_of_vocabulary_is_refused(judge: Any, tmp_path: Path) -> None:
+def test_another_kind_of_vocabulary_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")

@@ -6,21 +6,15 @@ import io
 import lzma
 import re
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+import studies as kept
 
 from lrope_gguf import LropeError
 
 
-@pytest.fixture
-def kept(benchmark: Callable[[str], Any]) -> Any:
-    return benchmark("studies")
-
-
-def test_what_is_packed_comes_back(kept: Any, tmp_path: Path) -> None:
+def test_what_is_packed_comes_back(tmp_path: Path) -> None:
     study = tmp_path / "one"
     study.mkdir()
     for name in ("config.json", "evaluations.jsonl", "report.html", "report-scan.png", "log.txt"):
@@ -38,7 +32,7 @@ def test_what_is_packed_comes_back(kept: Any, tmp_path: Path) -> None:
     assert (found / "config.json").read_text() == "mine" and [p.name for p in found.parent.iterdir()] == ["one"]
 
 
-def test_the_kept_ones_are_packed_as_they_are(kept: Any, studies: Path) -> None:
+def test_the_kept_ones_are_packed_as_they_are(studies: Path) -> None:
     smallest = min(kept.archived().values(), key=lambda path: path.stat().st_size)
     assert kept.packed(studies / smallest.name.removesuffix(".tar.xz")) == smallest.read_bytes()
     for path in studies.rglob("*.json*"):
@@ -74,14 +68,14 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("data", "said"), HOSTILE.values(), ids=HOSTILE)
-def test_a_bad_archive_is_refused_and_leaves_nothing(kept: Any, tmp_path: Path, data: bytes, said: str) -> None:
+def test_a_bad_archive_is_refused_and_leaves_nothing(tmp_path: Path, data: bytes, said: str) -> None:
     (tmp_path / "one.tar.xz").write_bytes(data)
     with pytest.raises(LropeError, match=re.escape(said)):
         kept.unpack(tmp_path / "one.tar.xz", tmp_path / "to")
     assert not list((tmp_path / "to").iterdir()) and not (tmp_path / "x").exists()
 
 
-def test_mistakes_are_one_line(kept: Any, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"nothing: no kept study has this name; there are "):
         kept.main(["unpack", "nothing"])
     with pytest.raises(SystemExit, match=r"no study \(there is no config.json in it\)"):

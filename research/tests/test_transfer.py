@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import options
 import pytest
+import transfer
 
 from lrope_gguf import LropeError, native
 from lrope_search import Measurement, ModelConfig, TaskConfig, task_config
@@ -19,8 +19,7 @@ from lrope_search.scores import ContextScore, ProbeScore
 MODEL = str(Path(__file__).parents[2] / "models/lrope-kv.gguf")
 
 
-def parse(benchmark: Callable[[str], Any], *given: str) -> dict[str, TaskConfig]:
-    options = benchmark("options")
+def parse(*given: str) -> dict[str, TaskConfig]:
     parser = argparse.ArgumentParser()
     options.add_task_options(parser, several=True)
     tasks: dict[str, TaskConfig] = options.tasks_of(parser.parse_args(["--tasks", *given]))
@@ -43,8 +42,8 @@ TASKS = [
 
 
 @pytest.mark.parametrize(("given", "made"), TASKS)
-def test_tasks_are_read(benchmark: Callable[[str], Any], given: list[str], made: list[TaskConfig]) -> None:
-    found = parse(benchmark, *given)
+def test_tasks_are_read(given: list[str], made: list[TaskConfig]) -> None:
+    found = parse(*given)
     assert list(found.values()) == made
     assert list(found) == given[: len(made)]
 
@@ -63,15 +62,15 @@ BAD_TASKS = [
 
 
 @pytest.mark.parametrize(("given", "message"), BAD_TASKS)
-def test_tasks_that_are_refused(benchmark: Callable[[str], Any], given: list[str], message: str) -> None:
+def test_tasks_that_are_refused(given: list[str], message: str) -> None:
     with pytest.raises(LropeError) as refused:
-        parse(benchmark, *given)
+        parse(*given)
     assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
 
 
-def test_who_may_see_what_of_a_file_is_for_the_file_to_say(benchmark: Callable[[str], Any]) -> None:
+def test_who_may_see_what_of_a_file_is_for_the_file_to_say() -> None:
     """Another seed would shuffle it otherwise, and the test's contexts would be ones that the search has seen."""
-    setting = benchmark("transfer").Setting
+    setting = transfer.Setting
     model = ModelConfig("m.gguf")
     assert setting("a", model, task_config("kv", keys=3)).seeded(5).seed == 5
     assert setting("b", model, task_config("jsonl", data="mine.jsonl", seed=2)).seeded(5).seed == 2
@@ -91,8 +90,7 @@ def measurement(rights: dict[str, list[int]], generated: bool = False) -> Measur
     return Measurement({}, factors, scores, table, table if generated else None, None, 50, 0.5)
 
 
-def test_tables(benchmark: Callable[[str], Any]) -> None:
-    transfer = benchmark("transfer")
+def test_tables() -> None:
     task, model = task_config("kv"), ModelConfig("m.gguf")
     settings = [transfer.Setting("F16", model, task), transfer.Setting("Q4_0", model, task)]
     rows = [("F16", 0), ("Q4_0", 0)]
@@ -119,9 +117,8 @@ def test_tables(benchmark: Callable[[str], Any]) -> None:
     assert "| Q4_0, seed 0 | -25.0 | - |" in beside
 
 
-def test_tables_of_given_curves_and_of_few_contexts(benchmark: Callable[[str], Any]) -> None:
+def test_tables_of_given_curves_and_of_few_contexts() -> None:
     """Nothing was searched, so nothing stands beside; other tasks' contexts do not pair; few tell no interval."""
-    transfer = benchmark("transfer")
     model = ModelConfig("m.gguf")
     settings = [transfer.Setting(name, model, task_config(name)) for name in ("kv", "vt")]
     found = {s.name: measurement({"base": [1, 1], "curve c": [2, 3]}, generated=True) for s in settings}
@@ -131,51 +128,49 @@ def test_tables_of_given_curves_and_of_few_contexts(benchmark: Callable[[str], A
     assert written == accuracy.replace("Accuracy", "Answers that the model wrote")
 
 
-def refusal(benchmark: Callable[[str], Any], capsys: pytest.CaptureFixture[str], *options: str) -> str:
+def refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
         patch.setattr(sys, "argv", ["transfer.py", *options])
-        benchmark("transfer").main()
+        transfer.main()
     assert left.value.code == 1
     return capsys.readouterr().err
 
 
-def test_errors_are_one_line(
-    benchmark: Callable[[str], Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = refusal(benchmark, capsys, "tasks", MODEL, "--tasks", "kv:keys=3", "xyz")
+def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refusal(capsys, "tasks", MODEL, "--tasks", "kv:keys=3", "xyz")
     assert said == "--tasks xyz: no such task; choose from kv, mdqa, jsonl, multikey, vt, cwe, fwe\n"
-    said = refusal(benchmark, capsys, "lengths", MODEL, "--lengths", "20", "30", "20")
+    said = refusal(capsys, "lengths", MODEL, "--lengths", "20", "30", "20")
     assert said == "20: given twice; give each setting once\n"
-    said = refusal(benchmark, capsys, "lengths", MODEL, "--lengths", "20", "--curves", "none-such")
+    said = refusal(capsys, "lengths", MODEL, "--lengths", "20", "--curves", "none-such")
     assert said.startswith("none-such: no such file") and said.count("\n") == 1
     monkeypatch.setattr(native, "_folder", lambda name: None)
-    said = refusal(benchmark, capsys, "quantizations", MODEL, "--quantizations", "Q8_0")
+    said = refusal(capsys, "quantizations", MODEL, "--quantizations", "Q8_0")
     assert said.startswith("llama-quantize: ")
     assert said.count("\n") == 1
 
 
 @pytest.mark.native
-def test_quantizations(benchmark: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantizations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is in the file is said, and whether it was made of quantized tensors."""
-    quantized = benchmark("transfer").quantized
+    quantized = transfer.quantized
     path, said = quantized(MODEL, "Q8_0", tmp_path)
     assert (path.name, said) == ("Q8_0.gguf", "30 q8_0, 9 f32")
     assert quantized(str(path), "COPY", tmp_path)[1] == said
     assert quantized(MODEL, "Q4_K_M", tmp_path)[1] == "25 q5_0, 9 f32, 5 q8_0"  # its rows are too short for K quants
     assert quantized(str(path), "Q4_0", tmp_path)[1] == "29 q4_0, 9 f32, 1 q8_0 (requantized: --allow-requantize)"
     for kind, why in (("Q9", "(invalid ftype 'Q9')"), ("Q1_0", "(no tensor type fallback is defined for type q1_0)")):
-        said = refusal(benchmark, capsys, "quantizations", MODEL, "--quantizations", kind)
+        said = refusal(capsys, "quantizations", MODEL, "--quantizations", kind)
         assert said == f"{MODEL}: llama-quantize makes no {kind} of it {why}\n"
 
 
 @pytest.mark.native
 def test_a_search_on_one_length_is_asked_on_another(
-    benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = "--max-evaluations 3 --search-contexts 1 --validation-contexts 1 --test-contexts 2 --search-seeds 0"
     monkeypatch.setattr(sys, "argv", ["transfer.py", "lengths", MODEL, "--lengths", "9", "60", *few.split(),
                                       "--identifiers", "word", "--probes", "4", "--threads", "1"])  # fmt: skip
-    benchmark("transfer").main()
+    transfer.main()
     out, err = capsys.readouterr()
     assert out.count("| searched on | asked 9 | asked 60 |") == 3 and out.count("| 60, seed 0 |") == 4
     assert "\n60: " in err and " s a context and side; base " in err

@@ -5,12 +5,16 @@ from __future__ import annotations
 import builtins
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import algorithms
+import contenders
+import landscapes
 import numpy as np
 import pytest
+import yardsticks
 
 from lrope_gguf import LropeError
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
@@ -24,11 +28,11 @@ def alone(n_layer: int, layers: Sequence[int], factor: float) -> tuple[float, ..
     return tuple(factor if i in layers else 1.0 for i in range(n_layer))
 
 
-def test_sparse_landscapes_are_as_measured(benchmark: Callable[[str], Any]) -> None:
+def test_sparse_landscapes_are_as_measured() -> None:
     """Slightly raised gains, 1.4 loses; harmful layers lose either way; the rest is noise; a curve gets half."""
     found = []
     for seed in range(40):
-        one = benchmark("landscapes").SparseLandscape(seed)
+        one = landscapes.SparseLandscape(seed)
         n = one.n_layer
         assert 24 <= n <= 32 and 1 <= len(one.helpful) <= 4 and len(one.harmful) >= 2
         assert len({*one.helpful, *one.harmful}) == len(one.helpful) + len(one.harmful)
@@ -48,13 +52,11 @@ def test_sparse_landscapes_are_as_measured(benchmark: Callable[[str], Any]) -> N
     assert np.all(np.abs(np.median(found, axis=0) / [0.0285, -0.0563, -1.0] - 1.0) < 0.4)
 
 
-def test_errors_of_probes_have_the_measured_variance_and_are_alike_for_like_factors(
-    benchmark: Callable[[str], Any],
-) -> None:
+def test_errors_of_probes_have_the_measured_variance_and_are_alike_for_like_factors() -> None:
     errors: dict[tuple[int, float], list[float]] = {}
     for seed in range(12):
         for probes in (20, 80):
-            one = benchmark("landscapes").SparseLandscape(seed, probes)
+            one = landscapes.SparseLandscape(seed, probes)
             for factor in (1.2, 1.21):
                 factors = alone(one.n_layer, one.harmful + one.helpful, factor)
                 errors.setdefault((probes, factor), []).extend(
@@ -63,20 +65,18 @@ def test_errors_of_probes_have_the_measured_variance_and_are_alike_for_like_fact
     for probes in (20, 80):
         assert 0.7 < np.var(errors[probes, 1.2]) / (0.0034 / probes) < 1.2
         assert np.corrcoef(errors[probes, 1.2], errors[probes, 1.21])[0, 1] > 0.9
-    again = benchmark("landscapes").SparseLandscape(0, 20)
+    again = landscapes.SparseLandscape(0, 20)
     factors = alone(again.n_layer, again.harmful + again.helpful, 1.2)
     assert again.gain(factors, 0) - again.true_gain(factors) == pytest.approx(errors[20, 1.2][0], abs=1e-15)
 
 
 @pytest.mark.parametrize("method", ["ga", "cma-es", "random", "tpe", "gp"])
-def test_every_contender_begins_with_the_known_factors_and_repeats_itself(
-    benchmark: Callable[[str], Any], method: str
-) -> None:
+def test_every_contender_begins_with_the_known_factors_and_repeats_itself(method: str) -> None:
     pytest.importorskip("cmaes")
     for package in {"tpe": ["optuna"], "gp": ["optuna", "torch"]}.get(method, []):
         pytest.importorskip(package)
-    contenders, play = benchmark("contenders"), benchmark("algorithms").play
-    one = benchmark("landscapes").SparseLandscape(0)
+    play = algorithms.play
+    one = landscapes.SparseLandscape(0)
 
     def told(name: str) -> list[tuple[float, ...]]:
         optimizer = contenders.make_contender(name, one.n_layer, seed=1, reach=0.25, lack=one.lack)
@@ -101,28 +101,25 @@ def test_every_contender_begins_with_the_known_factors_and_repeats_itself(
         assert len(seen) == 14 and seen == told(name), name
 
 
-def test_knots_are_linear_between(benchmark: Callable[[str], Any]) -> None:
-    space = benchmark("contenders").KnotSpace(7)
+def test_knots_are_linear_between() -> None:
+    space = contenders.KnotSpace(7)
     curve, factors = space.express(np.log([1.0, 1.2, 1.1, 0.9]))
     assert curve is None
     np.testing.assert_allclose(factors, [1.0, 1.1, 1.2, 1.15, 1.1, 1.0, 0.9], atol=1e-4)
 
 
 def test_a_missing_package_or_contender_is_said_in_words(
-    benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("optuna", "torch"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert benchmark("yardsticks").available(["ga-both", "tpe-layers", "gp-layers"]) == ["ga-both"]
+    assert yardsticks.available(["ga-both", "tpe-layers", "gp-layers"]) == ["ga-both"]
     assert "pip install 'lrope-gguf[research]'" in capsys.readouterr().err
     with pytest.raises(LropeError, match="--contenders simulated-annealing: unknown"):
-        benchmark("yardsticks").available(["simulated-annealing"])
+        yardsticks.available(["simulated-annealing"])
 
 
-def test_kept_runs_are_not_run_again(
-    benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    yardsticks = benchmark("yardsticks")
+def test_kept_runs_are_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     keys = [("random-layers", "sparse", seed, 1, 60) for seed in (0, 1)]
     first = yardsticks.Kept(str(tmp_path / "runs")).run(keys, [5, 12], 0.25, 1)
     assert all(-200.0 < worth <= 100.1 for run in first for worth in run)
@@ -130,18 +127,18 @@ def test_kept_runs_are_not_run_again(
     assert yardsticks.Kept(str(tmp_path / "runs")).run(keys, [5, 12], 0.25, 1) == first
 
 
-def test_an_optimizer_that_ends_keeps_its_best(benchmark: Callable[[str], Any]) -> None:
-    one = benchmark("landscapes").SparseLandscape(0)
-    optimizer: Optimizer = benchmark("contenders").make_contender("random-layers", one.n_layer, seed=0)
+def test_an_optimizer_that_ends_keeps_its_best() -> None:
+    one = landscapes.SparseLandscape(0)
+    optimizer: Optimizer = contenders.make_contender("random-layers", one.n_layer, seed=0)
     few = iter([optimizer.ask() for _ in range(3)])
     ended = type("Ended", (), {"lag": 1, "ask": lambda self: next(few, None), "tell": lambda self, *told: None})()
-    worths = benchmark("yardsticks").worths(one, ended, 1, [2, 3, 50])
+    worths = yardsticks.worths(one, ended, 1, [2, 3, 50])
     assert len(worths) == 3 and worths[1] == worths[2]
 
 
 @pytest.mark.native
 def test_a_model_is_asked_once_and_takes_a_study_over(
-    benchmark: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[Any, ...]] = []
     evaluate = TeacherForcedEvaluator.evaluate
@@ -158,7 +155,7 @@ def test_a_model_is_asked_once_and_takes_a_study_over(
     def table(*more: str) -> str:
         asked.clear()
         monkeypatch.setattr(sys, "argv", [*command, *more])
-        benchmark("yardsticks").main()
+        yardsticks.main()
         return capsys.readouterr().out
 
     first = table()

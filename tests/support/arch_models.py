@@ -29,11 +29,9 @@ HEAD = N_EMBD // N_HEAD
 N_LAYER = 6
 PROMPT = 9  # tokens: more than two blocks of four for architectures that compress or pool keys
 GGUF_TYPES: dict[type, tuple[str, Callable[[Any], Any]]] = {
-    bool: ("bool", ctypes.c_bool),
-    int: ("u32", ctypes.c_uint32),
-    float: ("f32", ctypes.c_float),
+    bool: ("bool", ctypes.c_bool), int: ("u32", ctypes.c_uint32), float: ("f32", ctypes.c_float),
     str: ("str", lambda text: ctypes.c_char_p(text.encode())),
-}
+}  # fmt: skip
 MROPE = (8, 40)  # rope types with four positions for each embedding
 GGUF_ARRAY_TYPES = {int: (4, np.uint32), float: (6, np.float32), bool: (7, np.int8)}
 ABSOLUTE = ("general.", "tokenizer.", "xielu.")  # keys without the architecture's name
@@ -84,8 +82,6 @@ HYPER: dict[str, Value] = {
 
 @dataclass(frozen=True)
 class Fixture:
-    """One tiny model and the graphs to run."""
-
     name: str
     arch: str
     metadata: dict[str, Value] = field(default_factory=dict)
@@ -134,7 +130,6 @@ class Library:
 
     @contextmanager
     def metadata(self, fixture: Fixture, factors: Factors = None) -> Iterator[ctypes.c_void_p]:
-        """A gguf context with the fixture's keys."""
         ctx = ctypes.c_void_p(self.raw.gguf_init_empty())
         self._set(ctx, "general.architecture", fixture.arch)
         for key, value in fixture.keys().items():
@@ -271,8 +266,6 @@ def _fused(queries: Tensors, known: Tensors) -> Tensors:
 
 
 class Session:
-    """A context that records its graphs."""
-
     def __init__(self, model: Model, target: Session | None = None, **extra: Any) -> None:
         self.model, self.lib, self.fixture, self.target = model, model.lib, model.fixture, target
         llama = self.lib.llama
@@ -311,7 +304,6 @@ class Session:
         self.n_past = 0
 
     def run(self) -> dict[str, Graph]:
-        """All graphs of the fixture's kind, from an empty memory."""
         self.clear()
         graphs = {}
         for name, step in GRAPHS[self.fixture.graphs]:
@@ -368,12 +360,10 @@ def _encode(s: Session) -> bool:
 
 
 def _predict(n: int) -> Callable[[Session], bool]:
-    """Tokens with the hidden states of the model before."""
     return lambda s: s.process(n, width=s.lib.llama.llama_model_n_embd_out(s.model.handle))
 
 
 def _features(encode: bool) -> Callable[[Session], bool]:
-    """Hidden states of several layers of the target."""
 
     def step(s: Session) -> bool:
         rows = 4 if s.lib.llama.llama_model_rope_type(s.model.handle) in MROPE else 1
@@ -413,9 +403,7 @@ GRAPHS: dict[str, tuple[tuple[str, Step], ...]] = {
     "encoder-decoder": (("encode", _encode), ("prompt", _prompt), ("token", _token)),
     "prediction": (("prompt", _predict(PROMPT)), ("token", _predict(1)), ("shift", _shifted(_predict(1)))),
     "eagle3": (
-        ("encode", _features(True)),
-        ("prompt", _predict(PROMPT)),
-        ("token", _predict(1)),
+        ("encode", _features(True)), ("prompt", _predict(PROMPT)), ("token", _predict(1)),
         ("shift", _shifted(_predict(1))),
     ),
     "dflash": (
@@ -555,9 +543,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "baichuan": {"n_layer": 32},  # the 7B model; all others have linear biases
     "starcoder": {"without": ALL},
     "eagle3": {
-        "graphs": "eagle3",
-        "n_layer": 1,
-        "target": Fixture("llama", "llama"),
+        "graphs": "eagle3", "n_layer": 1, "target": Fixture("llama", "llama"),
         "metadata": {"target_layers": [0, 1, 2], "target_hidden_size": N_EMBD},
     },
     "dflash": {"graphs": "dflash", "metadata": {"target_layers": [0, 1, 2], "rope.dimension_sections": [0] * 4}},
@@ -651,10 +637,8 @@ NO_SECTIONS: dict[str, Value] = {"rope.dimension_sections": None}
 # names that the library knows without being able to run them, and what it says
 UNUSABLE = {"clip": "CLIP cannot be used as main model", "gptj": "unsupported model architecture"}
 YARN_KEYS: dict[str, Value] = {
-    "rope.scaling.type": "yarn",
-    "rope.scaling.factor": 4.0,
-    "rope.scaling.original_context_length": 64,
-}
+    "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64,
+}  # fmt: skip
 
 
 def names_in_source(source: Path) -> set[str]:
@@ -735,11 +719,7 @@ class RefusedError(Exception):
 
 
 def runs(model: Model, *plans: Factors, **extra: Any) -> list[Graphs]:
-    """All graphs of the model with each of several factors, None standing for those of the file.
-
-    Raises:
-        RefusedError: with the message of the library.
-    """
+    """All graphs of the model with each of several factors, None standing for those of the file."""
     with ExitStack() as stack:
         if not model.fixture.follows:
             s = _open(stack, model, **extra)

@@ -24,8 +24,6 @@ _INCLUDES = ("include", "ggml/include", "src", "common", "vendor", "tools/server
 
 @dataclass(frozen=True)
 class Step:
-    """A patch on top of those before it."""
-
     patch: str
     files: tuple[str, ...]
     """What was compiled."""
@@ -46,9 +44,6 @@ def bisect(source: Path, only: Sequence[str] = ()) -> list[Step]:
     Ends with the first patch that needs what the source lacks.
 
     ``only``: of the touched files, those with these names.
-
-    Raises:
-        CommandError: a patch does not apply.
     """
     steps = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -63,7 +63,6 @@ class Page:
         return answer["result"].get("value")
 
     def screenshot(self, selector: str | None = None) -> bytes:
-        """PNG of the whole page or of one element."""
         box = self.evaluate(
             f"(() => {{ const b = document.querySelector({json.dumps(selector or 'html')}).getBoundingClientRect();"
             "return [b.x + scrollX, b.y + scrollY, b.width, b.height]; })()"

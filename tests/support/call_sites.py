@@ -52,7 +52,6 @@ class Result:
 
     @property
     def outside(self) -> list[Site]:
-        """Sites that the members do not hide."""
         return [site for site in self.sites if site not in self.hidden]
 
     @property
@@ -62,12 +61,10 @@ class Result:
 
 
 def allowed(site: Site) -> str | None:
-    """The entry of ALLOWED that a site belongs to, if any."""
     return next((start for start in ALLOWED if site.file.startswith(start)), None)
 
 
 def rope_functions(source: Path) -> list[str]:
-    """The functions of ggml.h that make a RoPE node."""
     header = source / "ggml/include/ggml.h"
     text = header.read_text() if header.is_file() else ""
     names = re.findall(r"struct ggml_tensor \* +(ggml_rope\w*) *\(\s*struct ggml_context", text)
@@ -83,7 +80,6 @@ def blank(text: str) -> str:
 
 
 def text_sites(file: str, text: str, names: Sequence[str]) -> list[Site]:
-    """All mentions of ``names`` in C++ source, calls or not."""
     text = blank(text)
     sites = []
     for match in re.finditer(rf"\b(?:{'|'.join(names)})\b", text):
@@ -170,18 +166,12 @@ def compile_command(source: Path) -> list[str]:
     clang = "clang" in run([compiler, "--version"]).stdout
     includes = [f"-I{source.resolve() / folder}" for folder in ("include", "ggml/include")]
     return [
-        compiler,
-        "-std=c++17",
-        "-fsyntax-only",
-        "-w",
-        "-Isrc",
-        f"-f{'error-limit' if clang else 'max-errors'}=0",
+        compiler, "-std=c++17", "-fsyntax-only", "-w", "-Isrc", f"-f{'error-limit' if clang else 'max-errors'}=0",
         *includes,
-    ]
+    ]  # fmt: skip
 
 
 def report(result: Result) -> str:
-    """The result as Markdown."""
     models = {site.file for site in result.sites if site.file.startswith("src/models/")}
     in_models = sum(site.file in models for site in result.sites)
     per_name = {site.name: 0 for site in sorted(result.sites, key=lambda site: site.name)}

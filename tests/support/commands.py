@@ -17,18 +17,10 @@ class CommandError(Exception):
 
 
 def run(
-    command: Sequence[str | Path],
-    *,
-    cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
-    check: bool = True,
-    timeout: float | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` with ``env`` added to the environment and return its output.
-
-    Raises:
-        CommandError: it is missing, took longer than ``timeout`` seconds or, with ``check``, failed.
-    """
+    command: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str, str] | None = None,
+    check: bool = True, timeout: float | None = None,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run ``command`` with ``env`` added to the environment and return its output."""
     words = [str(word) for word in command]
     try:
         result = subprocess.run(
@@ -53,11 +45,9 @@ def script(main: Callable[[], int | None]) -> None:
 
 
 def progress(text: str) -> None:
-    """Tell what is being done, beside the output."""
     print(text, file=sys.stderr, flush=True)
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)

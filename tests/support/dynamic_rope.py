@@ -31,7 +31,6 @@ class Scaling:
     per_octave: int = 2
 
     def level(self, position: int) -> int:
-        """The level that a token at this position needs."""
         n = position + 1
         return 0 if n <= self.n_train else int(np.ceil(self.per_octave * np.log2(n / self.n_train) - 1e-9))
 
@@ -55,7 +54,6 @@ class Scaling:
                 start = i
 
     def parameters(self) -> dict[str, Any]:
-        """What a context is given for this scaling."""
         return {
             "rope_scaling_type": DYNAMIC_YARN if self.yarn else NTK,
             "rope_freq_scale": 1.0 / self.factor if self.factor != 1.0 else 0.0,
@@ -89,7 +87,6 @@ class DynamicReference:
 
 
 def level_of(context: Context) -> int:
-    """The level at which a context is."""
     return int(context.lib._lib.llama_rope_dynamic_level(context.context))
 
 

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFEndian, GGUFReader, GGUFWriter
+from numpy.typing import NDArray
 
 LAYERS = 4
 
 
 def write_model(
-    path: Path,
-    *,
-    architecture: str = "llama",
-    block_count: int | None = LAYERS,
-    big_endian: bool = False,
-    alignment: int | None = None,
-    tensors: int = 3,
-    seed: int = 0,
-    add: Callable[[GGUFWriter], None] | None = None,
-) -> Path:
+    path: Path, *, architecture: str = "llama", block_count: int | None = LAYERS, big_endian: bool = False,
+    alignment: int | None = None, tensors: int = 3, seed: int = 0, add: Callable[[GGUFWriter], None] | None = None,
+) -> Path:  # fmt: skip
     """A model of random tensors with a small vocabulary; `add` may set more keys. Returns `path`."""
     rng = np.random.default_rng(seed)
     writer = GGUFWriter(path, architecture, endianess=GGUFEndian.BIG if big_endian else GGUFEndian.LITTLE)
@@ -37,22 +31,27 @@ def write_model(
     writer.add_token_scores([float(i) for i in range(300)])
     if add is not None:
         add(writer)
-    for i in range(tensors):
-        writer.add_tensor(f"blk.{i}.weight", rng.standard_normal((i + 1, 37), dtype=np.float32))
+    return finish(
+        writer, {f"blk.{i}.weight": rng.standard_normal((i + 1, 37), dtype=np.float32) for i in range(tensors)}
+    )
+
+
+def finish(writer: GGUFWriter, tensors: Mapping[str, NDArray[np.float32]]) -> Path:
+    """Add the tensors, write all to the disk, and return the file."""
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return Path(writer.path)
 
 
 def names(directory: Path) -> list[str]:
-    """What lies in a directory, hidden files included."""
     return sorted(entry.name for entry in directory.iterdir())
 
 
 def read_keys(path: Path) -> dict[str, object]:
-    """All keys as the `gguf` package reads them."""
     return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
 
 
@@ -62,17 +61,14 @@ def read_tensors(path: Path) -> dict[str, bytes]:
 
 
 def u32(value: int, order: str = "<") -> bytes:
-    """A uint32."""
     return struct.pack(order + "I", value)
 
 
 def u64(value: int, order: str = "<") -> bytes:
-    """A uint64."""
     return struct.pack(order + "Q", value)
 
 
 def string(data: bytes, order: str = "<") -> bytes:
-    """A GGUF string."""
     return u64(len(data), order) + data
 
 
@@ -82,10 +78,8 @@ def header(pairs: bytes, n_keys: int, *, n_tensors: int = 0, version: int = 3, o
 
 
 def text_pair(key: str, value: str, order: str = "<") -> bytes:
-    """A key with a string."""
     return string(key.encode(), order) + u32(8, order) + string(value.encode(), order)
 
 
 def number_pair(key: str, value: int, order: str = "<") -> bytes:
-    """A key with a uint32."""
     return string(key.encode(), order) + struct.pack(order + "II", 4, value)

@@ -19,8 +19,6 @@ MAX_DIMS, MAX_OP_PARAMS, MAX_SRC, MAX_NAME = 4, 16, 10, 64
 
 
 class GgmlTensor(ctypes.Structure):
-    """Mirror of ``struct ggml_tensor``."""
-
     _fields_ = (
         ("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * MAX_DIMS),
         ("nb", ctypes.c_size_t * MAX_DIMS), ("op", ctypes.c_int), ("op_params", ctypes.c_int32 * MAX_OP_PARAMS),
@@ -31,8 +29,6 @@ class GgmlTensor(ctypes.Structure):
 
 
 class RopeParams(NamedTuple):
-    """The operation parameters of a RoPE node."""
-
     n_dims: int
     mode: int
     n_ctx_orig: int
@@ -166,7 +162,6 @@ class Recorder:
         self.callback = callback_type(self._visit)
 
     def take(self) -> Graph:
-        """The nodes since the last call."""
         graph = Graph(tuple(self._nodes))
         self._nodes, self._known = [], {}
         return graph
@@ -232,13 +227,9 @@ def compare(
 
 
 def compare_ropes(
-    base: Sequence[RopeNode],
-    scaled: Sequence[RopeNode],
-    factors: Sequence[float],
-    layer_of: LayerRule,
-    *,
+    base: Sequence[RopeNode], scaled: Sequence[RopeNode], factors: Sequence[float], layer_of: LayerRule, *,
     exact: bool = False,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """What is wrong with rotations that were computed with factors."""
     if [_place(n) for n in base] != [_place(n) for n in scaled]:
         return ["other rotations, or in another order"]

@@ -8,8 +8,6 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
 class Repo:
-    """A repository of a Hugging Face cache."""
-
     def __init__(self, cache: Path, name: str, refs: tuple[tuple[str, str], ...] = (("main", COMMIT),)) -> None:
         self.folder = cache / f"models--{name.replace('/', '--')}"
         for ref, commit in refs:

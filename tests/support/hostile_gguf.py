@@ -109,7 +109,6 @@ def make_seeds(folder: Path) -> list[Path]:
 
 
 def load(path: Path) -> Seed:
-    """A seed file with the places of its parts."""
     with GGUFFile(path) as gguf:
         order, info_end, entries = gguf.order, gguf.info_end, list(gguf.entries.values())
         kv_end = gguf.kv_end
@@ -138,7 +137,6 @@ def load(path: Path) -> Seed:
 
 
 def mutant(seeds: list[Seed], seed: int, number: int) -> bytes:
-    """The file of this number."""
     rng = random.Random(f"{seed}:{number}")
     base = rng.choice(seeds)
     data = bytearray(base.data)
@@ -211,7 +209,6 @@ def _pairs(data: bytearray, base: Seed, _: list[Seed], rng: random.Random) -> No
 
 
 def _nest(data: bytearray, base: Seed, _: list[Seed], rng: random.Random) -> None:
-    """Add a key of arrays in arrays."""
     key = rng.choice((b"x.deep", b"\xc3\x28", b"general.alignment", rng.randbytes(3)))
     pack = struct.Struct(base.order + "IQ").pack
     levels = [pack(ARRAY, rng.choice((1, 1, 1, 0, 2, 2**62))) for _ in range(rng.choice((1, 2, 7, 8, 9, 40)))]

@@ -20,7 +20,8 @@ from typing import Literal
 import gguf
 import numpy as np
 
-from support.gguf_fixtures import string, u32, u64
+from lrope_gguf.gguf_file import GGUFFile
+from support.gguf_fixtures import finish, string, u32, u64
 from support.rope_models import LLAMA, YARN, TinyModel
 from support.tiny_models import write_without_rope
 
@@ -41,7 +42,6 @@ def floats(values: Sequence[float]) -> bytes:
 
 
 def scalar(kind: int, value: bytes) -> bytes:
-    """A GGUF value with its type."""
     return u32(kind) + value
 
 
@@ -51,7 +51,6 @@ def array(kind: int, n: int, content: bytes) -> bytes:
 
 
 def factors(values: Sequence[float]) -> bytes:
-    """An array as the key should have it."""
     return array(F32, len(values), floats(values))
 
 
@@ -76,33 +75,23 @@ class Model:
     data: bytes
 
     @classmethod
-    def parse(cls, file: bytes) -> Model:
+    def read(cls, path: Path) -> Model:
         """Take a valid file apart."""
-        n_tensors, n_pairs = struct.unpack_from("<QQ", file, 8)
-        at, pairs = 24, []
-        for _ in range(n_pairs):
-            start, at = at, at + 8 + _u64(file, at)
-            key, start = file[start + 8 : at].decode(), at
-            at = _value_end(file, at + 4, _u32(file, at))
-            pairs.append((key, file[start:at]))
-        start = at
-        for _ in range(n_tensors):
-            at += 8 + _u64(file, at)
-            at += 4 + 8 * _u32(file, at) + 4 + 8
-        return cls(tuple(pairs), n_tensors, file[start:at], file[_aligned(at) :])
+        data = path.read_bytes()
+        with GGUFFile(path) as gguf:
+            keys = {key: entry.start + 8 + len(key.encode()) for key, entry in gguf.entries.items()}
+            pairs = tuple((key, data[keys[key] : entry.end]) for key, entry in gguf.entries.items())
+            return cls(pairs, gguf.n_tensors, data[gguf.kv_end : gguf.info_end], data[_aligned(gguf.info_end) :])
 
     def put(self, key: str, value: bytes) -> Model:
-        """Replace the value of a key, or add the key at the end."""
         if key not in dict(self.pairs):
             return replace(self, pairs=(*self.pairs, (key, value)))
         return replace(self, pairs=tuple((k, value if k == key else v) for k, v in self.pairs))
 
     def add(self, key: str, value: bytes) -> Model:
-        """Add a key at the end, even if it is there."""
         return replace(self, pairs=(*self.pairs, (key, value)))
 
     def drop(self, key: str) -> Model:
-        """Remove a key."""
         return replace(self, pairs=tuple(pair for pair in self.pairs if pair[0] != key))
 
     def header(self, *, n_pairs: int | None = None, n_tensors: int | None = None, version: int = 3) -> bytes:
@@ -112,15 +101,12 @@ class Model:
         return start + b"".join(string(key.encode()) + value for key, value in self.pairs) + self.tensors
 
     def with_header(self, header: bytes) -> bytes:
-        """The file with another header; the data stay aligned."""
         return header.ljust(_aligned(len(header)), b"\0") + self.data
 
     def file(self) -> bytes:
-        """The whole file."""
         return self.with_header(self.header())
 
     def span(self, key: str) -> tuple[int, int]:
-        """Where a key and its value stand in the header."""
         at = 24
         for name, value in self.pairs:
             stop = at + 8 + len(name.encode()) + len(value)
@@ -130,37 +116,15 @@ class Model:
         raise KeyError(key)
 
 
-def _u32(file: bytes | bytearray, at: int) -> int:
-    return int.from_bytes(file[at : at + 4], "little")
-
-
-def _u64(file: bytes | bytearray, at: int) -> int:
-    return int.from_bytes(file[at : at + 8], "little")
-
-
 def _aligned(n: int) -> int:
     return -(-n // 32) * 32
-
-
-def _value_end(file: bytes, at: int, kind: int) -> int:
-    if kind == STRING:
-        return at + 8 + _u64(file, at)
-    if kind != ARRAY:
-        return at + SIZES[kind]
-    kind, n, at = _u32(file, at), _u64(file, at + 4), at + 12
-    if kind != STRING:
-        return at + n * SIZES[kind]
-    for _ in range(n):
-        at += 8 + _u64(file, at)
-    return at
 
 
 def seed_model(folder: Path, model: TinyModel = LLAMA) -> Model:
     """A valid file of ``model``, cut down to four layers and about 25 KB, with factors."""
     c = replace(model.config, n_vocab=16, n_embd=16, n_head=1, n_head_kv=1, n_ff=16)
     c = replace(c, ropes=c.ropes[:LAYERS], windows=c.windows[:LAYERS])
-    path = replace(model, config=c).write(folder / f"{model.name}.gguf", list(FACTORS))
-    return Model.parse(path.read_bytes())
+    return Model.read(replace(model, config=c).write(folder / f"{model.name}.gguf", list(FACTORS)))
 
 
 def shared_model(folder: Path) -> Model:
@@ -191,13 +155,7 @@ def shared_model(folder: Path) -> Model:
             shapes[f"blk.{il}.{name}.weight"] = (n_embd, n_embd)
         for name in ("attn", "attn_q", "attn_k", "post_attention", "ffn", "post_ffw"):
             shapes[f"blk.{il}.{name}_norm.weight"] = (n_embd,)
-    for name, shape in shapes.items():
-        writer.add_tensor(name, np.ones(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return Model.parse((folder / "gemma4.gguf").read_bytes())
+    return Model.read(finish(writer, {name: np.ones(shape, np.float32) for name, shape in shapes.items()}))
 
 
 Verdict = Literal["ok", "refused", "any"]
@@ -230,7 +188,6 @@ BAD_VALUES = {
 
 
 def value_cases(model: Model, kind: str) -> Iterator[Case]:
-    """Bad and extreme values at every layer."""
     for layer in range(LAYERS):
         for name, bits in BAD_VALUES.items():
             content = bytearray(floats(FACTORS))
@@ -253,7 +210,6 @@ def length_cases(model: Model) -> Iterator[Case]:
 
 
 def type_cases(model: Model) -> Iterator[Case]:
-    """Every other type, as an array and alone."""
     for kind, name in enumerate(TYPE_NAMES):
         if kind != F32:
             file = model.put(KEY, array(kind, LAYERS, one(kind) * LAYERS)).file()
@@ -291,7 +247,6 @@ def key_cases(model: Model, without_rope: Model) -> Iterator[Case]:
 
 
 def block_count_cases(model: Model) -> Iterator[Case]:
-    """Counts of layers that disagree with the factors."""
     key = "llama.block_count"
     for n in (1, LAYERS - 1, LAYERS + 1, MAX_LAYERS):
         file = model.put(key, scalar(U32, u32(n))).file()
@@ -352,7 +307,6 @@ def shared_cases(model: Model) -> Iterator[Case]:
 
 
 def count_cases(model: Model) -> Iterator[Case]:
-    """Counts and lengths of the header itself."""
     n_pairs, huge = len(model.pairs), (2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
     for n in (0, 1, n_pairs - 1, n_pairs + 1, *huge):
         yield Case("header", f"{n} keys", model.with_header(model.header(n_pairs=n)))
@@ -381,25 +335,16 @@ def truncated_cases(model: Model, step: int) -> Iterator[Case]:
 def structured_cases(folder: Path, step: int = 1) -> list[Case]:
     """All cases that are bad in one known way; truncated at every ``step``-th byte."""
     plain, yarn = seed_model(folder), seed_model(folder, YARN)
-    without_rope = Model.parse(write_without_rope(folder / "mpt.gguf").read_bytes())
+    without_rope = Model.read(write_without_rope(folder / "mpt.gguf"))
     return [
         Case("unchanged", "plain", plain.file(), "ok"),
         Case("unchanged", "without factors", plain.drop(KEY).file(), "ok"),
-        Case("unchanged", "YaRN", yarn.file(), "ok"),
-        Case("unchanged", "without RoPE", without_rope.file(), "ok"),
-        *length_cases(plain),
-        *type_cases(plain),
-        *value_cases(plain, "value"),
-        *value_cases(yarn, "value with YaRN"),
-        *claim_cases(plain),
-        *key_cases(plain, without_rope),
-        *block_count_cases(plain),
-        *yarn_cases(yarn),
+        Case("unchanged", "YaRN", yarn.file(), "ok"), Case("unchanged", "without RoPE", without_rope.file(), "ok"),
+        *length_cases(plain), *type_cases(plain), *value_cases(plain, "value"), *value_cases(yarn, "value with YaRN"),
+        *claim_cases(plain), *key_cases(plain, without_rope), *block_count_cases(plain), *yarn_cases(yarn),
         *looped_cases(seed_model(folder, replace(YARN, name="nanbeige", arch="nanbeige"))),
-        *shared_cases(shared_model(folder)),
-        *count_cases(plain),
-        *truncated_cases(plain, step),
-    ]
+        *shared_cases(shared_model(folder)), *count_cases(plain), *truncated_cases(plain, step),
+    ]  # fmt: skip
 
 
 INTERESTING = (0, 1, 2, 3, 5, 6, 8, 9, 127, 128, 255, 256, 511, 512, 513, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
@@ -410,47 +355,33 @@ def _hostile(rng: random.Random) -> bytes:
     return u32(rng.choice((*BAD_VALUES.values(), rng.getrandbits(32))))
 
 
-def _flip(rng: random.Random, header: bytearray, at: int) -> None:
-    header[at] ^= 1 << rng.randrange(8)
+def _nudged(rng: random.Random, old: bytes) -> bytes:
+    return u64((int.from_bytes(old, "little") + rng.choice((-8, -4, -1, 1, 4, 8))) % 2**64)
 
 
-def _set_byte(rng: random.Random, header: bytearray, at: int) -> None:
-    header[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+OVERWRITES: tuple[tuple[int, Callable[[random.Random, bytes], bytes]], ...] = (
+    (1, lambda rng, old: bytes([old[0] ^ 1 << rng.randrange(8)])),
+    (1, lambda rng, _: bytes([rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))])),
+    (4, lambda rng, _: u32(rng.choice(INTERESTING))),
+    (8, lambda rng, _: u64(rng.choice(LONG))),
+    (4, lambda rng, _: _hostile(rng)),
+    (8, _nudged),
+    (0, lambda rng, _: rng.randbytes(rng.choice((1, 4, 8)))),
+)
+"""Of how many bytes of a header, and what takes their place."""
+WAYS = len(OVERWRITES) + 2
 
 
-def _set_u32(rng: random.Random, header: bytearray, at: int) -> None:
-    header[at : at + 4] = u32(rng.choice(INTERESTING))
-
-
-def _set_u64(rng: random.Random, header: bytearray, at: int) -> None:
-    header[at : at + 8] = u64(rng.choice(LONG))
-
-
-def _set_float(rng: random.Random, header: bytearray, at: int) -> None:
-    header[at : at + 4] = _hostile(rng)
-
-
-def _nudge(rng: random.Random, header: bytearray, at: int) -> None:
-    value = (_u64(header, at) + rng.choice((-8, -4, -1, 1, 4, 8))) % 2**64
-    header[at : at + 8] = u64(value)
-
-
-def _insert(rng: random.Random, header: bytearray, at: int) -> None:
-    header[at:at] = rng.randbytes(rng.choice((1, 4, 8)))
-
-
-def _delete(rng: random.Random, header: bytearray, at: int) -> None:
-    del header[at : at + rng.choice((1, 4, 8))]
-
-
-def _splice(rng: random.Random, header: bytearray, at: int) -> None:
-    start, n = rng.randrange(len(header)), rng.randint(1, 64)
-    header[at : at + n] = header[start : start + n]
-
-
-DAMAGE: tuple[Callable[[random.Random, bytearray, int], None], ...] = (
-    _flip, _set_byte, _set_u32, _set_u64, _set_float, _nudge, _insert, _delete, _splice,
-)  # fmt: skip
+def damage(rng: random.Random, way: int, header: bytearray, at: int) -> None:
+    """Change a header in one of `WAYS`."""
+    if way < len(OVERWRITES):
+        n, made = OVERWRITES[way]
+        header[at : at + n] = made(rng, bytes(header[at : at + n]))
+    elif way == len(OVERWRITES):
+        del header[at : at + rng.choice((1, 4, 8))]
+    else:
+        start, n = rng.randrange(len(header)), rng.randint(1, 64)
+        header[at : at + n] = header[start : start + n]
 
 
 def other_factors(rng: random.Random) -> bytes:
@@ -496,7 +427,7 @@ def mutants(models: Sequence[Model], seed: int, n: int, weights: Sequence[int] =
         header = bytearray(model.header())
         for _ in range(hits):
             start, stop = rng.choice(rng.choices(spots(model), weights)[0])
-            rng.choice(DAMAGE)(rng, header, min(rng.randrange(start, max(stop, start + 1)), len(header) - 8))
+            damage(rng, rng.randrange(WAYS), header, min(rng.randrange(start, max(stop, start + 1)), len(header) - 8))
         yield Case(DAMAGED, f"seed {seed}, number {i}", model.with_header(bytes(header)))
 
 
@@ -531,7 +462,6 @@ def signature(report: str) -> str:
 
 
 def parse_output(output: str) -> dict[str, Outcome]:
-    """Outcomes by path."""
     result = {}
     for block in re.split(r"^@file ", output, flags=re.M)[1:]:
         path, _, report = block.partition("\n")

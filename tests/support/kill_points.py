@@ -21,10 +21,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lrope_gguf import CurveFile, LropeError, Scaling, metadata, remove_factors, write_factors
 from support.gguf_fixtures import write_model
@@ -99,44 +99,36 @@ def _model_and_another(folder: Path) -> None:
     (folder / "out.gguf").write_bytes(b"another file")
 
 
-def _write(folder: Path) -> object:
-    return write_factors(folder / "m.gguf", FACTORS)
+def _write(*factors: Sequence[float], output: str | None = None, **options: Any) -> Callable[[Path], object]:
+    def act(folder: Path) -> object:
+        target = None if output is None else folder / output
+        return write_factors(folder / "m.gguf", *factors, output=target, **options)
+
+    return act
 
 
+def _remove(folder: Path) -> object:
+    return remove_factors(folder / "m.gguf")
+
+
+# with mapped_ok: without the look at other processes, which takes a few system calls for each of them
 CASES = (
-    Case("first write", _model, _write),
-    Case("first write, named temporary", _model, _without_unnamed_files(_write)),
-    Case(
-        "in place",
-        _model_with_factors,
-        # without the look at other processes, which takes a few system calls for each of them
-        lambda folder: write_factors(folder / "m.gguf", FACTORS[::-1], mapped_ok=True),
-    ),
-    Case(
-        "longer document",
-        _model_with_factors,
-        lambda folder: write_factors(folder / "m.gguf", FACTORS, curve_json=LONG),
-    ),
-    Case("removal", _model_with_factors, lambda folder: remove_factors(folder / "m.gguf")),
-    Case(
-        "copy over another file",
-        _model_and_another,
-        lambda folder: write_factors(folder / "m.gguf", FACTORS, output=folder / "out.gguf"),
-    ),
-    Case("scaling", _model, lambda folder: write_factors(folder / "m.gguf", scaling=Scaling("dynamic-yarn", 8))),
+    Case("first write", _model, _write(FACTORS)),
+    Case("first write, named temporary", _model, _without_unnamed_files(_write(FACTORS))),
+    Case("in place", _model_with_factors, _write(FACTORS[::-1], mapped_ok=True)),
+    Case("longer document", _model_with_factors, _write(FACTORS, curve_json=LONG)),
+    Case("removal", _model_with_factors, _remove),
+    Case("copy over another file", _model_and_another, _write(FACTORS, output="out.gguf")),
+    Case("scaling", _model, _write(scaling=Scaling("dynamic-yarn", 8))),
     Case(
         "another factor of the scaling, in place",
         _model_with_scaling,
-        lambda folder: write_factors(folder / "m.gguf", FACTORS[::-1], scaling=Scaling("yarn", 8), mapped_ok=True),
+        _write(FACTORS[::-1], scaling=Scaling("yarn", 8), mapped_ok=True),
     ),
-    Case(
-        "another scaling",
-        _model_with_scaling,
-        lambda folder: write_factors(folder / "m.gguf", scaling=Scaling("dynamic", None, 2048)),
-    ),
-    Case("no scaling", _model_with_scaling, lambda folder: write_factors(folder / "m.gguf", scaling=Scaling("none"))),
-    Case("removal of a scaling", _model_with_scaling, lambda folder: remove_factors(folder / "m.gguf")),
-    Case("new copy", _model, lambda folder: write_factors(folder / "m.gguf", FACTORS, output=folder / "out.gguf")),
+    Case("another scaling", _model_with_scaling, _write(scaling=Scaling("dynamic", None, 2048))),
+    Case("no scaling", _model_with_scaling, _write(scaling=Scaling("none"))),
+    Case("removal of a scaling", _model_with_scaling, _remove),
+    Case("new copy", _model, _write(FACTORS, output="out.gguf")),
 )
 
 
@@ -153,7 +145,6 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def can_trace() -> bool:
-    """Whether processes can be traced here."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -163,7 +154,6 @@ def can_trace() -> bool:
 
 
 def can_fail() -> bool:
-    """Whether system calls can be made to fail here."""
     return platform.machine() == "x86_64" and can_trace()
 
 
@@ -240,7 +230,6 @@ def _follow(child: int, reading: int, kill_at: int, fail_at: int, error: int) ->
 
 
 def contents(folder: Path) -> Files:
-    """All files of a folder."""
     return {entry.name: entry.read_bytes() for entry in folder.iterdir()}
 
 
@@ -248,7 +237,6 @@ class Bench:
     """A folder in which one case is broken again and again."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        """Make the files and run the case once undisturbed."""
         self.case, self.folder = case, folder
         case.prepare(folder)
         self.old = contents(folder)
@@ -262,7 +250,6 @@ class Bench:
         return self.case.act(self.folder)
 
     def reset(self) -> None:
-        """Put the old files back, where anything else is there."""
         found = contents(self.folder)
         for name in found.keys() - self.old.keys():
             (self.folder / name).unlink()
@@ -287,7 +274,6 @@ class Bench:
         return state, [f"{self.case.name}, killed at stop {stop}: {problem}" for problem in problems]
 
     def faults(self) -> list[tuple[int, int]]:
-        """Number and entry of the system calls that take a file."""
         return [(number, entry) for number, entry in self.whole.calls if number in NAMES]
 
     def fail(self, number: int, entry: int, error: int) -> tuple[str, list[str]]:

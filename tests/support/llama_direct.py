@@ -105,14 +105,9 @@ class Context:
     """
 
     def __init__(
-        self,
-        path: Path | Context,
-        n_ctx: int = 512,
-        type_kv: int = GGML_TYPE_F32,
-        flash: bool = False,
-        trace: RopeTrace | None = None,
-        **extra: Any,
-    ) -> None:
+        self, path: Path | Context, n_ctx: int = 512, type_kv: int = GGML_TYPE_F32, flash: bool = False,
+        trace: RopeTrace | None = None, **extra: Any,
+    ) -> None:  # fmt: skip
         self.lib = library()
         self._owner = not isinstance(path, Context)
         self.model: Any = path.model if isinstance(path, Context) else self._load(path)
@@ -222,7 +217,6 @@ class Context:
         self.n_past = 0
 
     def save(self, sequence: int | None = None) -> Any:
-        """The state of one sequence, or of all."""
         lib, whole = self.lib, sequence is None
         which = () if whole else (sequence,)
         size = (lib.llama_state_get_size if whole else lib.llama_state_seq_get_size)(self.context, *which)

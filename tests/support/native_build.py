@@ -33,7 +33,6 @@ TOOLS = ("llama-bench", "llama-cli", "llama-server", "llama-perplexity")
 
 
 def pinned() -> tuple[str, str]:
-    """Release and SHA-256 in patches/source.txt."""
     match = re.search(
         r"^llama-cpp-python==(\S+) --hash=sha256:([0-9a-f]{64})$", (PATCHES / "source.txt").read_text(), re.M
     )
@@ -116,9 +115,6 @@ def apply_series(source: Path, n_patches: int | None = None) -> str:
     """Apply patches/ (the first ``n_patches`` of them) to ``source`` with the project's own CMake code.
 
     Nothing happens where that was done before. Returns what CMake said.
-
-    Raises:
-        CommandError: the series does not apply; the message has git's reasons.
     """
     with tempfile.TemporaryDirectory() as temporary:
         code = Path(temporary) / "apply.cmake"
@@ -143,14 +139,9 @@ def patched_source(folder: Path = WORK, release: str | None = None) -> Path:
 
 
 def build(
-    source: Path,
-    build_dir: Path,
-    targets: Sequence[str],
-    options: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
-    *,
-    keep_going: bool = False,
-) -> Path:
+    source: Path, build_dir: Path, targets: Sequence[str], options: Sequence[str] = (),
+    env: Mapping[str, str] | None = None, *, keep_going: bool = False,
+) -> Path:  # fmt: skip
     """Configure (``options``: NAME=VALUE, over those of this module) and build; return the folder with the results.
 
     With ccache, trees that differ in few files share the objects of the others. With ``keep_going``, a target that

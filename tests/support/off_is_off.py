@@ -45,7 +45,6 @@ class Comparison:
 
     @property
     def same_graphs(self) -> bool:
-        """Equal counts and equal operations in equal order."""
         return [(s.tokens, s.nodes, s.graph) for s in self.stock] == [
             (s.tokens, s.nodes, s.graph) for s in self.patched
         ]
@@ -57,7 +56,6 @@ class Comparison:
 
 
 def decode(model_path: Path, n_ctx: int, n_threads: int) -> list[Step]:
-    """Run the library that LLAMA_CPP_LIB_PATH names."""
     from llama_cpp import llama_cpp as lib
 
     lib.llama_log_set(log_errors, ctypes.c_void_p(0))
@@ -140,7 +138,6 @@ class _Graph:
 def compare(
     models: Sequence[Path], stock: Path, patched: Path, contexts: Sequence[int] = CONTEXTS, n_threads: int = 1
 ) -> list[Comparison]:
-    """Run both libraries on every model and context length."""
     for folder in (stock, patched):
         if not list(folder.glob("libllama.*")):
             raise CommandError(f"{folder}: no libllama")
@@ -168,7 +165,6 @@ def tiny_models(folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    """The process of one library: print its steps as the last line."""
     model, n_ctx, n_threads = sys.argv[1:]
     print(json.dumps([vars(step) for step in decode(Path(model), int(n_ctx), int(n_threads))]))
 

@@ -32,7 +32,6 @@ Table = dict[str, tuple[str | bytes, Verdict]]
 
 
 def document(**fields: Any) -> str:
-    """A curve file; a field that is ... is left out."""
     whole = {"format": "lrope-curve", "version": 1, "layer_factors": FACTORS} | fields
     return json.dumps({key: value for key, value in whole.items() if value is not ...})
 

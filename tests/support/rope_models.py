@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from support.gguf_fixtures import finish
 from support.rope_reference import Array, Config, Reference, Rope
 
 Weights = dict[str, NDArray[np.float32]]
@@ -111,13 +112,7 @@ class TinyModel:
         add_metadata(writer, self)
         if factors is not None:
             writer.add_array(f"{self.arch}.rope.scaling.layer_factors", [float(f) for f in factors])
-        for name, tensor in (self.weights() if weights is None else weights).items():
-            writer.add_tensor(name, tensor)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
+        return finish(writer, self.weights() if weights is None else weights)
 
 
 def add_attention(writer: gguf.GGUFWriter, c: Config) -> None:
@@ -131,7 +126,6 @@ def add_attention(writer: gguf.GGUFWriter, c: Config) -> None:
 
 
 def add_metadata(writer: gguf.GGUFWriter, model: TinyModel) -> None:
-    """Add the keys that are a model's own, each with its type."""
     for key, value in model.metadata:
         add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
         add.get(type(value), writer.add_array)(f"{model.arch}.{key}", value)
@@ -141,7 +135,6 @@ _folder = tempfile.TemporaryDirectory(prefix="rope-models-")
 
 
 def file_of(model: TinyModel, factors: list[float] | None = None) -> Path:
-    """The model's file, written once; all are removed at exit."""
     path = Path(_folder.name, f"{model.name}{'' if factors is None else '-' + '-'.join(map(str, factors))}.gguf")
     return path if path.exists() else model.write(path, factors)
 
@@ -171,11 +164,9 @@ LLAMA = TinyModel("llama", "llama", _config(*[_NORMAL] * N_LAYER))
 QWEN2 = TinyModel("qwen2", "qwen2", _config(*[replace(_NEOX, base=1e6)] * N_LAYER))
 QWEN3 = TinyModel("qwen3", "qwen3", _config(*[replace(_NEOX, base=1e6)] * N_LAYER))
 LINEAR = TinyModel(
-    "llama-linear",
-    "llama",
-    _config(*[replace(_NORMAL, freq_scale=0.5)] * N_LAYER),
+    "llama-linear", "llama", _config(*[replace(_NORMAL, freq_scale=0.5)] * N_LAYER),
     (("rope.scaling.type", "linear"), ("rope.scaling.factor", 2.0)),
-)
+)  # fmt: skip
 
 
 def _gemma3(name: str, freq_scale: float, *metadata: tuple[str, Any]) -> TinyModel:
@@ -191,15 +182,9 @@ GEMMA3_LINEAR = _gemma3("gemma3-linear", 0.125, ("rope.scaling.type", "linear"),
 
 
 def _yarn(
-    name: str,
-    factor: float,
-    arch: str = "llama",
-    attn: float | None = None,
-    log_multiplier: float | None = None,
-    divisors: tuple[float, ...] | None = None,
-    rope: Rope = _NORMAL,
-    metadata: tuple[tuple[str, Any], ...] = (),
-) -> TinyModel:
+    name: str, factor: float, arch: str = "llama", attn: float | None = None, log_multiplier: float | None = None,
+    divisors: tuple[float, ...] | None = None, rope: Rope = _NORMAL, metadata: tuple[tuple[str, Any], ...] = (),
+) -> TinyModel:  # fmt: skip
     """A model with YaRN.
 
     The magnitude that llama.cpp means is ``attn * m(1) / m(log_multiplier)``, m(x) = 1 + 0.1 x ln(factor); without a
@@ -240,11 +225,9 @@ YARN_UNIT = _yarn("yarn-unit", 4.0, "qwen2", attn=float(1.0 / (1.0 + 0.1 * np.lo
 YARN_LOG = _yarn("yarn-log-1", 8.0, "mistral3", log_multiplier=1.0)
 YARN_LOG_HALF = _yarn("yarn-log-half", 8.0, "mistral3", attn=1.2, log_multiplier=0.5)
 LLAMA3 = TinyModel(
-    "llama3",
-    "llama",
-    _config(*[replace(_NORMAL, divisors=_LLAMA3)] * N_LAYER),
+    "llama3", "llama", _config(*[replace(_NORMAL, divisors=_LLAMA3)] * N_LAYER),
     tensors={"rope_freqs.weight": np.array(_LLAMA3, np.float32)},
-)
+)  # fmt: skip
 LLAMA3_YARN = _yarn("llama3-yarn", 4.0, divisors=_LLAMA3)
 
 
@@ -282,11 +265,9 @@ MROPE = TinyModel("qwen2vl", "qwen2vl", _config(*[_MROPE] * N_LAYER), (_SECTIONS
 MROPE_YARN = _yarn("qwen2vl-yarn", 4.0, "qwen2vl", rope=_MROPE, metadata=(_SECTIONS,))
 # interleaved: time, height, width, time, ... as long as each has pairs left
 IMROPE = TinyModel(
-    "qwen3vl",
-    "qwen3vl",
-    _config(*[replace(_NEOX, base=1e6, component=(0, 1, 2, 0, 1, 2, 0, 1))] * N_LAYER),
+    "qwen3vl", "qwen3vl", _config(*[replace(_NEOX, base=1e6, component=(0, 1, 2, 0, 1, 2, 0, 1))] * N_LAYER),
     (("rope.dimension_sections", [3, 3, 2, 0]),),
-)
+)  # fmt: skip
 
 UNSCALED = (LLAMA, QWEN2, QWEN3, LINEAR, GEMMA3, GEMMA3_LINEAR, LLAMA3)
 LONGROPE = (LONGROPE_SHORT, LONGROPE_LONG, LONGROPE_ATTN, PARTIAL)

@@ -39,7 +39,6 @@ def no_noisier(error: float, stock: float) -> bool:
 
 
 def text_positions(first: int, n: int) -> Array:
-    """Positions of text; the fourth component is unused."""
     p = first + np.arange(n)
     return np.stack([p, p, p, np.zeros(n)], axis=1)
 
@@ -156,7 +155,6 @@ class Reference:
         self.add(stop, None, start - stop)
 
     def add(self, start: int, stop: int | None, delta: int) -> None:
-        """Move the tokens at positions ``start`` to ``stop``."""
         self.positions = self.positions + np.where(self._between(start, stop), delta, 0)[:, None]
 
     def divide(self, start: int, stop: int | None, divisor: int, direction: int = 1) -> None:

@@ -37,15 +37,9 @@ class Timed(Landscape):
 
 
 def make_study(
-    directory: Path,
-    settings: SearchConfig = SETTINGS,
-    *,
-    n_layer: int = 24,
-    evaluator: Landscape | None = None,
-    config: dict[str, Any] | None = None,
-    test_size: int | None = None,
-    layers: tuple[int, ...] | None = None,
-) -> SearchOutcome:
+    directory: Path, settings: SearchConfig = SETTINGS, *, n_layer: int = 24, evaluator: Landscape | None = None,
+    config: dict[str, Any] | None = None, test_size: int | None = None, layers: tuple[int, ...] | None = None,
+) -> SearchOutcome:  # fmt: skip
     """Run a whole search in ``directory``; ``layers``: those that may have factors of their own."""
     executor = LocalExecutor(evaluator or Timed(n_layer))
     with Study(directory, (CONFIG if config is None else config) | {"search": settings.identity()}) as study:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from numpy.typing import NDArray
 
+from support.gguf_fixtures import finish
 from support.rope_models import LLAMA, TinyModel, add_attention, add_metadata
 
 # printable ASCII and newline in the byte alphabet of GPT-2, where a blank is Ġ and a newline Ċ
@@ -23,21 +23,13 @@ CHAT_TEMPLATE = (
 
 
 def readable(model: TinyModel) -> TinyModel:
-    """The same model with this module's vocabulary."""
     return replace(model, config=replace(model.config, n_vocab=len(TOKENS)))
 
 
 def write_readable(
-    path: Path,
-    model: TinyModel = LLAMA,
-    *,
-    context_length: int = 4096,
-    chat_template: str | None = None,
-    factors: list[float] | None = None,
-    poison: str | None = None,
-    add_eos: bool = False,
-    n_head_layers: int = 0,
-) -> Path:
+    path: Path, model: TinyModel = LLAMA, *, context_length: int = 4096, chat_template: str | None = None,
+    factors: list[float] | None = None, poison: str | None = None, add_eos: bool = False, n_head_layers: int = 0,
+) -> Path:  # fmt: skip
     """Write ``model`` with a tokenizer; the tensor named ``poison`` is full of NaN.
 
     ``n_head_layers`` are counted besides, as those of a multi-token-prediction head that the file does not hold.
@@ -58,7 +50,7 @@ def write_readable(
         writer.add_add_eos_token(True)
     if factors is not None:
         writer.add_array(f"{model.arch}.rope.scaling.layer_factors", factors)
-    return _finish(writer, weights)
+    return finish(writer, weights)
 
 
 def write_without_rope(path: Path) -> Path:
@@ -73,7 +65,7 @@ def write_without_rope(path: Path) -> Path:
         "blk.0.attn_output.weight": (n_embd, n_embd), "blk.0.ffn_norm.weight": (n_embd,),
         "blk.0.ffn_up.weight": (n_ff, n_embd), "blk.0.ffn_down.weight": (n_embd, n_ff),
     }  # fmt: skip
-    return _finish(writer, {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+    return finish(writer, {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
 
 
 def _writer(path: Path, arch: str, n_layer: int, n_embd: int, n_ff: int, n_head: int, n_ctx: int) -> gguf.GGUFWriter:
@@ -92,13 +84,3 @@ def _writer(path: Path, arch: str, n_layer: int, n_embd: int, n_ff: int, n_head:
     writer.add_eos_token_id(EOS)
     writer.add_add_bos_token(True)
     return writer
-
-
-def _finish(writer: gguf.GGUFWriter, weights: dict[str, NDArray[np.float32]]) -> Path:
-    for name, value in weights.items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return Path(writer.path)

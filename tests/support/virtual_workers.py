@@ -11,8 +11,6 @@ from lrope_search.workers.protocol import LocalExecutor
 
 
 class Span(NamedTuple):
-    """A job's time on its worker."""
-
     worker: int
     start: float
     end: float
@@ -32,7 +30,6 @@ class VirtualExecutor(LocalExecutor):
     """
 
     def __init__(self, evaluator: Evaluator, n_workers: int, duration: Callable[[Job], float]) -> None:
-        """Begin at time 0, all workers idle."""
         super().__init__(evaluator)
         self._n_workers = n_workers
         self._duration = duration
@@ -46,15 +43,10 @@ class VirtualExecutor(LocalExecutor):
 
     @property
     def n_workers(self) -> int:
-        """Number of workers."""
         return self._n_workers
 
     def submit(self, job: Job) -> None:
-        """Begin a job on the worker that has idled longest.
-
-        Raises:
-            IndexError: none is idle.
-        """
+        """Begin a job on the worker that has idled longest."""
         since, worker = heapq.heappop(self._idle)
         span = Span(worker, self.now, self.now + self._duration(job), job)
         heapq.heappush(self._running, (span.end, len(self.spans), span))
@@ -63,7 +55,6 @@ class VirtualExecutor(LocalExecutor):
             self.gaps.append((since, self.now))
 
     def next(self) -> tuple[Job, Evaluation]:
-        """Let time pass until the next job ends."""
         self.now, _, span = heapq.heappop(self._running)
         heapq.heappush(self._idle, (self.now, span.worker))
         return span.job, span.job.run(self._evaluator)

@@ -39,7 +39,6 @@ class _Workers(Landscape):
         return super().evaluate(factors, split, index)
 
     def _first(self) -> bool:
-        """Whether fewer than ``times`` workers died yet."""
         for i in range(self.spec.times):
             with contextlib.suppress(FileExistsError):
                 Path(self.spec.directory, f"death{i}").touch(exist_ok=False)
@@ -68,6 +67,5 @@ class Workers:
 
 
 def see(evaluator: Evaluator) -> tuple[int | None, str | None, int]:
-    """What a worker was given."""
     assert isinstance(evaluator, _Workers)
     return evaluator.n_threads, os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid()
