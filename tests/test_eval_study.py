@@ -174,4 +174,4 @@ def test_a_picture_of_all_sides(model: Path, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "curve.svg").write_text("{}")
     curve = str(tmp_path / "curve.svg")
     assert main(["eval", str(model), *TASK, "--curve", curve, "--plot", curve]) == 1
-    assert "which would be lost" in capsys.readouterr().err
+    assert "would overwrite the file given as --curve" in capsys.readouterr().err

@@ -212,7 +212,7 @@ def test_a_study_is_bound_to_them_and_its_curve_says_so(
         assert len(err.splitlines()) == 1
     needed = "--rope-scaling yarn --rope-freq-scale 0.25 --yarn-orig-ctx 256 --cache-type-k q8_0 --cache-type-v q8_0"
     assert "--rope-scaling yarn (the file says none), --rope-freq-scale 0.25 (the file says 1)" in err
-    assert "--cache-type-v q8_0 (no file says that); give llama-server the same" in err
+    assert "--cache-type-v q8_0 (no model file stores it); give llama-server the same" in err
     assert main(["write", path, "--curve", "other.json", "--output", "b.gguf"]) == 0
     assert f"next: llama-server -m b.gguf {needed}" in capsys.readouterr().out
 
