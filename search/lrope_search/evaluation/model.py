@@ -139,6 +139,16 @@ class Model:
         return buffer.value.decode()
 
     @property
+    def handle(self) -> Any:
+        """The ``llama_model *``, for another kind of context on it, which must be freed first."""
+        return self._model
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What its contexts are told beside llama.cpp's defaults."""
+        return self._llama_options
+
+    @property
     def scaling_moves(self) -> bool:
         """Whether the longest of all sequences decides how each of them rotates: dynamic scaling."""
         asked = self._llama_options.get("rope_scaling")
