@@ -51,6 +51,7 @@ class Mask:
 class Nearby:
     """How rotated queries and keys turn, for the derivative of pairs that count only nearby."""
 
+    layer: int
     pairs: Pairs
     bands: tuple[Band, ...]
     of_queries: Tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -61,16 +61,14 @@ class _GgmlTensor(ctypes.Structure):
 class Node:
     """One tensor of a graph; weights, caches and inputs have the operation NONE."""
 
-    index: int
-    """Number in the order of appearance."""
     op: str
     """Of UNARY and GLU what they compute, such as SILU."""
     name: str
     type: int
     """enum ggml_type."""
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     """As NumPy orders it: ggml's ``ne`` backwards."""
-    strides: tuple[int, int, int, int]
+    strides: tuple[int, ...]
     """Bytes, in the order of ``shape``."""
     params: bytes = field(repr=False)
     sources: tuple[Node | None, ...] = field(repr=False)
@@ -103,11 +101,8 @@ class Graph:
     layers: Mapping[int, int]
     """Of each ROPE by its place among ``nodes``: the layer whose factor it has, as the patched llama.cpp says."""
     n_layer: int
-
-    @property
-    def output(self) -> Node:
-        """The logits."""
-        return self.nodes[-1]
+    output: Node
+    """The logits."""
 
     def operations(self) -> tuple[str, ...]:
         """The operations that compute something."""
@@ -147,7 +142,10 @@ class Capture:
         library = llama._lib
         self._describe, self._get = library.ggml_op_desc, library.ggml_backend_tensor_get
         self._describe.argtypes, self._describe.restype = [ctypes.c_void_p], ctypes.c_char_p
-        self._get.argtypes, self._get.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t], None
+        self._get.argtypes, self._get.restype = (
+            [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
+            None,
+        )
         self._callbacks = (
             llama.ggml_backend_sched_eval_callback(self._seen),
             llama.ggml_abort_callback(lambda _: self._stop),
@@ -167,6 +165,7 @@ class Capture:
         if not self._context:
             raise LropeError(f"{name}: no context of {n_tokens} tokens to see its graph in: {log.reason()}")
         self._memory = llama.llama_get_memory(self._context)
+        self._n_vocab = int(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model)))
         self._batch = Batch(llama, n_tokens)
         self.n_tokens = n_tokens
         self.n_layer = int(library.llama_get_rope_layer_factors(self._context, None, 0))
@@ -200,7 +199,9 @@ class Capture:
         kind = tuple(node.op for node in nodes)
         if kind not in self._layers:
             self._layers[kind] = self._find_layers(part, nodes)
-        return Graph(nodes, self._layers[kind], self.n_layer)
+        output = self._output(nodes, part)
+        assert output is not None
+        return Graph(nodes, self._layers[kind], self.n_layer, output)
 
     def _find_layers(self, part: Part, nodes: tuple[Node, ...]) -> dict[int, int]:
         """Let each layer have another factor and see which one comes back: caches may be shared."""
@@ -230,9 +231,16 @@ class Capture:
             code = llama.llama_decode(self._context, batch.struct)
             if code not in (0, _ABORTED):
                 raise LropeError(f"{self._name}: llama.cpp shows no graph of {n} tokens (code {code}): {log.reason()}")
-            if self._nodes and self._nodes[-1].name == _OUTPUT:
+            if self._output(self._nodes, part) is not None:
                 return tuple(self._nodes)
-        raise UnsupportedGraphError(f"{self._name}: its graph has no {_OUTPUT}, so that no gradients can be taken")
+        raise UnsupportedGraphError(f"{self._name}: its graph ends in something else than logits; no gradients")
+
+    def _output(self, nodes: Sequence[Node], part: Part) -> Node | None:
+        """The logits of all wanted tokens; None if the last nodes are missing."""
+        named = (node for node in reversed(nodes) if node.name == _OUTPUT)
+        last = next(named, nodes[-1] if nodes else None)
+        wanted = 1, 1, int(np.count_nonzero(part[3])), self._n_vocab
+        return last if last is not None and last.shape == wanted else None
 
     def _seen(self, address: int, ask: bool, _: object) -> bool:
         if ask:
@@ -240,22 +248,30 @@ class Capture:
         return False
 
     def _read(self, address: int) -> Node:
+        """Read a tensor and all that it is computed from, the latter first; not recursive: chains may be long."""
+        waiting = [address]
+        while waiting:
+            t = _GgmlTensor.from_address(waiting[-1])
+            before = [a for a in (*t.src, t.view_src) if a and a not in self._known and a != waiting[-1]]
+            if before and waiting[-1] not in self._known:
+                waiting += before
+            else:
+                self._keep(waiting.pop(), t)
+        return self._known[address]
+
+    def _keep(self, address: int, t: _GgmlTensor) -> None:
         if address in self._known:
-            return self._known[address]
-        t = _GgmlTensor.from_address(address)
-        sources = tuple(self._read(source) if source else None for source in t.src)
-        view_of = self._read(t.view_src).root if t.view_src else None
-        n0, n1, n2, n3 = t.ne
-        b0, b1, b2, b3 = t.nb
+            return
+        # a cast names itself as its target
+        sources = tuple(self._known[source] if source and source != address else None for source in t.src)
+        view_of = self._known[t.view_src].root if t.view_src else None
         op = self._describe(address).decode()
-        shape = (n3, n2, n1, n0)
+        shape, strides = tuple(reversed(t.ne)), tuple(reversed(t.nb))
         data = None
         if op == "NONE" and t.flags & _INPUT and t.type in _NUMPY:
             data = np.empty(shape, _NUMPY[t.type])
             self._get(address, data.ctypes.data, 0, data.nbytes)
-        node = Node(
-            len(self._known), op, t.name.decode(), t.type, shape, (b3, b2, b1, b0), bytes(t.op_params),
-            sources, view_of, t.view_offs, data,
-        )  # fmt: skip
-        self._known[address] = node
-        return node
+        params = bytes(t.op_params)
+        self._known[address] = Node(
+            op, t.name.decode(), t.type, shape, strides, params, sources, view_of, t.view_offs, data
+        )

@@ -17,12 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from .attention import Mask, Nearby, Scores, attention
 from .capture import BF16, F16, F32, I32, I64, VIEWS, Graph, Node, UnsupportedGraphError
 from .operations import OPERATIONS
-from .rotation import Band, Coherence, Pairs, pairs_of, rotate
+from .rotation import Band, Coherence, Pairs, pairs_of, rotate, text_positions
 
 Tensor = Any
 
 _SIZE = {F32: 4, F16: 2, BF16: 2, I32: 4, I64: 8}
 _ROUNDED = {F16: torch.float16, BF16: torch.bfloat16}
+_INTEGERS = (I32, I64)
 _COPIES = frozenset(("CPY", "CONT", "DUP"))
 _KEEPS_TURNS = _COPIES | {"RESHAPE", "PERMUTE", "TRANSPOSE", "SCALE"}
 """What rotated queries and keys may go through and still be such."""
@@ -256,7 +257,9 @@ class Replay:
         return torch.as_strided(owner.reshape(-1), node.shape, strides, offset)
 
     def _store(self, memory: _Memory, node: Node, value: Tensor) -> None:
-        if value.is_floating_point():
+        if node.type in _INTEGERS:
+            value = value.long()
+        else:
             value = value.to(self._dtype)
             if self._imitate and node.type in _ROUNDED:
                 value = _through(value, value.to(_ROUNDED[node.type]).to(self._dtype))
@@ -274,7 +277,9 @@ class Replay:
     def _rope(self, memory: _Memory, node: Node, variables: Variables) -> Tensor:
         rope = self._ropes[node]
         x, where = _two(node)
-        positions = self._value(memory, where).reshape(-1)
+        positions = text_positions(self._value(memory, where), x.shape[1])
+        if positions is None:
+            raise UnsupportedGraphError(f"{node.name}: positions of something else than text")
         memory.turned[node.root] = _Turned(rope, positions)
         log_factor = variables.factors[rope.layer, : self.heads.kv[rope.layer]]
         return rotate(self._value(memory, x), log_factor, positions, rope.pairs, rope.everywhere)
@@ -284,14 +289,11 @@ class Replay:
         scale, max_bias, cap = node.floats(3)
         if (layer := self._attending.get(node)) is not None:
             q = q * torch.exp(variables.scales[layer, : q.shape[1]])[:, None, None]
-        nearby, log_factor = None, None
-        turned = [self._turns(memory, source) for source in _two(node)]
-        if turned[0] is not None and turned[1] is not None and turned[0].rope.kind == turned[1].rope.kind and len(q) == 1:
-            rope = turned[0].rope
-            of_queries, of_keys = turned[0].positions, turned[1].positions[: k.shape[2]]
-            if rope.bands and len(of_queries) == q.shape[2] and len(of_keys) == k.shape[2]:
-                nearby = Nearby(rope.pairs, rope.bands, of_queries, of_keys)
-                log_factor = variables.factors[rope.layer, : self.heads.kv[rope.layer]].expand(k.shape[1])
+        nearby = self._nearby(memory, node, q, k)
+        log_factor = None
+        if nearby is not None:
+            layer = nearby.layer
+            log_factor = variables.factors[layer, : self.heads.kv[layer]].expand(k.shape[1])
         how = Scores(scale, cap, max_bias)
         streams = []
         for i in range(len(q)):
@@ -299,6 +301,17 @@ class Replay:
             parts = q[i], k[i], v[i]
             streams.append(attention(*parts, seen, how, sinks=sinks, log_factor=log_factor, nearby=nearby))
         return torch.stack(streams).transpose(1, 2)
+
+    def _nearby(self, memory: _Memory, node: Node, q: Tensor, k: Tensor) -> Nearby | None:
+        """What pairs count only nearby, where queries and keys are known to be turned alike."""
+        of_queries, of_keys = (self._turns(memory, source) for source in _two(node))
+        if of_queries is None or of_keys is None or len(q) > 1:
+            return None
+        rope, positions = of_queries.rope, of_keys.positions[: k.shape[2]]
+        alike = rope.kind == of_keys.rope.kind and rope.layer == of_keys.rope.layer
+        if not (alike and rope.bands and len(of_queries.positions) == q.shape[2] and len(positions) == k.shape[2]):
+            return None
+        return Nearby(rope.layer, rope.pairs, rope.bands, of_queries.positions, positions)
 
     def _mask(self, node: Node, stream: int, mask: Tensor | None, q: Tensor, k: Tensor) -> Mask:
         """The mask of a stream, cut into blocks once for all layers that share it."""
@@ -340,7 +353,9 @@ class Replay:
         freq_factors = node.sources[2]
         pairs = pairs_of(node, None if freq_factors is None else self._leaf(freq_factors.root), self._device)
         if pairs is None:
-            raise UnsupportedGraphError(f"{node.name}: RoPE of mode {node.ints(3)[2]}, of which no derivative is known here")
+            raise UnsupportedGraphError(
+                f"{node.name}: RoPE of mode {node.ints(3)[2]}, of which no derivative is known here"
+            )
         everywhere, bands = self._coherence.split(pairs.speed, self._longest)
         return _Rope(layer, pairs, everywhere, bands, (node.params[4:], freq_factors and freq_factors.root))
 
@@ -367,9 +382,9 @@ class Replay:
             return x
         y = x.detach().reshape(*x.shape[:-1], -1, block)
         scale = y.abs().amax(-1, keepdim=True) / 127.0
-        if block == 32:
-            scale = scale.half().to(x.dtype)  # blocks of 256 have one in float32
-        rounded = torch.round(y / torch.where(scale == 0.0, 1.0, scale)) * scale
+        integers = torch.round(y / torch.where(scale == 0.0, 1.0, scale))
+        # blocks of 32 keep their scale in float16, blocks of 256 in float32
+        rounded = integers * (scale.half().to(x.dtype) if block == 32 else scale)
         return _through(x, rounded.reshape(x.shape))
 
 

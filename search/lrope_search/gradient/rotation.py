@@ -22,7 +22,7 @@ from .capture import Node
 
 Tensor = Any  # torch.Tensor; torch is not there where types are checked
 
-NORMAL, NEOX = 0, 2
+NORMAL, NEOX, MROPE, IMROPE = 0, 2, 8, 40
 """GGML_ROPE_TYPE_*, ggml.h"""
 
 
@@ -40,11 +40,11 @@ class Pairs(NamedTuple):
 
 
 def pairs_of(node: Node, freq_factors: Tensor | None, device: Any) -> Pairs | None:
-    """Return the pairs of a ROPE, or None of a kind that is not known (several positions a token)."""
+    """Return the pairs of a ROPE on text, or None of a kind that is not known."""
     _, n_dims, mode, _, n_original = node.ints(5)
     base, scale, extrapolation, magnitude, fast, slow = struct.unpack("=6f", node.params[20:44])
     start = struct.unpack("=i", node.params[60:64])[0]
-    if mode not in (NORMAL, NEOX):
+    if mode not in (NORMAL, NEOX, MROPE, IMROPE):
         return None
     i = torch.arange(n_dims // 2, dtype=torch.float64)
     speed = base ** (-2.0 * i / n_dims)
@@ -59,9 +59,32 @@ def pairs_of(node: Node, freq_factors: Tensor | None, device: Any) -> Pairs | No
         share = extrapolation * (1.0 - ((i - low) / max(0.001, high - low)).clamp(0.0, 1.0))
         magnitude *= 1.0 + 0.1 * math.log(1.0 / scale)
     speed = speed * (scale * (1.0 - share) + share)
+    if mode in (MROPE, IMROPE):
+        speed = speed * ~_of_fourth_position(node, mode, n_dims // 2)
     index = torch.arange(n_dims // 2)
     first, second = (2 * index, 2 * index + 1) if mode == NORMAL else (index, index + n_dims // 2)
     return Pairs((first + start).to(device), (second + start).to(device), speed.to(device), magnitude)
+
+
+def text_positions(values: Tensor, n: int) -> Tensor | None:
+    """Return the positions of ``n`` tokens, shape (n,), from those that a ROPE takes, one or four for each.
+
+    None where the four are not those of text: three alike and 0.
+    """
+    rows = values.reshape(-1, n)
+    text = len(rows) == 1 or bool((rows[1:3] == rows[0]).all() and (rows[3:] == 0).all())
+    return rows[0] if text else None
+
+
+def _of_fourth_position(node: Node, mode: int, n_pairs: int) -> Tensor:
+    """Which pairs of M-RoPE turn by the last of four positions, which is 0 in text."""
+    sections = struct.unpack("=4i", node.params[44:60])
+    place = torch.arange(n_pairs) % sum(sections)
+    if mode == MROPE:
+        return place >= sum(sections[:3])
+    turn = place % 3
+    inside = torch.stack([(turn == axis) & (place < 3 * sections[axis]) for axis in range(3)])
+    return ~inside.any(0)
 
 
 class Band(NamedTuple):

@@ -50,7 +50,9 @@ class Weights:
                 values = dequantize(tensor.data, tensor.tensor_type)
             except NotImplementedError as error:
                 kind = tensor.tensor_type.name
-                raise LropeError(f"{self._path}: {name} is {kind}, which gguf cannot dequantize; no gradients") from error
+                raise LropeError(
+                    f"{self._path}: {name} is {kind}, which gguf cannot dequantize; no gradients"
+                ) from error
             shape = (1,) * (4 - values.ndim) + values.shape
             array = np.array(values, np.float32, order="C").reshape(shape)  # a copy: the file's own is read-only
             self._values[name] = torch.from_numpy(array).to(self.device, self.dtype)
@@ -76,4 +78,6 @@ def _shards(path: Path) -> list[Path]:
     match = re.search(r"-00001-of-(\d{5})\.gguf$", path.name)
     if match is None:
         return [path]
-    return [path.with_name(f"{path.name[: match.start()]}-{i:05d}-of-{match[1]}.gguf") for i in range(1, int(match[1]) + 1)]
+    return [
+        path.with_name(f"{path.name[: match.start()]}-{i:05d}-of-{match[1]}.gguf") for i in range(1, int(match[1]) + 1)
+    ]
