@@ -135,6 +135,10 @@ class TeacherForcedEvaluator:
         """Number of layers of the model, the length of ``factors``."""
         return self._model.n_layer
 
+    def encoding(self, split: str, index: int) -> Encoding:
+        """Return a context in tokens."""
+        return self._encode(split, index)
+
     def n_tokens(self, split: str, index: int) -> int:
         """Return how many tokens scoring this context computes."""
         return self._encode(split, index).n_tokens

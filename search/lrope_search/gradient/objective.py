@@ -75,7 +75,7 @@ class Objective:
                 f"{free / 1e9:.1f} GB are free"
             )
         self._weights = weights
-        self._how = {"coherence": coherence, "remat": remat, "imitate": imitate}
+        self._coherence, self._remat, self._imitate = coherence, remat, imitate
         self._capture = Capture(
             model.handle, n_tokens=n_tokens, n_seq=MAX_SEQUENCES, options=model.options, name=str(model.path)
         )
@@ -112,7 +112,7 @@ class Objective:
         gold = torch.from_numpy(encoding.gold).long().to(self._weights.device)
         counts = torch.bincount(owner)
         with torch.set_grad_enabled(differentiate):
-            scored = answers(Replay(graph, self._weights, **self._how)(variables), gold)
+            scored = answers(self._replay(graph)(variables), gold)
             means = torch.zeros_like(counts, dtype=scored.log_p.dtype).index_add(0, owner, scored.log_p) / counts
             value = means.mean()
         wrong = torch.bincount(owner, (~scored.hit).double())
@@ -124,7 +124,7 @@ class Objective:
         n = len(text)
         part = np.asarray(text), np.arange(n), np.zeros(n, np.int64), np.ones(n, np.bool_), np.ones(n, np.int64)
         graph = self._capture(part)
-        replay = Replay(graph, self._weights, **self._how)
+        replay = self._replay(graph)
         key = np.asarray(text, np.int32).tobytes()
         if key not in self._base:
             with torch.no_grad():
@@ -147,13 +147,20 @@ class Objective:
     ) -> Gradient:
         if differentiate:
             value.backward()
-        grads = (
-            np.full(tensor.shape, np.nan) if not differentiate
-            else np.zeros(tensor.shape) if tensor.grad is None
-            else tensor.grad.double().cpu().numpy()
-            for tensor in (variables.factors, variables.scales)
-        )  # fmt: skip
-        return Gradient(float(value), *grads, probes)
+        factors, scales = (_derivative(tensor, differentiate) for tensor in (variables.factors, variables.scales))
+        return Gradient(float(value), factors, scales, probes)
+
+    def _replay(self, graph: Graph) -> Replay:
+        how = {"remat": self._remat, "imitate": self._imitate}
+        return Replay(graph, self._weights, coherence=self._coherence, **how)
+
+
+def _derivative(tensor: Tensor, differentiated: bool) -> Values:
+    """What ``backward`` left: nothing where the graph does not depend on a variable."""
+    if tensor.grad is None:
+        return np.full(tensor.shape, 0.0 if differentiated else np.nan)
+    derivative: Values = tensor.grad.double().cpu().numpy()
+    return derivative
 
 
 def _part(encoding: Encoding) -> Part:

@@ -182,6 +182,12 @@ def _group_norm(node: Node, x: Tensor) -> Tensor:
     return functional.group_norm(x, groups, eps=eps)
 
 
+def _ssm_conv(node: Node, x: Tensor, weights: Tensor) -> Tensor:
+    """Each channel along time: x (1, sequences, channels, tokens and those before), weights (1, 1, channels, width)."""
+    out = functional.conv1d(x[0], weights[0, 0][:, None], groups=x.shape[2])
+    return out.transpose(1, 2)[None]
+
+
 OPERATIONS: Mapping[str, Operation] = MappingProxyType(
     {
         "MUL_MAT": _mul_mat,
@@ -197,6 +203,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         "NORM": _norm,
         "L2_NORM": _l2_norm,
         "GROUP_NORM": _group_norm,
+        "SSM_CONV": _ssm_conv,
         "SCALE": _scale,
         "SOFT_MAX": _soft_max,
         "CONCAT": _concat,
@@ -233,6 +240,10 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         "SOFTPLUS": _unary(functional.softplus),
         "HARDSWISH": _unary(functional.hardswish),
         "HARDSIGMOID": _unary(functional.hardsigmoid),
+        "FLOOR": _unary(torch.floor),
+        "CEIL": _unary(torch.ceil),
+        "ROUND": _unary(torch.round),
+        "TRUNC": _unary(torch.trunc),
         "XIELU": _xielu,
         "REGLU": _glu(torch.relu),
         "GEGLU": _glu(_gelu),

@@ -204,7 +204,7 @@ class Replay:
             if node.op in self._special:
                 value = self._special[node.op](memory, node, variables)
             else:
-                sources = [None if s is None else self._value(memory, s) for s in node.sources]
+                sources: list[Tensor] = [None if s is None else self._value(memory, s) for s in node.sources]
                 while sources and sources[-1] is None:
                     sources.pop()
                 if node.op in _COPIES:
@@ -225,10 +225,8 @@ class Replay:
                 self._leaves[node] = value if value.is_floating_point() else value.long()
             elif node.name in self._weights:
                 return self._weights[node.name]  # kept there
-            elif node.name.startswith("cache_"):
+            else:  # an empty cache, or memory that the graph overwrites
                 self._leaves[node] = torch.zeros(node.shape, dtype=self._dtype, device=self._device)
-            else:
-                raise UnsupportedGraphError(f"{node.name or 'a tensor without a name'}: neither input nor weight")
         return self._leaves[node]
 
     def _value(self, memory: _Memory, node: Node) -> Tensor:
@@ -285,7 +283,8 @@ class Replay:
         return rotate(self._value(memory, x), log_factor, positions, rope.pairs, rope.everywhere)
 
     def _attention(self, memory: _Memory, node: Node, variables: Variables) -> Tensor:
-        q, k, v, mask, sinks = (None if s is None else self._value(memory, s) for s in node.sources[:5])
+        sources: list[Tensor] = [None if s is None else self._value(memory, s) for s in node.sources[:5]]
+        q, k, v, mask, sinks = sources
         scale, max_bias, cap = node.floats(3)
         if (layer := self._attending.get(node)) is not None:
             q = q * torch.exp(variables.scales[layer, : q.shape[1]])[:, None, None]

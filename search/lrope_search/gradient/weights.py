@@ -61,7 +61,7 @@ class Weights:
     @property
     def n_bytes(self) -> int:
         """Memory that all of them take, from the header alone."""
-        return sum(int(t.n_elements) for t in self._tensors.values()) * self.dtype.itemsize
+        return sum(int(t.n_elements) for t in self._tensors.values()) * int(self.dtype.itemsize)
 
     def activation_block(self, name: str) -> int | None:
         """Return how many activations share a scale when llama.cpp multiplies them by this tensor in 8 bits.
