@@ -23,7 +23,7 @@ def main(names: list[str]) -> None:
         for name in names:
             try:
                 result = replayed(FIXTURES[name], Path(folder))
-            except (OSError, AssertionError) as error:
+            except (OSError, AssertionError, ValueError) as error:
                 print(f"| {name} | not run: {error} | |", flush=True)
                 continue
             derivatives = "by factors" if result.by_factors else ""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 torch = pytest.importorskip("torch")
 
 from support.arch_models import FIXTURES, LeanModel  # noqa: E402
-from support.replayed import NO_REPLAY, capture, decoders, replayed  # noqa: E402
+from support.replayed import NO_REPLAY, FixtureWeights, capture, decoders, made, replayed  # noqa: E402
 
 from lrope_gguf.errors import LropeError  # noqa: E402
 from lrope_search import ModelConfig, task_config  # noqa: E402
@@ -81,21 +81,31 @@ def test_the_embedded_model_is_replayed(model: Model, weights: Weights, flash: b
         variables.factors.copy_(torch.tensor(factors).double().log()[:, None].expand_as(variables.factors))
     wanted = logits(model, factors)
     got = Replay(graph, weights, remat=remat)(variables).detach().numpy()
-    assert np.abs(got - wanted).max() < 5e-3 * wanted.std()
+    # its weights are float16, to which llama.cpp rounds what it multiplies with them
+    assert np.abs(got - wanted).max() < 0.02 * wanted.std()
+    assert np.abs(got - logits(model, [1.0] * 4)).max() > 0.2 * wanted.std()
 
 
-def test_derivatives_by_layers_are_those_of_llama_cpp(model: Model, weights: Weights) -> None:
+def test_a_layers_factor_does_what_it_does_in_llama_cpp(model: Model, weights: Weights) -> None:
+    """The likelihood of a text rises and falls alike when each layer's factor is raised and lowered."""
     graph = graph_of(model)
-    variables = Variables.zeros(graph, dtype=torch.float64)
-    loss(Replay(graph, weights, coherence=EXACT)(variables)).backward()
-    step = 0.004
+    replay = Replay(graph, weights)
+
+    def ours(factors: NDArray[np.float64]) -> float:
+        variables = Variables.zeros(graph, dtype=torch.float64)
+        with torch.no_grad():
+            variables.factors.copy_(torch.from_numpy(np.log(factors))[:, None].expand_as(variables.factors))
+            return float(loss(replay(variables)))
+
+    def theirs(factors: NDArray[np.float64]) -> float:
+        return float(loss(torch.from_numpy(logits(model, factors.tolist())).double()))
+
+    changes = []
     for layer in range(model.n_layer):
-        sides = []
-        for sign in (1, -1):
-            factors = [1.0] * model.n_layer
-            factors[layer] = float(np.exp(sign * step))
-            sides.append(float(loss(torch.from_numpy(logits(model, factors)).double())))
-        assert float(variables.factors.grad[layer].sum()) == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=0.02)
+        sides = [np.where(np.arange(model.n_layer) == layer, factor, 1.0) for factor in (1.1, 0.9)]
+        changes.append([side(sides[0]) - side(sides[1]) for side in (ours, theirs)])
+    assert np.abs(changes).max() > 0.1
+    assert [a for a, _ in changes] == pytest.approx([b for _, b in changes], abs=0.005)
 
 
 @pytest.mark.parametrize("flash", [True, False])
@@ -117,7 +127,7 @@ def test_derivatives_by_heads_are_finite_differences(model: Model, weights: Weig
             for sign in (1, -1):
                 moved = {n: getattr(start, n) + (sign * step * direction if n == name else 0.0) for n in vars(start)}
                 sides.append(float(loss(replay(Variables(**moved)))))
-        assert float((tensor.grad * direction).sum()) == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=1e-5)
+        assert float((tensor.grad * direction).sum()) == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", decoders())
@@ -131,12 +141,40 @@ def test_every_architecture_is_replayed_or_says_what_is_missing(name: str, tmp_p
         assert missing in result.error
 
 
+# fused and partial tensors, writes into part of a memory, experts, sinks, windows, YaRN, M-RoPE, shared caches
+FINITE = ("phi3", "chameleon", "gpt-oss", "deepseek2", "gemma3-yarn", "qwen3vl", "gemma4", "plm")
+
+
+@pytest.mark.parametrize("name", FINITE)
+def test_derivatives_of_architectures_are_finite_differences(name: str, tmp_path: Path) -> None:
+    with made(FIXTURES[name], tmp_path) as fixture:
+        graph = capture(fixture.handle, flash=name != "plm")
+        replay = Replay(graph, FixtureWeights(fixture), coherence=EXACT)
+        direction = torch.from_numpy(np.random.default_rng(2).normal(size=(graph.n_layer, 1)))
+        variables = Variables.zeros(graph, dtype=torch.float64)
+        weight = torch.from_numpy(np.random.default_rng(3).normal(size=graph.output.shape[2:]))
+
+        def weighted(at: Variables) -> Any:
+            values = replay(at)
+            return (weight * values)[values.abs() < 1e30].sum()
+
+        weighted(variables).backward()
+        step = 1e-5
+        with torch.no_grad():
+            sides = [
+                float(weighted(Variables(variables.factors + s * direction, variables.scales))) for s in (step, -step)
+            ]
+        assert float((variables.factors.grad * direction).sum()) == pytest.approx(
+            (sides[0] - sides[1]) / (2 * step), rel=1e-3
+        )
+
+
 def test_an_unknown_operation_is_named(tmp_path: Path) -> None:
     with LeanModel(FIXTURES["qwen35"], tmp_path) as fixture:
-        from support.replayed import FixtureWeights
-
         graph = capture(fixture.handle)
-        with pytest.raises(UnsupportedGraphError, match="operation GATED_DELTA_NET, of which no derivative is known here"):
+        with pytest.raises(
+            UnsupportedGraphError, match="operation GATED_DELTA_NET, of which no derivative is known here"
+        ):
             Replay(graph, FixtureWeights(fixture))
 
 

@@ -53,10 +53,10 @@ def _mul_mat_id(node: Node, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
 def _get_rows(node: Node, a: Tensor, ids: Tensor) -> Tensor:
     _, i2, i1, i0 = ids.shape
     if a.shape[0] == a.shape[1] == 1:
-        return a[0, 0][ids.reshape(-1)].reshape(i2, i1, i0, -1)
+        return a[0, 0][ids.reshape(-1)].reshape(i2, i1, i0, a.shape[3])
     table = a.reshape(i2 * i1, a.shape[2], a.shape[3])
     index = ids.reshape(i2 * i1, i0, 1).expand(-1, -1, a.shape[3])
-    return table.gather(1, index).reshape(i2, i1, i0, -1)
+    return table.gather(1, index).reshape(i2, i1, i0, a.shape[3])
 
 
 def _rms_norm(node: Node, x: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _repeat(node: Node, a: Tensor, *_: Tensor) -> Tensor:
 
 
 def _argsort(node: Node, x: Tensor) -> Tensor:
-    return torch.argsort(x.detach(), -1, descending=bool(node.ints(1)[0]), stable=True)
+    return torch.argsort(x.detach(), dim=-1, descending=bool(node.ints(1)[0]), stable=True)
 
 
 def _top_k(node: Node, x: Tensor) -> Tensor:

@@ -267,8 +267,7 @@ class Replay:
         else:
             strides, offset = _elements(node, owner)
             flat = self._value(memory, owner).reshape(-1)
-            value = torch.as_strided_scatter(flat, value.reshape(node.shape), node.shape, strides, offset)
-            memory.values[owner] = value.reshape(owner.shape)
+            memory.values[owner] = _overwritten(flat, value, node.shape, strides, offset).reshape(owner.shape)
 
     # Operations that need more than their sources
 
@@ -344,9 +343,9 @@ class Replay:
         target, part = _two(node)
         *rows, offset, _ = node.ints(5)
         size = _SIZE[target.type]
-        strides = [n // size for n in reversed(rows)] + [1]
+        strides = *(n // size for n in reversed(rows)), 1
         flat = self._value(memory, target).reshape(-1)
-        return torch.as_strided_scatter(flat, self._value(memory, part), part.shape, strides, offset // size)
+        return _overwritten(flat, self._value(memory, part), part.shape, strides, offset // size)
 
     def _known_rope(self, node: Node, layer: int) -> _Rope:
         freq_factors = node.sources[2]
@@ -390,6 +389,12 @@ class Replay:
 def _through(x: Tensor, rounded: Tensor) -> Tensor:
     """Return ``rounded``, differentiated as if it were ``x``."""
     return x + (rounded - x).detach()
+
+
+def _overwritten(flat: Tensor, part: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
+    """Return a memory with part of it replaced (``torch.as_strided_scatter`` 2.13 has derivatives of 0)."""
+    places = torch.arange(len(flat), device=flat.device).as_strided(shape, strides, offset)
+    return flat.index_copy(0, places.reshape(-1), part.reshape(-1))
 
 
 def _two(node: Node) -> tuple[Node, Node]:
