@@ -148,7 +148,7 @@ class Objective:
         if differentiate:
             value.backward()
         factors, scales = (_derivative(tensor, differentiate) for tensor in (variables.factors, variables.scales))
-        return Gradient(float(value), factors, scales, probes)
+        return Gradient(float(value.detach()), factors, scales, probes)
 
     def _replay(self, graph: Graph) -> Replay:
         how = {"remat": self._remat, "imitate": self._imitate}
