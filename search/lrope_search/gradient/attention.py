@@ -176,14 +176,24 @@ def _turn_nearby(turned: Tensor, ds: Tensor, q: Tensor, k: Tensor, block: Block,
     seen = (block.mask > -math.inf).any(0)
     for band in nearby.bands:
         close = seen & (of_keys >= of_queries.min() - band.distance) & (of_keys <= of_queries.max() + band.distance)
-        columns = torch.nonzero(close).squeeze(1)
+        columns = _run(torch.nonzero(close).squeeze(1))
         distance = (of_queries[:, None] - of_keys[columns]).to(q.dtype)
         distance = distance.masked_fill_(distance.abs() > band.distance, 0.0)
         first, second = nearby.pairs.first[band.members], nearby.pairs.second[band.members]
-        near = k[:, places[columns]]
+        near = k[:, _run(places[columns])]
         weight = ds[..., columns] * distance
-        turn = q[..., first] * _product(weight, near[..., second]) - q[..., second] * _product(weight, near[..., first])
+        both = _product(weight, near[..., torch.cat((second, first))])
+        n = len(first)
+        turn = q[..., first] * both[..., :n] - q[..., second] * both[..., n:]
         turned[:, band.members] += turn.sum((1, 2), dtype=torch.float64)
+
+
+def _run(indices: Tensor) -> Any:
+    """Rising indices as a slice, which is read in place, if there is none missing between them."""
+    if not len(indices):
+        return indices
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if last - first == len(indices) - 1 else indices
 
 
 def attention(
