@@ -191,7 +191,7 @@ def test_answers_agree_with_the_evaluator(asked: tuple[TeacherForcedEvaluator, M
     reference = evaluator.evaluate((1.0,) * model.n_layer, "search", 0)
     encoding = evaluator.encoding("search", 0)
     weights = Weights(EMBEDDED)
-    with Objective(model, weights, n_tokens=encoding.n_tokens) as objective:
+    with Objective(model, weights) as objective:
         zeros = np.zeros((model.n_layer, 1))
         got = objective.answers(encoding, zeros)
         check_agrees(got.probes, reference)
@@ -206,15 +206,26 @@ def test_answers_agree_with_the_evaluator(asked: tuple[TeacherForcedEvaluator, M
         assert far.value > 0.01
         further = objective.divergence(encoding.prefix, zeros + 0.301)
         assert further.value > far.value
-    with pytest.raises(LropeError, match="more than the"), Objective(model, weights, n_tokens=64) as small:
-        small.answers(encoding, zeros)
+
+
+def test_what_does_not_fit_is_said_before_it_is_loaded(
+    asked: tuple[TeacherForcedEvaluator, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator, model = asked
+    weights, where = Weights(EMBEDDED), "lrope_search.gradient.objective.free_memory"
+    monkeypatch.setattr(where, lambda: weights.n_bytes - 1)
+    with pytest.raises(LropeError, match=r"lrope-kv\.gguf: gradients need 0\.0 GB more, 0\.0 GB are free"):
+        Objective(model, weights)
+    monkeypatch.setattr(where, lambda: weights.n_bytes)
+    encoding = evaluator.encoding("search", 0)
+    with Objective(model, weights) as objective, pytest.raises(LropeError, match="ask for shorter contexts"):
+        objective.answers(encoding, np.zeros((model.n_layer, 1)))
 
 
 def test_ascent_gains(asked: tuple[TeacherForcedEvaluator, Model]) -> None:
     evaluator, model = asked
     weights = Weights(EMBEDDED)
-    first = evaluator.encoding("search", 0)
-    with Objective(model, weights, n_tokens=2 * first.n_tokens) as objective:
+    with Objective(model, weights) as objective:
         ascent = Ascent(np.zeros((model.n_layer, 1)), AscentConfig(steps=8))
         while not ascent.done:
             gradient = objective.answers(evaluator.encoding("search", ascent.step), ascent.at)

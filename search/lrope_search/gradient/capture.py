@@ -115,6 +115,7 @@ class Capture:
     Args:
         model: A ``llama_model *`` whose weights stand in the CPU's memory.
         n_tokens: The most tokens of a batch.
+        n_outputs: The most of them whose logits are wanted; None: all.
         n_seq: The most sequences.
         options: `ModelConfig.llama_options`; cache types are left out, since the replay has one of its own.
         flash: Let attention be one operation, which the replay computes in blocks. What llama.cpp cannot fuse is still
@@ -129,6 +130,7 @@ class Capture:
         model: Any,
         *,
         n_tokens: int,
+        n_outputs: int | None = None,
         n_seq: int = 1,
         options: Mapping[str, Any] | None = None,
         flash: bool = True,
@@ -153,7 +155,7 @@ class Capture:
         parameters = llama.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = n_tokens
         parameters.n_seq_max = n_seq
-        parameters.n_outputs_max = n_tokens
+        self.n_outputs = parameters.n_outputs_max = max(n_outputs or n_tokens, n_seq)  # llama.cpp aborts below that
         parameters.n_threads = parameters.n_threads_batch = 1
         parameters.kv_unified = parameters.swa_full = True
         parameters.offload_kqv = parameters.op_offload = False
@@ -193,8 +195,10 @@ class Capture:
         Raises:
             LropeError: more tokens than fit, or llama.cpp shows no graph.
         """
-        if len(part[0]) > self.n_tokens:
-            raise LropeError(f"{self._name}: {len(part[0])} tokens, more than the {self.n_tokens} made room for")
+        n, n_wanted = len(part[0]), int(np.count_nonzero(part[3]))
+        if n > self.n_tokens or n_wanted > self.n_outputs:
+            room = f"{self.n_tokens} and {self.n_outputs} that room was made for"
+            raise LropeError(f"{self._name}: {n} tokens with {n_wanted} rows of logits, more than the {room}")
         nodes = self._record(part, [1.0] * self.n_layer)
         kind = tuple(node.op for node in nodes)
         if kind not in self._layers:

@@ -49,7 +49,6 @@ class Objective:
     Args:
         model: In llama.cpp, with its weights in the CPU's memory (``n_gpu_layers=0``); must outlive this.
         weights: The same model's, in torch.
-        n_tokens: The most tokens of a context.
         coherence: Which derivative.
         remat: See `Replay`.
         imitate: See `Replay`.
@@ -63,22 +62,14 @@ class Objective:
         model: Model,
         weights: Weights,
         *,
-        n_tokens: int,
         coherence: Coherence | None = None,
         remat: bool = True,
         imitate: bool = False,
     ) -> None:
-        free = free_memory() if weights.device.type == "cpu" else None
-        if free is not None and weights.n_bytes > free:
-            raise LropeError(
-                f"{model.path}: gradients need {weights.n_bytes / 1e9:.1f} GB for its weights, of which "
-                f"{free / 1e9:.1f} GB are free"
-            )
-        self._weights = weights
+        self._model, self._weights = model, weights
         self._coherence, self._remat, self._imitate = coherence, remat, imitate
-        self._capture = Capture(
-            model.handle, n_tokens=n_tokens, n_seq=MAX_SEQUENCES, options=model.options, name=str(model.path)
-        )
+        self._capture: Capture | None = None
+        self._room_for(0)
         self._base: dict[bytes, Tensor] = {}
 
     def __enter__(self) -> Objective:
@@ -89,11 +80,12 @@ class Objective:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Free the context."""
-        self._capture.close()
+        if self._capture is not None:
+            self._capture.close()
 
     def heads(self, encoding: Encoding) -> Heads:
         """Return which variables there are."""
-        return Heads.of(self._capture(_part(encoding)))
+        return Heads.of(self._graph(_part(encoding)))
 
     def answers(
         self, encoding: Encoding, factors: Values, scales: Values | None = None, *, differentiate: bool = True
@@ -106,7 +98,7 @@ class Objective:
             scales: Natural logarithms, shape (layers, heads); None: 0.
             differentiate: Else the derivatives are NaN.
         """
-        graph = self._capture(_part(encoding))
+        graph = self._graph(_part(encoding))
         variables = self._variables(graph, factors, scales)
         owner = torch.from_numpy(encoding.owner).to(self._weights.device)
         gold = torch.from_numpy(encoding.gold).long().to(self._weights.device)
@@ -123,7 +115,7 @@ class Objective:
         """Return the KL divergence from the model as it is, a token, on ``text``, and its derivatives."""
         n = len(text)
         part = np.asarray(text), np.arange(n), np.zeros(n, np.int64), np.ones(n, np.bool_), np.ones(n, np.int64)
-        graph = self._capture(part)
+        graph = self._graph(part)
         replay = self._replay(graph)
         key = np.asarray(text, np.int32).tobytes()
         if key not in self._base:
@@ -150,9 +142,39 @@ class Objective:
         factors, scales = (_derivative(tensor, differentiate) for tensor in (variables.factors, variables.scales))
         return Gradient(float(value.detach()), factors, scales, probes)
 
+    def _graph(self, part: Part) -> Graph:
+        """Capture a batch, in a context that has room for it."""
+        sizes = len(part[0]), int(np.count_nonzero(part[3]))
+        capture = self._capture
+        if capture is None or sizes[0] > capture.n_tokens or sizes[1] > capture.n_outputs:
+            if capture is not None:
+                capture.close()
+                sizes = max(sizes[0], capture.n_tokens), max(sizes[1], capture.n_outputs)
+            n_tokens, n_outputs = (size * 11 // 10 for size in sizes)  # others will be a little longer
+            self._capture = capture = Capture(
+                self._model.handle,
+                n_tokens=n_tokens,
+                n_outputs=n_outputs,
+                n_seq=MAX_SEQUENCES,
+                options=self._model.options,
+                name=str(self._model.path),
+            )
+        return capture(part)
+
     def _replay(self, graph: Graph) -> Replay:
-        how = {"remat": self._remat, "imitate": self._imitate}
-        return Replay(graph, self._weights, coherence=self._coherence, **how)
+        replay = Replay(graph, self._weights, coherence=self._coherence, remat=self._remat, imitate=self._imitate)
+        self._room_for(replay.n_bytes)
+        return replay
+
+    def _room_for(self, activations: int) -> None:
+        """Refuse what would not fit into this machine's memory; of a device, torch says so itself."""
+        free = free_memory() if self._weights.device.type == "cpu" else None
+        needed = self._weights.n_bytes_missing + activations
+        if free is not None and needed > free:
+            raise LropeError(
+                f"{self._model.path}: gradients need {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free; "
+                "ask for shorter contexts, or go without gradients"
+            )
 
 
 def _derivative(tensor: Tensor, differentiated: bool) -> Values:

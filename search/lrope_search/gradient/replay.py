@@ -6,15 +6,16 @@ writes of rows into a cache read and replace it. Values are never changed in pla
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Mask, Nearby, Scores, attention
+from .attention import BLOCK_NUMBERS, Mask, Nearby, Scores, attention
 from .capture import BF16, F16, F32, I32, I64, VIEWS, Graph, Node, UnsupportedGraphError
 from .operations import OPERATIONS
 from .rotation import Band, Coherence, Pairs, pairs_of, rotate, text_positions
@@ -146,6 +147,9 @@ class Replay:
             type.
         remat: Compute each layer again on the way back instead of keeping what it computed.
 
+    Attributes:
+        n_bytes: What the way back needs of activations, about; weights and the graph's inputs come on top.
+
     Raises:
         UnsupportedGraphError: names the first operation or input that is missing.
     """
@@ -177,6 +181,7 @@ class Replay:
         self._longest = max((int(p.max()) + 1 for p in positions), default=1)
         self._ropes = {graph.nodes[i]: self._known_rope(graph.nodes[i], layer) for i, layer in graph.layers.items()}
         self._segments = _segments(graph) if remat else ()
+        self.n_bytes = self._dtype.itemsize * _kept_numbers(graph, self._segments)
 
     def __call__(self, variables: Variables) -> Tensor:
         """Return the logits, shape (rows, n_vocab), ready to be differentiated."""
@@ -466,3 +471,16 @@ def _segments(graph: Graph) -> tuple[_Segment, ...]:
         segments.append(_Segment(part, reads, tuple(owner for owner in written[i] if owner in after)))
         before |= set(written[i])
     return tuple(segments)
+
+
+def _kept_numbers(graph: Graph, segments: tuple[_Segment, ...]) -> int:
+    """Numbers held at once: all that is computed, or what one segment computes and what passes between them."""
+
+    def computed(nodes: Iterable[Node]) -> int:
+        return sum(math.prod(node.shape) for node in nodes if node.op not in VIEWS)
+
+    blocks = 4 * BLOCK_NUMBERS
+    if not segments:
+        return computed(graph.nodes) + blocks
+    passed = sum(math.prod(owner.shape) for segment in segments for owner in segment.writes)
+    return max(computed(segment.nodes) for segment in segments) + passed + blocks

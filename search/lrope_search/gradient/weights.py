@@ -61,7 +61,15 @@ class Weights:
     @property
     def n_bytes(self) -> int:
         """Memory that all of them take, from the header alone."""
-        return sum(int(t.n_elements) for t in self._tensors.values()) * int(self.dtype.itemsize)
+        return sum(map(self._size, self._tensors))
+
+    @property
+    def n_bytes_missing(self) -> int:
+        """What of it is not taken yet."""
+        return sum(self._size(name) for name in self._tensors if name not in self._values)
+
+    def _size(self, name: str) -> int:
+        return int(self._tensors[name].n_elements) * int(self.dtype.itemsize)
 
     def activation_block(self, name: str) -> int | None:
         """Return how many activations share a scale when llama.cpp multiplies them by this tensor in 8 bits.
