@@ -261,9 +261,9 @@ class Replay:
 
     def _store(self, memory: _Memory, node: Node, value: Tensor) -> None:
         if node.type in _INTEGERS:
-            value = value.long()
+            value = value.to(self._device, torch.int64)
         else:
-            value = value.to(self._dtype)
+            value = value.to(self._device, self._dtype)
             if self._imitate and node.type in _ROUNDED:
                 value = _through(value, value.to(_ROUNDED[node.type]).to(self._dtype))
         owner = node.root
