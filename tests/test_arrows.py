@@ -12,7 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ROOT / "search" / "lrope_search"
-HEAVY = {"llama_cpp": {"evaluation.binding"}, "click": {"commands"}, "ray": {"workers.ray_cluster"}}
+HEAVY = {
+    "llama_cpp": {"evaluation.binding"},
+    "click": {"commands"},
+    "ray": {"workers.ray_cluster"},
+    "torch": {"gradient"},
+    "gguf": {"gradient"},
+}
 """Who alone may import what."""
 
 

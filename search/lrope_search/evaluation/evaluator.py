@@ -144,6 +144,10 @@ class TeacherForcedEvaluator:
         self._model.set_threads(n_threads)
         self._workers = RowWorkers(n_threads)
 
+    def encoding(self, split: str, index: int) -> Encoding:
+        """Return a context in tokens."""
+        return self._encode(split, index)
+
     def n_tokens(self, split: str, index: int) -> int:
         """Return how many tokens scoring this context computes."""
         return self._encode(split, index).n_tokens

@@ -156,6 +156,16 @@ class Model:
         self._llama.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
         return buffer.value.decode()
 
+    @property
+    def handle(self) -> Any:
+        """The ``llama_model *``, for another kind of context on it, which must be freed first."""
+        return self._model
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What its contexts are told beside llama.cpp's defaults."""
+        return self._llama_options
+
     # Text
 
     @property

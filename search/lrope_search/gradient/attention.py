@@ -1,0 +1,222 @@
+"""Attention in blocks of queries, of which no more than one is ever held, with the derivative of nearby pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from .rotation import Band, Pairs
+
+Tensor = Any
+
+BLOCK_NUMBERS = 8_000_000
+"""The most scores that are held at once, of all heads: 32 MB in float32."""
+
+
+class Block(NamedTuple):
+    """Queries that are computed together, and the keys that any of them sees."""
+
+    queries: slice
+    keys: Any
+    """A slice or indices."""
+    mask: Tensor
+    """What is added to the scores, shape (queries, keys)."""
+
+
+class Mask:
+    """A mask of shape (queries, keys), -inf where a query does not see a key, cut into blocks."""
+
+    def __init__(self, values: Tensor, n_queries: int, n_heads: int) -> None:
+        self._values = values[:n_queries]
+        n_keys = values.shape[1]
+        size = max(1, min(256, BLOCK_NUMBERS // max(1, n_heads * n_keys)))
+        self._places: list[tuple[slice, Any]] = []
+        for start in range(0, n_queries, size):
+            queries = slice(start, min(start + size, n_queries))
+            seen = torch.nonzero((self._values[queries] > -math.inf).any(0)).squeeze(1)
+            n = int(seen[-1]) + 1 if len(seen) else 1
+            self._places.append((queries, slice(0, n) if len(seen) > 0.9 * n or not len(seen) else seen))
+
+    def blocks(self, dtype: Any) -> Iterator[Block]:
+        """Yield the blocks in their order."""
+        for queries, keys in self._places:
+            yield Block(queries, keys, self._values[queries][:, keys].to(dtype))
+
+
+@dataclass(frozen=True)
+class Nearby:
+    """How rotated queries and keys turn, for the derivative of pairs that count only nearby."""
+
+    layer: int
+    pairs: Pairs
+    bands: tuple[Band, ...]
+    of_queries: Tensor
+    """Positions, shape (queries,)."""
+    of_keys: Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores come from products: of FLASH_ATTN_EXT and SOFT_MAX."""
+
+    scale: float
+    cap: float = 0.0
+    """Scores go through ``cap * tanh(score / cap)`` unless 0."""
+    max_bias: float = 0.0
+    """Of ALiBi: the mask is multiplied by a slope for each head."""
+
+    def slopes(self, n_heads: int) -> list[float]:
+        """Return what each head's mask is multiplied with."""
+        if not self.max_bias:
+            return [1.0] * n_heads
+        n = 1 << int(math.log2(n_heads))
+        m0, m1 = (2.0 ** (-bias / n) for bias in (self.max_bias, self.max_bias / 2.0))
+        return [m0 ** (h + 1) if h < n else m1 ** (2 * (h - n) + 1) for h in range(n_heads)]
+
+
+class _Attention(torch.autograd.Function):  # type: ignore[misc]
+    """Softmax attention of one stream.
+
+    q (heads, n, d), k (KV heads, m, d), v (KV heads, m, e), sinks (heads,) or None, log_factor (KV heads,) or None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        log_factor: Tensor | None,
+        mask: Mask,
+        how: Scores,
+        nearby: Nearby | None,
+    ) -> Tensor:
+        n_kv, n_heads = len(k), len(q)
+        q = q.reshape(n_kv, n_heads // n_kv, *q.shape[1:])
+        out = q.new_empty(*q.shape[:3], v.shape[2])
+        norm = q.new_empty(q.shape[:3])
+        for block in mask.blocks(q.dtype):
+            s, _ = _scores(q, k, block, how)
+            top = torch.logsumexp(s, -1)
+            if sinks is not None:
+                top = torch.logaddexp(top, sinks.reshape(n_kv, -1, 1))
+            top = top.clamp_min(torch.finfo(top.dtype).min)  # a query that sees nothing
+            p = torch.exp(s - top[..., None])
+            out[:, :, block.queries] = _product(p, v[:, block.keys])
+            norm[:, :, block.queries] = top
+        ctx.save_for_backward(q, k, v, out, norm, log_factor)
+        ctx.mask, ctx.how, ctx.nearby = mask, how, nearby
+        return out.reshape(n_heads, *out.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, norm, log_factor = ctx.saved_tensors
+        how: Scores = ctx.how
+        do = grads[0].reshape(out.shape)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        turned = None
+        if ctx.nearby is not None and ctx.needs_input_grad[4]:
+            turned = torch.zeros(len(k), len(ctx.nearby.pairs.speed), dtype=torch.float64, device=q.device)
+        inner = (do * out).sum(-1)
+        for block in ctx.mask.blocks(q.dtype):
+            rows, keys = block.queries, block.keys
+            s, capped = _scores(q, k, block, how)
+            p = torch.exp(s - norm[:, :, rows, None])
+            d = do[:, :, rows]
+            ds = _product(d, v[:, keys].transpose(1, 2)).sub_(inner[:, :, rows, None]).mul_(p)
+            if capped is not None:
+                ds.mul_(1.0 - (capped / how.cap).square_())
+            ds.mul_(how.scale)
+            dq[:, :, rows] = _product(ds, k[:, keys])
+            flat, flat_p = ds.flatten(1, 2).transpose(1, 2), p.flatten(1, 2).transpose(1, 2)
+            _add(dk, keys, flat @ q[:, :, rows].flatten(1, 2))
+            _add(dv, keys, flat_p @ d.flatten(1, 2))
+            if turned is not None:
+                _turn_nearby(turned, ds, q[:, :, rows], k, block, ctx.nearby)
+        dlog = None
+        if turned is not None:
+            dlog = -(turned * ctx.nearby.pairs.speed).sum(1) * torch.exp(-log_factor.double())
+        return dq.flatten(0, 1), dk, dv, None, dlog, None, None, None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply (KV heads, heads of each, n, m) by (KV heads, m, d)."""
+    return (a.flatten(1, 2) @ b).reshape(*a.shape[:3], b.shape[2])
+
+
+def _add(total: Tensor, keys: Any, part: Tensor) -> None:
+    if isinstance(keys, slice):
+        total[:, keys] += part
+    else:
+        total.index_add_(1, keys, part)
+
+
+def _scores(q: Tensor, k: Tensor, block: Block, how: Scores) -> tuple[Tensor, Tensor | None]:
+    """Return the scores of a block, and what they were before the mask if they are capped."""
+    s = _product(q[:, :, block.queries], k[:, block.keys].transpose(1, 2)).mul_(how.scale)
+    capped = None
+    if how.cap:
+        s = capped = torch.tanh(s / how.cap) * how.cap
+    if how.max_bias:
+        slopes = torch.tensor(how.slopes(s.shape[0] * s.shape[1]), dtype=s.dtype, device=s.device)
+        bias = block.mask * slopes.reshape(*s.shape[:2], 1, 1)
+        return s + torch.where(block.mask == -math.inf, block.mask, bias), capped
+    return s + block.mask, capped
+
+
+def _turn_nearby(turned: Tensor, ds: Tensor, q: Tensor, k: Tensor, block: Block, nearby: Nearby) -> None:
+    """Add to (KV heads, pairs) how the scores change with the angle between query and key, times their distance."""
+    of_queries, of_keys = nearby.of_queries[block.queries], nearby.of_keys[block.keys]
+    places = torch.arange(len(nearby.of_keys), device=k.device)[block.keys]
+    seen = (block.mask > -math.inf).any(0)
+    for band in nearby.bands:
+        close = seen & (of_keys >= of_queries.min() - band.distance) & (of_keys <= of_queries.max() + band.distance)
+        columns = _run(torch.nonzero(close).squeeze(1))
+        distance = (of_queries[:, None] - of_keys[columns]).to(q.dtype)
+        distance = distance.masked_fill_(distance.abs() > band.distance, 0.0)
+        first, second = nearby.pairs.first[band.members], nearby.pairs.second[band.members]
+        near = k[:, _run(places[columns])]
+        weight = ds[..., columns] * distance
+        both = _product(weight, near[..., torch.cat((second, first))])
+        n = len(first)
+        turn = q[..., first] * both[..., :n] - q[..., second] * both[..., n:]
+        turned[:, band.members] += turn.sum((1, 2), dtype=torch.float64)
+
+
+def _run(indices: Tensor) -> Any:
+    """Rising indices as a slice, which is read in place, if there is none missing between them."""
+    if not len(indices):
+        return indices
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if last - first == len(indices) - 1 else indices
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    how: Scores,
+    *,
+    sinks: Tensor | None = None,
+    log_factor: Tensor | None = None,
+    nearby: Nearby | None = None,
+) -> Tensor:
+    """Return the attention's output, shape (heads, queries, e).
+
+    Args:
+        q: Shape (heads, queries, d), rotated.
+        k: Shape (KV heads, keys, d), rotated.
+        v: Shape (KV heads, keys, e).
+        mask: Who sees whom.
+        how: Scale, cap, bias.
+        sinks: A score for each head that takes probability and gives nothing.
+        log_factor: Of the KV heads; its derivative is that of ``nearby`` alone.
+        nearby: The pairs that count only nearby; None: none.
+    """
+    return _Attention.apply(q, k, v, sinks, log_factor, mask, how, nearby)

@@ -1,0 +1,218 @@
+"""Log-probabilities of answers and divergence on ordinary text with their derivatives, and the replay's check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lrope_gguf.errors import LropeError
+
+from ..evaluation.batch import MAX_SEQUENCES, Part, Tokens
+from ..evaluation.encoding import Encoding
+from ..evaluation.model import Model
+from ..machine import free_memory
+from ..scores import ContextScore, ProbeScore
+from .capture import Capture, Graph
+from .replay import Heads, Replay, Variables, answers
+from .rotation import Coherence
+from .weights import Weights
+
+Values = NDArray[np.float64]
+Tensor = Any
+
+
+class ReplayDisagreesError(LropeError):
+    """The replay computes something else than llama.cpp: its derivatives are not to be trusted."""
+
+
+class Gradient(NamedTuple):
+    """A number and its derivatives by natural logarithms, at some factors and scales."""
+
+    value: float
+    """Nats."""
+    factors: Values
+    """By position factors, shape (layers, KV heads)."""
+    scales: Values
+    """By scales of queries, shape (layers, heads)."""
+    probes: tuple[ProbeScore, ...] = ()
+    """What the value is the mean of, if questions; depths are left at 0."""
+
+
+class Objective:
+    """A model that is differentiated.
+
+    Args:
+        model: In llama.cpp, with its weights in the CPU's memory (``n_gpu_layers=0``); must outlive this.
+        weights: The same model's, in torch.
+        coherence: Which derivative.
+        remat: See `Replay`.
+        imitate: See `Replay`.
+
+    Raises:
+        LropeError: llama.cpp makes no such context, or the weights would not fit into free memory.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        weights: Weights,
+        *,
+        coherence: Coherence | None = None,
+        remat: bool = True,
+        imitate: bool = False,
+    ) -> None:
+        self._model, self._weights = model, weights
+        self._coherence, self._remat, self._imitate = coherence, remat, imitate
+        self._capture: Capture | None = None
+        self._room_for(0)
+        self._base: dict[bytes, Tensor] = {}
+
+    def __enter__(self) -> Objective:
+        """Return it; leaving the block frees its context."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Free the context."""
+        if self._capture is not None:
+            self._capture.close()
+
+    def heads(self, encoding: Encoding) -> Heads:
+        """Return which variables there are."""
+        return Heads.of(self._graph(_part(encoding)))
+
+    def answers(
+        self, encoding: Encoding, factors: Values, scales: Values | None = None, *, differentiate: bool = True
+    ) -> Gradient:
+        """Return the mean over questions of their answers' mean log-probability.
+
+        Args:
+            encoding: A context with its questions.
+            factors: Natural logarithms, shape (layers, KV heads), or (layers, 1) for all heads of a layer.
+            scales: Natural logarithms, shape (layers, heads); None: 0.
+            differentiate: Else the derivatives are NaN.
+        """
+        graph = self._graph(_part(encoding))
+        variables = self._variables(graph, factors, scales)
+        owner = torch.from_numpy(encoding.owner).to(self._weights.device)
+        gold = torch.from_numpy(encoding.gold).long().to(self._weights.device)
+        counts = torch.bincount(owner)
+        with torch.set_grad_enabled(differentiate):
+            scored = answers(self._replay(graph)(variables), gold)
+            means = torch.zeros_like(counts, dtype=scored.log_p.dtype).index_add(0, owner, scored.log_p) / counts
+            value = means.mean()
+        wrong = torch.bincount(owner, (~scored.hit).double())
+        probes = zip(means.tolist(), (wrong == 0).tolist(), strict=True)
+        return self._gradient(value, variables, differentiate, tuple(ProbeScore(0.0, *probe) for probe in probes))
+
+    def divergence(self, text: Tokens, factors: Values, scales: Values | None = None) -> Gradient:
+        """Return the KL divergence from the model as it is, a token, on ``text``, and its derivatives."""
+        n = len(text)
+        part = np.asarray(text), np.arange(n), np.zeros(n, np.int64), np.ones(n, np.bool_), np.ones(n, np.int64)
+        graph = self._graph(part)
+        replay = self._replay(graph)
+        key = np.asarray(text, np.int32).tobytes()
+        if key not in self._base:
+            with torch.no_grad():
+                self._base[key] = torch.log_softmax(replay(self._variables(graph, np.zeros_like(factors), None)), -1)
+        base = self._base[key]
+        variables = self._variables(graph, factors, scales)
+        log_p = torch.log_softmax(replay(variables), -1)
+        return self._gradient((base.exp() * (base - log_p)).sum(-1).mean(), variables, True, ())
+
+    def _variables(self, graph: Graph, factors: Values, scales: Values | None) -> Variables:
+        zeros = Variables.zeros(graph, dtype=self._weights.dtype, device=self._weights.device)
+        with torch.no_grad():
+            for tensor, values in ((zeros.factors, factors), (zeros.scales, scales)):
+                if values is not None:
+                    tensor.copy_(torch.from_numpy(np.broadcast_to(values, tensor.shape).copy()))
+        return zeros
+
+    def _gradient(
+        self, value: Tensor, variables: Variables, differentiate: bool, probes: tuple[ProbeScore, ...]
+    ) -> Gradient:
+        if differentiate:
+            value.backward()
+        factors, scales = (_derivative(tensor, differentiate) for tensor in (variables.factors, variables.scales))
+        return Gradient(float(value.detach()), factors, scales, probes)
+
+    def _graph(self, part: Part) -> Graph:
+        """Capture a batch, in a context that has room for it."""
+        sizes = len(part[0]), int(np.count_nonzero(part[3]))
+        capture = self._capture
+        if capture is None or sizes[0] > capture.n_tokens or sizes[1] > capture.n_outputs:
+            if capture is not None:
+                capture.close()
+                sizes = max(sizes[0], capture.n_tokens), max(sizes[1], capture.n_outputs)
+            n_tokens, n_outputs = (size * 11 // 10 for size in sizes)  # others will be a little longer
+            self._capture = capture = Capture(
+                self._model.handle,
+                n_tokens=n_tokens,
+                n_outputs=n_outputs,
+                n_seq=MAX_SEQUENCES,
+                options=self._model.options,
+                name=str(self._model.path),
+            )
+        return capture(part)
+
+    def _replay(self, graph: Graph) -> Replay:
+        replay = Replay(graph, self._weights, coherence=self._coherence, remat=self._remat, imitate=self._imitate)
+        self._room_for(replay.n_bytes)
+        return replay
+
+    def _room_for(self, activations: int) -> None:
+        """Refuse what would not fit into this machine's memory; of a device, torch says so itself."""
+        free = free_memory() if self._weights.device.type == "cpu" else None
+        needed = self._weights.n_bytes_missing + activations
+        if free is not None and needed > free:
+            raise LropeError(
+                f"{self._model.path}: gradients need {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free; "
+                "ask for shorter contexts, or go without gradients"
+            )
+
+
+def _derivative(tensor: Tensor, differentiated: bool) -> Values:
+    """What ``backward`` left: nothing where the graph does not depend on a variable."""
+    if tensor.grad is None:
+        return np.full(tensor.shape, 0.0 if differentiated else np.nan)
+    derivative: Values = tensor.grad.double().cpu().numpy()
+    return derivative
+
+
+def _part(encoding: Encoding) -> Part:
+    """A context with its questions, in one batch."""
+    tokens, positions, sequences, wanted, n_seq = (
+        np.concatenate(arrays) for arrays in zip(encoding.head(0), encoding.tail(0), strict=True)
+    )
+    return tokens, positions, sequences, wanted, n_seq
+
+
+MEAN_WITHIN, SPREAD_WITHIN = 0.05, 0.35
+"""How much of llama.cpp's mean (at least 1 nat) and of its spread over questions may be between it and the replay.
+
+llama.cpp rounds activations to 8 bits and sums attention in float16; measured: 0.02 and 0.1.
+"""
+
+
+def check_agrees(replayed: Sequence[ProbeScore], reference: ContextScore) -> None:
+    """Hold the replay of a context against llama.cpp's score of it, both with all factors 1.
+
+    Raises:
+        ReplayDisagreesError: they differ by more than llama.cpp's rounding.
+    """
+    ours, theirs = (np.array([probe.log_probability for probe in probes]) for probes in (replayed, reference.probes))
+    difference = ours - theirs
+    off, scatter = abs(float(difference.mean())), float(difference.std())
+    most = MEAN_WITHIN * max(1.0, abs(float(theirs.mean())))
+    spread = SPREAD_WITHIN * max(float(theirs.std()), 0.2)
+    if not (off <= most and scatter <= spread):
+        raise ReplayDisagreesError(
+            f"the replay of the model's graph is {off:.2f} nats off llama.cpp, scattered by {scatter:.2f} (at most "
+            f"{most:.2f} and {spread:.2f}); its gradients cannot be used"
+        )

@@ -1,0 +1,77 @@
+"""Gradient ascent on functions whose top is known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from lrope_gguf.errors import LropeError
+from lrope_search.gradient.ascent import Ascent, AscentConfig, Values
+
+TOP = np.array([[0.3, -0.2], [0.0, 0.5]])
+
+
+def slope(at: Values) -> Values:
+    """Of ``-sum((at - TOP) ** 2) / 2``."""
+    return TOP - at
+
+
+def test_it_climbs() -> None:
+    ascent = Ascent(np.zeros_like(TOP), AscentConfig(steps=60))
+    while not ascent.done:
+        ascent.tell(slope(ascent.at))
+    assert np.abs(ascent.at - TOP).max() < 0.03
+
+
+def test_the_first_step_has_the_size_that_was_asked_for() -> None:
+    ascent = Ascent(np.zeros(2), AscentConfig(first=0.07, epsilon=0.05))
+    ascent.tell(np.array([1.0, -0.05]))
+    assert ascent.at == pytest.approx([0.07 / 1.05, -0.07 * 0.05 / 0.1])
+
+
+def test_it_stays_within_bounds_and_says_where() -> None:
+    ascent = Ascent(np.zeros(2), AscentConfig(steps=40))
+    while not ascent.done:
+        ascent.tell(np.array([1.0, -1.0]))
+    assert ascent.at.tolist() == [0.9, -0.7]
+    assert ascent.at_bound.all()
+
+
+def test_it_goes_on_where_it_was_killed() -> None:
+    whole, first = (Ascent(np.zeros_like(TOP)) for _ in range(2))
+    for _ in range(7):
+        first.tell(slope(first.at), 0.2, np.ones_like(TOP))
+    kept = json.loads(json.dumps(first.state()))
+    second = Ascent(np.zeros_like(TOP))
+    second.restore(kept)
+    while not second.done:
+        second.tell(slope(second.at), 0.2, np.ones_like(TOP))
+    while not whole.done:
+        whole.tell(slope(whole.at), 0.2, np.ones_like(TOP))
+    assert second.at.tolist() == whole.at.tolist()
+    assert second.price == whole.price
+
+
+@pytest.mark.parametrize("broken", [{}, {"step": 1}, {"step": 1, "price": 0, "at": [0], "mean": [0], "square": [0]}])
+def test_a_damaged_state_is_refused(broken: dict[str, object]) -> None:
+    with pytest.raises(LropeError, match="kept state"):
+        Ascent(np.zeros(2)).restore(broken)
+
+
+def test_a_derivative_that_is_not_a_number_moves_nothing() -> None:
+    ascent = Ascent(np.zeros(2))
+    with pytest.raises(LropeError, match="step 1 of the gradient ascent: a derivative is not a number"):
+        ascent.tell(np.array([1.0, np.nan]))
+    assert ascent.step == 0
+    assert ascent.at.tolist() == [0.0, 0.0]
+
+
+def test_divergence_is_held_at_its_limit() -> None:
+    """The gain rises evenly, the divergence with the square: the limit is where the ascent must end."""
+    ascent = Ascent(np.zeros(1), AscentConfig(steps=200, first=0.03, max_divergence=0.1))
+    while not ascent.done:
+        at = ascent.at
+        ascent.tell(np.ones(1), float(at[0] ** 2), 2.0 * at)
+    assert float(ascent.at[0] ** 2) == pytest.approx(0.1, rel=0.25)

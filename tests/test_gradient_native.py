@@ -1,0 +1,239 @@
+"""The replay of llama.cpp's graph: what it computes, and its derivatives against llama.cpp's own differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+torch = pytest.importorskip("torch")
+
+from support.arch_models import FIXTURES, LeanModel  # noqa: E402
+from support.replayed import NO_REPLAY, FixtureWeights, capture, decoders, made, replayed  # noqa: E402
+
+from lrope_gguf.errors import LropeError  # noqa: E402
+from lrope_search import ModelConfig, task_config  # noqa: E402
+from lrope_search.evaluation.evaluator import TeacherForcedEvaluator  # noqa: E402
+from lrope_search.evaluation.make import evaluator_parts, open_model  # noqa: E402
+from lrope_search.evaluation.model import Model  # noqa: E402
+from lrope_search.gradient.ascent import Ascent, AscentConfig  # noqa: E402
+from lrope_search.gradient.capture import Graph, UnsupportedGraphError  # noqa: E402
+from lrope_search.gradient.objective import Objective, ReplayDisagreesError, check_agrees  # noqa: E402
+from lrope_search.gradient.replay import Replay, Variables, answers  # noqa: E402
+from lrope_search.gradient.rotation import Coherence  # noqa: E402
+from lrope_search.gradient.weights import Weights  # noqa: E402
+
+pytestmark = pytest.mark.native
+EMBEDDED = Path(__file__).parent.parent / "models" / "lrope-kv.gguf"
+EXACT = Coherence(None)
+N = 200
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    f32 = {"cache_type_k": "f32", "cache_type_v": "f32"}
+    with Model(EMBEDDED, n_gpu_layers=0, n_threads=1, chat=False, flash_attention=False, llama_options=f32) as model:
+        model.reserve(256)
+        yield model
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    return Weights(EMBEDDED, dtype=torch.float64)
+
+
+def tokens() -> NDArray[np.int32]:
+    return np.random.default_rng(5).integers(5, 600, N).astype(np.int32)
+
+
+def logits(model: Model, factors: list[float]) -> NDArray[np.float32]:
+    part = tokens(), np.arange(N), np.zeros(N, np.int64), np.ones(N, np.bool_)
+    model.clear()
+    model.set_factors(factors)
+    return np.concatenate([rows.logits.copy() for rows in model.decode(*part)])
+
+
+def loss(values: Any) -> Any:
+    """The mean log-probability of each next token."""
+    return answers(values[:-1], torch.from_numpy(tokens()[1:]).long()).log_p.mean()
+
+
+def graph_of(model: Model, *, flash: bool = True) -> Graph:
+    from lrope_search.gradient.capture import Capture
+
+    part = tokens(), np.arange(N), np.zeros(N, np.int64), np.ones(N, np.bool_), np.ones(N, np.int64)
+    with Capture(model.handle, n_tokens=256, flash=flash) as graphs:
+        return graphs(part)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("remat", [True, False])
+def test_the_embedded_model_is_replayed(model: Model, weights: Weights, flash: bool, remat: bool) -> None:
+    graph = graph_of(model, flash=flash)
+    assert ("FLASH_ATTN_EXT" in graph.operations()) == flash
+    variables = Variables.zeros(graph, dtype=torch.float64)
+    factors = [1.1, 0.9, 1.3, 1.0]
+    with torch.no_grad():
+        variables.factors.copy_(torch.tensor(factors).double().log()[:, None].expand_as(variables.factors))
+    wanted = logits(model, factors)
+    got = Replay(graph, weights, remat=remat)(variables).detach().numpy()
+    # its weights are float16, to which llama.cpp rounds what it multiplies with them
+    assert np.abs(got - wanted).max() < 0.02 * wanted.std()
+    assert np.abs(got - logits(model, [1.0] * 4)).max() > 0.2 * wanted.std()
+
+
+def test_a_layers_factor_does_what_it_does_in_llama_cpp(model: Model, weights: Weights) -> None:
+    """The likelihood of a text rises and falls alike when each layer's factor is raised and lowered."""
+    graph = graph_of(model)
+    replay = Replay(graph, weights)
+
+    def ours(factors: NDArray[np.float64]) -> float:
+        variables = Variables.zeros(graph, dtype=torch.float64)
+        with torch.no_grad():
+            variables.factors.copy_(torch.from_numpy(np.log(factors))[:, None].expand_as(variables.factors))
+            return float(loss(replay(variables)))
+
+    def theirs(factors: NDArray[np.float64]) -> float:
+        return float(loss(torch.from_numpy(logits(model, factors.tolist())).double()))
+
+    changes = []
+    for layer in range(model.n_layer):
+        sides = [np.where(np.arange(model.n_layer) == layer, factor, 1.0) for factor in (1.1, 0.9)]
+        changes.append([side(sides[0]) - side(sides[1]) for side in (ours, theirs)])
+    assert np.abs(changes).max() > 0.1
+    assert [a for a, _ in changes] == pytest.approx([b for _, b in changes], abs=0.005)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_derivatives_by_heads_are_finite_differences(model: Model, weights: Weights, flash: bool) -> None:
+    graph = graph_of(model, flash=flash)
+    replay = Replay(graph, weights, coherence=EXACT)
+    rng = np.random.default_rng(1)
+    start = Variables.zeros(graph, dtype=torch.float64)
+    with torch.no_grad():
+        for tensor in (start.factors, start.scales):
+            tensor.copy_(torch.from_numpy(rng.normal(0.0, 0.1, tensor.shape)))
+    loss(replay(start)).backward()
+    names = ("factors", "scales") if flash else ("factors",)
+    for name in names:
+        tensor = getattr(start, name)
+        direction = torch.from_numpy(rng.normal(size=tensor.shape))
+        step, sides = 1e-5, []
+        with torch.no_grad():
+            for sign in (1, -1):
+                moved = {n: getattr(start, n) + (sign * step * direction if n == name else 0.0) for n in vars(start)}
+                sides.append(float(loss(replay(Variables(**moved)))))
+        assert float((tensor.grad * direction).sum()) == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", decoders())
+def test_every_architecture_is_replayed_or_says_what_is_missing(name: str, tmp_path: Path) -> None:
+    result = replayed(FIXTURES[name], tmp_path)
+    missing = NO_REPLAY.get(name)
+    if missing is None:
+        assert result.verdict == "equal"
+        assert result.by_factors or len(FIXTURES[name].without) == FIXTURES[name].n_layer
+    else:
+        assert missing in result.error
+
+
+# fused and partial tensors, writes into part of a memory, experts, sinks, windows, YaRN, M-RoPE, shared caches
+FINITE = ("phi3", "chameleon", "gpt-oss", "deepseek2", "gemma3-yarn", "qwen3vl", "gemma4", "plm")
+
+
+@pytest.mark.parametrize("name", FINITE)
+def test_derivatives_of_architectures_are_finite_differences(name: str, tmp_path: Path) -> None:
+    with made(FIXTURES[name], tmp_path) as fixture:
+        graph = capture(fixture.handle, flash=name != "plm")
+        replay = Replay(graph, FixtureWeights(fixture), coherence=EXACT)
+        direction = torch.from_numpy(np.random.default_rng(2).normal(size=(graph.n_layer, 1)))
+        variables = Variables.zeros(graph, dtype=torch.float64)
+        weight = torch.from_numpy(np.random.default_rng(3).normal(size=graph.output.shape[2:]))
+
+        def weighted(at: Variables) -> Any:
+            values = replay(at)
+            return (weight * values)[values.abs() < 1e30].sum()
+
+        weighted(variables).backward()
+        step = 1e-5
+        with torch.no_grad():
+            sides = [
+                float(weighted(Variables(variables.factors + s * direction, variables.scales))) for s in (step, -step)
+            ]
+        assert float((variables.factors.grad * direction).sum()) == pytest.approx(
+            (sides[0] - sides[1]) / (2 * step), rel=1e-3
+        )
+
+
+def test_an_unknown_operation_is_named(tmp_path: Path) -> None:
+    with LeanModel(FIXTURES["qwen35"], tmp_path) as fixture:
+        graph = capture(fixture.handle)
+        with pytest.raises(
+            UnsupportedGraphError, match="operation GATED_DELTA_NET, of which no derivative is known here"
+        ):
+            Replay(graph, FixtureWeights(fixture))
+
+
+@pytest.fixture(scope="module")
+def asked() -> Iterator[tuple[TeacherForcedEvaluator, Model]]:
+    config = task_config("kv", keys=12, probes=12, identifiers="word", seed=3)
+    with open_model(ModelConfig(str(EMBEDDED), n_threads=1, n_gpu_layers=0)) as model:
+        task, prefixes = evaluator_parts(model, config)
+        yield TeacherForcedEvaluator(model, task, answer_prefix=prefixes), model
+
+
+def test_answers_agree_with_the_evaluator(asked: tuple[TeacherForcedEvaluator, Model]) -> None:
+    evaluator, model = asked
+    reference = evaluator.evaluate((1.0,) * model.n_layer, "search", 0)
+    encoding = evaluator.encoding("search", 0)
+    weights = Weights(EMBEDDED)
+    with Objective(model, weights) as objective:
+        zeros = np.zeros((model.n_layer, 1))
+        got = objective.answers(encoding, zeros)
+        check_agrees(got.probes, reference)
+        assert got.value == pytest.approx(reference.log_probability, abs=0.02)
+        assert objective.answers(encoding, zeros, differentiate=False).value == pytest.approx(got.value, abs=1e-6)
+        moved = objective.answers(encoding, zeros + 0.5)
+        with pytest.raises(ReplayDisagreesError, match=r"nats off llama\.cpp"):
+            check_agrees(moved.probes, reference)
+        same = objective.divergence(encoding.prefix, zeros)
+        assert same.value == pytest.approx(0.0, abs=1e-6)
+        far = objective.divergence(encoding.prefix, zeros + 0.3)
+        assert far.value > 0.01
+        further = objective.divergence(encoding.prefix, zeros + 0.301)
+        assert further.value > far.value
+
+
+def test_what_does_not_fit_is_said_before_it_is_loaded(
+    asked: tuple[TeacherForcedEvaluator, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator, model = asked
+    weights, where = Weights(EMBEDDED), "lrope_search.gradient.objective.free_memory"
+    monkeypatch.setattr(where, lambda: weights.n_bytes - 1)
+    with pytest.raises(LropeError, match=r"lrope-kv\.gguf: gradients need 0\.0 GB more, 0\.0 GB are free"):
+        Objective(model, weights)
+    monkeypatch.setattr(where, lambda: weights.n_bytes)
+    encoding = evaluator.encoding("search", 0)
+    with Objective(model, weights) as objective, pytest.raises(LropeError, match="ask for shorter contexts"):
+        objective.answers(encoding, np.zeros((model.n_layer, 1)))
+
+
+def test_ascent_gains(asked: tuple[TeacherForcedEvaluator, Model]) -> None:
+    evaluator, model = asked
+    weights = Weights(EMBEDDED)
+    with Objective(model, weights) as objective:
+        ascent = Ascent(np.zeros((model.n_layer, 1)), AscentConfig(steps=8))
+        while not ascent.done:
+            gradient = objective.answers(evaluator.encoding("search", ascent.step), ascent.at)
+            ascent.tell(gradient.factors.sum(1, keepdims=True))
+    factors = tuple(np.exp(ascent.at[:, 0]).tolist())
+    one = (1.0,) * model.n_layer
+    gain = [
+        evaluator.evaluate(factors, "test", i).log_probability - evaluator.evaluate(one, "test", i).log_probability
+        for i in range(4)
+    ]
+    assert np.mean(gain) > 0.0
