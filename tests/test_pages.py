@@ -115,7 +115,7 @@ def test_commands_are_ones_that_the_tool_takes(
         words = [word if not re.fullmatch(r"[\w.-]+/[\w.-]+:\w+", word) else "cached.gguf" for word in words]
         assert main(words) == 0, (words, capsys.readouterr().err)
     assert asked == [words[0] for words in wanted if not {"--help", "--print-config"} & {*words}]
-    for name in re.findall(r"--set (?:NAME|(\w[\w.-]*))=", page.read_text(encoding="utf-8")):
+    for name in re.findall(r"--set (?:NAME|TASK\.\w+|(\w[\w.-]*))=", page.read_text(encoding="utf-8")):
         assert not name or name in options.known_settings(), name
 
 

@@ -41,7 +41,7 @@ Show: TypeAlias = bool | Callable[[str], None]
 
 T = TypeVar("T")
 
-_START_SECONDS = 3.0  # until another process is ready, roughly
+_START_SECONDS = 1.5  # until another process is ready, roughly
 _SAME = 1e-3  # nats: a result that differs by less from another version's is the same
 
 
