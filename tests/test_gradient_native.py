@@ -18,7 +18,7 @@ from support.replayed import NO_REPLAY, FixtureWeights, capture, decoders, made,
 from lrope_gguf.errors import LropeError  # noqa: E402
 from lrope_search import ModelConfig, task_config  # noqa: E402
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator  # noqa: E402
-from lrope_search.evaluation.make import evaluator_parts, open_model  # noqa: E402
+from lrope_search.evaluation.make import open_model, task_for  # noqa: E402
 from lrope_search.evaluation.model import Model  # noqa: E402
 from lrope_search.gradient.ascent import Ascent, AscentConfig  # noqa: E402
 from lrope_search.gradient.capture import Graph, UnsupportedGraphError  # noqa: E402
@@ -182,8 +182,7 @@ def test_an_unknown_operation_is_named(tmp_path: Path) -> None:
 def asked() -> Iterator[tuple[TeacherForcedEvaluator, Model]]:
     config = task_config("kv", keys=12, probes=12, identifiers="word", seed=3)
     with open_model(ModelConfig(str(EMBEDDED), n_threads=1, n_gpu_layers=0)) as model:
-        task, prefixes = evaluator_parts(model, config)
-        yield TeacherForcedEvaluator(model, task, answer_prefix=prefixes), model
+        yield TeacherForcedEvaluator(model, task_for(model, config)), model
 
 
 def test_answers_agree_with_the_evaluator(asked: tuple[TeacherForcedEvaluator, Model]) -> None:

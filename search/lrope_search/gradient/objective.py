@@ -188,7 +188,7 @@ def _derivative(tensor: Tensor, differentiated: bool) -> Values:
 def _part(encoding: Encoding) -> Part:
     """A context with its questions, in one batch."""
     tokens, positions, sequences, wanted, n_seq = (
-        np.concatenate(arrays) for arrays in zip(encoding.head(0), encoding.tail(0), strict=True)
+        np.concatenate(arrays) for arrays in zip(encoding.head(), encoding.tail(), strict=True)
     )
     return tokens, positions, sequences, wanted, n_seq
 
