@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import lzma
+import random
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -12,20 +15,29 @@ import pytest
 import studies as kept
 
 from lrope_gguf import LropeError
+from lrope_search.report.reading import read_study
+from lrope_search.report.text import summary_lines
+
+LINE = (
+    '{{"factors":[1.0779,1.069009339],"split":"test","index":0,"n_tokens":9,"seconds":{},"probes":[[0.30000000000000004,'
+    '{},true],[1.0,"-inf",0.5]],"task":"vt"}}\n'
+)
 
 
-def test_what_is_packed_comes_back(tmp_path: Path) -> None:
+def test_what_is_packed_comes_back_rounded(tmp_path: Path) -> None:
     study = tmp_path / "one"
     study.mkdir()
-    for name in ("config.json", "evaluations.jsonl", "report.html", "report-scan.png", "log.txt"):
+    for name in ("config.json", "report.html", "report-scan.png", "log.txt"):
         (study / name).write_text(f"of {name}\n")
+    (study / "evaluations.jsonl").write_text(LINE.format(4.06, -2.25) + LINE.format(4.0604037589993891, -1.23456789))
     first = kept.packed(study)
     (study / "config.json").touch()
     assert kept.packed(study) == first
     (tmp_path / "one.tar.xz").write_bytes(first)
     found = kept.unpack(tmp_path / "one.tar.xz", tmp_path / "to")
     assert {path.name: path.read_text() for path in found.iterdir()} == {
-        name: f"of {name}\n" for name in ("config.json", "evaluations.jsonl")
+        "config.json": "of config.json\n",
+        "evaluations.jsonl": LINE.format(4.06, -2.25) + LINE.format(4.060404, -1.234568),
     }
     (found / "config.json").write_text("mine")
     assert kept.unpack(tmp_path / "one.tar.xz", tmp_path / "to") == found
@@ -37,6 +49,22 @@ def test_the_kept_ones_are_packed_as_they_are(studies: Path) -> None:
     assert kept.packed(studies / smallest.name.removesuffix(".tar.xz")) == smallest.read_bytes()
     for path in studies.rglob("*.json*"):
         assert not re.search(r"/(home|root|tmp|work)/", path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-mdqa", "qwen2.5-coder-0.5b-100-keys-layers"])
+def test_digits_that_rounding_drops_are_in_no_report(studies: Path, name: str, tmp_path: Path) -> None:
+    full = tmp_path / name
+    shutil.copytree(studies / name, full)
+    path = full / "evaluations.jsonl"
+    before, generator, lines = path.read_bytes(), random.Random(1), []
+    for record in map(json.loads, before.splitlines()):
+        for probe in record["probes"]:
+            probe[1] += generator.uniform(-0.49, 0.49) * 10.0**-kept.DECIMALS
+        lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines))
+    assert kept.rounded(path.read_bytes(), path) == before
+    told = ["\n".join(summary_lines(read_study(folder))) for folder in (studies / name, full)]
+    assert told[0] == told[1] and "gain" in told[0]
 
 
 def archive(*members: tuple[str, bytes, int]) -> bytes:
@@ -78,5 +106,11 @@ def test_a_bad_archive_is_refused_and_leaves_nothing(tmp_path: Path, data: bytes
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"nothing: no kept study has this name; there are "):
         kept.main(["unpack", "nothing"])
+    pack = ["pack", str(tmp_path), "--to", str(tmp_path / "to")]
     with pytest.raises(SystemExit, match=r"no study \(there is no config.json in it\)"):
-        kept.main(["pack", str(tmp_path), "--to", str(tmp_path / "to")])
+        kept.main(pack)
+    (tmp_path / "config.json").write_text("{}")
+    for damaged in ("[1]", LINE.format(1, 2) + "{", '{"seconds":1}', '{"seconds":1,"probes":[[0]]}'):
+        (tmp_path / "evaluations.jsonl").write_text(damaged)
+        with pytest.raises(SystemExit, match=r"evaluations\.jsonl: line [12] is damaged; delete that line"):
+            kept.main(pack)
