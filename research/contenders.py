@@ -157,7 +157,8 @@ OURS = ("both", "layers", "bezier")
 """What ``--parametrization`` takes, by the product's default algorithm."""
 
 CONTENDERS = (*(f"ga-{space}" for space in OURS),
-              *(f"{method}-{space}" for method in ("cma-es", "tpe", "gp", "random") for space in _SPACES))  # fmt: skip
+              *(f"{method}-{space}" for method in ("cma-es", "tpe", "gp", "random") for space in _SPACES),
+              "de-bezier", "papers-ga-bezier")  # fmt: skip
 """A method and what it moves."""
 
 
@@ -183,8 +184,8 @@ def make_contender(
     if name not in CONTENDERS:
         raise LropeError(f"--contenders {name}: unknown; choose of {', '.join(CONTENDERS)}")
     method, space_name = name.rsplit("-", 1)
-    if method == "ga":
-        return make_algorithm(optimizer_config("ga", width=width), n_layer, parametrization=space_name, seed=seed,
+    if method in ("ga", "de", "papers-ga"):
+        return make_algorithm(optimizer_config(method, width=width), n_layer, parametrization=space_name, seed=seed,
                               uniform_factors=uniform_factors)  # fmt: skip
     space = make_space(space_name, n_layer)
     start = space.known_good(uniform_factors)

@@ -27,6 +27,14 @@ _COUNTS = (*_SIZES, "probes")
 _OWN = ("data", *_COUNTS, "identifiers", "positions", "prompt_template", "answer_prefix")
 
 
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (the physical cores)")
     parser.add_argument("--n-gpu-layers", metavar="N", type=int, help="layers to keep on the GPU (all that fit)")

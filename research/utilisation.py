@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from landscapes import HELD_OUT, TUNING, Landscape
+from options import numbers, words
 from scipy.special import ndtri
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -217,10 +218,6 @@ def target(args: argparse.Namespace) -> None:
     print("\ntime: in evaluations of mean length; faster: than one worker with the first lag")
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def reals(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
@@ -233,15 +230,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True)
     first = commands.add_parser("busy", help=busy.__doc__)
-    first.add_argument("--workers", metavar="N,...", type=numbers, default=[1, 4, 16, 64, 256, 1000])
-    first.add_argument("--spreads", metavar="S,...", type=reals, default=[0.0, 0.1, 0.25, 0.5, 1.0])
+    first.add_argument("--workers", metavar="N,...", type=numbers, default=[4, 16, 64, 1000])
+    first.add_argument("--spreads", metavar="S,...", type=reals, default=[0.0, 0.25, 1.0])
     first.add_argument("--multiples", metavar="M,...", type=reals, default=[1.0, 2.0, 3.0, 4.0])
     first.add_argument("--rounds", metavar="N", type=int, default=20, help="candidates a worker (%(default)s)")
     first.set_defaults(function=busy)
     second = commands.add_parser("target", help=target.__doc__)
     second.add_argument("--settings", metavar="WORKERS:LAG,...", type=pairs,
                         default=pairs("1:8,4:8,8:16,32:64,128:256,512:1024,1000:2000"))  # fmt: skip
-    second.add_argument("--kinds", metavar="KIND,...", type=lambda text: text.split(","), default=["late", "wave"],
+    second.add_argument("--kinds", metavar="KIND,...", type=words, default=["late", "wave"],
                         help=f"of {','.join((*TUNING, *HELD_OUT))} (%(default)s)")  # fmt: skip
     second.add_argument("--seeds", metavar="N", type=int, default=5, help="of each kind (%(default)s)")
     second.add_argument("--first-seed", metavar="N", type=int, default=1000)

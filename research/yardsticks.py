@@ -4,13 +4,16 @@
     python research/yardsticks.py model MODEL [--keys N ...] [--cache FILE] [--study DIR] [--seeds 10]
     python research/yardsticks.py probes [--token-budgets N,...]
     python research/yardsticks.py fit
+    python research/yardsticks.py racing [MODEL ...]
+    python research/yardsticks.py fidelity MODEL [--keys N] [--short-keys N]
 
 `landscapes` needs no model; an instance is a landscape of its own (`landscapes.py`), and seeds from 1000 on were never
 tuned on. `model` runs the same contenders on a real one; with `--cache` nothing is computed twice, so that a run can be
 killed and repeated, and `--study` takes over what a search of the same task has evaluated. `probes` holds numbers of
 probes an evaluation against each other at equal tokens. `fit` shows what the sparse landscapes are made after, and how
-much of the optimum's gain each parametrization can express. `--keep FILE` keeps runs, so that a table can be made in
-pieces. Contenders of packages that are missing are left out, in words.
+much of the optimum's gain each parametrization can express. `racing` compares numbers of contexts and rates of
+successive halving at equal cost, `fidelity` tells whether shorter contexts rank curves as full ones do. `--keep FILE`
+keeps runs, so that a table can be made in pieces. Contenders of packages that are missing are left out, in words.
 """
 
 from __future__ import annotations
@@ -26,14 +29,16 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 import numpy as np
-from algorithms import ModelProblem, Problem, numbers, play, words
 from contenders import CONTENDERS, make_contender, make_space
 from landscapes import HELD_OUT, SPARSE, TUNING, Landscape, SparseLandscape
-from options import add_problem_options, dispatch
+from options import add_problem_options, dispatch, numbers, words
+from problems import ModelProblem, Problem, play
 from scipy.optimize import minimize
+from scipy.stats import spearmanr
 
 from lrope_gguf import LropeError
-from lrope_search.optimizers.protocol import Optimizer
+from lrope_search.optimizers.protocol import Candidate, Optimizer
+from lrope_search.optimizers.space import CurveSpace
 from lrope_search.study.racing import Racing
 
 CONTEXT_TOKENS, PROBE_TOKENS = 6800, 70
@@ -59,22 +64,22 @@ def instance(kind: str, seed: int, probes: int) -> Instance:
 
 
 def worths(
-    problem: Problem, optimizer: Optimizer, contexts: int, budgets: Sequence[int],
-    judge: Callable[[tuple[float, ...]], float] | None = None,
+    problem: Problem, optimizer: Optimizer, racing: Racing, budgets: Sequence[int],
+    judge: Callable[[tuple[float, ...]], float] | None = None, *, by_cost: bool = False,
 ) -> list[float]:  # fmt: skip
     """Worth of the best candidate after each of ``budgets`` evaluations; one that ended keeps its best.
 
-    ``judge``: what a candidate is worth; None: `Problem.true_gain`.
+    ``judge``: what a candidate is worth; None: `Problem.true_gain`. ``by_cost``: budgets are contexts, spent in all.
     """
     judge = judge or problem.true_gain
-    found = {}
-    best = None
-    for n, (best, _) in enumerate(play(problem, optimizer, Racing(contexts, fraction=1.0), max(budgets)), 1):
-        found[n] = best
-    assert best is not None
-    judged = {one.id: one for one in (found.get(n, best) for n in budgets)}
-    worth = {i: judge(one.factors) for i, one in judged.items()}
-    return [worth[found.get(n, best).id] for n in budgets]
+    at: dict[int, Candidate] = {}
+    for n, (best, cost) in enumerate(play(problem, optimizer, racing, max(budgets)), 1):
+        spent = cost if by_cost else n
+        at |= {budget: best for budget in budgets if budget >= spent}
+        if spent >= max(budgets):
+            break
+    worth = {one.id: judge(one.factors) for one in {one.id: one for one in at.values()}.values()}
+    return [worth[at[budget].id] if budget in at else 0.0 for budget in budgets]
 
 
 Key = tuple[str, str, int, int, int]
@@ -87,7 +92,7 @@ def landscape_run(key: Key, budgets: Sequence[int], reach: float) -> list[float]
     problem = instance(kind, seed, probes)
     optimizer = make_contender(name, problem.n_layer, seed=seed, reach=reach, lack=problem.lack)
     optimum = problem.true_gain(problem.optimum())
-    return [100.0 * worth / optimum for worth in worths(problem, optimizer, contexts, budgets)]
+    return [100.0 * worth / optimum for worth in worths(problem, optimizer, Racing(contexts, fraction=1.0), budgets)]
 
 
 class Kept:
@@ -204,7 +209,7 @@ def model(args: argparse.Namespace) -> None:
             for seed in range(args.first_seed, args.first_seed + args.seeds):
                 optimizer = make_contender(name, problem.n_layer, seed=seed, width=args.width, reach=reach,
                                            uniform_factors=args.uniform_factors, lack=problem.lack)  # fmt: skip
-                runs.append(worths(problem, optimizer, args.contexts, args.budgets, judge))
+                runs.append(worths(problem, optimizer, Racing(args.contexts, fraction=1.0), args.budgets, judge))
             yield name, runs
 
     print_table(args.budgets, rows(), 4, lambda n: f"{n} ({thousands(n * tokens)})")
@@ -296,17 +301,71 @@ def expressed(name: str, one: SparseLandscape) -> float:
     )
 
 
+def mean_and_error(values: Sequence[float], form: str) -> str:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return f"{form.format(statistics.mean(values))} ± {form.format(error)}"
+
+
+def racing(args: argparse.Namespace) -> None:
+    """Contexts and rates of successive halving at equal cost."""
+    settings = [Racing(n, fraction=1.0) for n in (1, 2, 4, 8)]
+    settings += [Racing(n, fraction=fraction) for n in (4, 8) for fraction in (0.5, 0.3)]
+    asked = ModelProblem(args, args.true_contexts) if args.model else None
+    where, form = "synthetic landscapes: gain in percent of the optimum's", "{:.0f}"
+    if asked is not None:
+        where = f"{Path(args.model).name}: gain on {args.true_contexts} contexts never searched on, in nats a token"
+        form = "{:.4f}"
+    print(f"{where},\nalgorithm ga, {args.seeds} seeds (mean, standard error), by contexts evaluated in all\n")
+    print(f"{'an evaluation':<28}" + "".join(f"{n:>16}" for n in args.context_budgets))
+    for setting in settings:
+        runs = []
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            for problem in [asked] if asked is not None else [Landscape(kind, seed) for kind in args.kinds]:
+                optimizer = make_contender("ga-bezier", problem.n_layer, seed=seed, width=args.width,
+                                           uniform_factors=args.uniform_factors)  # fmt: skip
+                found = worths(problem, optimizer, setting, args.context_budgets, by_cost=True)
+                whole = 1.0 if isinstance(problem, ModelProblem) else problem.true_gain(problem.optimum()) / 100.0
+                runs.append([gain / whole for gain in found])
+        name = f"{setting.n_contexts} contexts"
+        name += f", best {setting.fraction:g} go on" if setting.fraction < 1.0 else ""
+        cells = [mean_and_error(column, form) for column in zip(*runs, strict=True)]
+        print(f"{name:<28}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
+
+
+def fidelity(args: argparse.Namespace) -> None:
+    """Rank correlation between short and full contexts."""
+    rng = np.random.default_rng(0)
+    full = ModelProblem(args, args.true_contexts)
+    space = CurveSpace(full.n_layer)
+    curves = [space.smooth(rng, width) for width in np.geomspace(0.02, 0.2, args.curves)]
+    factors = [tuple(space.decode(curve).factors(full.n_layer).tolist()) for curve in curves]
+    worth = np.array([full.true_gain(f) for f in factors])
+    near = np.argsort(-worth)[: len(worth) // 2]  # the better half: where a search spends its time
+    print(f"{Path(args.model).name}: {args.curves} random curves; Spearman correlation of their mean gain on search")
+    print(f"contexts with that on {args.true_contexts} validation contexts of {full.n_tokens()} tokens:")
+    print("all curves, and the better half of them\n")
+    print(f"{'tokens':>8} {'contexts':>9} {'cost in tokens':>15} {'all':>8} {'better half':>12}")
+    for keys in [*args.short_keys, args.keys]:
+        problem = ModelProblem(argparse.Namespace(**{**vars(args), "keys": keys}), 0)
+        for n in (1, 2, 4, 8):
+            means = np.array([statistics.mean(problem.gain(f, i) for i in range(n)) for f in factors])
+            every, half = (spearmanr(means[who], worth[who]).statistic for who in (np.arange(len(worth)), near))
+            tokens = problem.n_tokens()
+            print(f"{tokens:>8} {n:>9} {tokens * n:>15} {every:>8.2f} {half:>12.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    functions = {"landscapes": landscapes, "model": model, "probes": probes, "fit": fit}
-    seeds = {"landscapes": (1000, 30), "model": (0, 10), "probes": (1000, 30), "fit": (0, 100)}
+    functions = {"landscapes": landscapes, "model": model, "probes": probes, "fit": fit, "racing": racing,
+                 "fidelity": fidelity}  # fmt: skip
+    seeds = {"landscapes": (1000, 30), "probes": (1000, 30), "fit": (0, 100)}
     for name, function in functions.items():
         command = commands.add_parser(name, help=(function.__doc__ or "").rstrip("."))
-        first, n = seeds[name]
+        first, n = seeds.get(name, (0, 10))
         command.add_argument("--first-seed", metavar="N", type=int, default=first)
         command.add_argument("--seeds", metavar="N", type=int, default=n, help="instances, or runs (%(default)s)")
-        if name != "fit":
+        if name in ("landscapes", "model", "probes"):
             command.add_argument("--contenders", metavar="NAME,...", type=words, default=list(CONTENDERS),
                                  help=f"of {','.join(CONTENDERS)} (all)")  # fmt: skip
         if name in ("landscapes", "probes"):
@@ -319,14 +378,21 @@ def main() -> None:
                                  help="largest log factor of samplers that know no width (5 widths)")  # fmt: skip
         if name == "landscapes":
             command.add_argument("--probes", metavar="N", type=int, default=60, help="of a context (%(default)s)")
-            command.add_argument("--kinds", metavar="KIND,...", type=words, default=[SPARSE],
-                                 help=f"of {','.join((SPARSE, *TUNING, *HELD_OUT))} (%(default)s)")  # fmt: skip
-        if name == "model":
-            command.add_argument("model", metavar="MODEL", help="GGUF file")
+        if name in ("landscapes", "racing"):
+            command.add_argument("--kinds", metavar="KIND,...", type=words, default=[SPARSE] if name != "racing" else
+                                 list(HELD_OUT), help=f"of {','.join((SPARSE, *TUNING, *HELD_OUT))}")  # fmt: skip
+        if name in ("model", "racing", "fidelity"):
+            command.add_argument("model", metavar="MODEL", nargs="?" if name == "racing" else None, help="GGUF file")
             add_problem_options(command)
-            command.add_argument("--study", metavar="DIR", help="study of the same task, whose results are taken over")
             command.add_argument("--true-contexts", metavar="N", type=int, default=16,
                                  help="to judge by (%(default)s); 0: search contexts, for a replay")  # fmt: skip
+        if name == "model":
+            command.add_argument("--study", metavar="DIR", help="study of the same task, whose results are taken over")
+        if name == "racing":
+            command.add_argument("--context-budgets", metavar="N,...", type=numbers, default=[100, 200, 400, 800])
+        if name == "fidelity":
+            command.add_argument("--short-keys", metavar="N,...", type=numbers, default=[11])
+            command.add_argument("--curves", metavar="N", type=int, default=60)
         if name == "probes":
             command.set_defaults(contenders=["ga-both"])
             command.add_argument("--token-budgets", metavar="N,...", type=numbers,
