@@ -4,8 +4,6 @@
 
 Without a model, one of 1.1 GB with a vocabulary of 152 thousand tokens is made. Every command is a process of its own,
 its file is in the page cache, what was written before is on the disk, and the order is reversed from round to round.
-With root, the first write is also measured on file systems that share blocks, mounted from an image in the folder, for
-models of several sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import platform
 import random
 import shlex
 import shutil
-import signal
 import statistics
 import struct
 import subprocess
@@ -26,20 +23,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from tables import command, cpu_model, script, spread, table
 
 from lrope_gguf.errors import LropeError
 
 PROJECT = Path(__file__).resolve().parent.parent
-MKFS = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"]}
 LAYERS = 32
 MEGABYTES, VOCABULARY = 1100, 151_936  # the model that is made where none is given
 HEADER, COSTS = ("command", "seconds, median (range)"), ("processor, s", "peak memory, MiB")
-SIZES = (250, 1000)  # MB, on file systems that share blocks
 SLOW = 3  # rounds of what takes many seconds
 
 
@@ -241,7 +235,7 @@ def writing(model: Path, folder: Path, rounds: int) -> str:
     return result if script else f"{result}\n- gguf-new-metadata: skipped, the gguf package is not installed"
 
 
-def synthetic(path: Path, megabytes: int, vocabulary: int = 0) -> None:
+def synthetic(path: Path, megabytes: int, vocabulary: int) -> None:
     """A model of one large tensor, of data that no file system can compress or leave out, and of so many tokens."""
 
     def string(data: bytes) -> bytes:
@@ -258,108 +252,17 @@ def synthetic(path: Path, megabytes: int, vocabulary: int = 0) -> None:
     items = megabytes * 1_000_000 // 4
     block = random.Random(1).randbytes(1 << 20)
     with path.open("wb") as file:  # little by little: the peak memory of the commands begins with that of this process
-        file.write(b"GGUF" + struct.pack("<IQQ", 3, 1, 6 if vocabulary else 2))
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, 1, 6))
         file.write(string(b"general.architecture") + struct.pack("<I", 8) + string(b"llama"))
         file.write(string(b"llama.block_count") + struct.pack("<II", 4, LAYERS))
-        if vocabulary:
-            file.write(string(b"tokenizer.ggml.model") + struct.pack("<I", 8) + string(b"gpt2") + array("tokens", 8))
-            file.writelines(string(word.encode()) for word in words())
-            file.write(array("token_type", 5) + struct.pack("<i", 1) * vocabulary + array("merges", 8))
-            file.writelines(string(f"{word[:1]} {word[1:]}".encode()) for word in words())
+        file.write(string(b"tokenizer.ggml.model") + struct.pack("<I", 8) + string(b"gpt2") + array("tokens", 8))
+        file.writelines(string(word.encode()) for word in words())
+        file.write(array("token_type", 5) + struct.pack("<i", 1) * vocabulary + array("merges", 8))
+        file.writelines(string(f"{word[:1]} {word[1:]}".encode()) for word in words())
         file.write(string(b"t") + struct.pack("<IQIQ", 1, items, 0, 0))
         file.write(bytes(-file.tell() % 32))
         for start in range(0, 4 * items, len(block)):
             file.write(block[: 4 * items - start])
-
-
-@contextmanager
-def mounted(kind: str, folder: Path, size: int) -> Iterator[Path]:
-    """A new file system of this kind in an image; unmounted and removed in every case."""
-    image, place = folder / f"{kind}.img", folder / kind
-    try:
-        with image.open("wb") as file:
-            file.truncate(size)
-        measure([*MKFS[kind], str(image)])
-        place.mkdir()
-        measure(["mount", "-o", "loop", str(image), str(place)])
-        yield place
-    finally:
-        for options in ([], ["-l"]):
-            if not os.path.ismount(place):
-                break
-            subprocess.run(["umount", *options, str(place)], stderr=subprocess.DEVNULL, check=False)
-        with contextlib.suppress(OSError):
-            place.rmdir()
-        image.unlink(missing_ok=True)
-
-
-def used(folder: Path) -> int:
-    """Bytes that the file system has given out."""
-    os.sync()
-    state = os.statvfs(folder)
-    return (state.f_blocks - state.f_bfree) * state.f_frsize
-
-
-def sharing(kind: str, folder: Path, rounds: int) -> list[list[object]]:
-    """First write by model size, on a file system mounted from an image."""
-    rows: list[list[object]] = []
-    need = (max(SIZES) * 1_000_000 * 4) + (1 << 30)
-    with mounted(kind, folder, need) as place:
-        for size in SIZES:
-            plain, work, copy = (place / f"{name}.gguf" for name in ("plain", "work", "copy"))
-            synthetic(plain, size)
-            written = place / "written.gguf"
-            command = ours("write", plain, "--uniform", "1.5", "--output", written)
-
-            def afresh(target: Path = work, source: Path = plain) -> None:
-                fresh_copy(source, target)
-
-            def without(path: Path, source: Path = plain) -> Callable[[], None]:
-                def prepare() -> None:
-                    path.unlink(missing_ok=True)
-                    settle(source)
-
-                return prepare
-
-            arms = [
-                Arm("first write", ours("write", work, "--uniform", "1.5"), afresh),
-                Arm("first write, --output", command, without(written)),
-                Arm("`cp --reflink=never`, fsync", copying(plain, copy, "--reflink=never"), without(copy)),
-            ]
-            results = compare(arms, rounds, f"{kind} {size} MB")
-            written.unlink()
-            before = used(place)
-            measure(command)
-            grown = used(place) - before
-            for path in (plain, work, copy, written):
-                path.unlink(missing_ok=True)
-            for name, runs in results.items():
-                new = f"{grown / 1e6:.1f}" if name.endswith("--output") else ""
-                rows.append([kind, size, name, seconds(runs), peak(runs), new])
-    return rows
-
-
-def loops(folder: Path, rounds: int) -> str:
-    """The table of mounted file systems, with what was skipped and why."""
-    rows: list[list[object]] = []
-    skipped = []
-    for kind in MKFS:
-        reason = None
-        if sys.platform != "linux" or os.geteuid() != 0:
-            reason = "needs root on Linux"
-        elif shutil.which(MKFS[kind][0]) is None:
-            reason = f"{MKFS[kind][0]} is not installed"
-        elif shutil.disk_usage(folder).free < max(SIZES) * 5_000_000 + (1 << 30):
-            reason = "too little space for the image"
-        else:
-            try:
-                rows += sharing(kind, folder, rounds)
-            except LropeError as error:
-                reason = " ".join(str(error).split())[:300]
-        if reason:
-            skipped.append(f"{kind}: skipped, {reason}")
-    header = ["file system", "model, MB", "command", "seconds, median (range)", "peak memory, MiB", "new blocks, MB"]
-    return "\n\n".join([*([table(header, rows)] if rows else []), *skipped])
 
 
 # Machine
@@ -373,20 +276,10 @@ def own_peak() -> int:
 
 
 def file_system(folder: Path) -> str:
-    done = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=False)
-    kind = done.stdout.strip() or "unknown"
-    with contextlib.suppress(OSError):  # stat says ext2/ext3 for ext4
-        found = ("", "")
-        for line in Path("/proc/self/mounts").read_text().splitlines():
-            place, name = line.split()[1:3]
-            if folder.resolve().is_relative_to(place) and len(place) >= len(found[0]):
-                found = place, name
-        kind = found[1] or kind
-    return kind
-
-
-def _terminate(*_: object) -> NoReturn:
-    raise SystemExit(143)  # so that mounts and files are removed
+    with contextlib.suppress(OSError):
+        done = subprocess.run(["findmnt", "-no", "FSTYPE", "-T", folder], capture_output=True, text=True, check=False)
+        return done.stdout.strip() or "an unknown file system"
+    return "an unknown file system"
 
 
 def main() -> None:
@@ -399,7 +292,6 @@ def main() -> None:
         parser.error("--rounds must be at least 1")
     if args.model is not None and not args.model.is_file():
         parser.error(f"{args.model}: no such file")
-    signal.signal(signal.SIGTERM, _terminate)
     with tempfile.TemporaryDirectory(prefix="metadata-speed-", dir=args.folder) as name:
         folder = Path(name)
         if args.model is None:
@@ -415,8 +307,7 @@ def main() -> None:
         )
         print(f"peak memory below {own_peak() >> 20} MiB, that of this process, cannot be seen\n", flush=True)
         print(f"{reading(model, args.rounds)}\n", flush=True)
-        print(f"{writing(model, folder, args.rounds)}\n", flush=True)
-        print(loops(folder, args.rounds), flush=True)
+        print(writing(model, folder, args.rounds), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ share: strongest up to half of the window, then the beginning is lost and the en
 its 95 % interval over contexts, tell a U from a slope: the first bin of ten less the middle four, the last bin less
 the middle four, and the mean of both, which is above zero where the middle is lost. Usage:
 
-    python research/lost_in_the_middle.py MODEL [--window N] [--shares 0.25 0.5 1 2] [--curve FILE] [--output PNG]
+    python research/lost_in_the_middle.py MODEL [--window N] [--shares 0.25 0.5 1 2] [--curve FILE]
         [task and model options as of search]
-    python research/lost_in_the_middle.py --study DIR --window N --shares S [--output PNG]
+    python research/lost_in_the_middle.py --study DIR --window N --shares S
 
 `--study` takes the answers of a kept study's test, or those of `eval --study`, in place of a model's: the one length
 that S says.
@@ -29,11 +29,9 @@ from options import add_model_options, add_task_options, head, model_of, row, ta
 
 from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
-from lrope_gguf.files import atomic_write_bytes
 from lrope_gguf.model_info import read_model
-from lrope_gguf.plot import COLOURS, drawing, picture_kind, rendered
 from lrope_search import measure
-from lrope_search.results.intervals import Interval, wilson
+from lrope_search.results.intervals import Interval
 from lrope_search.scores import ContextScore
 
 BINS = 10
@@ -84,14 +82,12 @@ def contrasts(of_parts: NDArray[np.float64]) -> NDArray[np.float64]:
 class Length:
     """What was asked at one length, by side: means by bin and over all, and contrasts with their intervals.
 
-    ``asked``: the questions in each bin.
     ``changes``: of each side but the base, how much larger its U is, and how much better its middle.
     """
 
     share: float
     tokens: int
     n_contexts: int
-    asked: NDArray[np.int_]
     profiles: Mapping[str, NDArray[np.float64]]
     totals: Mapping[str, NDArray[np.float64]]
     contrasts: Mapping[str, Sequence[tuple[Interval, Interval]]]
@@ -105,7 +101,6 @@ def length_of(share: float, tokens: int, scores: Mapping[str, Sequence[ContextSc
     base, *others = found
     return Length(
         share, tokens, len(scores[base]),
-        np.bincount(bins([probe.depth for score in scores[base] for probe in score.probes]), minlength=BINS),
         {name: profile(side) for name, side in scores.items()},
         {name: np.mean([answers(one).mean(axis=1) for one in side], axis=0) for name, side in scores.items()},
         {name: [over_contexts(one) for one in contrasts(side)] for name, side in found.items()},
@@ -131,44 +126,6 @@ def rows(length: Length, index: int) -> list[str]:
 def _gain(gain: Interval, enough: bool, scale: float, digits: int) -> str:
     ends = f" [{scale * gain.low:+.{digits}f}, {scale * gain.high:+.{digits}f}]" if enough else ""
     return f"{scale * gain.mean:+.{digits}f}{ends}"
-
-
-def draw(path: str, lengths: Sequence[Length], title: str) -> None:
-    """Draw accuracy by depth into a PNG or SVG file.
-
-    A panel a length, with each bin's 95 % interval: Wilson's, of the questions in it.
-    """
-    kind = picture_kind(path)
-    from matplotlib.figure import Figure
-
-    columns = min(4, len(lengths))
-    n_rows = -(-len(lengths) // columns)
-    with drawing("lrope-depth", font_size=9.0):
-        figure = Figure(figsize=(2.1 * columns, 0.6 + 1.8 * n_rows), layout="constrained")
-        panels = figure.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        middles = (np.arange(BINS) + 0.5) / BINS
-        for axes, length in zip(panels, lengths, strict=False):
-            for name, profiles in length.profiles.items():
-                ends = [
-                    wilson(float(share), max(int(n), 1)) for share, n in zip(profiles[0], length.asked, strict=True)
-                ]
-                low, high = (
-                    [100.0 * end for end in side] for side in zip(*((e.low, e.high) for e in ends), strict=True)
-                )
-                colour = COLOURS[name.split()[0]]
-                axes.plot(middles, 100.0 * profiles[0], color=colour, marker="o", markersize=3, label=name,
-                          linestyle="--" if name == "base" else "-", clip_on=False)  # fmt: skip
-                axes.fill_between(middles, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes.set_title(f"{100 * length.share:g} % of the window")
-            axes.set_ylim(0, 100)
-        for axes in panels[len(lengths) :]:
-            axes.set_visible(False)
-        figure.supxlabel("depth of the answer (0 first, 1 last)")
-        figure.supylabel("accuracy, %")
-        panels[0].legend(loc="lower left")
-        figure.suptitle(title)
-        picture = rendered(figure, kind)
-    atomic_write_bytes(path, picture)
 
 
 def of_study(args: argparse.Namespace) -> Iterator[Length]:
@@ -203,7 +160,6 @@ def main() -> None:
     parser.add_argument("--shares", metavar="S", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--curve", metavar="FILE", help="factors to hold against none")
     parser.add_argument("--contexts", metavar="N", type=int, help=f"of each length ({CONTEXTS}; of a study all)")
-    parser.add_argument("--output", metavar="PNG", help="a picture")
     add_model_options(parser)
     add_task_options(parser)
     parser.set_defaults(probes=BINS)
@@ -216,8 +172,6 @@ def main() -> None:
              *CHANGES)  # fmt: skip
     lengths = []
     try:
-        if args.output is not None:
-            picture_kind(args.output)  # better refused before the work than after it
         given = [n for n in (args.window, args.contexts) if n is not None]
         if min(given, default=1) < 1 or min(args.shares) <= 0.0:
             raise LropeError("--window, --shares, --contexts: give numbers above 0")
@@ -227,9 +181,6 @@ def main() -> None:
             print("\n".join(rows(length, 0)), flush=True)
         print(f"\nlog-probability, nats a token, by depth\n\n{head(*heads)}")
         print("\n".join(line for length in lengths for line in rows(length, 1)))
-        if args.output is not None:
-            draw(args.output, lengths, Path(args.model or args.study).stem)
-            print(f"\n{args.output}: written")
     except LropeError as error:
         parser.exit(1, f"{error}\n")
 

@@ -200,16 +200,6 @@ def test_rows_of_a_length() -> None:
     assert log_p.endswith("| +1.0000 [+1.0000, +1.0000] |")
 
 
-def test_a_picture_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    scores = {"base": scores_of(np.zeros((3, 10))), "curve": scores_of(np.zeros((3, 10)), np.ones((3, 10)))}
-    length = depth.length_of(0.5, 50, scores)
-    for lengths in ([length], [length] * 5):
-        path = tmp_path / f"{len(lengths)}.png"
-        depth.draw(str(path), lengths, "title")
-        assert path.read_bytes().startswith(b"\x89PNG")
-
-
 def test_a_kept_study_has_its_learning_curve(studies: Path) -> None:
     where, scores, pairs = curve.kept(studies / STUDY)
     assert where == str(studies / STUDY) and pairs == [("curve", "base"), ("curve", "uniform 1.05")]
@@ -273,7 +263,6 @@ def test_a_study_without_a_test_is_refused(studies: Path, tmp_path: Path, missin
         (["lost_in_the_middle.py", "model.gguf", "--window", "0"], "give numbers above 0"),
         (["lost_in_the_middle.py", "model.gguf", "--contexts", "0"], "give numbers above 0"),
         (["lost_in_the_middle.py", "model.gguf"], "model.gguf"),
-        (["lost_in_the_middle.py", "model.gguf", "--output", "x.gif"], "x.gif: give the picture a name"),
     ],
 )
 def test_mistakes_are_said_in_a_line(
