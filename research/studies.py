@@ -39,7 +39,7 @@ FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4,
 """What xz makes least of: text, whose next byte depends on the one before and not on where it stands."""
 PICTURES = {
     "docs/accuracy-by-depth.png": ("qwen2.5-coder-0.5b-100-keys-layers", "report-accuracy.png"),
-    "research/pictures/qwen2.5-coder-0.5b-scan.png": ("qwen2.5-coder-0.5b-layers-unfinished", "report-scan.png"),
+    "research/pictures/qwen2.5-coder-0.5b-scan.png": ("qwen2.5-coder-0.5b-100-keys-layers", "report-scan.png"),
     "research/pictures/smollm2-135m-accuracy.png": ("smollm2-135m-240-words-layers", "report-accuracy.png"),
     "research/pictures/smollm2-135m-scan.png": ("smollm2-135m-240-words-layers", "report-scan.png"),
 }

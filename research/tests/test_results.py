@@ -16,7 +16,7 @@ RESEARCH = Path(__file__).parents[1]
 SEARCHES = [
     path.name.removesuffix(".tar.xz")
     for path in sorted((RESEARCH / "studies").glob("*.tar.xz"))
-    if not path.name.endswith(("-measured.tar.xz", "-unfinished.tar.xz"))
+    if not path.name.endswith("-measured.tar.xz")
 ]
 
 
