@@ -49,8 +49,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the command's module; None where there is no such command.
 
-        Raises:
-            LropeError: the module needs a package that is not installed.
+        Raises `LropeError`: the module needs a package that is not installed.
         """
         if cmd_name not in COMMANDS:
             return None

@@ -97,8 +97,7 @@ def _number(value: Any, what: str) -> float:
 def positive(value: Any, what: str) -> float:
     """`value` as a finite float above 0.
 
-    Raises:
-        LropeError: with a message of its own for not a number, NaN, infinite, zero and negative.
+    Raises `LropeError`: with a message of its own for not a number, NaN, infinite, zero and negative.
     """
     number = _number(value, what)
     if number == 0:
@@ -245,8 +244,7 @@ class CurveFile:
     def load(cls, path: str | os.PathLike[str]) -> CurveFile:
         """Read a curve file, or what else gives such a document once, such as a pipe; ``-`` is the standard input.
 
-        Raises:
-            LropeError: where it is missing, unreadable, above 1 MiB, or not a valid document.
+        Raises `LropeError`: where it is missing, unreadable, above 1 MiB, or not a valid document.
         """
         data = _read(path)
         path = source_name(path)
@@ -263,10 +261,8 @@ class CurveFile:
     def loads(cls, text: str, name: str, *, check_agreement: bool = True) -> CurveFile:
         """Parse a curve document; `name` stands for it in messages.
 
-        `check_agreement=False` skips the comparison of `layer_factors` with `control_points`.
-
-        Raises:
-            LropeError: where it is not a valid document.
+        `check_agreement=False` skips the comparison of `layer_factors` with `control_points`. Raises `LropeError`:
+        where it is not a valid document.
         """
         try:
             document = _parse(text)
@@ -331,8 +327,7 @@ class CurveFile:
     def factors_for(self, n_layer: int) -> tuple[float, ...]:
         """The factors for a model of `n_layer` layers: the listed ones if they are that many, else the curve's.
 
-        Raises:
-            LropeError: where there is no curve and the list has another length.
+        Raises `LropeError`: where there is no curve and the list has another length.
         """
         if self.layer_factors is not None and len(self.layer_factors) == n_layer:
             return self.layer_factors
@@ -354,8 +349,7 @@ def published() -> dict[str, Path]:
 def resolved(path: str | Path) -> str | Path:
     """The curve file that is meant: a file's path, or the name of a `published` one.
 
-    Raises:
-        LropeError: there is neither; names those that there are.
+    Raises `LropeError`: there is neither; names those that there are.
     """
     name = os.fspath(path)
     if name == "-" or Path(name).exists() or Path(name).name != name or Path(name).suffix == ".json":

@@ -156,8 +156,7 @@ def plan_write(
 ) -> WritePlan:
     """What `write_factors` would do, after all its checks and without writing anything.
 
-    Raises:
-        LropeError: as `write_factors`.
+    Raises `LropeError`: as `write_factors`.
     """
     with _opened(path, output) as gguf:
         return _plan_write(gguf, factors, curve_json, scaling, output, mapped_ok)[0]
@@ -166,8 +165,7 @@ def plan_write(
 def plan_scaling(path: str | os.PathLike[str], scaling: Scaling) -> tuple[RopeScaling, Recipe | None]:
     """How a model would rotate with a scaling written to it, and the scaling in numbers; None for `none`.
 
-    Raises:
-        LropeError: where the model cannot have it or cannot be read.
+    Raises `LropeError`: where the model cannot have it or cannot be read.
     """
     with GGUFFile(path) as gguf:
         _check_rotates(info_of(gguf))
@@ -205,11 +203,9 @@ def remove_factors(
 ) -> WriteResult:
     """Remove factors and scaling from a model, or from a copy of it: the inverse of `write_factors`, byte for byte.
 
-    Always through a new file, which leaves a process that maps the old one alone.
-
-    Raises:
-        LropeError: where a file cannot be read or written, what stood in it before is not known, or another writer is
-            at work. Nothing is changed then.
+    Always through a new file, which leaves a process that maps the old one alone. Raises `LropeError`: where a file
+    cannot be read or written, what stood in it before is not known, or another writer is at work. Nothing is changed
+    then.
     """
     with _opened(path, output) as gguf:
         target, base = _target(info_of(gguf), output), Base(gguf)
@@ -222,8 +218,7 @@ def remove_factors(
 def plan_remove(path: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> WritePlan:
     """What `remove_factors` would do, after all its checks and without writing anything.
 
-    Raises:
-        LropeError: as `remove_factors`.
+    Raises `LropeError`: as `remove_factors`.
     """
     with _opened(path, output) as gguf:
         target, base = _target(info_of(gguf), output), Base(gguf)

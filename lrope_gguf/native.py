@@ -28,8 +28,7 @@ def native_dir() -> Path | None:
 def tool_path(name: str) -> Path:
     """Return the path of a patched llama.cpp tool, such as ``llama-server``.
 
-    Raises:
-        LropeError: the package was installed without its native part.
+    Raises `LropeError`: the package was installed without its native part.
     """
     folder = _folder("bin")
     path = folder / (name + (".exe" if sys.platform == "win32" else "")) if folder else None

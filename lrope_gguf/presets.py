@@ -74,8 +74,7 @@ def plan_preset(
 ) -> dict[str, str]:
     """Check all that `write_preset` checks, and return what it returns, without writing anything.
 
-    Raises:
-        LropeError: as `write_preset`.
+    Raises `LropeError`: as `write_preset`.
     """
     return _changed(path, name, options, replaced)[1]
 

@@ -51,8 +51,7 @@ class Rescaled:
 def rescaled(base: Base, scaling: Scaling | None) -> Rescaled:
     """A file's scaling after a change; with None it stays as it is.
 
-    Raises:
-        LropeError: the model cannot have this scaling.
+    Raises `LropeError`: the model cannot have this scaling.
     """
     gguf, order = base.gguf, base.gguf.order
     if scaling is None:

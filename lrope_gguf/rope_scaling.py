@@ -323,8 +323,7 @@ class Recipe:
 def recipe(scaling: Scaling, values: Values, architecture: str, path: Path) -> Recipe:
     """What a scaling other than `none` comes to for the model with these values.
 
-    Raises:
-        LropeError: the model says not enough or cannot have it, or the factor does not reach that far.
+    Raises `LropeError`: the model says not enough or cannot have it, or the factor does not reach that far.
     """
     kind, factor, length = scaling.kind, scaling.factor, scaling.context_length
     trained = _length(values, f"{architecture}.{CONTEXT}", path)

@@ -55,11 +55,7 @@ def keeper(path: str | os.PathLike[str]) -> str | None:
 
 
 def check_changeable(path: str | os.PathLike[str]) -> None:
-    """Check that a file may be changed or replaced.
-
-    Raises:
-        LropeError: it lies in a content-addressed store.
-    """
+    """Check that a file may be changed or replaced. Raises `LropeError`: it lies in a content-addressed store."""
     store = keeper(path)
     if store is not None:
         name = reference(path)

@@ -321,8 +321,7 @@ def _factors(factors: tuple[float, ...], info: ModelInfo, uniform: float | None)
 def curve_for(path: str | Path, info: ModelInfo) -> tuple[CurveFile, tuple[float, ...]]:
     """The document of a curve file with its factors for a model listed, and these factors.
 
-    Raises:
-        LropeError: where the file is not valid or made for another architecture or number of layers.
+    Raises `LropeError`: where the file is not valid or made for another architecture or number of layers.
     """
     path = resolved(path)
     document, where = CurveFile.load(path), source_name(path)
