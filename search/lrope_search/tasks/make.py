@@ -10,7 +10,8 @@ from typing import Any
 from lrope_gguf.errors import LropeError
 
 from .mix import AnyTask, mixed
-from .settings import Count, TaskConfig, TaskMix, Tasks
+from .settings import TaskConfig, TaskMix, Tasks
+from .sizing import Count
 from .task import Task
 
 

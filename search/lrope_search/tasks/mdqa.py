@@ -18,7 +18,7 @@ from ..sample import SPLITS, default_probes
 from ..settings import setting
 from .answers import normalize
 from .records import read_records, split_groups, too_few
-from .settings import AS_NEEDED, POSITIONS, Count, SizedTaskConfig, positions_setting, probes_setting
+from .settings import AS_NEEDED, POSITIONS, SizedTaskConfig, positions_setting, probes_setting
 from .sizing import TokenLimit
 from .task import Context, Probe, check_probes, places
 
@@ -29,37 +29,6 @@ _CONTEXTS = 4  # of the smallest split, at the least, unless probes are given
 _COMMON = 0.1  # an alias that stands in more than this share of passages is no answer that one could look for
 _KEPT = 64  # contexts: to make one is slow
 _SAMPLE = 200  # passages that are looked through to know
-
-
-@dataclass(frozen=True, kw_only=True)
-class MultiDocumentConfig(SizedTaskConfig):
-    """Settings of `MultiDocumentTask`."""
-
-    section = "mdqa"
-    summary = "multi-document question answering"
-    wants = "an nq-open file"
-    size = "documents"
-
-    data: str | None = setting(
-        None, "nq-open-*.jsonl[.gz] of the benchmark", metavar="FILE", unset="required", option=True
-    )
-    documents: int | None = setting(None, "documents per context", metavar="N", least=1, unset=str(DEFAULT_DOCUMENTS))
-    probes: int | None = probes_setting("questions per context", AS_NEEDED)
-    positions: str = positions_setting()
-
-    def make(self, count: Count | None = None) -> MultiDocumentTask:
-        """Return the task."""
-        assert self.data is not None  # checked when these settings were made
-        limit = TokenLimit.of(self.context_tokens, count)
-        smallest = self.context_tokens is not None and limit is None
-        return MultiDocumentTask(
-            self.data,
-            self.probes or 1 if smallest else self.documents,
-            probes=self.probes,
-            positions=self.positions,
-            seed=self.seed,
-            limit=limit,
-        )
 
 
 @dataclass(frozen=True)
@@ -108,6 +77,7 @@ class MultiDocumentTask:
     """
 
     name = "mdqa"
+    least = 1
 
     def __init__(
         self,
@@ -125,10 +95,7 @@ class MultiDocumentTask:
         ``n_documents``: as many documents as fit. Raises `LropeError`: wrong numbers, a malformed file, or too few
         passages for one context.
         """
-        self._data = data
-        self._seed = seed
-        self._positions = positions
-        self._limit = limit
+        self._data, self._seed, self._positions, self._limit = data, seed, positions, limit
         self._n_documents = DEFAULT_DOCUMENTS if n_documents is None else n_documents
         check_probes(probes)
         if limit is None and probes is not None and self._n_documents < probes:
@@ -197,18 +164,17 @@ class MultiDocumentTask:
             context = self._with(split, index, asked, distractors[: n_documents - len(asked)])
             return context.prefix + max((probe.question for probe in context.probes), key=len)
 
-        most = len(asked) + len(distractors)
-        n_documents, n_tokens = self._limit.largest(prompt, len(asked), most)
-        if not n_documents:
-            raise LropeError(
-                f"--context-tokens {self._limit.tokens}: the documents of {len(asked)} questions alone take {n_tokens} "
-                f"in {split} context {index}; ask for more tokens or fewer mdqa.probes"
-            )
-        if n_documents == most and self._limit.tokens - n_tokens > n_tokens / n_documents:
-            raise LropeError(
-                f"--context-tokens {self._limit.tokens}: the {most} documents there are for {split} context {index} "
-                f"take only {n_tokens}; ask for fewer tokens or give more data"
-            )
+        least, most, where = len(asked), len(asked) + len(distractors), f"{split} context {index}"
+        n_documents = self._limit.fitting(
+            *(prompt, least, most),
+            lambda n: (
+                f"the documents of {least} questions alone take {n} in {where}; ask for more tokens or fewer "
+                "mdqa.probes"
+            ),
+            lambda n: (
+                f"the {most} documents there are for {where} take only {n}; ask for fewer tokens or give more data"
+            ),
+        )
         return self._with(split, index, asked, distractors[: n_documents - len(asked)])
 
     def _with(self, split: str, index: int, asked: Sequence[Record], distractors: Sequence[Passage]) -> Context:
@@ -349,3 +315,21 @@ def _passage(where: str, document: Any) -> Passage:
     if not isinstance(title, str) or not isinstance(text, str) or not text.strip():
         raise LropeError(f"{where}: a document's title or text is not text; give strings")
     return Passage(title, text, normalize(f"{title} {text}"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiDocumentConfig(SizedTaskConfig):
+    """Settings of `MultiDocumentTask`."""
+
+    section = "mdqa"
+    summary = "multi-document question answering"
+    wants = "an nq-open file"
+    size = "documents"
+    task = MultiDocumentTask
+
+    data: str | None = setting(
+        None, "nq-open-*.jsonl[.gz] of the benchmark", metavar="FILE", unset="required", option=True
+    )
+    documents: int | None = setting(None, "documents per context", metavar="N", least=1, unset=str(DEFAULT_DOCUMENTS))
+    probes: int | None = probes_setting("questions per context", AS_NEEDED)
+    positions: str = positions_setting()
