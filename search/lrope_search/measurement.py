@@ -17,7 +17,7 @@ from .evaluation.generation import Generation
 from .evaluation.make import check_factors, write_job
 from .evaluation.settings import ModelConfig
 from .results.comparison import Comparison, compare
-from .results.table import DepthTable, depth_table, with_interval
+from .results.table import DepthTable, depth_table, gains_words
 from .scores import ContextScore, Evaluation, Factors, Job
 from .session import Show, open_session
 from .study.progress import Progress
@@ -72,9 +72,7 @@ class Measurement:
         """Return the table, the accuracies of written answers if there are any, and the speed."""
         text = str(self.table)
         for name, one in self.beside.items():
-            points = with_interval(one, one.accuracy_gain, 100.0, 1, " points")
-            nats = with_interval(one, one.log_probability_gain, 1.0, 4)
-            text += f"\n{list(self.sides)[1]} over {name}: accuracy {points}, log-probability {nats}"
+            text += f"\n{list(self.sides)[1]} over {name}: {gains_words(one)}"
         if self.generated is not None:
             text += f"\n\nanswers written by the model; {self.agreement:.1%} of them agree with the scores above\n"
             for name, cell in self.generated.totals.items():
