@@ -479,10 +479,7 @@ def free_bytes(directory: Path) -> int:
 
 
 def can_share_blocks(source: FileIO, directory: Path) -> bool | None:
-    """Whether a new file in `directory` can share blocks with `source`, tried on one that never gets a name.
-
-    None where there are no such files.
-    """
+    """Whether a new file in `directory` can share blocks with `source`, tried on one without a name; None: unknown."""
     if not sys.platform.startswith("linux"):
         return False
     try:

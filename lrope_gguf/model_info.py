@@ -148,7 +148,8 @@ class ModelInfo:
 def read_model(path: str | os.PathLike[str]) -> ModelInfo:
     """What the header of the GGUF file `path` says.
 
-    Raises `LropeError`: where it is missing, not GGUF, damaged or truncated, or a later shard of a split model.
+    Raises:
+        LropeError: where it is missing, not GGUF, damaged or truncated, or a later shard of a split model.
     """
     with GGUFFile(path) as gguf:
         return info_of(gguf)
@@ -157,7 +158,8 @@ def read_model(path: str | os.PathLike[str]) -> ModelInfo:
 def read_factors(path: str | os.PathLike[str]) -> tuple[float, ...] | None:
     """The stored factors, one for each of `block_count` layers as float32 values; None where there are none.
 
-    Raises `LropeError`: as `read_model`, and where the stored array is not usable.
+    Raises:
+        LropeError: as `read_model`, and where the stored array is not usable.
     """
     info = read_model(path)
     if info.factors_error:

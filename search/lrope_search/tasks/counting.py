@@ -50,10 +50,7 @@ class WordsTask(GeneratedTask):
     _most_words: ClassVar[int | None] = None
 
     def __init__(self, n_words: int | None = None, *, seed: int = 0, limit: TokenLimit | None = None) -> None:
-        """Make contexts of ``n_words`` (None: 1000), or as many as fit, from ``seed``.
-
-        Raises `LropeError`: too few words, or more than there are.
-        """
+        """Make contexts of ``n_words`` (None: 1000), or as many as fit. Raises `LropeError`: too few or too many."""
         n_words = DEFAULT_WORDS if n_words is None else n_words
         super().__init__(n_words, self.least, most=self._most_words, seed=seed, limit=limit)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -40,23 +41,16 @@ class GeneratedTask(ABC):
             raise LropeError(f"{self.name}.{self.unit} {size}: there are only enough words for {most}; ask for fewer")
         self._size, self._least, self._most = size, least, most
         self._seed, self._limit = seed, limit
-        self._sizes: dict[tuple[str, int], int] = {}
+        self._fitted = cache(self._fitting)
 
     def size(self, split: str) -> int | None:
         """Return None: there are as many contexts as wanted."""
         return None
 
     def context(self, split: str, index: int) -> Context:
-        """Return context ``index`` of ``split``.
-
-        Raises `LropeError`: not even the smallest fits into the tokens allowed, or the largest leaves room for more.
-        """
-        if self._limit is None:
-            return self._make(split, index, self._size)
-        key = (split, index)
-        if key not in self._sizes:
-            self._sizes[key] = self._fitting(self._limit, split, index)
-        return self._make(split, index, self._sizes[key])
+        """Return context ``index`` of ``split``. Raises `LropeError`: no size fits into the tokens allowed."""
+        size = self._size if self._limit is None else self._fitted(self._limit, split, index)
+        return self._make(split, index, size)
 
     @abstractmethod
     def calibration(self) -> Context:

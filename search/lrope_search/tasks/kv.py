@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lrope_gguf.errors import LropeError
 
 from ..sample import SPLITS, default_probes
 from ..settings import setting
-from .identifiers import IDENTIFIERS, Pairs, Wording, describe
+from .identifiers import DESCRIBED, IDENTIFIERS, Pairs, Wording
 from .records import read_records, split_groups, too_few
 from .settings import AS_NEEDED, POSITIONS, SizedTaskConfig, positions_setting, probes_setting
 from .sizing import TokenLimit
@@ -69,7 +69,7 @@ class KeyValueTask:
         self._most = self._identifiers.most
         if data is None and self._most is not None and self._n_pairs > self._most:
             raise LropeError(f"--keys {self._n_pairs}: there are {self._most} such keys; ask for fewer")
-        self._sizes: dict[tuple[str, int], int] = {}
+        self._fitted = cache(self._fitting)
         self._splits: dict[str, list[Pairs]] | None = None
         if data is not None:
             records = read_records(data, "key-value record", lambda where, value: _pairs(where, value, n_keys))
@@ -84,25 +84,18 @@ class KeyValueTask:
         return None if self._splits is None else len(self._splits[split])
 
     def context(self, split: str, index: int) -> Context:
-        """Return context ``index`` of ``split``.
-
-        Raises `LropeError`: the file has too few records, or no ``probes`` pairs fit into the tokens allowed.
-        """
+        """Return context ``index`` of ``split``. Raises `LropeError`: the file has too few records, or no pairs fit."""
         if self._splits is not None and index >= len(self._splits[split]):
             sizes = {s: len(records) for s, records in self._splits.items()}
             raise too_few(self._data, split, index, sizes, "records")
-        if self._limit is None:
-            n_pairs = self._n_pairs if self._splits is None else len(self._splits[split][index])
-            return self._make(split, index, self._pairs(split, index, n_pairs))
-        key = (split, index)
-        if key not in self._sizes:
-            self._sizes[key] = self._fitting(self._limit, split, index)
-        return self._make(split, index, self._pairs(split, index, self._sizes[key]))
+        n_pairs = self._n_pairs if self._splits is None else len(self._splits[split][index])
+        if self._limit is not None:
+            n_pairs = self._fitted(self._limit, split, index)
+        return self._make(split, index, self._pairs(split, index, n_pairs))
 
     def calibration(self) -> Context:
         """Return a context of four pairs, all asked for."""
-        pairs = self._generate(_CALIBRATION, 0, 4)
-        return self._context("calibration", 0, pairs, places("calibration", 0, len(pairs), len(pairs), 0, "even"))
+        return self._make("calibration", 0, self._generate(_CALIBRATION, 0, 4), 4, "even")
 
     def _pairs(self, split: str, index: int, n_pairs: int) -> Pairs:
         if self._splits is None:
@@ -134,12 +127,9 @@ class KeyValueTask:
             lambda n_tokens: f"{most} pairs take only {n_tokens}, and {what}; ask for fewer tokens",
         )
 
-    def _make(self, split: str, index: int, pairs: Pairs) -> Context:
-        n_probes = self._n_probes or default_probes(len(pairs))
-        where = places(split, index, len(pairs), n_probes, self._seed, self._positions)
-        return self._context(split, index, pairs, where)
-
-    def _context(self, split: str, index: int, pairs: Pairs, where: Sequence[tuple[int, float]]) -> Context:
+    def _make(self, split: str, index: int, pairs: Pairs, n_probes: int | None = None, positions: str = "") -> Context:
+        n_probes = n_probes or self._n_probes or default_probes(len(pairs))
+        where = places(split, index, len(pairs), n_probes, self._seed, positions or self._positions)
         asked = [(depth, *pairs[place]) for place, depth in where]
         return Context(
             split=split,
@@ -186,7 +176,7 @@ class KeyValueConfig(SizedTaskConfig):
         option=True,
     )  # fmt: skip
     identifiers: str | None = setting(
-        None, f"what keys and values are, without data; {describe()}", choices=tuple(IDENTIFIERS),
+        None, f"what keys and values are, without data; {DESCRIBED}", choices=tuple(IDENTIFIERS),
         unset=next(iter(IDENTIFIERS)),
     )  # fmt: skip
     probes: int | None = probes_setting("questions per context", AS_NEEDED)

@@ -29,6 +29,10 @@ _CONTEXTS = 4  # of the smallest split, at the least, unless probes are given
 _COMMON = 0.1  # an alias that stands in more than this share of passages is no answer that one could look for
 _KEPT = 64  # contexts: to make one is slow
 _SAMPLE = 200  # passages that are looked through to know
+_TASK = (
+    "Write a high-quality answer for the given question using only the provided search results "
+    "(some of which might be irrelevant)."
+)
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,7 @@ class MultiDocumentTask:
         return len(self._contexts[split])
 
     def context(self, split: str, index: int) -> Context:
-        """Return context ``index`` of ``split``.
-
-        Raises `LropeError`: the file has too few questions or passages, or the questions' documents alone are larger
-        than the tokens allowed.
-        """
+        """Return context ``index`` of ``split``. Raises `LropeError`: too few questions, passages or tokens for it."""
         if index >= len(self._contexts[split]):
             raise too_few(self._data, split, index, {s: len(self._contexts[s]) for s in SPLITS})
         return self._made(split, index)
@@ -143,28 +143,25 @@ class MultiDocumentTask:
         for record in self._calibration:
             if len(chosen) < _N_CALIBRATION and all(record.may_stand_beside(other) for other in chosen):
                 chosen.append(record)
-        where = places("calibration", 0, len(chosen), len(chosen), 0, "even")
-        return _context("calibration", 0, chosen, [], where)
+        return self._with("calibration", 0, chosen, [], "even")
 
     def _make(self, split: str, index: int) -> Context:
-        asked = self._contexts[split][index]
+        asked, where = self._contexts[split][index], f"{split} context {index}"
+        most = None if self._limit is not None else self._n_documents - len(asked)
+        others = list(itertools.islice(self._distractors(split, index, asked), most))
         if self._limit is None:
-            n_more = self._n_documents - len(asked)
-            distractors = list(itertools.islice(self._distractors(split, index, asked), n_more))
-            if n_more > len(distractors):
+            if (n := self._n_documents - len(asked)) > len(others):
                 raise LropeError(
-                    f"{self._data}: {split} context {index} has only {len(distractors)} documents that answer none of "
-                    f"its questions, {n_more} are wanted; ask for fewer mdqa.documents"
+                    f"{self._data}: {where} has only {len(others)} documents that answer none of its questions, {n} "
+                    "are wanted; ask for fewer mdqa.documents"
                 )
-            return self._with(split, index, asked, distractors)
-
-        distractors = list(self._distractors(split, index, asked))
+            return self._with(split, index, asked, others)
 
         def prompt(n_documents: int) -> str:
-            context = self._with(split, index, asked, distractors[: n_documents - len(asked)])
+            context = self._with(split, index, asked, others[: n_documents - len(asked)])
             return context.prefix + max((probe.question for probe in context.probes), key=len)
 
-        least, most, where = len(asked), len(asked) + len(distractors), f"{split} context {index}"
+        least, most = len(asked), len(asked) + len(others)
         n_documents = self._limit.fitting(
             *(prompt, least, most),
             lambda n: (
@@ -175,12 +172,19 @@ class MultiDocumentTask:
                 f"the {most} documents there are for {where} take only {n}; ask for fewer tokens or give more data"
             ),
         )
-        return self._with(split, index, asked, distractors[: n_documents - len(asked)])
+        return self._with(split, index, asked, others[: n_documents - len(asked)])
 
-    def _with(self, split: str, index: int, asked: Sequence[Record], distractors: Sequence[Passage]) -> Context:
-        n = len(asked) + len(distractors)
-        where = places(split, index, n, len(asked), self._seed, self._positions)
-        return _context(split, index, asked, distractors, where)
+    def _with(
+        self, split: str, index: int, asked: Sequence[Record], others: Sequence[Passage], positions: str = ""
+    ) -> Context:
+        """Put the documents of ``asked`` among ``others``, at the places where questions are to stand."""
+        n_places, rest = len(asked) + len(others), iter(others)
+        where = places(split, index, n_places, len(asked), self._seed, positions or self._positions)
+        gold = {place: record.gold for (place, _), record in zip(where, asked, strict=True)}
+        passages = [gold[place] if place in gold else next(rest) for place in range(n_places)]
+        documents = "\n".join(f"Document [{i}](Title: {p.title}) {p.text}" for i, p in enumerate(passages, 1))
+        probes = tuple(_probe(depth, record) for (_, depth), record in zip(where, asked, strict=True))
+        return Context(split, index, f"{_TASK}\n\n{documents}\n\n", probes, lead=" ", n_places=n_places)
 
     def _distractors(self, split: str, index: int, asked: Sequence[Record]) -> Iterator[Passage]:
         """Yield the documents that may stand beside those of ``asked``, the most fitting first."""
@@ -189,7 +193,8 @@ class MultiDocumentTask:
         shuffled = (passages[i] for i in generator.permutation(len(passages)))
         aliases = [alias for record in asked for alias in record.aliases]
         seen = {record.gold.text for record in asked}
-        for passage in (*_by_turns([record.others for record in asked]), *shuffled):
+        by_turns = itertools.chain.from_iterable(itertools.zip_longest(*(record.others for record in asked)))
+        for passage in itertools.chain(filter(None, by_turns), shuffled):
             if passage.text not in seen and self._owners[passage.text] == split and not passage.holds(aliases):
                 seen.add(passage.text)
                 yield passage
@@ -202,26 +207,6 @@ def _fitting(records: Sequence[Record], limit: TokenLimit) -> int:
     return max(1, limit.tokens * len(few) // (2 * tokens))
 
 
-def _context(
-    split: str,
-    index: int,
-    asked: Sequence[Record],
-    distractors: Sequence[Passage],
-    where: Sequence[tuple[int, float]],
-) -> Context:
-    """Put the documents of ``asked`` at the places ``where`` among ``distractors``."""
-    gold = {place: record.gold for (place, _), record in zip(where, asked, strict=True)}
-    rest = iter(distractors)
-    passages = [gold[place] if place in gold else next(rest) for place in range(len(asked) + len(distractors))]
-    documents = "\n".join(f"Document [{i}](Title: {p.title}) {p.text}" for i, p in enumerate(passages, 1))
-    task = (
-        "Write a high-quality answer for the given question using only the provided search results "
-        "(some of which might be irrelevant)."
-    )
-    probes = tuple(_probe(depth, record) for (_, depth), record in zip(where, asked, strict=True))
-    return Context(split, index, f"{task}\n\n{documents}\n\n", probes, lead=" ", n_places=len(passages))
-
-
 def _probe(depth: float, record: Record) -> Probe:
     """Ask for the first alias that the gold document words so: a model can copy it."""
     text = record.gold.text
@@ -229,11 +214,6 @@ def _probe(depth: float, record: Record) -> Probe:
     answer = answer or next((a for a in record.answers if a.lower() in text.lower()), record.answers[0])
     aliases = tuple(a for a in record.answers if a != answer)
     return Probe(depth, f"Question: {record.question}\nAnswer:", answer, aliases, normalized=True)
-
-
-def _by_turns(rows: Sequence[Sequence[Passage]]) -> Iterator[Passage]:
-    for i in range(max(map(len, rows), default=0)):
-        yield from (row[i] for row in rows if i < len(row))
 
 
 def _packed(records: Sequence[Record], n: int) -> list[Sequence[Record]]:

@@ -75,10 +75,8 @@ class VariableTask(GeneratedTask):
 
     def _with(self, split: str, index: int, n_lines: int, n_chains: int, positions: str) -> Context:
         generator = self._generator(split, index)
-        names = [
-            _name(n)
-            for n in distinct(generator, split, _LINKS * (n_chains + 1), len(string.ascii_uppercase) ** _LETTERS)
-        ]
+        numbers = distinct(generator, split, _LINKS * (n_chains + 1), len(string.ascii_uppercase) ** _LETTERS)
+        names = list(map(_name, numbers))
         values = [str(10000 + n) for n in distinct(generator, split, n_chains + 1, 90000)]
         (example, *chains) = [names[i : i + _LINKS] for i in range(0, len(names), _LINKS)]
         (shown, *asked) = values
