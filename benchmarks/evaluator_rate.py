@@ -65,11 +65,9 @@ def measure(path: str, n_keys: int, n_probes: int, args: argparse.Namespace) -> 
         for scoring in args.scoring:  # warm
             evaluator.scoring = scoring
             evaluator.evaluate(base, "search", 0)
-        n_tokens, n_rows, n_alone = (
-            evaluator.n_tokens("search", 0),
-            evaluator.n_rows("search", 0),
-            evaluator.n_tokens_alone("search", 0),
-        )
+        encoding = evaluator.encoding("search", 0)
+        n_tokens, n_rows = encoding.n_tokens, len(encoding.gold)
+        n_alone = n_tokens + (n_probes - 1) * len(encoding.prefix)  # with a whole prompt for each probe
         ours: dict[str, list[float]] = {scoring: [] for scoring in args.scoring}
         theirs, rows = [], []
 

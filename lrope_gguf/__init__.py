@@ -23,21 +23,9 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "Curve",
-    "CurveFile",
-    "LropeError",
-    "ModelInfo",
-    "Scaling",
-    "WritePlan",
-    "WriteResult",
-    "__version__",
-    "plan_remove",
-    "plan_write",
-    "read_factors",
-    "read_model",
-    "remove_factors",
-    "write_factors",
-]
+    "Curve", "CurveFile", "LropeError", "ModelInfo", "Scaling", "WritePlan", "WriteResult", "__version__",
+    "plan_remove", "plan_write", "read_factors", "read_model", "remove_factors", "write_factors",
+]  # fmt: skip
 
 _MODULES = ("errors", "curve", "rope_scaling", "model_info", "metadata")  # each imports those before it only
 

@@ -47,11 +47,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command's module; None where there is no such command.
-
-        Raises:
-            LropeError: the module needs a package that is not installed.
-        """
+        """Import the command's module; None: no such command. Raises `LropeError`: a package is missing."""
         if cmd_name not in COMMANDS:
             return None
         try:

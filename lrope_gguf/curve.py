@@ -95,11 +95,7 @@ def _number(value: Any, what: str) -> float:
 
 
 def positive(value: Any, what: str) -> float:
-    """`value` as a finite float above 0.
-
-    Raises:
-        LropeError: with a message of its own for not a number, NaN, infinite, zero and negative.
-    """
+    """`value` as a finite float above 0. Raises `LropeError`: it is not one; says in which way."""
     number = _number(value, what)
     if number == 0:
         raise LropeError(f"{what} is zero; give a factor above 0 (1 changes nothing)")
@@ -167,7 +163,6 @@ class Curve:
     bounds: tuple[float, float] = DEFAULT_BOUNDS
 
     def __post_init__(self) -> None:
-        """Check and normalise the fields."""
         object.__setattr__(self, "bounds", _bounds(self.bounds))
         object.__setattr__(self, "control_points", _control_points(self.control_points, self.bounds))
 
@@ -217,7 +212,6 @@ class CurveFile:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check and normalise the fields."""
         if self.control_points is None and self.layer_factors is None:
             raise LropeError("it has neither control_points nor layer_factors; give one of them")
         object.__setattr__(self, "bounds", _bounds(self.bounds))
@@ -245,8 +239,7 @@ class CurveFile:
     def load(cls, path: str | os.PathLike[str]) -> CurveFile:
         """Read a curve file, or what else gives such a document once, such as a pipe; ``-`` is the standard input.
 
-        Raises:
-            LropeError: where it is missing, unreadable, above 1 MiB, or not a valid document.
+        Raises `LropeError`: where it is missing, unreadable, above 1 MiB, or not a valid document.
         """
         data = _read(path)
         path = source_name(path)
@@ -263,10 +256,8 @@ class CurveFile:
     def loads(cls, text: str, name: str, *, check_agreement: bool = True) -> CurveFile:
         """Parse a curve document; `name` stands for it in messages.
 
-        `check_agreement=False` skips the comparison of `layer_factors` with `control_points`.
-
-        Raises:
-            LropeError: where it is not a valid document.
+        `check_agreement=False` skips the comparison of `layer_factors` with `control_points`. Raises `LropeError`:
+        where it is not a valid document.
         """
         try:
             document = _parse(text)
@@ -329,11 +320,7 @@ class CurveFile:
         atomic_write_text(path, self.dumps())
 
     def factors_for(self, n_layer: int) -> tuple[float, ...]:
-        """The factors for a model of `n_layer` layers: the listed ones if they are that many, else the curve's.
-
-        Raises:
-            LropeError: where there is no curve and the list has another length.
-        """
+        """The factors of `n_layer` layers: the listed ones, else the curve's. Raises `LropeError`: it has neither."""
         if self.layer_factors is not None and len(self.layer_factors) == n_layer:
             return self.layer_factors
         curve = self.curve
@@ -352,11 +339,7 @@ def published() -> dict[str, Path]:
 
 
 def resolved(path: str | Path) -> str | Path:
-    """The curve file that is meant: a file's path, or the name of a `published` one.
-
-    Raises:
-        LropeError: there is neither; names those that there are.
-    """
+    """The curve file that is meant, by its path or a `published` name. Raises `LropeError`: there is neither."""
     name = os.fspath(path)
     if name == "-" or Path(name).exists() or Path(name).name != name or Path(name).suffix == ".json":
         return path

@@ -88,10 +88,8 @@ def replacing(path: str | os.PathLike[str], notes: list[str] | None = None, *, m
     The file is synced and moved over `path` in one step, and the directory is synced. On any error, an interrupt
     included, it is gone and `path` stays as it was. A symbolic link stays and its target is replaced. Of an existing
     file the mode is kept, and the owner and extended attributes (access control lists among them) where permitted;
-    where not, `notes` gets a sentence. A new one gets `mode` less the umask. Devices, pipes and the like stay.
-
-    Raises:
-        LropeError: for every `OSError`, and where something else than a regular file is there.
+    where not, `notes` gets a sentence. A new one gets `mode` less the umask. Devices, pipes and the like stay. Raises
+    `LropeError`: for every `OSError`, and where something else than a regular file is there.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".lrope-{os.urandom(8).hex()}.tmp")
@@ -275,10 +273,8 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
 def locked(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[None]:
     """Hold off other writers of `path`, or where `shared` those that do not share; a killed one holds nothing.
 
-    Nothing is locked where no regular file is, or where the file system has no locks.
-
-    Raises:
-        LropeError: where another writer has not ended after `LOCK_SECONDS`.
+    Nothing is locked where no regular file is, or where the file system has no locks. Raises `LropeError`: where
+    another writer has not ended after `LOCK_SECONDS`.
     """
     handle = _lock(Path(path), shared)
     try:
@@ -483,10 +479,7 @@ def free_bytes(directory: Path) -> int:
 
 
 def can_share_blocks(source: FileIO, directory: Path) -> bool | None:
-    """Whether a new file in `directory` can share blocks with `source`, tried on one that never gets a name.
-
-    None where there are no such files.
-    """
+    """Whether a new file in `directory` can share blocks with `source`, tried on one without a name; None: unknown."""
     if not sys.platform.startswith("linux"):
         return False
     try:

@@ -8,6 +8,7 @@ work that strings, nested arrays and windows cost. So neither memory nor time de
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import struct
@@ -174,7 +175,6 @@ class GGUFFile(Values):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open and scan `path`."""
         self.path = Path(path)
         try:
             if not self.path.exists():
@@ -192,11 +192,9 @@ class GGUFFile(Values):
             raise
 
     def __enter__(self) -> GGUFFile:
-        """The file itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the file."""
         self.file.close()
 
     # Values
@@ -247,14 +245,13 @@ class GGUFFile(Values):
         magic = self.read(0, min(4, self.size))
         if magic != b"GGUF":
             raise LropeError(f"{self.path}: is not a GGUF file (it begins with {magic!r}); give a model in GGUF format")
-        self._position = 4
-        self.order = "<"
-        self._set_order()
-        version = self._u32("the version")
-        if version & 0xFFFF == 0:  # a small number read in the wrong byte order
-            self._position, self.order = 4, ">"
-            self._set_order()
+        for order in "<>":
+            self._position, self.order = 4, order
+            self._unpack_u32 = struct.Struct(order + "I").unpack_from
+            self._unpack_u64 = struct.Struct(order + "Q").unpack_from
             version = self._u32("the version")
+            if version & 0xFFFF:  # else a small number read in the wrong byte order
+                break
         if version not in (2, 3):
             raise LropeError(f"{self.path}: is GGUF version {version} (byte 4); give one of version 2 or 3")
         self.version = version
@@ -265,10 +262,6 @@ class GGUFFile(Values):
         self.alignment = self._alignment()
         self._scan_tensors()
         del self._window
-
-    def _set_order(self) -> None:
-        self._unpack_u32 = struct.Struct(self.order + "I").unpack_from
-        self._unpack_u64 = struct.Struct(self.order + "Q").unpack_from
 
     def _count(self, what: str, least: int, most: int) -> int:
         """A number of things of at least `least` bytes each."""
@@ -386,10 +379,7 @@ class GGUFFile(Values):
             kind = self._u32("a tensor's type")
             offset = self._u64("a tensor's offset")
             items, size = _BLOCKS.get(kind, (1, 0))
-            rows = 1
-            for dim in dims[1:]:
-                rows *= dim
-            needed = offset + rows * (-(-(dims[0] if dims else 1) // items) * size)
+            needed = offset + math.prod(dims[1:]) * (-(-(dims[0] if dims else 1) // items) * size)
             if needed > end:
                 end, last, last_start = needed, name, start
         self.info_end = self.data_start = self._position
@@ -435,13 +425,9 @@ class GGUFFile(Values):
         self._position += length
 
     def _u32(self, what: str) -> int:
-        self._fill(4, what)
-        self._position += 4
-        value: int = self._unpack_u32(self._window, self._position - 4 - self._window_start)[0]
+        value: int = self._unpack_u32(self._take(4, what))[0]
         return value
 
     def _u64(self, what: str) -> int:
-        self._fill(8, what)
-        self._position += 8
-        value: int = self._unpack_u64(self._window, self._position - 8 - self._window_start)[0]
+        value: int = self._unpack_u64(self._take(8, what))[0]
         return value

@@ -69,11 +69,7 @@ class Originals(NamedTuple):
 
 
 def originals_of(gguf: GGUFFile) -> Originals:
-    """What a file has stored; nothing where it has no such key.
-
-    Raises:
-        LropeError: it is not what `Originals.dumps` gives.
-    """
+    """What a file has stored; nothing without the key. Raises `LropeError`: it is not what `Originals.dumps` gives."""
     entry = gguf.entries.get(ORIGINAL_KEY)
     if entry is None:
         return Originals()

@@ -17,35 +17,12 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal
 
+from lrope_gguf import files, layout
 from lrope_gguf.curve import MAX_BYTES, CurveFile, positive
 from lrope_gguf.errors import LropeError
-from lrope_gguf.files import (
-    append_range,
-    block_size,
-    can_share_blocks,
-    check_replaceable,
-    free_bytes,
-    locked,
-    mapped_by,
-    replacing,
-    write_all,
-    write_error,
-)
+from lrope_gguf.files import append_range, can_share_blocks, free_bytes, locked, mapped_by, replacing, write_all
 from lrope_gguf.gguf_file import ARRAY, FLOAT32, STRING, GGUFFile, string
-from lrope_gguf.layout import (
-    CURVE_KEY,
-    ORIGINAL_KEY,
-    Base,
-    Block,
-    Part,
-    Pieces,
-    factors_key,
-    keeps_blocks,
-    length,
-    new_parts,
-    parts_in_place,
-    pieces_of,
-)
+from lrope_gguf.layout import CURVE_KEY, ORIGINAL_KEY, Base, Block, Part, Pieces, factors_key, pieces_of
 from lrope_gguf.model_info import SHARD, ModelInfo, has_long_factors, info_of
 from lrope_gguf.model_info import read_factors as read_factors
 from lrope_gguf.model_info import read_model as read_model
@@ -59,35 +36,40 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class WriteResult:
-    """What a write or removal did.
+class Outcome:
+    """What a write or removal comes to.
 
     Attributes:
-        path: the file that now holds the result.
+        path: the file that holds the result.
         how: `"in place"`, `"rewritten"` (a whole new file) or `"unchanged"` (it was so already).
         bytes_written: bytes changed in place, or the new file's size.
-        factors: the factors now stored, one per layer; empty where there are none.
-        bytes_shared: of a new file, the bytes that it shares with the old one on the disk instead of a copy.
-        notes: what the user should know besides, such as other names that keep the old content.
+        factors: the factors that are stored then, one per layer; empty where there are none.
     """
 
     path: Path
     how: Literal["in place", "rewritten", "unchanged"]
     bytes_written: int
     factors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class WriteResult(Outcome):
+    """What a write or removal did.
+
+    Attributes:
+        bytes_shared: of a new file, the bytes that it shares with the old one on the disk instead of a copy.
+        notes: what the user should know besides, such as other names that keep the old content.
+    """
+
     bytes_shared: int = 0
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class WritePlan:
+class WritePlan(Outcome):
     """What `write_factors` would do.
 
     Attributes:
-        path: the file that would hold the result.
-        how: as in `WriteResult`.
-        bytes_written: as in `WriteResult`.
-        factors: the factors that would be stored, one per layer; empty where there are none.
         shares: whether a new file would share the tensor data with the old one on the disk; None where only
             writing tells.
         notes: as in `WriteResult`.
@@ -95,10 +77,6 @@ class WritePlan:
         changes: what would become of the keys of the scaling, where that is asked for.
     """
 
-    path: Path
-    how: Literal["in place", "rewritten", "unchanged"]
-    bytes_written: int
-    factors: tuple[float, ...]
     shares: bool | None
     notes: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
@@ -164,11 +142,7 @@ def plan_write(
 
 
 def plan_scaling(path: str | os.PathLike[str], scaling: Scaling) -> tuple[RopeScaling, Recipe | None]:
-    """How a model would rotate with a scaling written to it, and the scaling in numbers; None for `none`.
-
-    Raises:
-        LropeError: where the model cannot have it or cannot be read.
-    """
+    """How a model would rotate with a scaling, and that in numbers, if any. Raises `LropeError`: it cannot have it."""
     with GGUFFile(path) as gguf:
         _check_rotates(info_of(gguf))
         planned = _rescaled(Base(gguf), scaling)
@@ -238,22 +212,18 @@ def plan_remove(path: str | os.PathLike[str], output: str | os.PathLike[str] | N
 def _opened(path: str | os.PathLike[str], output: str | os.PathLike[str] | None) -> Iterator[GGUFFile]:
     """The model, locked against other writers together with the file that is to be replaced."""
     other = None
-    with ExitStack() as stack, _as_lrope_error(path if output is None else output):
-        if output is not None and not (Path(output).exists() and Path(path).exists() and Path(path).samefile(output)):
-            other = output
-        stack.enter_context(locked(path, shared=other is not None))
-        gguf = stack.enter_context(GGUFFile(path))
-        if other is not None:
-            stack.enter_context(locked(other))
-        yield gguf
-
-
-@contextmanager
-def _as_lrope_error(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
-        yield
+        with ExitStack() as stack:
+            there = output is not None and Path(output).exists() and Path(path).exists()
+            if output is not None and not (there and Path(path).samefile(output)):
+                other = output
+            stack.enter_context(locked(path, shared=other is not None))
+            gguf = stack.enter_context(GGUFFile(path))
+            if other is not None:
+                stack.enter_context(locked(other))
+            yield gguf
     except OSError as error:
-        raise write_error(Path(path), error, "nothing was changed") from error
+        raise files.write_error(Path(path if output is None else output), error, "nothing was changed") from error
 
 
 @dataclass(frozen=True)
@@ -293,7 +263,7 @@ def _plan_write(
     if target is None and not base.ours and not len(block):
         return WritePlan(path, "unchanged", 0, stored, None, changes=scaled.changes), _Change()
     same_base = scaled.originals is None or scaled.originals == base.originals
-    fitting = parts_in_place(base, block) if target is None and same_base else None
+    fitting = layout.parts_in_place(base, block) if target is None and same_base else None
     if fitting is not None:
         start, new = fitting[0], b"".join(part.data for part in fitting[1])
         old = gguf.read(start, start + len(new))
@@ -303,13 +273,19 @@ def _plan_write(
             first = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
             last = next(i for i in range(len(new), 0, -1) if old[i - 1] != new[i - 1])
             _check_permission(path)
-            if not mapped_ok:
-                _check_unmapped(gguf)
-            return (
-                WritePlan(path, "in place", last - first, stored, None, changes=scaled.changes),
-                _Change([], start + first, new[first:last], old[first:last]),
-            )
-    pieces = pieces_of(base, new_parts(base, block, without, block_size(path if target is None else target)), without)
+            users = [] if mapped_ok else mapped_by(path)
+            if users:
+                name, process = users[0]
+                others = f" and {len(users) - 1} more" if len(users) > 1 else ""
+                raise LropeError(
+                    f"{path}: is mapped by {name} (process {process}){others}: changing it in place would change the "
+                    "memory of a running program; stop that, write a copy with --output, or allow it with --mapped-ok"
+                )
+            plan = WritePlan(path, "in place", last - first, stored, None, changes=scaled.changes)
+            return plan, _Change([], start + first, new[first:last], old[first:last])
+    pieces = pieces_of(
+        base, layout.new_parts(base, block, without, files.block_size(path if target is None else target)), without
+    )
     return replace(_plan_rewrite(gguf, target, pieces, stored), changes=scaled.changes), _Change(pieces)
 
 
@@ -355,15 +331,15 @@ def _block(base: Base, parts: tuple[Part, ...], text: bytes | None, scaled: Resc
 
 def _plan_rewrite(gguf: GGUFFile, target: Path | None, pieces: Pieces, factors: tuple[float, ...]) -> WritePlan:
     path = gguf.path if target is None else target
-    size = length(pieces)
+    size = layout.length(pieces)
     place = Path(os.path.realpath(path))
     _check_permission(path)
     if not place.parent.is_dir():
         raise LropeError(f"{path}: its directory does not exist; create it first")
-    check_replaceable(path)
+    files.check_replaceable(path)
     if not os.access(place.parent, os.W_OK | os.X_OK):
         raise LropeError(f"{path}: its directory is read-only; make it writable or give --output")
-    shares = keeps_blocks(pieces, block_size(place)) and can_share_blocks(gguf.file, place.parent)
+    shares = layout.keeps_blocks(pieces, files.block_size(place)) and can_share_blocks(gguf.file, place.parent)
     free = free_bytes(place.parent)
     if free < size and not shares:
         raise LropeError(
@@ -380,17 +356,6 @@ def _check_permission(path: Path) -> None:
     check_changeable(path)
     if path.exists() and not os.access(path, os.W_OK):
         raise LropeError(f"{path}: is read-only; make it writable or give --output")
-
-
-def _check_unmapped(gguf: GGUFFile) -> None:
-    users = mapped_by(gguf.path)
-    if users:
-        name, process = users[0]
-        others = f" and {len(users) - 1} more" if len(users) > 1 else ""
-        raise LropeError(
-            f"{gguf.path}: is mapped by {name} (process {process}){others}: changing it in place would change the "
-            "memory of a running program; stop that, write a copy with --output, or allow it with --mapped-ok"
-        )
 
 
 def _check_rotates(info: ModelInfo) -> None:
@@ -441,14 +406,16 @@ def _patch(gguf: GGUFFile, change: _Change) -> None:
     try:
         with gguf.path.open("r+b", buffering=0) as file:
             try:
-                _overwrite(file, change.start, change.new)
+                file.seek(change.start)
+                write_all(file, change.new)
+                os.fsync(file.fileno())
             except BaseException:
                 consequence = "its layer factors may be half changed, write them again"
                 if _take_back(file, change):
                     consequence = "nothing was changed"
                 raise
     except OSError as error:
-        raise write_error(gguf.path, error, consequence) from error
+        raise files.write_error(gguf.path, error, consequence) from error
 
 
 def _take_back(file: FileIO, change: _Change) -> bool:
@@ -462,12 +429,6 @@ def _take_back(file: FileIO, change: _Change) -> bool:
             return False
     os.fsync(file.fileno())
     return True
-
-
-def _overwrite(file: FileIO, at: int, data: bytes) -> None:
-    file.seek(at)
-    write_all(file, data)
-    os.fsync(file.fileno())
 
 
 def _rewrite(gguf: GGUFFile, plan: WritePlan, pieces: Pieces, progress: Progress | None) -> WriteResult:

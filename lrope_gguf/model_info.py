@@ -85,9 +85,8 @@ class ModelInfo:
     def shaped(self, factors: Sequence[float]) -> tuple[float, ...]:
         """The factors of `n_layer` layers, of a list that gives these or, with 1 for the head's, `block_count`.
 
-        Raises:
-            LropeError: the list has another length, or another factor for a layer of the head, or there is no more
-                than the head.
+        Raises `LropeError`: the list has another length, or another factor for a layer of the head, or there is no more
+        than the head.
         """
         n_layer = self.n_layer or 0
         if self.block_count and not n_layer:
@@ -113,8 +112,7 @@ class ModelInfo:
     def uniform(self, factor: float) -> tuple[float, ...]:
         """`factor` for the `whole_context_layers`, 1 for the others: what a search calls a uniform factor.
 
-        Raises:
-            LropeError: the header does not tell which layers these are, or there is none.
+        Raises `LropeError`: the header does not tell which layers these are, or there is none.
         """
         ask = "give one factor per layer with --factors"
         if self.windows_error is not None:
@@ -127,11 +125,8 @@ class ModelInfo:
     def fingerprint(self) -> str:
         """Identity of the base model: SHA-256 in hex, the same before and after `write_factors`.
 
-        Covers the header as it was before, and of the tensor data 64 blocks of 4 KiB, evenly spaced, the first and
-        the last included.
-
-        Raises:
-            LropeError: the file cannot be read, or what it held before is not known.
+        Covers the header as it was before, and of the tensor data 64 blocks of 4 KiB, evenly spaced, the first and the
+        last included. Raises `LropeError`: the file cannot be read, or what it held before is not known.
         """
         import hashlib  # loads OpenSSL
 

@@ -26,11 +26,7 @@ def native_dir() -> Path | None:
 
 
 def tool_path(name: str) -> Path:
-    """Return the path of a patched llama.cpp tool, such as ``llama-server``.
-
-    Raises:
-        LropeError: the package was installed without its native part.
-    """
+    """Return the path of a patched llama.cpp tool. Raises `LropeError`: there is no native part in the package."""
     folder = _folder("bin")
     path = folder / (name + (".exe" if sys.platform == "win32" else "")) if folder else None
     if path is None or not path.is_file():

@@ -97,8 +97,7 @@ def rendered(figure: Figure, kind: str) -> bytes:
 def picture_kind(path: str | os.PathLike[str]) -> str:
     """``png`` or ``svg``, as the end of the name of a picture that is to be drawn says.
 
-    Raises:
-        LropeError: where the name ends otherwise, its directory does not exist, or matplotlib is missing.
+    Raises `LropeError`: where the name ends otherwise, its directory does not exist, or matplotlib is missing.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
@@ -107,6 +106,19 @@ def picture_kind(path: str | os.PathLike[str]) -> str:
         raise LropeError(f"{path}: its directory does not exist; make it first")
     require_matplotlib(path)
     return suffix[1:]
+
+
+@contextmanager
+def drawn_into(path: str | os.PathLike[str], size: tuple[float, float]) -> Iterator[Figure]:
+    """Yield a figure of this size in inches, then write it as `picture_kind` says; an existing file is replaced."""
+    kind = picture_kind(path)
+    from matplotlib.figure import Figure
+
+    with drawing():
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        picture = rendered(figure, kind)
+    atomic_write_bytes(path, picture)
 
 
 def plot_factors(
@@ -131,18 +143,12 @@ def plot_factors(
     Raises:
         LropeError: where the name ends otherwise, matplotlib is missing, or the file cannot be written.
     """
-    kind = picture_kind(path)
-    from matplotlib.figure import Figure
-
-    with drawing():
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+    with drawn_into(path, (8, 4.5)) as figure:
         axes = figure.add_subplot()
         draw_factors(axes, factors, control_points=control_points, n_layer=n_layer, curve_label=curve_label)
         axes.set_title(printable(title, 90), parse_math=False)
         if control_points is not None:
             axes.legend()
-        picture = rendered(figure, kind)
-    atomic_write_bytes(path, picture)
 
 
 def draw_factors(
@@ -155,10 +161,7 @@ def draw_factors(
     factors_label: str = "stored factors",
     also: Sequence[float] = (),
 ) -> None:
-    """Draw factors, and the curve with its control polygon where there is one, into `axes`; see `plot_factors`.
-
-    `also` are further values that the vertical axis must show.
-    """
+    """Draw factors, and their curve if there is one, into `axes`, which show `also` too; see `plot_factors`."""
     axes.axhline(1, color=COLOURS["base"], linewidth=1, linestyle="--", zorder=1)
     if control_points is not None:
         span = max((len(factors) if n_layer is None else n_layer) - 1, 0)

@@ -72,11 +72,7 @@ def write_preset(
 def plan_preset(
     path: str | os.PathLike[str], name: str, options: Mapping[str, str], replaced: Collection[str] = OWN
 ) -> dict[str, str]:
-    """Check all that `write_preset` checks, and return what it returns, without writing anything.
-
-    Raises:
-        LropeError: as `write_preset`.
-    """
+    """Check and return all that `write_preset` does, without writing anything. Raises `LropeError`: as that."""
     return _changed(path, name, options, replaced)[1]
 
 

@@ -49,11 +49,7 @@ class Rescaled:
 
 
 def rescaled(base: Base, scaling: Scaling | None) -> Rescaled:
-    """A file's scaling after a change; with None it stays as it is.
-
-    Raises:
-        LropeError: the model cannot have this scaling.
-    """
+    """A file's scaling after a change, if one is given. Raises `LropeError`: the model cannot have this scaling."""
     gguf, order = base.gguf, base.gguf.order
     if scaling is None:
         parts = tuple(base.part(key) for key in base.scaling)
@@ -64,11 +60,16 @@ def rescaled(base: Base, scaling: Scaling | None) -> Rescaled:
     made = recipe(scaling, base.values, base.architecture, gguf.path)
     wanted = made.values(order)
     new = {name: value for name, value in wanted.items() if _before(base, name) != value}
-    replaced = tuple(
-        sorted(Kept(at, name, _replaceable(base, name)) for name in new for at in _places(base, base.key(name)))
-    )
+    replaced = []
+    for at, name in ((at, name) for at, (key, _) in enumerate(base.keys) for name in new if key == base.key(name)):
+        if (value := _before(base, name)) is None:
+            raise LropeError(
+                f"{gguf.path}: {base.key(name)} is neither a number nor a short string, so llama.cpp cannot read it; "
+                "repair the file first"
+            )
+        replaced.append(Kept(at, name, value))
     parts = tuple(Part(base.key(name), value.entry(order, base.key(name))) for name, value in new.items())
-    originals = Originals(tuple(new), replaced)
+    originals = Originals(tuple(new), tuple(replaced))
     values = base.values.with_values({base.key(name): value for name, value in new.items()})
     rope = RopeScaling.of(values, base.architecture)
     return Rescaled(parts, originals, made, rope, _changes(base, wanted, originals))
@@ -85,10 +86,6 @@ def _single(base: Base, key: str) -> Value | None:
     return None if value is None or len(value.data) > MAX_TEXT else value
 
 
-def _places(base: Base, wanted: str) -> list[int]:
-    return [at for at, (key, _) in enumerate(base.keys) if key == wanted]
-
-
 def _before(base: Base, name: str) -> Value | None:
     """What a key held before we wrote to the file; None where there was none, or no single value."""
     key = base.key(name)
@@ -98,20 +95,11 @@ def _before(base: Base, name: str) -> Value | None:
     return None if key in base.ours else _single(base, key)
 
 
-def _replaceable(base: Base, name: str) -> Value:
-    value = _before(base, name)
-    if value is None:
-        raise LropeError(
-            f"{base.gguf.path}: {base.key(name)} is neither a number nor a short string, so llama.cpp cannot read it; "
-            "repair the file first"
-        )
-    return value
-
-
 def _changes(base: Base, wanted: Mapping[str, Value], originals: Originals) -> tuple[KeyChange, ...]:
     """What happens to the file's keys where these values are our whole scaling."""
     order, gguf = base.gguf.order, base.gguf
-    changes = []
+    changes: list[KeyChange] = []
+    action: Literal["add", "replace", "keep"]
     for name in NAMES:
         key, before = base.key(name), _before(base, name)
         has = key in gguf.entries
@@ -120,23 +108,19 @@ def _changes(base: Base, wanted: Mapping[str, Value], originals: Originals) -> t
         shown = "" if then is None else _text(then, order)
         was = _text(now, order) if now is not None else "an array" if has else None
         if name in wanted:
-            action: Literal["add", "replace", "keep"] = "keep" if now == then else "replace" if has else "add"
+            action = "keep" if now == then else "replace" if has else "add"
             changes.append(KeyChange(key, action, shown, was if action == "replace" else None))
         elif key in base.ours and then is None:
             changes.append(KeyChange(key, "remove", ""))
         elif then is not None and now != then and (key in base.ours or not has):
             changes.append(KeyChange(key, "restore", shown, was))
-    return (*changes, *_original_change(base, originals))
-
-
-def _original_change(base: Base, originals: Originals) -> tuple[KeyChange, ...]:
     has = ORIGINAL_KEY in base.ours
-    if not originals.written:
-        return (KeyChange(ORIGINAL_KEY, "remove", ""),) if has else ()
-    action: Literal["add", "replace", "keep"] = (
-        "add" if not has else "keep" if originals == base.originals else "replace"
-    )
-    return (KeyChange(ORIGINAL_KEY, action, "the old values of these keys, which remove restores"),)
+    if originals.written:
+        action = "add" if not has else "keep" if originals == base.originals else "replace"
+        changes.append(KeyChange(ORIGINAL_KEY, action, "the old values of these keys, which remove restores"))
+    elif has:
+        changes.append(KeyChange(ORIGINAL_KEY, "remove", ""))
+    return tuple(changes)
 
 
 def _text(value: Value, order: str) -> str:

@@ -125,15 +125,11 @@ class RopeScaling:
             given["freq_scale"] = single(given["freq_scale"])
             given.setdefault("factor", _inverse(given["freq_scale"]))
         elif given.get("scaling") in _DYNAMIC:
-            given.setdefault("factor", self._own_factor)
+            # how many times longer the file says that contexts become
+            given.setdefault("factor", self.factor if self.scaling in _DYNAMIC else _inverse(self.freq_scale))
         elif "scaling" in given and self.scaling in _DYNAMIC:
             given["freq_scale"] = _inverse(self.factor)
         return replace(self, **given)
-
-    @property
-    def _own_factor(self) -> float:
-        """How many times longer the file says that contexts become."""
-        return self.factor if self.scaling in _DYNAMIC else _inverse(self.freq_scale)
 
     @property
     def _ext_factor(self) -> float:
@@ -179,9 +175,8 @@ class RopeScaling:
         if scaling in _DYNAMIC:
             beyond = f"up to {self.factor:.6g} times {self.orig_ctx} tokens"
             if scaling == "dynamic":
-                beyond = f"beyond {self.orig_ctx} tokens" + (
-                    "" if self.factor == 1.0 else f", factor {self.factor:.6g}"
-                )
+                factor = "" if self.factor == 1.0 else f", factor {self.factor:.6g}"
+                beyond = f"beyond {self.orig_ctx} tokens{factor}"
             return f"dynamic {'NTK' if scaling == 'dynamic' else 'YaRN'} {beyond}; none up to {self.orig_ctx}"
         if scaling not in ("linear", "yarn") or not self._freq_scale:
             return scaling
@@ -262,7 +257,6 @@ class Scaling:
     original: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if self.kind not in KINDS:
             raise LropeError(f"--rope-scaling {self.kind}: is unknown; give one of {', '.join(KINDS)}")
         if self.factor is not None and not (_is_number(self.factor) and 1 <= self.factor <= MAX_SCALE):
@@ -323,8 +317,7 @@ class Recipe:
 def recipe(scaling: Scaling, values: Values, architecture: str, path: Path) -> Recipe:
     """What a scaling other than `none` comes to for the model with these values.
 
-    Raises:
-        LropeError: the model says not enough or cannot have it, or the factor does not reach that far.
+    Raises `LropeError`: the model says not enough or cannot have it, or the factor does not reach that far.
     """
     kind, factor, length = scaling.kind, scaling.factor, scaling.context_length
     trained = _length(values, f"{architecture}.{CONTEXT}", path)

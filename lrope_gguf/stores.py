@@ -55,11 +55,7 @@ def keeper(path: str | os.PathLike[str]) -> str | None:
 
 
 def check_changeable(path: str | os.PathLike[str]) -> None:
-    """Check that a file may be changed or replaced.
-
-    Raises:
-        LropeError: it lies in a content-addressed store.
-    """
+    """Check that a file may be changed or replaced. Raises `LropeError`: it lies in a content-addressed store."""
     store = keeper(path)
     if store is not None:
         name = reference(path)
@@ -106,8 +102,12 @@ def find_model(name: str) -> str:
             if not path.exists():
                 raise LropeError(f"{name}: its download is incomplete, {path} is missing; {_bring(repo, quant)}")
             return str(path)
-        there.append(f"{cache} has only {', '.join(_quants(files)) or 'other files'} of it")
-    looked = " and ".join(there) or f"this model is not in {' or '.join(map(str, _folders()))}"
+        stems = [(name, _QUANT.search(_shard(name)[0])) for name in files if _pick([name], None)]
+        quants = ", ".join(match[1].upper() if match else name for name, match in stems)
+        there.append(f"{cache} has only {quants or 'other files'} of it")
+    looked = (
+        " and ".join(there) or f"this model is not in {' or '.join(dict.fromkeys(map(str, caches() + _old_caches())))}"
+    )
     raise LropeError(f"{name}: no such file, and {looked}; {_bring(repo, quant)}")
 
 
@@ -145,10 +145,6 @@ def _listings(repo: str) -> Iterator[tuple[Path, dict[str, Path]]]:
             files = {p.name[len(prefix) :]: p for p in sorted(cache.iterdir()) if p.name.startswith(prefix)}
             if files:
                 yield cache, files
-
-
-def _folders() -> list[Path]:
-    return list(dict.fromkeys(caches() + _old_caches()))
 
 
 def _old_caches() -> list[Path]:
@@ -203,12 +199,6 @@ def _shard(name: str) -> tuple[str, int]:
     stem = name.removesuffix(".gguf")
     match = _SPLIT.fullmatch(stem)
     return (stem, 1) if match is None else (match[1], int(match[2]))
-
-
-def _quants(files: Sequence[str] | dict[str, Path]) -> list[str]:
-    """The quantizations that are there."""
-    models = [name for name in files if _pick([name], None)]
-    return [match[1].upper() if (match := _QUANT.search(_shard(name)[0])) else name for name in models]
 
 
 def _bring(repo: str, quant: str | None) -> str:

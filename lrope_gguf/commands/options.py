@@ -1,10 +1,9 @@
-"""What the commands' options share: values that click checks, and headings in ``--help``."""
+"""What the commands' options share: values that click checks, and options of several commands."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from itertools import groupby
 from typing import Any, TypeVar
 
 import click
@@ -13,7 +12,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 FILE = click.Path(readable=False)
 """A file name that the shell completes. Whoever opens the file reports what is wrong with it."""
-
 
 _NUMBER = re.compile(r" *-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)? *")
 
@@ -31,38 +29,6 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic since click
         if not all(map(_NUMBER.fullmatch, parts)):
             self.fail(f"{value!r} is not a list of numbers such as 1,1.05,0.98", param, ctx)
         return tuple(map(float, parts))
-
-
-class Option(click.Option):
-    """An option that ``--help`` shows under a heading of its own.
-
-    Args:
-        heading: the heading; None: Options.
-        declarations, attributes: as `click.Option` takes them.
-    """
-
-    def __init__(self, declarations: list[str], *, heading: str | None = None, **attributes: Any) -> None:
-        super().__init__(declarations, **attributes)
-        self.heading = heading
-
-
-class Command(click.Command):
-    """A command whose ``--help`` lists options under their headings, in the order of declaration."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write a section for each heading."""
-        shown = [
-            (getattr(option, "heading", None) or "Options", record)
-            for option in self.get_params(ctx)
-            if not isinstance(option, click.Argument) and (record := option.get_help_record(ctx)) is not None
-        ]
-        for heading, records in groupby(sorted(shown, key=lambda item: _first(shown, item[0])), lambda item: item[0]):
-            with formatter.section(heading):
-                formatter.write_dl([record for _, record in records])
-
-
-def _first(shown: list[tuple[str, Any]], heading: str) -> int:
-    return next(i for i, (name, _) in enumerate(shown) if name == heading)
 
 
 class Model(click.Path):
@@ -93,15 +59,10 @@ def model_argument(function: Function) -> Function:
 
 def output_options(function: Function) -> Function:
     """Declare what `write` and `remove` share: where the result goes and what is said."""
-    for option in reversed(
-        (
-            click.option("--output", type=FILE, metavar="OUT", help="write to this file and leave MODEL unchanged"),
-            click.option("--dry-run", is_flag=True, help="say what would change, and change nothing"),
-            click.option("--quiet", is_flag=True, help="print notes and errors only"),
-        )
-    ):
-        function = option(function)
-    return function
+    function = click.option("--quiet", is_flag=True, help="print notes and errors only")(function)
+    function = click.option("--dry-run", is_flag=True, help="say what would change, and change nothing")(function)
+    told = "write to this file and leave MODEL unchanged"
+    return click.option("--output", type=FILE, metavar="OUT", help=told)(function)
 
 
 def exactly_one(*, required: bool = True, **values: object) -> None:

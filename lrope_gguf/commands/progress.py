@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import click
@@ -26,13 +25,9 @@ class CopyProgress:
         self._stack = ExitStack()
 
     def __enter__(self) -> CopyProgress:
-        """Begin; time counts from the construction on."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """End the bar's line."""
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def __call__(self, done: int, total: int) -> None:

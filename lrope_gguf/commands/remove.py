@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lrope_gguf.commands.options import Command, model_argument, output_options
+from lrope_gguf.commands.options import model_argument, output_options
 from lrope_gguf.commands.progress import CopyProgress
 from lrope_gguf.commands.write import change_line, plan_line, report, whole_file
 from lrope_gguf.metadata import WriteResult, plan_remove, remove_factors
@@ -13,7 +13,7 @@ from lrope_gguf.model_info import ModelInfo, read_model
 _NOTHING = "has no layer factors and no scaling that write has added"
 
 
-@click.command("remove", cls=Command)
+@click.command("remove")
 @model_argument
 @output_options
 def command(model: str, output: str | None, dry_run: bool, quiet: bool) -> None:

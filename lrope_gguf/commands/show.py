@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from lrope_gguf.commands.options import FILE, Command, model_argument
+from lrope_gguf.commands.options import FILE, model_argument
 from lrope_gguf.curve import AGREEMENT, CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
@@ -31,14 +31,19 @@ _PROVENANCE_LINES = 40
 _ROUNDING = 2.0**-23
 
 
-@click.command("show", cls=Command)
+@click.command("show")
 @model_argument
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 @click.option("--plot", type=FILE, metavar="FILE", help="draw the factors over the layers, into a .png or .svg file")
 def command(model: str, as_json: bool, plot: str | None) -> None:
     """Show RoPE settings and layer factors of MODEL."""
     info = read_model(model)
-    document, curve_error = stored_curve(info)
+    document = curve_error = None
+    try:
+        if info.curve_json is not None:
+            document = CurveFile.loads(info.curve_json, "lrope.curve", check_agreement=False)
+    except LropeError as error:
+        curve_error = str(error)
     agreement = None if document is None or info.factors is None else agrees(document, info.factors, info.n_layer)
     if plot is not None:
         check_output("--plot", plot, {"MODEL": model})
@@ -48,25 +53,12 @@ def command(model: str, as_json: bool, plot: str | None) -> None:
         json.dump(_json(info, document, curve_error, agreement), sys.stdout, indent=2)
         print()
         return
-    # a file or a program gets whole lines
-    width = _terminal_width() if sys.stdout.isatty() else None
+    width = None  # a file or a program gets whole lines
+    if sys.stdout.isatty():
+        import shutil  # and with it four compressors
+
+        width = shutil.get_terminal_size((100, 24)).columns
     print(shown_in("\n".join(_lines(info, document, curve_error, agreement, width)), sys.stdout.encoding))
-
-
-def _terminal_width() -> int:
-    import shutil  # and with it four compressors
-
-    return shutil.get_terminal_size((100, 24)).columns
-
-
-def stored_curve(info: ModelInfo) -> tuple[CurveFile | None, str | None]:
-    """The stored curve's document, or None and why it cannot be read; None and None where there is none."""
-    if info.curve_json is None:
-        return None, None
-    try:
-        return CurveFile.loads(info.curve_json, "lrope.curve", check_agreement=False), None
-    except LropeError as error:
-        return None, str(error)
 
 
 def agrees(document: CurveFile, factors: Sequence[float], n_layer: int | None = None) -> bool:
@@ -121,14 +113,9 @@ def _row(name: str, text: str, width: int | None) -> list[str]:
     first = f"{name:<{_LABEL - 1}} "
     if width is None:
         return [f"{first}{text}".rstrip()]
-    wrapper = textwrap.TextWrapper(
-        max(width, _LEAST),
-        initial_indent=first,
-        subsequent_indent=" " * _LABEL,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return wrapper.wrap(text) or [first.rstrip()]
+    whole: Any = {"break_long_words": False, "break_on_hyphens": False}
+    lines = textwrap.wrap(text, max(width, _LEAST), initial_indent=first, subsequent_indent=" " * _LABEL, **whole)
+    return lines or [first.rstrip()]
 
 
 def _table(factors: Sequence[float], width: int | None) -> list[str]:
@@ -137,11 +124,8 @@ def _table(factors: Sequence[float], width: int | None) -> list[str]:
     columns = 1 if width is None or len(cells) <= 16 else max(1, min(4, (width + 3) // (_CELL + 3)))
     height = -(-len(cells) // columns)
     columns = -(-len(cells) // height)
-    heading = "   ".join([f"{'layer  factor':<{_CELL}}"] * columns).rstrip()
-    return [
-        heading,
-        *("   ".join(f"{cell:<{_CELL}}" for cell in cells[row::height]).rstrip() for row in range(height)),
-    ]
+    rows = [["layer  factor"] * columns, *(cells[row::height] for row in range(height))]
+    return ["   ".join(f"{cell:<{_CELL}}" for cell in row).rstrip() for row in rows]
 
 
 def _kind(info: ModelInfo) -> str | None:
@@ -156,18 +140,13 @@ def _layers(info: ModelInfo) -> str:
     if info.block_count is None:
         return "not given"
     head = f" ({info.nextn_predict_layers} of them multi-token prediction)" if info.nextn_predict_layers else ""
-    return f"{info.block_count}{head}{_whole_context(info)}"
-
-
-def _whole_context(info: ModelInfo) -> str:
-    """Which layers see the whole context, where not all do."""
+    said, layers = f"{info.block_count}{head}", info.whole_context_layers
     if info.windows_error is not None:
-        return f"; {info.windows_error}"
-    layers = info.whole_context_layers
+        return f"{said}; {info.windows_error}"
     if not info.has_rope or len(layers) == info.n_layer:
-        return ""
+        return said
     listed = f": {', '.join(map(str, layers))}" if layers else ""
-    return f"; {len(layers) or 'none'} of them see the whole context{listed}"
+    return f"{said}; {len(layers) or 'none'} of them see the whole context{listed}"
 
 
 def _scaling(info: ModelInfo) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lrope_gguf.commands.options import FILE, Command, Numbers, exactly_one, model_argument, output_options
+from lrope_gguf.commands.options import FILE, Numbers, exactly_one, model_argument, output_options
 from lrope_gguf.commands.progress import CopyProgress
 from lrope_gguf.curve import CurveFile, resolved, source_name
 from lrope_gguf.errors import LropeError
@@ -27,44 +27,26 @@ from lrope_gguf.text import command_line, printable, say
 _TYPE = re.compile(r"[a-z0-9_]{1,16}")
 
 
-@click.command("write", cls=Command)
+@click.command("write")
 @model_argument
-@click.option(
-    "--curve",
-    type=FILE,
-    metavar="FILE",
-    help="curve file (a search's best.json), or the name of a curve that comes with lrope-gguf",
-)  # fmt: skip
+@click.option("--curve", type=FILE, metavar="FILE",
+              help="curve file (a search's best.json), or the name of a curve that comes with lrope-gguf")  # fmt: skip
 @click.option("--factors", type=Numbers(), metavar="F0,F1,...", help="one factor per layer")
-@click.option(
-    "--uniform",
-    type=float,
-    metavar="S",
-    help="this factor for the layers that see the whole context, 1 for those with a sliding window",
-)
-@click.option(
-    "--rope-scaling", type=click.Choice(KINDS),
-    help="store this RoPE scaling in MODEL, so that a server needs no option for it; none removes it",
-)  # fmt: skip
-@click.option(
-    "--rope-scale", type=float, metavar="F",
-    help="how many times longer contexts become, 1 to 1024; with dynamic-yarn, at most; with dynamic, the factor of "
-         "the NTK formula (default 1)",
-)  # fmt: skip
-@click.option(
-    "--context-length", type=int, metavar="N",
-    help="tokens of the scaled context (default: F times the model's own; with dynamic, the model's own)",
-)  # fmt: skip
+@click.option("--uniform", type=float, metavar="S", help="this factor for the layers that see the whole context, 1 for "
+              "those with a sliding window")  # fmt: skip
+@click.option("--rope-scaling", type=click.Choice(KINDS), help="store this RoPE scaling in MODEL, so that a server "
+              "needs no option for it; none removes it")  # fmt: skip
+@click.option("--rope-scale", type=float, metavar="F", help="how many times longer contexts become, 1 to 1024; with "
+              "dynamic-yarn, at most; with dynamic, the factor of the NTK formula (default 1)")  # fmt: skip
+@click.option("--context-length", type=int, metavar="N", help="tokens of the scaled context (default: F times the "
+              "model's own; with dynamic, the model's own)")  # fmt: skip
 @click.option(
     "--yarn-orig-ctx", type=int, metavar="N", help="tokens that MODEL was trained on (default: what its file says)"
 )
 @output_options
 @click.option("--mapped-ok", is_flag=True, help="change MODEL in place even while a running program has it mapped")
-@click.option(
-    "--preset", type=FILE, metavar="INI",
-    help="leave MODEL unchanged; write an entry with its factors and scaling to this file, for llama-server "
-         "--models-preset",
-)  # fmt: skip
+@click.option("--preset", type=FILE, metavar="INI", help="leave MODEL unchanged; write an entry with its factors and "
+              "scaling to this file, for llama-server --models-preset")  # fmt: skip
 @click.option("--preset-name", metavar="NAME", help="name of that entry (default: MODEL's name with -lrope)")
 def command(
     model: str,
@@ -112,21 +94,17 @@ def command(
         asked = _Asked(model, info, factors, scaling, recipe, rope)
         report(*_preset(preset, preset_name or _preset_name(model, info), asked, served, dry_run, quiet))
         return
-    notes = [*served.notes, *_own_scaling(info, scaling, rope)]
+    notes = list(served.notes)
+    if rope_scaling == "none" and (own := rope.words()) != "none":  # it is the model's own
+        kept = f"keeps its own RoPE scaling ({own}); --rope-scaling none removes only what write has added"
+        notes.append(f"{info.path}: {kept}")
+    how: dict[str, Any] = {"curve_json": curve_json, "scaling": scaling, "output": output, "mapped_ok": mapped_ok}
     if dry_run:
-        plan = plan_write(model, factors, curve_json=curve_json, scaling=scaling, output=output, mapped_ok=mapped_ok)
+        plan = plan_write(model, factors, **how)
         report((*notes, *plan.notes), [] if quiet else _plan_lines(plan, info, factors is None, uniform))
         return
     with CopyProgress(quiet=quiet) as progress:
-        result = write_factors(
-            model,
-            factors,
-            curve_json=curve_json,
-            scaling=scaling,
-            output=output,
-            progress=progress,
-            mapped_ok=mapped_ok,
-        )
+        result = write_factors(model, factors, progress=progress, **how)
     done = {
         "in place": f"written in place ({result.bytes_written} bytes)",
         "rewritten": f"written ({result.bytes_written} bytes, {whole_file(result)})",
@@ -139,13 +117,6 @@ def command(
         said.append(f"RoPE scaling {rope.words().replace('; ', ', ')}")
     said.append(f"next: {command_line(['llama-server', '-m', str(result.path), *served.options])}")
     report((*notes, *result.notes), [] if quiet else ["; ".join(said)])
-
-
-def _own_scaling(info: ModelInfo, scaling: Scaling | None, rope: RopeScaling) -> list[str]:
-    """A note where `none` leaves a scaling, because it is the model's own."""
-    if scaling is None or scaling.kind != "none" or (own := rope.words()) == "none":
-        return []
-    return [f"{info.path}: keeps its own RoPE scaling ({own}); --rope-scaling none removes only what write has added"]
 
 
 @dataclass(frozen=True)
@@ -199,16 +170,13 @@ def _preset(
     kept = (plan_preset if dry_run else write_preset)(path, name, options, asked.replaced)
     notes = list(served.notes) if served.beyond else []  # the entry has the rest
     if kept:
-        listed = ", ".join(f"{option} = {value}" for option, value in kept.items())
-        notes.append(f"{path}: [{name}] keeps {listed}; check that the factors were found with the same")
+        has = ", ".join(f"{option} = {value}" for option, value in kept.items())
+        notes.append(f"{path}: [{name}] keeps {has}; check that the factors were found with the same")
     if quiet:
         return notes, []
     if dry_run:
-        return notes, [
-            f"{path}: would contain",
-            f"[{name}]",
-            *(f"{option} = {value}" for option, value in options.items()),
-        ]
+        listed = [f"{option} = {value}" for option, value in options.items()]
+        return notes, [f"{path}: would contain", f"[{name}]", *listed]
     server = command_line(["llama-server", "--models-preset", path])
     return notes, [f"{path}: entry [{name}] written; ask the server for the model by this name; next: {server}"]
 
@@ -226,10 +194,7 @@ class _Served:
 
 
 def _served(document: CurveFile, info: ModelInfo, rope: RopeScaling, asked: bool) -> _Served:
-    """Compare how layers rotated when a curve was found, as its provenance says, with how the file will rotate.
-
-    No option takes back a scaling that the user asks for (`asked`).
-    """
+    """Compare how a curve's layers rotated with how the file's will; no option undoes a scaling that is `asked` for."""
     provenance = document.provenance if isinstance(document.provenance, dict) else {}
     said: list[str] = []
     options: list[str] = []
@@ -321,8 +286,7 @@ def _factors(factors: tuple[float, ...], info: ModelInfo, uniform: float | None)
 def curve_for(path: str | Path, info: ModelInfo) -> tuple[CurveFile, tuple[float, ...]]:
     """The document of a curve file with its factors for a model listed, and these factors.
 
-    Raises:
-        LropeError: where the file is not valid or made for another architecture or number of layers.
+    Raises `LropeError`: where the file is not valid or made for another architecture or number of layers.
     """
     path = resolved(path)
     document, where = CurveFile.load(path), source_name(path)

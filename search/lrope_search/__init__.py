@@ -21,21 +21,9 @@ if TYPE_CHECKING:
     from .workers.settings import WorkersConfig
 
 __all__ = [
-    "Measurement",
-    "ModelConfig",
-    "SearchConfig",
-    "SearchOutcome",
-    "Study",
-    "TaskConfig",
-    "TaskMix",
-    "WorkersConfig",
-    "estimate",
-    "measure",
-    "optimizer_config",
-    "run_search",
-    "search",
-    "task_config",
-]
+    "Measurement", "ModelConfig", "SearchConfig", "SearchOutcome", "Study", "TaskConfig", "TaskMix", "WorkersConfig",
+    "estimate", "measure", "optimizer_config", "run_search", "search", "task_config",
+]  # fmt: skip
 
 _WHERE = {
     "evaluation.settings": ("ModelConfig",),

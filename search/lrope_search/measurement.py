@@ -17,8 +17,8 @@ from .evaluation.generation import Generation
 from .evaluation.make import check_factors, write_job
 from .evaluation.settings import ModelConfig
 from .results.comparison import Comparison, compare
-from .results.table import DepthTable, depth_table, with_interval
-from .scores import ContextScore, Evaluation, Factors, Job
+from .results.table import DepthTable, depth_table, gains_words
+from .scores import ContextScore, Factors, Job
 from .session import Show, open_session
 from .study.progress import Progress
 from .study.store import Study
@@ -72,9 +72,7 @@ class Measurement:
         """Return the table, the accuracies of written answers if there are any, and the speed."""
         text = str(self.table)
         for name, one in self.beside.items():
-            points = with_interval(one, one.accuracy_gain, 100.0, 1, " points")
-            nats = with_interval(one, one.log_probability_gain, 1.0, 4)
-            text += f"\n{list(self.sides)[1]} over {name}: accuracy {points}, log-probability {nats}"
+            text += f"\n{list(self.sides)[1]} over {name}: {gains_words(one)}"
         if self.generated is not None:
             text += f"\n\nanswers written by the model; {self.agreement:.1%} of them agree with the scores above\n"
             for name, cell in self.generated.totals.items():
@@ -146,14 +144,12 @@ def measure(
         jobs = [Job(factors, split, index) for index in range(contexts) for factors in dict.fromkeys(sides.values())]
         session.divide(sum(study.lookup(job) is None for job in jobs), 1 if generate else len(jobs))
         answers = _ask(session.executor(), study, jobs, session.progress, generate=generate)
-        scores = {
-            name: [_context_score(study.results[Job(factors, split, index)]) for index in range(contexts)]
-            for name, factors in sides.items()
-        }
-        written = {
-            name: [answers[job] for index in range(contexts) if (job := Job(factors, split, index)) in answers]
-            for name, factors in sides.items()
-        }
+        scores: dict[str, list[ContextScore]] = {}
+        written: dict[str, list[tuple[Generation, ...]]] = {}
+        for name, factors in sides.items():
+            own = [Job(factors, split, index) for index in range(contexts)]
+            scores[name] = [score for job in own if isinstance(score := study.results[job], ContextScore)]
+            written[name] = [answers[job] for job in own if generate]
         for turn, sample in enumerate(facts.samples):
             base = scores["base"][turn :: len(facts.samples)]
             right = [a for context in written["base"][turn :: len(facts.samples)] for a in context if a.share]
@@ -161,6 +157,9 @@ def measure(
                 session.progress.line(sample.advice(sum(len(score.probes) for score in base)))
         config = study.config
     every = [score for side in scores.values() for score in side]
+    told = (answer for side in written.values() for context in side for answer in context)
+    same = [p.correct == a.correct for p, a in zip((p for s in every for p in s.probes), told, strict=generate)]
+    _, *others = sides
     return Measurement(
         asked=config["task"] | {"split": split} | {name: config[name] for name in ("llama_options",) if name in config},
         sides=sides,
@@ -169,10 +168,10 @@ def measure(
         generated=depth_table({n: _generated(scores[n], written[n]) for n in sides}, weights=mix.weights)
         if generate
         else None,
-        agreement=_agreement(scores, written) if generate else None,
+        agreement=sum(same) / len(same) if generate else None,
         n_tokens=sum(score.n_tokens for score in every),
         seconds=sum(score.seconds for score in every),
-        beside=_beside(scores, mix.weights),
+        beside={name: compare(scores[name], scores[others[0]], weights=mix.weights) for name in others[1:]},
     )
 
 
@@ -203,31 +202,9 @@ def _ask(
     return answers
 
 
-def _context_score(score: Evaluation) -> ContextScore:
-    assert isinstance(score, ContextScore)  # no job concerned a guard
-    return score
-
-
-def _beside(scores: Mapping[str, Sequence[ContextScore]], weights: Mapping[str, float] | None) -> dict[str, Comparison]:
-    """Return what the first side but the base gains over each further one."""
-    _, *names = scores
-    return {name: compare(scores[name], scores[names[0]], weights=weights) for name in names[1:]}
-
-
 def _generated(scores: Sequence[ContextScore], answers: Sequence[Sequence[Generation]]) -> list[ContextScore]:
     """Return the scores with the written answers' correctness, or the share of what each should hold."""
     return [
         replace(score, probes=tuple(replace(p, correct=a.share) for p, a in zip(score.probes, answer, strict=True)))
         for score, answer in zip(scores, answers, strict=True)
     ]
-
-
-def _agreement(scores: dict[str, list[ContextScore]], generations: dict[str, list[tuple[Generation, ...]]]) -> float:
-    """Return the share of probes where teacher forcing and generation agree."""
-    same = [
-        probe.correct == answer.correct
-        for name in scores
-        for score, answers in zip(scores[name], generations[name], strict=True)
-        for probe, answer in zip(score.probes, answers, strict=True)
-    ]
-    return sum(same) / len(same)

@@ -71,10 +71,7 @@ _PRIOR = Components(SPREAD**2, 0.0)
 
 
 def default_probes(places: int) -> int:
-    """Return the questions of a context that has so many places for them, for the search.
-
-    A question takes about as many tokens as one place of the context that it asks about.
-    """
+    """Return the questions of a search context with so many places; each takes about as many tokens as a place."""
     return cheapest(_PRIOR, ERRORS["search"], places=places, context_cost=places, probe_cost=1.0)[1]
 
 

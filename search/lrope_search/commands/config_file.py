@@ -46,10 +46,7 @@ def read_config(path: str, known: Mapping[str, Setting]) -> dict[str, Given]:
 
 
 def key_lines(text: str) -> Iterator[tuple[str, int]]:
-    """Yield each key of a TOML text, dotted, with its line, in the order of the text; tables end with a dot.
-
-    Text that is not TOML ends it.
-    """
+    """Yield each key of a TOML text, dotted, with its line, in order, up to what is no TOML; tables end with a dot."""
     lines, table, begin = text.split("\n"), "", 0
     for end in range(1, len(lines) + 1):
         try:
@@ -96,12 +93,10 @@ def _leaves(document: Mapping[str, Any], known: Mapping[str, Setting], prefix: s
 
 
 def _given(path: str, lines: Mapping[str, int], key: str, value: Any, known: Mapping[str, Setting]) -> Given:
-    line = lines.get(key)
-    if line is None:  # within an inline table, or in none at all
-        above = key
-        while line is None and above:
-            above = above.rpartition(".")[0]
-            line = lines.get(above, lines.get(f"{above}."))
+    line, above = lines.get(key), key
+    while line is None and above:  # within an inline table, or in none at all
+        above = above.rpartition(".")[0]
+        line = lines.get(above, lines.get(f"{above}."))
     where = f"{path}:{line or 1}: {key}"
     if key not in known:
         raise no_such(where, key, known)

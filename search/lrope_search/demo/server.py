@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,12 +54,8 @@ class LlamaServer:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
             self.url = f"http://127.0.0.1:{port}"
-            self._process = subprocess.Popen(
-                [*self._command, "--port", str(port)],
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=subprocess.STDOUT,
-            )
+            command, log = [*self._command, "--port", str(port)], self._log
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
             self._wait()
         except BaseException:
             self.__exit__()
@@ -87,35 +84,25 @@ class LlamaServer:
 
         A prompt that begins like the one before it reuses its KV cache. Raises `LropeError`: the server fails or ends.
         """
-        request = {
-            "prompt": prompt if isinstance(prompt, str) else list(prompt),
-            "n_predict": n_predict,
-            "temperature": 0.0,
-            "cache_prompt": True,
-        }
-        answer = self._ask("/completion", request)
-        return str(answer["content"])
+        text = prompt if isinstance(prompt, str) else list(prompt)
+        request = {"prompt": text, "n_predict": n_predict, "temperature": 0.0, "cache_prompt": True}
+        return str(self._ask("/completion", request)["content"])
 
     def properties(self) -> dict[str, Any]:
-        """What the server says of itself (``/props``); ``rope_layer_factors`` are the factors in use.
-
-        Raises `LropeError`: the server fails or ends.
-        """
+        """Return what the server says of itself (``/props``). Raises `LropeError`: the server fails or ends."""
         answer: dict[str, Any] = self._ask("/props")
         return answer
 
     def _wait(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
         while True:
-            try:
+            with suppress(LropeError):
                 self._ask("/health")
-            except LropeError:
-                if self._process is None or self._process.poll() is not None or time.monotonic() > deadline:
-                    last = next((line for line in reversed(self.log.splitlines()) if line.strip()), "no output")
-                    raise LropeError(f"{self._model}: llama-server does not start: {last}") from None
-                time.sleep(0.1)
-            else:
                 return
+            if self._process is None or self._process.poll() is not None or time.monotonic() > deadline:
+                last = next((line for line in reversed(self.log.splitlines()) if line.strip()), "no output")
+                raise LropeError(f"{self._model}: llama-server does not start: {last}")
+            time.sleep(0.1)
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()

@@ -19,11 +19,10 @@ from lrope_gguf.native import native_dir
 from .settings import CACHE_TYPES
 
 # enum llama_rope_scaling_type of llama.h, the last two from the patch
-_ROPE_SCALINGS = {"none": 0, "linear": 1, "yarn": 2, "dynamic": 4, "dynamic-yarn": 5}
+_ROPE_SCALINGS: Mapping[str, int] = {"none": 0, "linear": 1, "yarn": 2, "dynamic": 4, "dynamic-yarn": 5}
 _SPINS = "1000"
 """How often a thread of GNU OpenMP looks for the others before it sleeps, in place of 300,000 times: on a busy machine
 those it waits for need its core. 1000 is what OpenMP itself takes where there are more threads than cores."""
-
 
 _FLOATS, _BOOLS = ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_bool)
 _TOKENS, _SIZES = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_size_t)
@@ -97,11 +96,8 @@ def llama_library() -> Any:
     library = llama_cpp._lib
     lacking = [name for name in _NEEDED if not hasattr(library, name)]
     if lacking:
-        state = (
-            "is not patched"
-            if len(lacking) == len(_NEEDED)
-            else f"has an older series of patches ({lacking[0]} is missing)"
-        )
+        older = f"has an older series of patches ({lacking[0]} is missing)"
+        state = "is not patched" if len(lacking) == len(_NEEDED) else older
         raise LropeError(
             f"this llama.cpp {state}: {library._name}; unset LLAMA_CPP_LIB_PATH, or set it to the folder of "
             "a library built with lrope-gguf's patches"
@@ -120,16 +116,11 @@ def llama_library() -> Any:
 
 def set_options(parameters: Any, options: Mapping[str, Any]) -> None:
     """Put `ModelConfig.llama_options` into a ``llama_context_params``."""
-    for name, value in options.items():
-        match name:
-            case "rope_scaling":
-                parameters.rope_scaling_type = _ROPE_SCALINGS[value]
-            case "cache_type_k":
-                parameters.type_k = CACHE_TYPES[value]
-            case "cache_type_v":
-                parameters.type_v = CACHE_TYPES[value]
-            case _:
-                setattr(parameters, name, value)
+    enums = {"rope_scaling": ("rope_scaling_type", _ROPE_SCALINGS)}
+    enums |= {f"cache_type_{part}": (f"type_{part}", CACHE_TYPES) for part in "kv"}
+    for option, value in options.items():
+        name, numbers = enums.get(option, (option, {}))
+        setattr(parameters, name, numbers.get(value, value))
 
 
 def can_score(library: Any) -> bool:

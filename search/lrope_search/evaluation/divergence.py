@@ -120,10 +120,13 @@ class Guard:
     Base and curve run side by side in two contexts of the loaded model, so that the rows of both are there at once and
     none is kept: exact, at the price of computing the base again each time (a guard looks at few curves), and the
     memory is that of two small contexts, only while it looks.
+
+    Attributes:
+        n_tokens: Tokens that a call of `score` computes: each twice.
+        n_cells, n_seq: Tokens and sequences that each of its two contexts holds.
     """
 
     def __init__(self, model: Model, texts: GuardTexts) -> None:
-        """Hold ``model``, whose lifetime stays the caller's concern."""
         self._model, self.texts = model, texts
         self._workers = RowWorkers(model.n_threads)
         short = [np.array(text, np.int32) for text in texts.short]
@@ -133,21 +136,8 @@ class Guard:
         rows = np.zeros(len(long), np.bool_)
         rows[np.unique(np.linspace(start, len(long) - 1, min(_LONG_ROWS, len(long) - start)).astype(int))] = True
         self._texts = ((short, [np.ones(len(text), np.bool_) for text in short]), ([long], [rows]))
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that a call of `score` computes: each twice."""
-        return 2 * sum(len(text) for texts, _ in self._texts for text in texts)
-
-    @property
-    def n_cells(self) -> int:
-        """Tokens that each of its two contexts holds."""
-        return max(sum(map(len, texts)) for texts, _ in self._texts)
-
-    @property
-    def n_seq(self) -> int:
-        """Sequences in each of its two contexts."""
-        return max(len(texts) for texts, _ in self._texts)
+        sizes = [sum(map(len, of_kind)) for of_kind, _ in self._texts]
+        self.n_tokens, self.n_cells, self.n_seq = 2 * sum(sizes), max(sizes), len(short)
 
     def score(self, factors: Factors) -> DivergenceScore:
         """Compare ``factors`` with the base model. Where they lead to NaN or are refused, the divergence is inf.

@@ -66,9 +66,8 @@ class Encoding:
     @cached_property
     def n_bytes(self) -> int:
         """Memory that the arrays take."""
-        texts = (self.prefix, *self.questions, self.tokens, self.gold)
-        places = (self.positions, self.sequences, self.owner)
-        return sum(array.nbytes for arrays in (texts, places, (self.wanted,)) for array in arrays)
+        arrays = [array for array in (*vars(self).values(), *self.questions) if isinstance(array, np.ndarray)]
+        return sum(array.nbytes for array in arrays)
 
     def head(self) -> Part:
         """The prefix, shared by all sequences."""
@@ -98,12 +97,8 @@ class Encoder:
 
     def encode(self, context: Context) -> Encoding:
         """Return the context in tokens."""
-        prompts, leads, answers = [], [], []
-        for probe in context.probes:
-            prompt, n_lead, answer = self.encode_probe(context.prefix, probe)
-            prompts.append(prompt)
-            leads.append(n_lead)
-            answers.append(answer)
+        encoded = (self.encode_probe(context.prefix, probe) for probe in context.probes)
+        prompts, leads, answers = zip(*encoded, strict=True)
         n_shared = min(_common_prefix(prompts), *(len(prompt) - 1 for prompt in prompts))  # each asks for a logit
         questions = tuple(prompt[n_shared:] for prompt in prompts)
         n_tail = np.array([len(q) + len(a) - 1 for q, a in zip(questions, answers, strict=True)])

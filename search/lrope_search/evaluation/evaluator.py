@@ -110,8 +110,7 @@ class TeacherForcedEvaluator:
                 "the study's scores were computed on the device, which this llama.cpp library cannot do; use one "
                 "with all of lrope-gguf's patches"
             )
-        self._task = task
-        self.guard = guard
+        self._task, self.guard = task, guard
         self.rates: Rates = {}
         self._workers = RowWorkers(model.n_threads)
         self._base = (1.0,) * model.n_layer
@@ -124,7 +123,8 @@ class TeacherForcedEvaluator:
         given = (None,) * len(parts) if leads is None else leads
         self._encoders = [self._encoder(*of_part) for of_part in zip(parts, prefixes, given, strict=True)]
         # From the task alone, never from what was asked for first: the size of a cache can sway rounding.
-        first = [self._encode(split, i) for split in SPLITS for i in range(2 * len(parts)) if self._has(split, i)]
+        sizes = {split: task.size(split) or 2 * len(parts) for split in SPLITS}
+        first = [self._encode(split, i) for split in SPLITS for i in range(min(sizes[split], 2 * len(parts)))]
         self._longest = max(encoding.length for encoding in first)
         largest = max(first, key=lambda encoding: encoding.n_cells)
         self._reserve(largest.n_cells, largest.n_seq)
@@ -151,15 +151,6 @@ class TeacherForcedEvaluator:
     def n_tokens(self, split: str, index: int) -> int:
         """Return how many tokens scoring this context computes."""
         return self._encode(split, index).n_tokens
-
-    def n_tokens_alone(self, split: str, index: int) -> int:
-        """Return how many tokens it would be with a whole prompt for each probe."""
-        encoding = self._encode(split, index)
-        return encoding.n_tokens + (len(encoding.questions) - 1) * len(encoding.prefix)
-
-    def n_rows(self, split: str, index: int) -> int:
-        """Return how many rows of logits scoring this context takes: one for each token of a value."""
-        return len(self._encode(split, index).gold)
 
     def facts(self) -> Facts:
         """Return what all workers must agree on, and what to say of the model before a search."""
@@ -266,8 +257,8 @@ class TeacherForcedEvaluator:
         self._begin(encoding, factors)
         head, tail = encoding.head(), encoding.tail()
         if self._model.shares_tokens:
-            tokens, positions, sequences, wanted, n_seq = map(np.concatenate, zip(head, tail, strict=True))
-            return tokens, positions, sequences, wanted, n_seq
+            both: Part = tuple(map(np.concatenate, zip(head, tail, strict=True)))  # type: ignore[assignment]
+            return both
         self._model.prefill(encoding.prefix)
         for sequence in range(1, encoding.n_seq):
             self._model.copy_sequence(0, sequence)
@@ -295,7 +286,9 @@ class TeacherForcedEvaluator:
         """Return what puts a task's contexts into tokens; ``lead``: None lets the base model write one."""
         easy = task.calibration()
         encoder = Encoder(self._model, answer_prefix, Frame.of([probe.question for probe in easy.probes]))
-        encoder.lead = lead or self._written_lead(encoder, easy) or self._likely_lead(easy, answer_prefix)
+        likely = easy.lead.lstrip() if self._model.is_chat else easy.lead  # the task's, as the tokenizer will want it
+        default = Lead("" if answer_prefix else likely, own_tokens=likely != " ")
+        encoder.lead = lead or self._written_lead(encoder, easy) or default
         return encoder
 
     def _written_lead(self, encoder: Encoder, easy: Context) -> Lead | None:
@@ -303,26 +296,10 @@ class TeacherForcedEvaluator:
         encoding = encoder.encode(easy)
         self._prefill(encoding, self._base)
         written = write_answers(self._model, encoding, easy.probes)
-        sample = easy.probes[0]
-        self._samples.append(
-            Sample(
-                self._model.prompt_end(easy.prefix + sample.question),
-                sample.answer,
-                self._model.text(written[0]),
-                self._model.is_chat,
-                bool(sample.references),
-            )
-        )
+        sample, text = easy.probes[0], self._model.text(written[0])
+        end, chat = self._model.prompt_end(easy.prefix + sample.question), self._model.is_chat
+        self._samples.append(Sample(end, sample.answer, text, chat, bool(sample.references)))
         return most_frequent_lead(easy.probes, written, encoder.frame, self._model.text)
-
-    def _likely_lead(self, easy: Context, answer_prefix: str) -> Lead:
-        """Return the task's own lead, as the tokenizer will want it."""
-        default = easy.lead.lstrip() if self._model.is_chat else easy.lead
-        return Lead("" if answer_prefix else default, own_tokens=default != " ")
-
-    def _has(self, split: str, index: int) -> bool:
-        size = self._task.size(split)
-        return size is None or index < size
 
     def _encode(self, split: str, index: int) -> Encoding:
         """Return a context in tokens; those used last are kept, up to `KEPT_BYTES`."""

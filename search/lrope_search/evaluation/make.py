@@ -102,10 +102,7 @@ class EvaluatorSpec:
 
 
 def kept_guard_texts(kept: Any, directory: Path) -> GuardTexts | None:
-    """Return the texts that the study in ``directory`` kept, from their JSON; None if it kept none.
-
-    Raises `LropeError`: that JSON is something else.
-    """
+    """Return the texts that a study kept, from their JSON; None: it kept none. Raises `LropeError`: it is damaged."""
     if kept is None:
         return None
     try:
@@ -142,10 +139,7 @@ def use_threads(n_threads: int, evaluator: Evaluator) -> None:
 
 
 def check_factors(sides: Sequence[Factors], evaluator: Evaluator) -> None:
-    """Refuse factors that llama.cpp refuses, before hours have passed; runs in a worker.
-
-    Raises `LropeError`: names what is wrong with them.
-    """
+    """Refuse factors that llama.cpp refuses; runs in a worker. Raises `LropeError`: names what is wrong with them."""
     assert isinstance(evaluator, TeacherForcedEvaluator)
     for factors in sides:
         evaluator.check(factors)

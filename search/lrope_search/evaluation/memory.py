@@ -24,14 +24,9 @@ class MemoryNeeded:
         """What each process needs for itself where the weights are shared."""
         return self.own_weights + self.kv_cache + self.compute
 
-    @property
-    def total(self) -> int:
-        """What one process needs in all."""
-        return self.weights + self.per_worker
-
-    def of_workers(self, n_workers: int, *, shared_weights: bool = True) -> int:
-        """What ``n_workers`` processes need together; on GPUs weights are not shared."""
-        return n_workers * self.per_worker + self.weights * (1 if shared_weights else n_workers)
+    def of_workers(self, n_workers: int) -> int:
+        """What ``n_workers`` processes need together that share the weights."""
+        return n_workers * self.per_worker + self.weights
 
 
 def memory_needed(model: Model, n_ctx: int, n_seq: int = 12, *, score_on_device: bool = False) -> MemoryNeeded:

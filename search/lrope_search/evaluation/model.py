@@ -311,10 +311,9 @@ class Model:
     def reserve(self, n_ctx: int, n_seq: int = 1, *, swa_full: bool = True, max_outputs: int = MAX_OUTPUTS) -> None:
         """Make a context of ``n_ctx`` tokens, shared by ``n_seq`` sequences; what an earlier one held is lost.
 
-        ``max_outputs``: rows of logits that one decode may return, and memory is kept for.
-
-        ``swa_full``: keep all tokens of sliding-window layers. A small window cache drops a token only while one
-        sequence holds it (``llama_kv_cache::find_slot``): after `copy_sequence` it would be full of the prefix.
+        ``max_outputs``: rows of logits that one decode may return, and memory is kept for. ``swa_full``: keep all
+        tokens of sliding-window layers. A small window cache drops a token only while one sequence holds it
+        (``llama_kv_cache::find_slot``): after `copy_sequence` it would be full of the prefix.
         """
         llama = self._llama
         if self._context:
@@ -335,18 +334,14 @@ class Model:
         log.clear()
         self._context = llama.llama_init_from_model(self._model, parameters)
         if not self._context:
-            raise LropeError(f"{self.path}: cannot make a context of {n_ctx} tokens{self._types()}: {log.reason()}")
+            of_k, of_v = self.cache_types  # most models cannot have others than usual
+            types = "" if of_k == of_v == "f16" else f" with cache_type_k={of_k} and cache_type_v={of_v}"
+            raise LropeError(f"{self.path}: cannot make a context of {n_ctx} tokens{types}: {log.reason()}")
         self._memory = llama.llama_get_memory(self._context)
         self._max_outputs, self._n_seq = int(parameters.n_outputs_max), n_seq
         self.n_ctx = int(llama.llama_n_ctx(self._context))
         if hasattr(llama, "llama_rope_n_ctx"):
             self.n_ctx_train = int(llama.llama_rope_n_ctx(self._context))  # a scaling of the options has stretched it
-
-    def _types(self) -> str:
-        """Say which types of cache were asked for, which most models cannot have if they have others than usual."""
-        if self.cache_types == ("f16", "f16"):
-            return ""
-        return f" with cache_type_k={self.cache_types[0]} and cache_type_v={self.cache_types[1]}"
 
     def clear(self, *, data: bool = False) -> None:
         """Empty all sequences; with ``data`` also overwrite the cached keys and values (needed after a NaN)."""
@@ -373,10 +368,7 @@ class Model:
         return can_score(self._llama)
 
     def score(self, part: Part, targets: Tokens) -> Iterator[Scores]:
-        """Append as `decode` does and yield how likely ``targets`` are, one for each wanted token.
-
-        The device computes that, so that no logits travel. If `can_score`.
-        """
+        """Append as `decode` does; yield how likely ``targets`` are, one a wanted token, by the device, if it can."""
         batch, target = self._batch, pointer(self._batch.target, self._llama.llama_token)
         self._scoring = True
 

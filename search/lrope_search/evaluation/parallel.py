@@ -37,9 +37,8 @@ class Parallelism:
     n_threads: int
 
     def __str__(self) -> str:
-        workers = "1 worker" if self.n_workers == 1 else f"{self.n_workers} workers"
         threads = "1 thread" if self.n_threads == 1 else f"{self.n_threads} threads"
-        return f"{workers} with {threads}" + ("" if self.n_workers == 1 else " each")
+        return f"1 worker with {threads}" if self.n_workers == 1 else f"{self.n_workers} workers with {threads} each"
 
 
 Rates = Mapping[Parallelism, float]
@@ -107,9 +106,7 @@ def compare_rates(
                 slow.add(choice)
         rates = {choice: statistics.median(of_choice) for choice, of_choice in found.items()}
         best = max(rates.values())
-        going = [
-            choice for choice in going if max(found[choice]) * _HOPELESS >= best or (n == 1 and choice not in slow)
-        ]
+        going = [c for c in going if max(found[c]) * _HOPELESS >= best or (n == 1 and c not in slow)]
         elapsed = clock() - begin
         if (len(going) == 1 and n > 1) or elapsed > (seconds if n >= _LEAST else 4.0 * seconds):
             break

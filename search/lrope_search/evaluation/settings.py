@@ -85,7 +85,8 @@ class ModelConfig(Settings):
             raise self.wrong("both say how far to scale; leave out one of them", "rope_scale", "rope_freq_scale")
         for name in ("rope_scale", "rope_freq_scale"):
             if self.rope_scaling == "none" and getattr(self, name) is not None:
-                raise self._clash(name, "has no effect with rope_scaling none; leave out one of them")
+                reason = "has no effect with rope_scaling none; leave out one of them"
+                raise SettingError((name, "rope_scaling"), name, reason)
         if self.rope_scaling is not None and self.rope_scaling.startswith("dynamic"):
             self._check_dynamic(self.rope_scaling)
 
@@ -93,15 +94,12 @@ class ModelConfig(Settings):
         """Refuse what the library would refuse (``llama_rope_dynamic_init`` of the patch)."""
         for name in _SET_BY_DYNAMIC:
             if getattr(self, name) != _UNSET[name] and getattr(self, name) is not None:
-                raise self._clash(name, f"rope_scaling {scaling} sets it by itself; leave out one of them")
+                reason = f"rope_scaling {scaling} sets it by itself; leave out one of them"
+                raise SettingError((name, "rope_scaling"), name, reason)
         factors = {"rope_scale": self.rope_scale or 1.0, "rope_freq_scale": 1.0 / (self.rope_freq_scale or 1.0)}
         for name, factor in factors.items():
             if not 1.0 <= factor <= MAX_FACTOR:
                 raise self.wrong(f"rope_scaling {scaling} needs a factor from 1 to {MAX_FACTOR}", name)
-
-    def _clash(self, name: str, reason: str) -> SettingError:
-        """Return the error that a setting does not go with the RoPE scaling."""
-        return SettingError((name, "rope_scaling"), name, reason)
 
     def _check_number(self, name: str) -> None:
         value = getattr(self, name)

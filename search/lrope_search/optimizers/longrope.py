@@ -60,13 +60,11 @@ class LongRopeEvolution(Generational):
             survivors += [(score, genome) for score, (genome, _) in zip(scores, members, strict=True)]
             survivors = sorted(survivors, key=lambda item: item[0], reverse=True)[: self._parents]
             genomes = [genome for _, genome in survivors]
-            members = [(self._mutate(self._draw(genomes)), "mutation") for _ in range(self._mutations)]
+            drawn = (genomes[int(self._rng.integers(len(genomes)))] for _ in range(self._mutations))
+            members = [(self._mutate(genome), "mutation") for genome in drawn]
             for _ in range(self._crossovers):
                 i, j = self._rng.choice(len(genomes), min(2, len(genomes)), replace=False)[[0, -1]]
                 members.append((np.where(self._chosen(), genomes[j], genomes[i]), "crossover"))
-
-    def _draw(self, genomes: list[Genome]) -> Genome:
-        return genomes[int(self._rng.integers(len(genomes)))]
 
     def _chosen(self) -> NDArray[np.bool_]:
         """The coordinates that change, at least one."""
@@ -75,9 +73,8 @@ class LongRopeEvolution(Generational):
         return chosen
 
     def _mutate(self, genome: Genome) -> Genome:
-        fresh = self._space.uniform(1.0) + 2.0 * self._width * self._space.scale * self._rng.uniform(
-            -1.0, 1.0, self._space.size
-        )
+        reach = 2.0 * self._width * self._space.scale
+        fresh = self._space.uniform(1.0) + reach * self._rng.uniform(-1.0, 1.0, self._space.size)
         return self._space.repair(np.where(self._chosen(), fresh, genome))
 
 

@@ -52,20 +52,15 @@ class RandomSearch:
         if self._exhausted or len(self._ledger.pending) >= self.lag:
             return None
         for _ in range(self._max_retries):
-            genome, origin = (
-                self._queue.popleft() if self._queue else (self._space.smooth(self._rng, self._width), "random")
-            )
-            candidate = self._ledger.issue(genome, origin)
+            drawn = self._queue.popleft() if self._queue else (self._space.smooth(self._rng, self._width), "random")
+            candidate = self._ledger.issue(*drawn)
             if candidate is not None:
                 return candidate
         self._exhausted = True
         return None
 
     def tell(self, candidate: Candidate, score: Score) -> None:
-        """Note a score, which changes nothing.
-
-        Raises `ValueError`: it is not the oldest candidate that was asked for and not told.
-        """
+        """Note a score, which changes nothing. Raises `ValueError`: it is not the oldest candidate pending."""
         self._ledger.settle(candidate, score)
 
 

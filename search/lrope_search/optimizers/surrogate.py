@@ -23,10 +23,7 @@ _libraries = ThreadpoolController()  # NumPy's and SciPy's, both imported by now
 
 
 def one_thread() -> AbstractContextManager[object]:
-    """Keep linear algebra to this thread meanwhile.
-
-    These matrices are small: more threads would only wait for each other, long where evaluations keep all cores busy.
-    """
+    """Keep linear algebra to this thread: these matrices are small, and more threads would only wait for each other."""
     limit: AbstractContextManager[object] = _libraries.limit(limits=1, user_api="blas")
     return limit
 

@@ -16,20 +16,9 @@ from lrope_gguf.text import printable
 from ..results.comparison import Comparison
 from ..results.intervals import Interval
 from ..results.summary import StudySummary
+from . import text as words
 from .pictures import Picture, draw_pictures, drawn
-from .text import (
-    LONG,
-    about,
-    cost_words,
-    count,
-    duration,
-    flat,
-    front_rows,
-    limit_words,
-    model_name,
-    scan_words,
-    shows_front,
-)
+from .text import LONG, about, cost_words, count, duration, flat, limit_words, shows_front
 
 NAME = "report.html"
 _MOST_ROWS = 200
@@ -64,18 +53,19 @@ def page_text(study: StudySummary, pictures: Mapping[str, Picture]) -> str:
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    verdict = printable(study.verdict, 4 * LONG).strip()
     environment.filters |= {"count": count, "printable": printable, "finite": math.isfinite}
     page = environment.get_template("page.html.j2").render(
         study=study,
         css=Markup((here / "report.css").read_text(encoding="utf-8")),
-        name=model_name(study),
+        name=words.model_name(study),
         about=about(study),
-        verdict=_sentence(study.verdict),
+        verdict=f"{verdict[:1].upper()}{verdict[1:]}{'' if verdict.endswith('.') else '.'}",
         facts=list(_facts(study)),
         figures={key: (title, text, pictures[key]) for key, title, text in _captions(study) if key in pictures},
         interval=_interval,
         ranked=sorted(study.trials, key=lambda trial: (-trial.contexts, -trial.fitness, trial.number))[:_TOP],
-        front=front_rows(study) if shows_front(study) else [],
+        front=words.front_rows(study) if shows_front(study) else [],
         most_layers=_MOST_LAYERS,
         settings=list(flat(study.config)),
         most_settings=_MOST_ROWS,
@@ -90,11 +80,9 @@ def _facts(study: StudySummary) -> Iterator[tuple[str, str, list[str]]]:
         base = table.totals["base"].accuracy
         for name, comparison in reversed(table.comparisons.items()):
             interval = _interval(comparison.accuracy_gain, comparison) or "too few contexts for an interval"
-            yield (
-                "Gain in accuracy" if name == "curve" else f"Best {name}",
-                f"{100 * comparison.accuracy_gain.mean:+.1f} points",
-                [interval, f"{100 * base:.1f} % to {100 * comparison.accuracy:.1f} %"],
-            )
+            details = [interval, f"{100 * base:.1f} % to {100 * comparison.accuracy:.1f} %"]
+            gained = f"{100 * comparison.accuracy_gain.mean:+.1f} points"
+            yield "Gain in accuracy" if name == "curve" else f"Best {name}", gained, details
         for task, alone in table.tasks.items():
             if "curve" in alone.comparisons:
                 gain = alone.comparisons["curve"].accuracy_gain
@@ -111,14 +99,11 @@ def _facts(study: StudySummary) -> Iterator[tuple[str, str, list[str]]]:
     if study.trials:
         dropped = sum(trial.contexts < study.search_contexts for trial in study.trials)
         yield "Candidates", str(len(study.trials)), [f"{dropped} dropped early"]
-    total = study.total
-    if total.evaluations:
-        measured = not math.isnan(total.rate)
-        yield (
-            "Cost",
-            duration(total.seconds) if measured else f"{total.tokens:,} tokens",
-            [f"{total.tokens:,} tokens", f"{total.rate:,.0f} tokens/s"] if measured else [],
-        )
+    total, tokens = study.total, f"{study.total.tokens:,} tokens"
+    if total.evaluations and math.isnan(total.rate):
+        yield "Cost", tokens, []
+    elif total.evaluations:
+        yield "Cost", duration(total.seconds), [tokens, f"{total.rate:,.0f} tokens/s"]
 
 
 def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
@@ -136,54 +121,41 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
             f"{name}: {100 * min(c.accuracy for c in cells):.0f} to {100 * max(c.accuracy for c in cells):.0f} %"
             for name, cells in table.cells.items()
         )
-        told = all(comparison.enough for comparison in table.comparisons.values())
-        where = (
-            f"{count(table.n_contexts, 'test context')} that neither search nor validation saw"
-            if study.table_split == "test"
-            else f"{count(table.n_contexts, 'search context')}, on which candidates were chosen: no evidence"
-        )
-        yield (
-            "accuracy",
-            "Accuracy by depth",
+        enough = all(comparison.enough for comparison in table.comparisons.values())
+        told = "with paired intervals over contexts" if enough else "too few contexts for intervals"
+        where = f"{count(table.n_contexts, 'search context')}, on which candidates were chosen: no evidence"
+        if study.table_split == "test":
+            where = f"{count(table.n_contexts, 'test context')} that neither search nor validation saw"
+        yield "accuracy", "Accuracy by depth", (
             f"On {where}; over the depths, {ends}. Above: Wilson intervals of each accuracy, by the questions of that "
-            f"depth. Below: gain over the base model, "
-            f"{'with paired intervals over contexts' if told else 'too few contexts for intervals'} "
-            f"({100 * study.confidence:g} % both).",
-        )
+            f"depth. Below: gain over the base model, {told} ({100 * study.confidence:g} % both)."
+        )  # fmt: skip
     if study.trials:
         n, whole = len(study.trials), [t for t in study.trials if t.contexts >= study.search_contexts]
         best = max((t.fitness for t in whole), default=-math.inf)
         reached = f"the best reached {best:+.4f}" if math.isfinite(best) else "none with a finite score"
         if study.scan:
-            yield "scan", "The layer scan", f"{scan_words(study)} Whiskers: two standard errors of each."
-        yield (
-            "fitness",
-            "Fitness over evaluations",
+            yield "scan", "The layer scan", f"{words.scan_words(study)} Whiskers: two standard errors of each."
+        yield "fitness", "Fitness over evaluations", (
             f"{count(n, 'candidate')}; {len(whole)} saw all {count(study.search_contexts, 'search context')}, "
             f"{reached}. Fitness is the gain in the answers' log-probability over the base model, in {study.unit}"
             f"{_SCALED if study.unit != 'nats' else ' per answer token'}; of a candidate dropped early that on the "
-            "contexts it saw.",
-        )
+            "contexts it saw."
+        )  # fmt: skip
         shown = len(drawn(study.trials))
-        yield (
-            "population",
-            "The population over time",
-            f"{'Every candidate' if shown == n else f'{shown} of {n} candidates, evenly chosen'}, coloured by when "
-            "it was tried, and the best curve.",
-        )
+        which = "Every candidate" if shown == n else f"{shown} of {n} candidates, evenly chosen"
+        said = f"{which}, coloured by when it was tried, and the best curve."
+        yield "population", "The population over time", said
     if shows_front(study):
-        front = study.front
-        found = "none of them better than the base model"
+        front, found = study.front, "none of them better than the base model"
         if front.best:
             found = f"{len(front.best)} of them on the front: nothing else gains as much at as little KL"
-        yield (
-            "front",
-            "Gain against change of ordinary text",
+        yield "front", "Gain against change of ordinary text", (
             f"{count(len(front.points), 'candidate')} of which both are known, {found}. Each is at the larger of its "
             "KL divergences on short and on long text, the line ends at the other one; the scale is of square roots. "
             f"The best on the front within the limit ({limit_words(study)}) is chosen"
-            f"{f', which passes over {len(front.passed_over)}' if front.passed_over else ''}.",
-        )
+            f"{f', which passes over {len(front.passed_over)}' if front.passed_over else ''}."
+        )  # fmt: skip
     if study.costs:
         text = f"{cost_words(study.total)} of work, summed over workers."
         planned = len(study.trials) * study.search_contexts
@@ -198,8 +170,3 @@ def _interval(gain: Interval, comparison: Comparison) -> str:
     if not comparison.enough or not math.isfinite(gain.low):
         return ""
     return f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
-
-
-def _sentence(text: str) -> str:
-    text = printable(text, 4 * LONG).strip()
-    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"

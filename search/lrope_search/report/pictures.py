@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -12,19 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrope_gguf.curve import Point
-from lrope_gguf.files import atomic_write_bytes
-from lrope_gguf.plot import COLOURS, bezier, draw_factors, drawing, layer_axis, picture_kind, rendered
+from lrope_gguf.plot import COLOURS, bezier, draw_factors, drawing, drawn_into, layer_axis, rendered
 from lrope_gguf.text import printable
 
 from ..results.front import FrontPoint
 from ..results.summary import StudySummary, Trial
 from ..results.table import DepthTable
-from .text import shows_front
+from .text import shows_front, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
 ORDER = ("#e3d9a6", "#bcd48f", "#86c99a", "#4fb7a8", "#2b9bae", "#2a7ba6", "#345995", "#39316b")
 """From the first candidates to the last: lightness falls evenly, so that it needs no eye for colour."""
@@ -55,7 +55,7 @@ def draw_pictures(study: StudySummary) -> dict[str, Picture]:
     """
     wanted: dict[str, tuple[bool, Callable[[Figure, StudySummary], None]]] = {
         "factors": (study.factors is not None, _factors),
-        "accuracy": (study.table is not None, _accuracy),
+        "accuracy": (study.table is not None, lambda figure, study: _draw_table(figure, study.table)),
         "scan": (bool(study.scan), _scan),
         "fitness": (bool(study.trials), _fitness),
         "population": (bool(study.trials), _population),
@@ -127,23 +127,13 @@ def plot_table(path: str | os.PathLike[str], table: DepthTable, *, title: str = 
     An existing file is replaced; control characters of ``title`` are left out. Raises `LropeError`: the name ends
     otherwise, matplotlib is missing, or the file cannot be written.
     """
-    kind = picture_kind(path)
-    from matplotlib.figure import Figure
-
-    with drawing():
-        figure = Figure(figsize=(8, 5.5), layout="constrained")
+    with drawn_into(path, (8, 5.5)) as figure:
         _draw_table(figure, table)
         figure.suptitle(printable(title, 90), parse_math=False)
-        picture = rendered(figure, kind)
-    atomic_write_bytes(path, picture)
 
 
-def _accuracy(figure: Figure, study: StudySummary) -> None:
-    assert study.table is not None
-    _draw_table(figure, study.table)
-
-
-def _draw_table(figure: Figure, table: DepthTable) -> None:
+def _draw_table(figure: Figure, table: DepthTable | None) -> None:
+    assert table is not None
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
     gaps = np.diff(table.depths)
     step = 0.12 * float(gaps.min() if len(gaps) else 1.0)
@@ -154,10 +144,9 @@ def _draw_table(figure: Figure, table: DepthTable) -> None:
         _whiskers(upper, look, x, 100 * np.array(ends))
         comparison = table.comparisons.get(name)
         if comparison is not None:
-            gains = [row.accuracy_gain for row in comparison.by_depth]
-            told = comparison.enough
-            rows = [(g.mean, g.low if told else g.mean, g.high if told else g.mean) for g in gains]
-            _whiskers(lower, look, x, 100 * np.array(rows))
+            gains, told = [row.accuracy_gain for row in comparison.by_depth], comparison.enough
+            ends = [(g.mean, g.low if told else g.mean, g.high if told else g.mean) for g in gains]
+            _whiskers(lower, look, x, 100 * np.array(ends))
     upper.set_ylim(-4, 104)
     upper.set_ylabel("accuracy, %")
     lower.axhline(0, color=COLOURS["base"], linewidth=1, linestyle="--", zorder=1)
@@ -173,27 +162,23 @@ def _draw_table(figure: Figure, table: DepthTable) -> None:
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """How each side is drawn, by its name: the base, uniform factors, and curves of whatever name."""
     looks: dict[str, dict[str, Any]] = {}
-    n_uniform = n_curves = 0
+    colours, markers = itertools.cycle(_CURVES), itertools.cycle(_UNIFORM)
     for name in names:
-        look: dict[str, Any] = {"label": name, "linewidth": 1.2, "linestyle": "-"}
+        looks[name] = {"label": name, "linewidth": 1.2, "linestyle": "-"}
         if name == "base":
-            look |= {"color": COLOURS["base"], "marker": "D", "linestyle": "--", "zorder": 2}
+            looks[name] |= {"color": COLOURS["base"], "marker": "D", "linestyle": "--", "zorder": 2}
         elif name.startswith("uniform"):
-            look |= {"color": COLOURS["uniform"], "marker": _UNIFORM[n_uniform % len(_UNIFORM)], "zorder": 3}
-            n_uniform += 1
+            looks[name] |= {"color": COLOURS["uniform"], "marker": next(markers), "zorder": 3}
         else:
-            look |= {"color": _CURVES[n_curves % len(_CURVES)], "marker": "o", "linewidth": 1.8, "zorder": 4}
-            n_curves += 1
-        looks[name] = look
+            looks[name] |= {"color": next(colours), "marker": "o", "linewidth": 1.8, "zorder": 4}
     return looks
 
 
-def _whiskers(axes: Axes, look: dict[str, Any], x: NDArray[np.float64], rows: ArrayLike) -> None:
+def _whiskers(axes: Axes, look: dict[str, Any], x: NDArray[np.float64], rows: NDArray[np.float64]) -> None:
     """Means with the ends of their intervals, shape (n, 3), joined by a line."""
-    mean, low, high = np.asarray(rows, dtype=float).T
-    axes.errorbar(
-        x, mean, yerr=np.maximum([mean - low, high - mean], 0.0), markersize=4, elinewidth=1, capsize=2, **look
-    )
+    mean, low, high = rows.T
+    errors = np.maximum([mean - low, high - mean], 0.0)
+    axes.errorbar(x, mean, yerr=errors, markersize=4, elinewidth=1, capsize=2, **look)
 
 
 def _scan(figure: Figure, study: StudySummary) -> None:
@@ -259,10 +244,8 @@ def _fitness(figure: Figure, study: StudySummary) -> None:
     _legend_above(axes, 3)
 
 
-def _floor(fitness: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+def _floor(fitness: NDArray[np.float64]) -> float:
     """Where the axis begins: a few hopeless candidates must not flatten the rest."""
-    if not len(fitness):
-        return 0.0
     values = np.append(fitness, 0.0)
     top, low = float(values.max()), float(values.min())
     reach = 3.0 * max(top - float(np.quantile(values, 0.5)), 1e-3)
@@ -322,7 +305,8 @@ def _front(figure: Figure, study: StudySummary) -> None:
     top = max([*(point.kl for point in points), 1e-6])
     limit = front.limit if front.limit <= 2.0 * top else math.inf  # one far off would press all points together
     edge = 1.1 * max(top, limit if math.isfinite(limit) else top)
-    axes.set_xscale("function", functions=(_root, np.square))
+    # matplotlib asks for a margin below zero too
+    axes.set_xscale("function", functions=(lambda values: np.sqrt(np.maximum(values, 0.0)), np.square))
     axes.axhline(0, color=COLOURS["base"], linewidth=1, linestyle="--", zorder=1)
     steps = [(0.0, 0.0), *((point.kl, point.gain) for point in front.best)]
     axes.step([*(kl for kl, _ in steps), edge], [*(gain for _, gain in steps), steps[-1][1]], where="post",
@@ -352,12 +336,6 @@ def _front(figure: Figure, study: StudySummary) -> None:
     _legend_above(axes, 5)
 
 
-def _root(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Square roots; matplotlib asks for a margin below zero too."""
-    root: np.ndarray[Any, np.dtype[np.float64]] = np.sqrt(np.maximum(values, 0.0))
-    return root
-
-
 def _vertices(trial: Trial) -> list[Point]:
     """Of the path that is drawn for a candidate, in layers: Bézier control points where SVG has such a curve."""
     points, last = trial.control_points, len(trial.factors) - 1
@@ -375,7 +353,7 @@ def _code(trial: Trial) -> int:
 
 def _cost(figure: Figure, study: StudySummary) -> None:
     costs = study.costs
-    unit, seconds = _time_unit(max(cost.seconds for cost in costs))
+    unit, seconds = time_unit(max(cost.seconds for cost in costs))
     scale, thousands = (1e6, "million tokens") if max(c.tokens for c in costs) >= 1e6 else (1e3, "thousand tokens")
     columns = (
         (thousands, [cost.tokens / scale for cost in costs]),
@@ -400,12 +378,6 @@ def _cost(figure: Figure, study: StudySummary) -> None:
     panels[0].set_yticks(range(len(costs)), [cost.phase.replace(", ", ",\n") for cost in costs])
     panels[0].invert_yaxis()
     figure.set_size_inches(_SIZE[0], 0.8 + 0.42 * max(len(costs), 2))
-
-
-def _time_unit(seconds: float) -> tuple[str, float]:
-    return next(
-        ((name, size) for name, size in (("hours", 3600.0), ("minutes", 60.0)) if seconds >= 2 * size), ("seconds", 1.0)
-    )
 
 
 def _legend_above(axes: Axes, columns: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,29 +12,22 @@ from typing import Any
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
 
+from ..results import summary as summaries
 from ..results.findings import Findings, Stage, Uniform
 from ..results.front import Front
 from ..results.objective import Objective
-from ..results.summary import (
-    Scores,
-    StudySummary,
-    Trial,
-    intended_confidence,
-    number,
-    of_split,
-    section,
-    summarise,
-    task_weights,
-)
+from ..results.summary import Scores, StudySummary, Trial, intended_confidence, number, of_split, section
 from ..results.table import depth_table
 from ..scores import ContextScore, DivergenceScore, Evaluation, Factors, Job
 from ..study.store import Study, holds_search, parse_evaluations
 
 
 def read_study(directory: Path) -> StudySummary:
-    """Read the study in ``directory``, and summarise it.
+    """Read the study in ``directory``, and summarise it: findings by ``best.json``, the rest by the evaluations.
 
-    Raises `LropeError`: there is none, or a file of it is damaged; the message says which, and what to do.
+    Of a study that is older than looks, the findings are made good: with the factors that the best uniform one was
+    measured with, and with today's intervals. Raises `LropeError`: there is none, or a file of it is damaged; the
+    message says which, and what to do.
     """
     config = _config(directory)
     path = directory / "best.json"
@@ -49,37 +42,20 @@ def read_study(directory: Path) -> StudySummary:
                 f"{directory / 'evaluations.jsonl'}: its lines differ in layers or probes, as if two searches had "
                 "written the file; search again in another directory"
             )
-    trials = _trials(directory, n_layer)
+    trials, scales = _trials(directory, n_layer), _scales(directory)
     if best is not None and n_layer is not None:
         best = _with_factors(directory, best, n_layer)
-    return _recovered(directory, config, best, evaluations, trials, _scales(directory))
-
-
-def _recovered(
-    directory: Path,
-    config: dict[str, Any],
-    best: CurveFile | None,
-    evaluations: Mapping[Job, Evaluation],
-    trials: Sequence[Trial] | None,
-    scales: Mapping[str, float],
-) -> StudySummary:
-    """Summarise a study by what its files tell: findings by ``best``, the rest by the evaluations.
-
-    ``trials``: None where only the evaluations tell of them. Of a study that is older than looks, the findings are
-    made good: with the factors that the best uniform one was measured with, and with today's intervals.
-    """
-    settings, weights = section(config, "search"), task_weights(config)
+    settings, weights = section(config, "search"), summaries.task_weights(config)
     searched, tested = of_split(evaluations, "search"), of_split(evaluations, "test")
     base: Factors = (1.0,) * next((len(job.factors) for job in evaluations), 0)
-    middle_weight = number(settings.get("middle_weight"), 0.0)
+    how = number(settings.get("middle_weight"), 0.0), weights, scales
     if trials is None:
-        trials = _trials_from(searched, base, middle_weight, weights, scales)
+        trials = _trials_from(searched, base, Objective(tuple(searched.get(base, {}).values()), *how))
     results = {} if best is None else section(best.provenance, "results")
     factors = None if best is None else best.layer_factors
     findings = None if factors is None else Findings.from_json(results, factors, intended_confidence(config))
     if findings is not None and findings.uniform is not None and not findings.uniform.factors:
         findings = replace(findings, uniform=_uniform(findings.uniform, tested, trials))
-    older = findings is not None and "look" not in results
     table, sides = None, _of_sides(findings, factors, base, searched if findings is None else tested)
     if sides:
         table = depth_table(
@@ -89,7 +65,7 @@ def _recovered(
             weights=weights,
             over=findings is not None and findings.over_uniform is not None,
         )
-        if findings is not None and older:
+        if findings is not None and "look" not in results:
             findings = findings.measured(table)
     validated = of_split(evaluations, "validation")
     of_base = validated.get(base, {})
@@ -102,10 +78,10 @@ def _recovered(
         for factors, scores in validated.items()
         if factors != base and factors in divergences and scores.keys() == of_base.keys()
     }
-    gains = Objective(tuple(of_base.values()), middle_weight, weights, scales).of_all(whole)
+    gains = Objective(tuple(of_base.values()), *how).of_all(whole)
     front = Front.of_scores(gains, divergences, number(settings.get("max_kl"), math.inf))
     stage = _searched(best) if findings is None else findings.search
-    return summarise(directory, config, best, evaluations, trials, scales, findings, stage, table, front)
+    return summaries.summarise(directory, config, best, evaluations, trials, scales, findings, stage, table, front)
 
 
 def _of_sides(
@@ -140,15 +116,8 @@ def _searched(best: CurveFile | None) -> Stage | None:
         return None
 
 
-def _trials_from(
-    searched: Scores,
-    base: Factors,
-    middle_weight: float,
-    weights: Mapping[str, float],
-    scales: Mapping[str, float],
-) -> tuple[Trial, ...]:
+def _trials_from(searched: Scores, base: Factors, objective: Objective) -> tuple[Trial, ...]:
     """The trials that the evaluations tell of, by first appearance: without origin and control points."""
-    objective = Objective(tuple(searched.get(base, {}).values()), middle_weight, weights, scales)
     trials = []
     for order, (factors, scores) in enumerate(searched.items()):
         seen = [score for index, score in scores.items() if index in searched.get(base, {})]

@@ -38,7 +38,8 @@ def summary_lines(study: StudySummary) -> Sequence[str]:
     if study.costs:
         lines.append(f"cost        {cost_words(study.total)}")
     if shows_front(study):
-        lines += ["", *front_lines(study)]
+        head = f"gain on validation contexts against KL on ordinary text, nats a token; {limit_words(study)}"
+        lines += ["", head, *left_aligned(front_rows(study))]
     if study.table is not None:
         lines += ["", str(study.table)]
         if study.table_split != "test":
@@ -86,12 +87,6 @@ def front_rows(study: StudySummary) -> list[list[str]]:
     return rows
 
 
-def front_lines(study: StudySummary) -> Sequence[str]:
-    """The same for a terminal."""
-    head = f"gain on validation contexts against KL on ordinary text, nats a token; {limit_words(study)}"
-    return [head, *left_aligned(front_rows(study))]
-
-
 def limit_words(study: StudySummary) -> str:
     """The limit of KL in words."""
     limit = study.front.limit
@@ -125,11 +120,15 @@ def cost_words(cost: Cost) -> str:
     return text if math.isnan(cost.rate) else f"{text}, {duration(cost.seconds)}, {cost.rate:,.0f} tokens/s"
 
 
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit that suits so many seconds, and its seconds."""
+    return ("hours", 3600.0) if seconds >= 7200.0 else ("minutes", 60.0) if seconds >= 120.0 else ("seconds", 1.0)
+
+
 def duration(seconds: float) -> str:
     """Seconds in the unit that suits."""
-    if seconds >= 7200.0:
-        return f"{seconds / 3600.0:.1f} hours"
-    return f"{seconds / 60.0:.1f} minutes" if seconds >= 120.0 else f"{seconds:.1f} seconds"
+    name, unit = time_unit(seconds)
+    return f"{seconds / unit:.1f} {name}"
 
 
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

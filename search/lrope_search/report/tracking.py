@@ -14,10 +14,7 @@ _MOST = 1000  # metrics that an MLflow server takes at once
 
 
 def log_study(study: StudySummary) -> str:
-    """Log settings, every candidate's fitness, accuracies and files of a study as one run; return the run's id.
-
-    Raises `LropeError`: mlflow is missing or gives an error.
-    """
+    """Log settings, fitness, accuracies and files of a study as a run; return its id. Raises `LropeError`: it fails."""
     try:
         mlflow, entities = import_module("mlflow"), import_module("mlflow.entities")
     except ModuleNotFoundError:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..scores import ContextScore
-from .intervals import Interval, Strata, answers_interval, draws, finite, mean_interval
+from .intervals import Interval, Strata, answers_interval, by_probe, draws, finite, mean_interval
 
 _MAX_DEPTHS, _BINS = 11, 10
 _DIGITS = 6
@@ -146,49 +146,30 @@ def compare(
         if _asked(a) != _asked(b):
             raise ValueError(f"context {a.split} {a.index} is compared with another")
 
-    n = len(pairs)
-    tasks = list(dict.fromkeys(a.task for a, _ in pairs))
-    strata = Strata(
-        np.array([tasks.index(a.task) for a, _ in pairs]), np.array([(weights or {}).get(task, 1.0) for task in tasks])
-    )
+    each, strata, zero = np.arange(len(pairs)), Strata.of(base, weights), Interval(0.0, 0.0, 0.0)
     counts = draws(strata, seed, resamples)
     depths, group = depth_groups([p.depth for a, _ in pairs for p in a.probes])
-    context = np.repeat(np.arange(n), [len(a.probes) for a, _ in pairs])
-    sides = (base, other)
-    correct = np.array([[float(p.correct) for score in side for p in score.probes] for side in sides])
-    log_p = np.array([[p.log_probability for score in side for p in score.probes] for side in sides])
+    (base_correct, base_log_p, context), (correct, log_p, _) = by_probe(base), by_probe(other)
     with np.errstate(invalid="ignore"):  # -inf - -inf
-        d_correct, d_log_p = correct[1] - correct[0], log_p[1] - log_p[0]
+        d_correct, d_log_p = correct - base_correct, log_p - base_log_p
     same = bool((d_correct == 0.0).all() and (d_log_p == 0.0).all())
 
     def answers(here: NDArray[np.bool_]) -> Interval:
-        if same:
-            return Interval(0.0, 0.0, 0.0)
-        return answers_interval(d_correct[here], context[here], counts, confidence, strata)
+        return zero if same else answers_interval(d_correct[here], context[here], counts, confidence, strata)
 
     by_depth = []
-    for k, depth in enumerate(depths):
-        here = group == k
-        by_depth.append(
-            DepthComparison(
-                depth=float(depth),
-                n_probes=int(here.sum()),
-                base_accuracy=strata.mean(correct[0, here], context[here]),
-                accuracy=strata.mean(correct[1, here], context[here]),
-                accuracy_gain=answers(here),
-            )
-        )
+    for depth, here in ((depth, group == k) for k, depth in enumerate(depths)):
+        before, after = (strata.mean(of_side[here], context[here]) for of_side in (base_correct, correct))
+        by_depth.append(DepthComparison(float(depth), int(here.sum()), before, after, answers(here)))
     return Comparison(
-        n_contexts=n,
+        n_contexts=len(pairs),
         confidence=confidence,
-        base_accuracy=strata.mean([a.accuracy for a, _ in pairs], np.arange(n)),
-        accuracy=strata.mean([b.accuracy for _, b in pairs], np.arange(n)),
+        base_accuracy=strata.mean([a.accuracy for a, _ in pairs], each),
+        accuracy=strata.mean([b.accuracy for _, b in pairs], each),
         accuracy_gain=answers(np.ones(len(group), bool)),
-        log_probability_gain=Interval(0.0, 0.0, 0.0)
-        if same
-        else mean_interval(d_log_p, context, counts, confidence, strata),
+        log_probability_gain=zero if same else mean_interval(d_log_p, context, counts, confidence, strata),
         by_depth=tuple(by_depth),
-        n_effective=strata.n_effective() if len(tasks) > 1 else None,
+        n_effective=strata.n_effective() if len(strata.weight) > 1 else None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -176,16 +177,14 @@ class Findings:
         gain = table.comparisons.get("curve")
         beside = None if self.uniform is None else table.comparisons.get(self.uniform.name)
         tasks = {} if gain is None else table.tasks
+        alone = {name: one.comparisons["curve"].recorded() for name, one in tasks.items()}
         return replace(
             self,
             base_accuracy=round(table.totals["base"].accuracy, 6),
-            gain=None if gain is None else gain.recorded(),
-            uniform_gain=None if beside is None else beside.recorded(),
-            over_uniform=None if table.over is None else table.over.recorded(),
-            tasks={
-                name: TaskGain(table.weights[name], alone.comparisons["curve"].recorded())
-                for name, alone in tasks.items()
-            },
+            gain=gain and gain.recorded(),
+            uniform_gain=beside and beside.recorded(),
+            over_uniform=table.over and table.over.recorded(),
+            tasks={name: TaskGain(table.weights[name], one) for name, one in alone.items()},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -206,11 +205,8 @@ class Findings:
             "verdict": judgement.text,
         }
         if self.uniform is not None and self.uniform_gain is not None:
-            results["best_uniform"] = {
-                "factor": self.uniform.factor,
-                "factors": list(self.uniform.factors),
-                "test": self.uniform_gain.to_json(),
-            }
+            known = {"factor": self.uniform.factor, "factors": list(self.uniform.factors)}
+            results["best_uniform"] = known | {"test": self.uniform_gain.to_json()}
         if self.over_uniform is not None:
             results["over_uniform"] = self.over_uniform.to_json()
         if (guard := self.guard) is not None:
@@ -229,16 +225,18 @@ class Findings:
         """
         if not (isinstance(value, Mapping) and isinstance(value.get("verdict"), str)):
             return None
-        try:
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
             return cls._from_json(value, factors, confidence)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            return None
+        return None
 
     @classmethod
     def _from_json(cls, value: Mapping[str, Any], factors: Factors, confidence: float) -> Findings:
         test, uniform, guard = value["test"], value.get("best_uniform"), value.get("guard")
         first = Look(1, range(int(test["contexts"])), True, confidence)
         look = Look.from_json(value["look"]) if "look" in value else first
+
+        best = None if uniform is None else (float(uniform["factor"]), tuple(map(float, uniform.get("factors", ()))))
+        kl = None if guard is None else (float(guard["max_kl"]), int(guard["passed_over"]))
 
         def read(comparison: Mapping[str, Any]) -> Comparison:
             return Comparison.from_json(comparison, look.confidence)
@@ -252,17 +250,11 @@ class Findings:
             look=look,
             base_accuracy=float(test["base_accuracy"]),
             gain=read(test) if "accuracy" in test else None,
-            uniform=None
-            if uniform is None
-            else Uniform(float(uniform["factor"]), tuple(map(float, uniform.get("factors", ())))),
+            uniform=best and Uniform(*best),
             uniform_gain=None if uniform is None else read(uniform["test"]),
             over_uniform=read(value["over_uniform"]) if "over_uniform" in value else None,
             tasks={name: TaskGain(float(task["weight"]), read(task)) for name, task in test.get("tasks", {}).items()},
-            guard=None
-            if guard is None
-            else GuardFinding(
-                float(guard["max_kl"]), int(guard["passed_over"]), *(guard.get(name) for name in ("short", "long"))
-            ),
+            guard=kl and GuardFinding(*kl, *((guard or {}).get(name) for name in ("short", "long"))),
         )
 
 
@@ -307,9 +299,8 @@ def _beside(found: Findings) -> str:
             text = f"; best uniform factor {factor} gains {_points(found.uniform_gain.accuracy_gain.mean)}"
         if found.over_uniform is not None and found.gain is not None:
             more = _gain(found.over_uniform.accuracy_gain)
-            text += (
-                f"; {more} above it" if found.over_uniform.significant else f"; above it {more}, which may be chance"
-            )
+            chance = f"; above it {more}, which may be chance"
+            text += f"; {more} above it" if found.over_uniform.significant else chance
     if found.guard is not None and (kl := found.guard.kl) is not None:
         text += f"; KL on ordinary text {f'{kl:.3f}' if not 0.0 < kl < 0.0005 else 'under 0.001'}"
     return text
@@ -320,8 +311,7 @@ def _each(tasks: Mapping[str, Comparison]) -> str:
     if not tasks:
         return ""
     gains = [
-        f"{name} {_gain(comparison.accuracy_gain) if comparison.enough else _points(comparison.accuracy_gain.mean)}"
-        for name, comparison in tasks.items()
+        f"{name} {_gain(c.accuracy_gain) if c.enough else _points(c.accuracy_gain.mean)}" for name, c in tasks.items()
     ]
     harmed = [name for name, comparison in tasks.items() if comparison.harmful]
     return f" ({', '.join(gains)}){'; harms ' + ' and '.join(harmed) if harmed else ''}"

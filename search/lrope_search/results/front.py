@@ -92,10 +92,7 @@ class Front:
 
 
 def divergences_by_length(scores: Iterable[DivergenceScore]) -> dict[str, float]:
-    """Return the mean KL divergence, nats per token, on ``short`` and on ``long`` texts; empty without scores.
-
-    ``inf`` where one is not finite.
-    """
+    """Return the mean KL, nats a token, of ``short`` and ``long`` texts; inf where one is not finite; empty of none."""
     scores = list(scores)
     lengths = {"short": [score.short for score in scores], "long": [score.long for score in scores]}
     return {

@@ -7,12 +7,14 @@ Questions of one context share its prefix and are dependent, so contexts are wha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+
+from ..scores import ContextScore
 
 _FEW_CONTEXTS = 12
 """Of fewer contexts too few different resamples can be drawn; Student's interval is then taken too."""
@@ -56,6 +58,13 @@ class Strata:
     task: Places
     weight: Numbers
 
+    @classmethod
+    def of(cls, scores: Sequence[ContextScore], weights: Mapping[str, float] | None) -> Strata:
+        """Return those of contexts, of whose tasks these are the weights, 1 by default."""
+        tasks = list(dict.fromkeys(score.task for score in scores))
+        numbers = np.array([tasks.index(score.task) for score in scores])
+        return cls(numbers, np.array([(weights or {}).get(task, 1.0) for task in tasks]))
+
     def members(self, among: Places | None = None) -> list[Places]:
         """Return the places of each task's contexts in ``among`` (None: all contexts), where it has any."""
         task = self.task if among is None else self.task[among]
@@ -86,6 +95,13 @@ def draws(strata: Strata, seed: int, resamples: int) -> Numbers:
     for here in strata.members():
         counts[:, here] = rng.multinomial(len(here), np.full(len(here), 1.0 / len(here)), size=resamples)
     return counts
+
+
+def by_probe(scores: Sequence[ContextScore]) -> tuple[Numbers, Numbers, Places]:
+    """Return of every probe whether it is right, its log-probability, and the place of its context in ``scores``."""
+    correct = np.array([probe.correct for score in scores for probe in score.probes], np.float64)
+    log_p = np.array([probe.log_probability for score in scores for probe in score.probes])
+    return correct, log_p, np.repeat(np.arange(len(scores)), [len(score.probes) for score in scores])
 
 
 def mean_interval(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +35,6 @@ class Trial:
     fitness: float
 
     def __post_init__(self) -> None:
-        """Take a fitness that is not finite as the worst."""
         if not math.isfinite(self.fitness):
             object.__setattr__(self, "fitness", -math.inf)
 
@@ -141,8 +141,8 @@ class StudySummary:
 
     def json(self) -> dict[str, Any]:
         """Return the results of ``best.json`` and what the evaluations add; finite numbers only."""
-        results = {} if self.searched is None else {"search": self.searched.to_json()}
-        return (results if self.findings is None else self.findings.to_json()) | {
+        searched = {} if self.searched is None else {"search": self.searched.to_json()}
+        return (searched if self.findings is None else self.findings.to_json()) | {
             "finished": self.finished,
             "recommended": self.recommended,
             "verdict": self.verdict,
@@ -165,12 +165,8 @@ class StudySummary:
 
     def best_so_far(self) -> list[float]:
         """Of each trial, the best fitness until then among those that saw all search contexts; the base has 0."""
-        best, values = 0.0, []
-        for trial in self.trials:
-            if trial.contexts >= self.search_contexts:
-                best = max(best, trial.fitness)
-            values.append(best)
-        return values
+        whole = (trial.fitness if trial.contexts >= self.search_contexts else 0.0 for trial in self.trials)
+        return list(itertools.accumulate(whole, max, initial=0.0))[1:]
 
 
 def summarise(
@@ -258,19 +254,19 @@ def task_weights(config: Mapping[str, Any]) -> dict[str, float]:
 def _costs(evaluations: Mapping[Job, Evaluation]) -> tuple[Cost, ...]:
     phases: dict[str, list[Evaluation]] = {}
     for job, score in evaluations.items():
-        phase = (
-            job.split if job.split != "search" else f"search, {'further contexts' if job.index else 'first context'}"
-        )
-        phases.setdefault(phase, []).append(score)
-    order = ("search, first context", "search, further contexts", "validation", "test", "guard")
+        which = f"search, {'further contexts' if job.index else 'first context'}"
+        phases.setdefault(which if job.split == "search" else job.split, []).append(score)
+    known = ("search, first context", "search, further contexts", "validation", "test", "guard")
+    order = [*(phase for phase in known if phase in phases), *sorted(phases.keys() - {*known})]
     return tuple(
-        Cost(phase, len(scores), sum(s.n_tokens for s in scores), math.fsum(s.seconds for s in scores))
-        for phase, scores in sorted(phases.items(), key=lambda item: _place(order, item[0]))
+        Cost(
+            phase,
+            len(phases[phase]),
+            sum(s.n_tokens for s in phases[phase]),
+            math.fsum(s.seconds for s in phases[phase]),
+        )
+        for phase in order
     )
-
-
-def _place(order: Sequence[str], name: str) -> tuple[int, str]:
-    return (order.index(name) if name in order else len(order)), name
 
 
 def section(value: Any, name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lrope_gguf.text import sparkline
 
 from ..scores import ContextScore
 from .comparison import Comparison, compare, depth_groups
-from .intervals import Interval, Strata, finite, share_interval
+from .intervals import Interval, Strata, by_probe, finite, share_interval
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class DepthTable:
                 {"depth": depth, **{name: _cell(cells[i]) for name, cells in self.cells.items()}}
                 for i, depth in enumerate(self.depths)
             ],
-            **({"tasks": {name: self._task_json(name) for name in self.tasks}} if self.tasks else {}),
-        }
-
-    def _task_json(self, name: str) -> dict[str, Any]:
-        return {"weight": self.weights[name], **self.tasks[name].json()}
+        } | (
+            {"tasks": {name: {"weight": self.weights[name], **alone.json()} for name, alone in self.tasks.items()}}
+            if self.tasks
+            else {}
+        )
 
     def _pictures(self) -> list[str]:
         width = max(map(len, self.cells))
@@ -98,15 +98,9 @@ class DepthTable:
     def _gains(self) -> list[str]:
         lines = []
         for name, comparison in self.comparisons.items():
-            accuracy, log_p = comparison.accuracy_gain, comparison.log_probability_gain
-            text = f"{name}: accuracy {100 * accuracy.mean:+.1f} points"
-            if comparison.enough:
-                text += f" [{100 * accuracy.low:+.1f}, {100 * accuracy.high:+.1f}]"
-                text += f", log-probability {log_p.mean:+.4f} [{log_p.low:+.4f}, {log_p.high:+.4f}]"
-                text += f" ({100 * comparison.confidence:g} % bootstrap intervals over {self.n_contexts} contexts)"
-            else:
-                text += f", log-probability {log_p.mean:+.4f} (too few contexts for an interval)"
-            lines.append(text)
+            how = f"{100 * comparison.confidence:g} % bootstrap intervals over {self.n_contexts} contexts"
+            how = how if comparison.enough else "too few contexts for an interval"
+            lines.append(f"{name}: {gains_words(comparison)} ({how})")
         return lines
 
     def _by_task(self) -> list[str]:
@@ -138,6 +132,12 @@ def with_interval(comparison: Comparison, gain: Interval, scale: float, digits: 
     return f"{text} [{scale * gain.low:+.{digits}f}, {scale * gain.high:+.{digits}f}]"
 
 
+def gains_words(comparison: Comparison) -> str:
+    """Return the gains in accuracy and log-probability in words, each `with_interval`."""
+    points = with_interval(comparison, comparison.accuracy_gain, 100.0, 1, " points")
+    return f"accuracy {points}, log-probability {with_interval(comparison, comparison.log_probability_gain, 1.0, 4)}"
+
+
 def depth_table(
     sides: Mapping[str, Sequence[ContextScore]],
     *,
@@ -162,19 +162,16 @@ def depth_table(
     if not base:
         raise ValueError("nothing to compare")
     options: dict[str, Any] = {"seed": seed, "confidence": confidence, "weights": weights}
-    tasks = list(dict.fromkeys(score.task for score in base))
-    alone = {task: depth_table(_of_task(sides, task), **options) for task in tasks} if len(tasks) > 1 else {}
+    tasks = dict.fromkeys(score.task for score in base)
+    by_task = {t: {name: [s for s in of_side if s.task == t] for name, of_side in sides.items()} for t in tasks}
+    alone = {task: depth_table(own, **options) for task, own in by_task.items()} if len(tasks) > 1 else {}
     depths, row = depth_groups([probe.depth for score in base for probe in score.probes])
     comparisons = {name: compare(base, scores, **options) for name, scores in others}
     between = compare(others[-2][1], others[-1][1], **options) if over and len(others) > 1 else None
-    weights = {task: (weights or {}).get(task, 1.0) for task in tasks}
-    strata = Strata(np.array([tasks.index(score.task) for score in base]), np.array(list(weights.values())))
-    context = np.repeat(np.arange(len(base)), [len(score.probes) for score in base])
-    every = np.ones(len(row), bool)
+    strata, each, every = Strata.of(base, weights), np.arange(len(base)), np.ones(len(row), bool)
     cells, totals = {}, {}
     for name, scores in sides.items():
-        correct = np.array([probe.correct for score in scores for probe in score.probes], np.float64)
-        log_p = np.array([probe.log_probability for score in scores for probe in score.probes])
+        correct, log_p, context = by_probe(scores)
         found = [
             Cell(
                 strata.mean(correct[at], context[at]),
@@ -183,7 +180,6 @@ def depth_table(
             )
             for at in (*(row == i for i in range(len(depths))), every)
         ]
-        each = np.arange(len(base))
         cells[name] = tuple(found[:-1])
         totals[name] = Cell(
             strata.mean([score.accuracy for score in scores], each),
@@ -198,13 +194,9 @@ def depth_table(
         totals=totals,
         comparisons=comparisons,
         over=between,
-        weights=weights if len(tasks) > 1 else {},
+        weights=dict(zip(tasks, strata.weight.tolist(), strict=True)) if len(tasks) > 1 else {},
         tasks=alone,
     )
-
-
-def _of_task(sides: Mapping[str, Sequence[ContextScore]], task: str) -> dict[str, list[ContextScore]]:
-    return {name: [score for score in scores if score.task == task] for name, scores in sides.items()}
 
 
 def _with_gains(values: Mapping[str, float], digits: int) -> list[str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from ..settings import setting
 from .generated import GeneratedTask, distinct, listing
-from .settings import Count, SizedTaskConfig
+from .settings import SizedTaskConfig
 from .sizing import TokenLimit
 from .task import Context
 from .vocabulary import SYLLABLES
@@ -42,34 +43,19 @@ _FREQUENT_TASK = (
 _FREQUENT_QUESTION = "Question: Which three words occur most often in this text?\nAnswer:"
 
 
-@dataclass(frozen=True, kw_only=True)
-class CommonWordsConfig(SizedTaskConfig):
-    """Settings of `CommonWordsTask`."""
+class WordsTask(GeneratedTask):
+    """A task whose contexts are words made of the seed."""
 
-    section = "cwe"
-    summary = "common words, for eval --generate"
-    size = "words"
+    unit = "words"
+    _most_words: ClassVar[int | None] = None
 
-    words: int | None = setting(None, "words per context", metavar="N", least=1, unset=str(DEFAULT_WORDS))
-
-    def make(self, count: Count | None = None) -> GeneratedTask:
-        """Return the task."""
-        return CommonWordsTask(self.words, seed=self.seed, limit=TokenLimit.of(self.context_tokens, count))
+    def __init__(self, n_words: int | None = None, *, seed: int = 0, limit: TokenLimit | None = None) -> None:
+        """Make contexts of ``n_words`` (None: 1000), or as many as fit. Raises `LropeError`: too few or too many."""
+        n_words = DEFAULT_WORDS if n_words is None else n_words
+        super().__init__(n_words, self.least, most=self._most_words, seed=seed, limit=limit)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FrequentWordsConfig(CommonWordsConfig):
-    """Settings of `FrequentWordsTask`."""
-
-    section = "fwe"
-    summary = "frequent words, for eval --generate"
-
-    def make(self, count: Count | None = None) -> GeneratedTask:
-        """Return the task."""
-        return FrequentWordsTask(self.words, seed=self.seed, limit=TokenLimit.of(self.context_tokens, count))
-
-
-class CommonWordsTask(GeneratedTask):
+class CommonWordsTask(WordsTask):
     """Common words extraction, ``cwe`` of RULER (Hsieh et al., arXiv 2404.06654, section 3), in words of our own.
 
     Of a shuffled, numbered list ten words occur 30 times each and all others 3 times; of a list of less than 1000 words
@@ -78,22 +64,8 @@ class CommonWordsTask(GeneratedTask):
     """
 
     name = "cwe"
-    unit = "words"
-
-    def __init__(self, n_words: int | None = None, *, seed: int = 0, limit: TokenLimit | None = None) -> None:
-        """Make lists of ``n_words`` (None: 1000), or as many as fit, from ``seed``.
-
-        Raises `LropeError`: too few words, or more than there are.
-        """
-        common, other = _TIMES
-        most = other * (_PER_SPLIT - _EXAMPLE[0] - _N_COMMON) + common * _N_COMMON
-        super().__init__(
-            DEFAULT_WORDS if n_words is None else n_words,
-            _N_COMMON * _FEW_TIMES[0] + 1,
-            most=most,
-            seed=seed,
-            limit=limit,
-        )
+    least = _N_COMMON * _FEW_TIMES[0] + 1
+    _most_words = _TIMES[1] * (_PER_SPLIT - _EXAMPLE[0] - _N_COMMON) + _TIMES[0] * _N_COMMON
 
     def calibration(self) -> Context:
         """Return a list of 70 words."""
@@ -119,7 +91,7 @@ class CommonWordsTask(GeneratedTask):
         return f"a list with {_N_COMMON} common words"
 
 
-class FrequentWordsTask(GeneratedTask):
+class FrequentWordsTask(WordsTask):
     """Frequent words extraction, ``fwe`` of RULER (Hsieh et al., arXiv 2404.06654, section 3), in words of our own.
 
     Of a shuffled text of ``n`` words the ``k``-th most frequent occurs ``n / (zeta(2) k²)`` times, rounded down: a zeta
@@ -128,21 +100,8 @@ class FrequentWordsTask(GeneratedTask):
     """
 
     name = "fwe"
-    unit = "words"
-
-    def __init__(self, n_words: int | None = None, *, seed: int = 0, limit: TokenLimit | None = None) -> None:
-        """Make texts of ``n_words`` (None: 1000), dots included, or as many as fit, from ``seed``.
-
-        Raises `LropeError`: too few words: the third word must occur more often than the fourth.
-        """
-        ranks = (_N_FREQUENT + 1) ** -2 - (_N_FREQUENT + 2) ** -2
-        super().__init__(
-            DEFAULT_WORDS if n_words is None else n_words,
-            math.ceil(_ZETA / ranks),
-            most=None,
-            seed=seed,
-            limit=limit,
-        )
+    least = math.ceil(_ZETA / ((_N_FREQUENT + 1) ** -2 - (_N_FREQUENT + 2) ** -2))
+    """The third word must occur more often than the fourth."""
 
     def calibration(self) -> Context:
         """Return a text of 100 words."""
@@ -189,3 +148,24 @@ def _list(
     first = Counter(every)  # in the order of first places
     wanted = set(words[:_N_COMMON])
     return " ".join(f"{n}. {word}" for n, word in enumerate(every, 1)), [word for word in first if word in wanted]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonWordsConfig(SizedTaskConfig):
+    """Settings of `CommonWordsTask`."""
+
+    section = "cwe"
+    summary = "common words, for eval --generate"
+    size = "words"
+    task: ClassVar[type[WordsTask]] = CommonWordsTask
+
+    words: int | None = setting(None, "words per context", metavar="N", least=1, unset=str(DEFAULT_WORDS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrequentWordsConfig(CommonWordsConfig):
+    """Settings of `FrequentWordsTask`."""
+
+    section = "fwe"
+    summary = "frequent words, for eval --generate"
+    task = FrequentWordsTask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -25,6 +26,8 @@ class GeneratedTask(ABC):
     name: ClassVar[str]
     unit: ClassVar[str]
     """What a size counts; the name of its setting, too."""
+    least: ClassVar[int]
+    """The smallest size for a question."""
 
     def __init__(self, size: int, least: int, *, most: int | None, seed: int, limit: TokenLimit | None) -> None:
         """Hold the size of contexts, in place of which ``limit`` may stand, and the smallest and largest there can be.
@@ -32,31 +35,22 @@ class GeneratedTask(ABC):
         Raises `LropeError`: a size that cannot be.
         """
         if limit is None and size < least:
-            raise LropeError(
-                f"{self.name}.{self.unit} {size}: too few for {self._least_is()}; ask for at least {least}"
-            )
+            too_few = f"too few for {self._least_is()}; ask for at least {least}"
+            raise LropeError(f"{self.name}.{self.unit} {size}: {too_few}")
         if limit is None and most is not None and size > most:
             raise LropeError(f"{self.name}.{self.unit} {size}: there are only enough words for {most}; ask for fewer")
         self._size, self._least, self._most = size, least, most
-        self._seed = seed
-        self._limit = limit
-        self._sizes: dict[tuple[str, int], int] = {}
+        self._seed, self._limit = seed, limit
+        self._fitted = cache(self._fitting)
 
     def size(self, split: str) -> int | None:
         """Return None: there are as many contexts as wanted."""
         return None
 
     def context(self, split: str, index: int) -> Context:
-        """Return context ``index`` of ``split``.
-
-        Raises `LropeError`: not even the smallest fits into the tokens allowed, or the largest leaves room for more.
-        """
-        if self._limit is None:
-            return self._make(split, index, self._size)
-        key = (split, index)
-        if key not in self._sizes:
-            self._sizes[key] = self._fitting(self._limit, split, index)
-        return self._make(split, index, self._sizes[key])
+        """Return context ``index`` of ``split``. Raises `LropeError`: no size fits into the tokens allowed."""
+        size = self._size if self._limit is None else self._fitted(self._limit, split, index)
+        return self._make(split, index, size)
 
     @abstractmethod
     def calibration(self) -> Context:
@@ -78,17 +72,11 @@ class GeneratedTask(ABC):
             return context.prefix + context.probes[0].question
 
         most = max(min(limit.tokens, self._most or limit.tokens), self._least)  # a word has a token at the least
-        size, n_tokens = limit.largest(prompt, self._least, most)
-        if not size:
-            raise LropeError(
-                f"--context-tokens {limit.tokens}: {self._least_is()} takes {n_tokens} tokens already; ask for more"
-            )
-        if size == self._most and limit.tokens - n_tokens > n_tokens / size:
-            raise LropeError(
-                f"--context-tokens {limit.tokens}: there are words for {size} {self.unit}, which take only {n_tokens}; "
-                "ask for fewer tokens"
-            )
-        return size
+        return limit.fitting(
+            *(prompt, self._least, most),
+            lambda n_tokens: f"{self._least_is()} takes {n_tokens} tokens already; ask for more",
+            lambda n: f"there are words for {most} {self.unit}, which take only {n}; ask for fewer tokens",
+        )
 
     def _generator(self, split: str, index: int) -> np.random.Generator:
         name = int.from_bytes(self.name.encode())

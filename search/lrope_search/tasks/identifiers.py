@@ -75,8 +75,4 @@ IDENTIFIERS: Mapping[str, Identifiers] = MappingProxyType(
     }
 )
 """The kinds by their names on the command line; the first is the default."""
-
-
-def describe() -> str:
-    """Return what each kind is, in a line."""
-    return "; ".join(f"{name}: {kind.description}" for name, kind in IDENTIFIERS.items())
+DESCRIBED = "; ".join(f"{name}: {kind.description}" for name, kind in IDENTIFIERS.items())

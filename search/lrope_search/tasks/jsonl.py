@@ -12,7 +12,8 @@ from lrope_gguf.errors import LropeError
 from ..sample import SPLITS
 from ..settings import setting
 from .records import read_records, split_groups, too_few
-from .settings import Count, TaskConfig
+from .settings import TaskConfig
+from .sizing import Count
 from .task import Context, Probe
 
 DEFAULT_TEMPLATE = "{context}\n\nQuestion: {question}\nAnswer:"

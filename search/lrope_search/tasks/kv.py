@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from lrope_gguf.errors import LropeError
 
 from ..sample import SPLITS, default_probes
 from ..settings import setting
-from .identifiers import IDENTIFIERS, Pairs, Wording, describe
+from .identifiers import DESCRIBED, IDENTIFIERS, Pairs, Wording
 from .records import read_records, split_groups, too_few
-from .settings import AS_NEEDED, POSITIONS, Count, SizedTaskConfig, positions_setting, probes_setting
+from .settings import AS_NEEDED, POSITIONS, SizedTaskConfig, positions_setting, probes_setting
 from .sizing import TokenLimit
 from .task import Context, Probe, check_probes, places
 
@@ -23,57 +23,6 @@ _CALIBRATION = len(SPLITS)  # in place of a split's number: pairs that are part 
 
 DEFAULT_PAIRS = 40
 """Of a context, pairs of key and value."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeyValueConfig(SizedTaskConfig):
-    """Settings of `KeyValueTask`."""
-
-    section = "kv"
-    summary = "key-value retrieval"
-    size = "keys"
-
-    data: str | None = setting(
-        None, "kv-retrieval-*_keys.jsonl[.gz] of the benchmark", metavar="FILE", unset="made from the seed", option=True
-    )
-    keys: int | None = setting(
-        None, "pairs per context", metavar="N", least=1, unset=f"{DEFAULT_PAIRS}; with data all of a record",
-        option=True,
-    )  # fmt: skip
-    identifiers: str | None = setting(
-        None, f"what keys and values are, without data; {describe()}", choices=tuple(IDENTIFIERS),
-        unset=next(iter(IDENTIFIERS)),
-    )  # fmt: skip
-    probes: int | None = probes_setting("questions per context", AS_NEEDED)
-    positions: str = positions_setting()
-
-    def make(self, count: Count | None = None) -> KeyValueTask:
-        """Return the task."""
-        limit = TokenLimit.of(self.context_tokens, count)
-        smallest = self.context_tokens is not None and limit is None
-        return KeyValueTask(
-            self.probes or 1 if smallest else self.keys,
-            probes=self.probes,
-            positions=self.positions,
-            seed=self.seed,
-            data=self.data,
-            identifiers=self.identifiers or next(iter(IDENTIFIERS)),
-            limit=limit,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all that decides the questions."""
-        kind = None if self.data else self.identifiers or next(iter(IDENTIFIERS))
-        pairs = self.keys or (DEFAULT_PAIRS if self.data is None else None)
-        known = {"identifiers": kind, "probes": known_probes(self.probes, self.context_tokens, pairs)}
-        return super().to_json() | known
-
-
-def known_probes(probes: int | None, context_tokens: int | None, pairs: int | None) -> int | None:
-    """Return the questions of a context; None where none are asked for, and file or tokenizer decide."""
-    if probes is not None or context_tokens is not None or pairs is None:
-        return probes
-    return default_probes(pairs)
 
 
 class KeyValueTask:
@@ -85,13 +34,14 @@ class KeyValueTask:
     """
 
     name = "kv"
+    least = 1
     wording: Wording | None = None
     """Of the prompt; None: that of the identifiers."""
     _stream: tuple[int, ...] = ()  # of random numbers, apart from those of other tasks
 
     def __init__(
         self,
-        n_pairs: int | None = None,
+        n_keys: int | None = None,
         *,
         probes: int | None = None,
         positions: str = POSITIONS[0],
@@ -100,17 +50,15 @@ class KeyValueTask:
         identifiers: str = "uuid",
         limit: TokenLimit | None = None,
     ) -> None:
-        """Make contexts of ``n_pairs`` pairs from ``seed``, or read them from ``data``; see `KeyValueConfig`.
+        """Make contexts of ``n_keys`` pairs from ``seed``, or read them from ``data``; see `KeyValueConfig`.
 
-        ``limit``, in place of ``n_pairs``: as many pairs as fit. Raises `LropeError`: wrong numbers, a malformed file.
+        ``limit``, in place of ``n_keys``: as many pairs as fit. Raises `LropeError`: wrong numbers, a malformed file.
         """
-        self._seed = seed
-        self._n_probes, self._positions = probes, positions
-        self._data = data
-        self._limit = limit
-        self._n_pairs = DEFAULT_PAIRS if n_pairs is None else n_pairs
+        self._seed, self._n_probes, self._positions = seed, probes, positions
+        self._data, self._limit = data, limit
+        self._n_pairs = DEFAULT_PAIRS if n_keys is None else n_keys
         check_probes(probes)
-        if probes and (n_pairs is not None or (data is None and limit is None)) and self._n_pairs < probes:
+        if probes and (n_keys is not None or (data is None and limit is None)) and self._n_pairs < probes:
             raise LropeError(f"--keys {self._n_pairs}: too few for {probes} probes; ask for at least {probes} keys")
         if identifiers not in IDENTIFIERS or (identifiers != "uuid" and data is not None):
             raise LropeError(
@@ -121,10 +69,10 @@ class KeyValueTask:
         self._most = self._identifiers.most
         if data is None and self._most is not None and self._n_pairs > self._most:
             raise LropeError(f"--keys {self._n_pairs}: there are {self._most} such keys; ask for fewer")
-        self._sizes: dict[tuple[str, int], int] = {}
+        self._fitted = cache(self._fitting)
         self._splits: dict[str, list[Pairs]] | None = None
         if data is not None:
-            records = read_records(data, "key-value record", lambda where, value: _pairs(where, value, n_pairs))
+            records = read_records(data, "key-value record", lambda where, value: _pairs(where, value, n_keys))
             if min(map(len, records)) < (probes or 1):
                 raise LropeError(
                     f"{data}: a record has fewer pairs than the {probes} probes; give fewer {self.name}.probes"
@@ -136,25 +84,18 @@ class KeyValueTask:
         return None if self._splits is None else len(self._splits[split])
 
     def context(self, split: str, index: int) -> Context:
-        """Return context ``index`` of ``split``.
-
-        Raises `LropeError`: the file has too few records, or no ``probes`` pairs fit into the tokens allowed.
-        """
+        """Return context ``index`` of ``split``. Raises `LropeError`: the file has too few records, or no pairs fit."""
         if self._splits is not None and index >= len(self._splits[split]):
             sizes = {s: len(records) for s, records in self._splits.items()}
             raise too_few(self._data, split, index, sizes, "records")
-        if self._limit is None:
-            n_pairs = self._n_pairs if self._splits is None else len(self._splits[split][index])
-            return self._make(split, index, self._pairs(split, index, n_pairs))
-        key = (split, index)
-        if key not in self._sizes:
-            self._sizes[key] = self._fitting(self._limit, split, index)
-        return self._make(split, index, self._pairs(split, index, self._sizes[key]))
+        n_pairs = self._n_pairs if self._splits is None else len(self._splits[split][index])
+        if self._limit is not None:
+            n_pairs = self._fitted(self._limit, split, index)
+        return self._make(split, index, self._pairs(split, index, n_pairs))
 
     def calibration(self) -> Context:
         """Return a context of four pairs, all asked for."""
-        pairs = self._generate(_CALIBRATION, 0, 4)
-        return self._context("calibration", 0, pairs, places("calibration", 0, len(pairs), len(pairs), 0, "even"))
+        return self._make("calibration", 0, self._generate(_CALIBRATION, 0, 4), 4, "even")
 
     def _pairs(self, split: str, index: int, n_pairs: int) -> Pairs:
         if self._splits is None:
@@ -177,24 +118,18 @@ class KeyValueTask:
         else:
             most = len(self._splits[split][index])
         least = self._n_probes or 1
-        n_pairs, n_tokens = limit.largest(prompt, least, most)
-        if not n_pairs:
-            alone = "one pair alone takes" if self._n_probes is None else f"{least} pairs alone take"
-            fewer = "" if self._n_probes is None else f" or fewer {self.name}.probes"
-            raise LropeError(f"--context-tokens {limit.tokens}: {alone} {n_tokens}; ask for more tokens{fewer}")
-        if n_pairs == most and limit.tokens - n_tokens > n_tokens / n_pairs:  # room for one more
-            what = "there are no more such keys" if self._splits is None else f"a record of {self._data} has no more"
-            raise LropeError(
-                f"--context-tokens {limit.tokens}: {most} pairs take only {n_tokens}, and {what}; ask for fewer tokens"
-            )
-        return n_pairs
+        alone = "one pair alone takes" if self._n_probes is None else f"{least} pairs alone take"
+        fewer = "" if self._n_probes is None else f" or fewer {self.name}.probes"
+        what = "there are no more such keys" if self._splits is None else f"a record of {self._data} has no more"
+        return limit.fitting(
+            *(prompt, least, most),
+            lambda n_tokens: f"{alone} {n_tokens}; ask for more tokens{fewer}",
+            lambda n_tokens: f"{most} pairs take only {n_tokens}, and {what}; ask for fewer tokens",
+        )
 
-    def _make(self, split: str, index: int, pairs: Pairs) -> Context:
-        n_probes = self._n_probes or default_probes(len(pairs))
-        where = places(split, index, len(pairs), n_probes, self._seed, self._positions)
-        return self._context(split, index, pairs, where)
-
-    def _context(self, split: str, index: int, pairs: Pairs, where: Sequence[tuple[int, float]]) -> Context:
+    def _make(self, split: str, index: int, pairs: Pairs, n_probes: int | None = None, positions: str = "") -> Context:
+        n_probes = n_probes or self._n_probes or default_probes(len(pairs))
+        where = places(split, index, len(pairs), n_probes, self._seed, positions or self._positions)
         asked = [(depth, *pairs[place]) for place, depth in where]
         return Context(
             split=split,
@@ -215,3 +150,41 @@ def _pairs(where: str, value: Any, n_pairs: int | None) -> Pairs:
     if n_pairs is not None and len(pairs) < n_pairs:
         raise LropeError(f"{where}: has {len(pairs)} pairs, fewer than --keys {n_pairs}; ask for fewer keys")
     return pairs[:n_pairs]
+
+
+def known_probes(probes: int | None, context_tokens: int | None, pairs: int | None) -> int | None:
+    """Return the questions of a context; None where none are asked for, and file or tokenizer decide."""
+    if probes is not None or context_tokens is not None or pairs is None:
+        return probes
+    return default_probes(pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyValueConfig(SizedTaskConfig):
+    """Settings of `KeyValueTask`."""
+
+    section = "kv"
+    summary = "key-value retrieval"
+    size = "keys"
+    task = KeyValueTask
+
+    data: str | None = setting(
+        None, "kv-retrieval-*_keys.jsonl[.gz] of the benchmark", metavar="FILE", unset="made from the seed", option=True
+    )
+    keys: int | None = setting(
+        None, "pairs per context", metavar="N", least=1, unset=f"{DEFAULT_PAIRS}; with data all of a record",
+        option=True,
+    )  # fmt: skip
+    identifiers: str | None = setting(
+        None, f"what keys and values are, without data; {DESCRIBED}", choices=tuple(IDENTIFIERS),
+        unset=next(iter(IDENTIFIERS)),
+    )  # fmt: skip
+    probes: int | None = probes_setting("questions per context", AS_NEEDED)
+    positions: str = positions_setting()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that decides the questions."""
+        kind = None if self.data else self.identifiers or next(iter(IDENTIFIERS))
+        pairs = self.keys or (DEFAULT_PAIRS if self.data is None else None)
+        known = {"identifiers": kind, "probes": known_probes(self.probes, self.context_tokens, pairs)}
+        return super().to_json() | known

@@ -10,15 +10,13 @@ from typing import Any
 from lrope_gguf.errors import LropeError
 
 from .mix import AnyTask, mixed
-from .settings import Count, TaskConfig, TaskMix, Tasks
+from .settings import TaskConfig, TaskMix, Tasks
+from .sizing import Count
 from .task import Task
 
 
 def make_task(config: TaskConfig, count: Count | None = None) -> Task:
-    """Return the task of its settings; see `TaskConfig.make`.
-
-    Raises `LropeError`: a file that cannot be used, or numbers that do not fit it.
-    """
+    """Return the task of its settings; see `TaskConfig.make`. Raises `LropeError`: they do not fit the file."""
     return config.make(count)
 
 
@@ -55,10 +53,7 @@ def task_identity(tasks: Tasks, leads: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def file_identity(path: Path | str) -> str:
-    """Return a file's name and content's hash, not where it lies: a study may move.
-
-    Raises `LropeError`: the file cannot be read.
-    """
+    """Return a file's name and content's hash, not where it lies: a study may move. Raises `LropeError`: unreadable."""
     path = Path(path)
     try:
         with path.open("rb") as file:

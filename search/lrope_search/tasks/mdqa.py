@@ -18,7 +18,7 @@ from ..sample import SPLITS, default_probes
 from ..settings import setting
 from .answers import normalize
 from .records import read_records, split_groups, too_few
-from .settings import AS_NEEDED, POSITIONS, Count, SizedTaskConfig, positions_setting, probes_setting
+from .settings import AS_NEEDED, POSITIONS, SizedTaskConfig, positions_setting, probes_setting
 from .sizing import TokenLimit
 from .task import Context, Probe, check_probes, places
 
@@ -29,37 +29,10 @@ _CONTEXTS = 4  # of the smallest split, at the least, unless probes are given
 _COMMON = 0.1  # an alias that stands in more than this share of passages is no answer that one could look for
 _KEPT = 64  # contexts: to make one is slow
 _SAMPLE = 200  # passages that are looked through to know
-
-
-@dataclass(frozen=True, kw_only=True)
-class MultiDocumentConfig(SizedTaskConfig):
-    """Settings of `MultiDocumentTask`."""
-
-    section = "mdqa"
-    summary = "multi-document question answering"
-    wants = "an nq-open file"
-    size = "documents"
-
-    data: str | None = setting(
-        None, "nq-open-*.jsonl[.gz] of the benchmark", metavar="FILE", unset="required", option=True
-    )
-    documents: int | None = setting(None, "documents per context", metavar="N", least=1, unset=str(DEFAULT_DOCUMENTS))
-    probes: int | None = probes_setting("questions per context", AS_NEEDED)
-    positions: str = positions_setting()
-
-    def make(self, count: Count | None = None) -> MultiDocumentTask:
-        """Return the task."""
-        assert self.data is not None  # checked when these settings were made
-        limit = TokenLimit.of(self.context_tokens, count)
-        smallest = self.context_tokens is not None and limit is None
-        return MultiDocumentTask(
-            self.data,
-            self.probes or 1 if smallest else self.documents,
-            probes=self.probes,
-            positions=self.positions,
-            seed=self.seed,
-            limit=limit,
-        )
+_TASK = (
+    "Write a high-quality answer for the given question using only the provided search results "
+    "(some of which might be irrelevant)."
+)
 
 
 @dataclass(frozen=True)
@@ -108,6 +81,7 @@ class MultiDocumentTask:
     """
 
     name = "mdqa"
+    least = 1
 
     def __init__(
         self,
@@ -125,10 +99,7 @@ class MultiDocumentTask:
         ``n_documents``: as many documents as fit. Raises `LropeError`: wrong numbers, a malformed file, or too few
         passages for one context.
         """
-        self._data = data
-        self._seed = seed
-        self._positions = positions
-        self._limit = limit
+        self._data, self._seed, self._positions, self._limit = data, seed, positions, limit
         self._n_documents = DEFAULT_DOCUMENTS if n_documents is None else n_documents
         check_probes(probes)
         if limit is None and probes is not None and self._n_documents < probes:
@@ -161,11 +132,7 @@ class MultiDocumentTask:
         return len(self._contexts[split])
 
     def context(self, split: str, index: int) -> Context:
-        """Return context ``index`` of ``split``.
-
-        Raises `LropeError`: the file has too few questions or passages, or the questions' documents alone are larger
-        than the tokens allowed.
-        """
+        """Return context ``index`` of ``split``. Raises `LropeError`: too few questions, passages or tokens for it."""
         if index >= len(self._contexts[split]):
             raise too_few(self._data, split, index, {s: len(self._contexts[s]) for s in SPLITS})
         return self._made(split, index)
@@ -176,45 +143,48 @@ class MultiDocumentTask:
         for record in self._calibration:
             if len(chosen) < _N_CALIBRATION and all(record.may_stand_beside(other) for other in chosen):
                 chosen.append(record)
-        where = places("calibration", 0, len(chosen), len(chosen), 0, "even")
-        return _context("calibration", 0, chosen, [], where)
+        return self._with("calibration", 0, chosen, [], "even")
 
     def _make(self, split: str, index: int) -> Context:
-        asked = self._contexts[split][index]
+        asked, where = self._contexts[split][index], f"{split} context {index}"
+        most = None if self._limit is not None else self._n_documents - len(asked)
+        others = list(itertools.islice(self._distractors(split, index, asked), most))
         if self._limit is None:
-            n_more = self._n_documents - len(asked)
-            distractors = list(itertools.islice(self._distractors(split, index, asked), n_more))
-            if n_more > len(distractors):
+            if (n := self._n_documents - len(asked)) > len(others):
                 raise LropeError(
-                    f"{self._data}: {split} context {index} has only {len(distractors)} documents that answer none of "
-                    f"its questions, {n_more} are wanted; ask for fewer mdqa.documents"
+                    f"{self._data}: {where} has only {len(others)} documents that answer none of its questions, {n} "
+                    "are wanted; ask for fewer mdqa.documents"
                 )
-            return self._with(split, index, asked, distractors)
-
-        distractors = list(self._distractors(split, index, asked))
+            return self._with(split, index, asked, others)
 
         def prompt(n_documents: int) -> str:
-            context = self._with(split, index, asked, distractors[: n_documents - len(asked)])
+            context = self._with(split, index, asked, others[: n_documents - len(asked)])
             return context.prefix + max((probe.question for probe in context.probes), key=len)
 
-        most = len(asked) + len(distractors)
-        n_documents, n_tokens = self._limit.largest(prompt, len(asked), most)
-        if not n_documents:
-            raise LropeError(
-                f"--context-tokens {self._limit.tokens}: the documents of {len(asked)} questions alone take {n_tokens} "
-                f"in {split} context {index}; ask for more tokens or fewer mdqa.probes"
-            )
-        if n_documents == most and self._limit.tokens - n_tokens > n_tokens / n_documents:
-            raise LropeError(
-                f"--context-tokens {self._limit.tokens}: the {most} documents there are for {split} context {index} "
-                f"take only {n_tokens}; ask for fewer tokens or give more data"
-            )
-        return self._with(split, index, asked, distractors[: n_documents - len(asked)])
+        least, most = len(asked), len(asked) + len(others)
+        n_documents = self._limit.fitting(
+            *(prompt, least, most),
+            lambda n: (
+                f"the documents of {least} questions alone take {n} in {where}; ask for more tokens or fewer "
+                "mdqa.probes"
+            ),
+            lambda n: (
+                f"the {most} documents there are for {where} take only {n}; ask for fewer tokens or give more data"
+            ),
+        )
+        return self._with(split, index, asked, others[: n_documents - len(asked)])
 
-    def _with(self, split: str, index: int, asked: Sequence[Record], distractors: Sequence[Passage]) -> Context:
-        n = len(asked) + len(distractors)
-        where = places(split, index, n, len(asked), self._seed, self._positions)
-        return _context(split, index, asked, distractors, where)
+    def _with(
+        self, split: str, index: int, asked: Sequence[Record], others: Sequence[Passage], positions: str = ""
+    ) -> Context:
+        """Put the documents of ``asked`` among ``others``, at the places where questions are to stand."""
+        n_places, rest = len(asked) + len(others), iter(others)
+        where = places(split, index, n_places, len(asked), self._seed, positions or self._positions)
+        gold = {place: record.gold for (place, _), record in zip(where, asked, strict=True)}
+        passages = [gold[place] if place in gold else next(rest) for place in range(n_places)]
+        documents = "\n".join(f"Document [{i}](Title: {p.title}) {p.text}" for i, p in enumerate(passages, 1))
+        probes = tuple(_probe(depth, record) for (_, depth), record in zip(where, asked, strict=True))
+        return Context(split, index, f"{_TASK}\n\n{documents}\n\n", probes, lead=" ", n_places=n_places)
 
     def _distractors(self, split: str, index: int, asked: Sequence[Record]) -> Iterator[Passage]:
         """Yield the documents that may stand beside those of ``asked``, the most fitting first."""
@@ -223,7 +193,8 @@ class MultiDocumentTask:
         shuffled = (passages[i] for i in generator.permutation(len(passages)))
         aliases = [alias for record in asked for alias in record.aliases]
         seen = {record.gold.text for record in asked}
-        for passage in (*_by_turns([record.others for record in asked]), *shuffled):
+        by_turns = itertools.chain.from_iterable(itertools.zip_longest(*(record.others for record in asked)))
+        for passage in itertools.chain(filter(None, by_turns), shuffled):
             if passage.text not in seen and self._owners[passage.text] == split and not passage.holds(aliases):
                 seen.add(passage.text)
                 yield passage
@@ -236,26 +207,6 @@ def _fitting(records: Sequence[Record], limit: TokenLimit) -> int:
     return max(1, limit.tokens * len(few) // (2 * tokens))
 
 
-def _context(
-    split: str,
-    index: int,
-    asked: Sequence[Record],
-    distractors: Sequence[Passage],
-    where: Sequence[tuple[int, float]],
-) -> Context:
-    """Put the documents of ``asked`` at the places ``where`` among ``distractors``."""
-    gold = {place: record.gold for (place, _), record in zip(where, asked, strict=True)}
-    rest = iter(distractors)
-    passages = [gold[place] if place in gold else next(rest) for place in range(len(asked) + len(distractors))]
-    documents = "\n".join(f"Document [{i}](Title: {p.title}) {p.text}" for i, p in enumerate(passages, 1))
-    task = (
-        "Write a high-quality answer for the given question using only the provided search results "
-        "(some of which might be irrelevant)."
-    )
-    probes = tuple(_probe(depth, record) for (_, depth), record in zip(where, asked, strict=True))
-    return Context(split, index, f"{task}\n\n{documents}\n\n", probes, lead=" ", n_places=len(passages))
-
-
 def _probe(depth: float, record: Record) -> Probe:
     """Ask for the first alias that the gold document words so: a model can copy it."""
     text = record.gold.text
@@ -263,11 +214,6 @@ def _probe(depth: float, record: Record) -> Probe:
     answer = answer or next((a for a in record.answers if a.lower() in text.lower()), record.answers[0])
     aliases = tuple(a for a in record.answers if a != answer)
     return Probe(depth, f"Question: {record.question}\nAnswer:", answer, aliases, normalized=True)
-
-
-def _by_turns(rows: Sequence[Sequence[Passage]]) -> Iterator[Passage]:
-    for i in range(max(map(len, rows), default=0)):
-        yield from (row[i] for row in rows if i < len(row))
 
 
 def _packed(records: Sequence[Record], n: int) -> list[Sequence[Record]]:
@@ -349,3 +295,21 @@ def _passage(where: str, document: Any) -> Passage:
     if not isinstance(title, str) or not isinstance(text, str) or not text.strip():
         raise LropeError(f"{where}: a document's title or text is not text; give strings")
     return Passage(title, text, normalize(f"{title} {text}"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiDocumentConfig(SizedTaskConfig):
+    """Settings of `MultiDocumentTask`."""
+
+    section = "mdqa"
+    summary = "multi-document question answering"
+    wants = "an nq-open file"
+    size = "documents"
+    task = MultiDocumentTask
+
+    data: str | None = setting(
+        None, "nq-open-*.jsonl[.gz] of the benchmark", metavar="FILE", unset="required", option=True
+    )
+    documents: int | None = setting(None, "documents per context", metavar="N", least=1, unset=str(DEFAULT_DOCUMENTS))
+    probes: int | None = probes_setting("questions per context", AS_NEEDED)
+    positions: str = positions_setting()

@@ -16,7 +16,6 @@ class MixedTask:
     """
 
     def __init__(self, parts: Sequence[Task]) -> None:
-        """Take turns between ``parts``, whose names differ."""
         self.parts = tuple(parts)
         self.name = "+".join(part.name for part in parts)
 
@@ -27,10 +26,7 @@ class MixedTask:
         return min(ends, default=None)
 
     def context(self, split: str, index: int) -> Context:
-        """Return context ``index`` of ``split``, with the name of its task.
-
-        Raises `LropeError`: that task has too few.
-        """
+        """Return context ``index`` of ``split``, with the name of its task. Raises `LropeError`: that has too few."""
         part = self.parts[index % len(self.parts)]
         return replace(part.context(split, index // len(self.parts)), index=index, task=part.name)
 

@@ -8,34 +8,7 @@ from typing import Any
 from ..settings import setting
 from .identifiers import Pairs, Wording
 from .kv import DEFAULT_PAIRS, KeyValueTask, known_probes
-from .settings import AS_NEEDED, Count, SizedTaskConfig, positions_setting, probes_setting
-from .sizing import TokenLimit
-
-
-@dataclass(frozen=True, kw_only=True)
-class MultiKeyConfig(SizedTaskConfig):
-    """Settings of `MultiKeyTask`."""
-
-    section = "multikey"
-    summary = "one needle among similar ones"
-    size = "keys"
-
-    keys: int | None = setting(None, "needles per context", metavar="N", least=1, unset=str(DEFAULT_PAIRS), option=True)
-    probes: int | None = probes_setting("questions per context", AS_NEEDED)
-    positions: str = positions_setting()
-
-    def make(self, count: Count | None = None) -> MultiKeyTask:
-        """Return the task."""
-        limit = TokenLimit.of(self.context_tokens, count)
-        smallest = self.context_tokens is not None and limit is None
-        keys = self.probes or 1 if smallest else self.keys
-        return MultiKeyTask(keys, probes=self.probes, positions=self.positions, seed=self.seed, limit=limit)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all that decides the questions."""
-        return super().to_json() | {
-            "probes": known_probes(self.probes, self.context_tokens, self.keys or DEFAULT_PAIRS)
-        }
+from .settings import AS_NEEDED, SizedTaskConfig, positions_setting, probes_setting
 
 
 def _prefix(pairs: Pairs) -> str:
@@ -57,3 +30,23 @@ class MultiKeyTask(KeyValueTask):
     name = "multikey"
     wording = Wording(_prefix, _question, " ")
     _stream = (1,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiKeyConfig(SizedTaskConfig):
+    """Settings of `MultiKeyTask`."""
+
+    section = "multikey"
+    summary = "one needle among similar ones"
+    size = "keys"
+    task = MultiKeyTask
+
+    keys: int | None = setting(None, "needles per context", metavar="N", least=1, unset=str(DEFAULT_PAIRS), option=True)
+    probes: int | None = probes_setting("questions per context", AS_NEEDED)
+    positions: str = positions_setting()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that decides the questions."""
+        return super().to_json() | {
+            "probes": known_probes(self.probes, self.context_tokens, self.keys or DEFAULT_PAIRS)
+        }

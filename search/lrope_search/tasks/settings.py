@@ -6,19 +6,17 @@ A task is one file, which declares its settings beside the task that they make, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 from lrope_gguf.errors import LropeError
 
 from ..settings import Registry, SettingError, Settings, setting
+from .sizing import Count, TokenLimit
 
 if TYPE_CHECKING:
     from .task import Task
-
-Count: TypeAlias = Callable[[str], int]
-"""The tokens of a prompt, with all that a model's chat template adds."""
 
 POSITIONS = ("jittered", "even")
 """Where a context's questions stand: at random in equal strata, or the same everywhere; the first is the default."""
@@ -110,10 +108,13 @@ AS_NEEDED = "chosen to detect a useful gain at the lowest cost"
 class SizedTaskConfig(TaskConfig):
     """A task whose contexts have a size, or take so many tokens.
 
-    ``size`` of a subclass is the field that gives it.
+    ``size`` of a subclass is the field that gives it, ``task`` the class of the task. That takes the size as
+    ``n_`` and the field's name, all settings that are not None, the seed, and a `TokenLimit` in place of the size; its
+    ``least`` is the smallest size for a question.
     """
 
     size: ClassVar[str] = ""
+    task: ClassVar[Any]
 
     context_tokens: int | None = setting(
         None, "fill each context up to N tokens", metavar="N", least=1,
@@ -125,6 +126,17 @@ class SizedTaskConfig(TaskConfig):
         super().check()
         if self.context_tokens is not None and getattr(self, self.size) is not None:
             raise self.wrong("both give a context's size; leave out one of them", self.size, "context_tokens")
+
+    def make(self, count: Count | None = None) -> Task:
+        """Return the task; see `TaskConfig.make`."""
+        own = {one.name: getattr(self, one.name) for one in self.settings()}
+        tokens, size, _ = own.pop("context_tokens"), own.pop(self.size), own.pop("answer_prefix")
+        limit = None if tokens is None or count is None else TokenLimit(tokens, count)
+        if tokens is not None and limit is None:
+            size = self.task.least * (own.get("probes") or 1)
+        given = {name: value for name, value in own.items() if value is not None}
+        task: Task = self.task(**{f"n_{self.size}": size}, seed=self.seed, limit=limit, **given)
+        return task
 
 
 TASKS: Registry[TaskConfig] = Registry(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from .settings import Count
+from lrope_gguf.errors import LropeError
+
+Count: TypeAlias = Callable[[str], int]
+"""The tokens of a prompt, with all that a model's chat template adds."""
 
 _SECANTS = 8  # guesses after which a size is halved instead, should tokens not grow evenly
 
@@ -17,10 +21,25 @@ class TokenLimit:
     tokens: int
     count: Count
 
-    @classmethod
-    def of(cls, tokens: int | None, count: Count | None) -> TokenLimit | None:
-        """Return the limit, if both are known."""
-        return None if tokens is None or count is None else cls(tokens, count)
+    def fitting(
+        self,
+        prompt: Callable[[int], str],
+        low: int,
+        high: int,
+        too_small: Callable[[int], str],
+        too_large: Callable[[int], str],
+    ) -> int:
+        """Return the `largest` size that fits.
+
+        Raises `LropeError`: not even ``low`` does, or ``high`` leaves room for more; the last two say so, by the tokens
+        that it takes.
+        """
+        size, n_tokens = self.largest(prompt, low, high)
+        if not size:
+            raise LropeError(f"--context-tokens {self.tokens}: {too_small(n_tokens)}")
+        if size == high and self.tokens - n_tokens > n_tokens / size:
+            raise LropeError(f"--context-tokens {self.tokens}: {too_large(n_tokens)}")
+        return size
 
     def largest(self, prompt: Callable[[int], str], low: int, high: int) -> tuple[int, int]:
         """Return the largest size from ``low`` (1 or more) to ``high`` whose prompt fits, and that prompt's tokens.

@@ -32,10 +32,7 @@ class Probe:
     references: tuple[str, ...] = ()
 
     def share(self, text: str) -> float:
-        """Return how much of the answer, or of an alias of it, a generated ``text`` contains: 1 or 0, or between.
-
-        Of `references` the share of them.
-        """
+        """Return how much of the answer (an alias, all `references`) a generated ``text`` contains: 0 to 1."""
         if self.references:
             return share(text, self.references)
         return float(holds(text, (self.answer, *self.aliases), normalized=self.normalized))
@@ -77,10 +74,7 @@ class Task(Protocol):
         """Return context ``index`` (from 0) of ``split``; no context stands in two splits."""
 
     def calibration(self) -> Context:
-        """Return a short, easy context that shows how a model words its answers.
-
-        Nothing in it stands in a validation or test context.
-        """
+        """Return a short, easy context, nothing of which is for validation or test, to see how a model answers."""
 
 
 def check_probes(probes: int | None) -> None:

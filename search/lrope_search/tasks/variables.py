@@ -11,7 +11,7 @@ import numpy as np
 
 from ..settings import setting
 from .generated import GeneratedTask, distinct, listing
-from .settings import POSITIONS, Count, SizedTaskConfig, positions_setting, probes_setting
+from .settings import POSITIONS, SizedTaskConfig, positions_setting, probes_setting
 from .sizing import TokenLimit
 from .task import Context, check_probes, places
 
@@ -30,28 +30,6 @@ _KINDS = ("big", "dry", "far", "long", "new", "old", "open", "plain", "round", "
 _COLOURS = ("black", "blue", "brown", "green", "grey", "pink", "red", "white", "yellow")
 
 
-@dataclass(frozen=True, kw_only=True)
-class VariableConfig(SizedTaskConfig):
-    """Settings of `VariableTask`."""
-
-    section = "vt"
-    summary = "variable tracking"
-    size = "lines"
-
-    lines: int | None = setting(None, "lines per context", metavar="N", least=1, unset=str(DEFAULT_LINES))
-    probes: int | None = probes_setting("chains per context", "1")
-    positions: str = positions_setting()
-
-    def make(self, count: Count | None = None) -> VariableTask:
-        """Return the task."""
-        limit = TokenLimit.of(self.context_tokens, count)
-        return VariableTask(self.lines, probes=self.probes, positions=self.positions, seed=self.seed, limit=limit)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all that decides the questions."""
-        return super().to_json() | {"probes": self.probes or 1}
-
-
 class VariableTask(GeneratedTask):
     """Variable tracking, ``vt`` of RULER (Hsieh et al., arXiv 2404.06654, section 3), in words of our own.
 
@@ -63,6 +41,7 @@ class VariableTask(GeneratedTask):
 
     name = "vt"
     unit = "lines"
+    least = _LINKS
 
     def __init__(
         self,
@@ -78,12 +57,10 @@ class VariableTask(GeneratedTask):
         ``limit``, in place of ``n_lines``: as many lines as fit. Raises `LropeError`: wrong numbers.
         """
         check_probes(probes)
-        self._n_chains = 1 if probes is None else probes
-        self._positions = positions
+        self._n_chains, self._positions = 1 if probes is None else probes, positions
         least = _LINKS * self._n_chains
-        super().__init__(
-            max(DEFAULT_LINES, least) if n_lines is None else n_lines, least, most=None, seed=seed, limit=limit
-        )
+        n_lines = max(DEFAULT_LINES, least) if n_lines is None else n_lines
+        super().__init__(n_lines, least, most=None, seed=seed, limit=limit)
 
     def calibration(self) -> Context:
         """Return a context of four chains and nothing else."""
@@ -98,10 +75,8 @@ class VariableTask(GeneratedTask):
 
     def _with(self, split: str, index: int, n_lines: int, n_chains: int, positions: str) -> Context:
         generator = self._generator(split, index)
-        names = [
-            _name(n)
-            for n in distinct(generator, split, _LINKS * (n_chains + 1), len(string.ascii_uppercase) ** _LETTERS)
-        ]
+        numbers = distinct(generator, split, _LINKS * (n_chains + 1), len(string.ascii_uppercase) ** _LETTERS)
+        names = list(map(_name, numbers))
         values = [str(10000 + n) for n in distinct(generator, split, n_chains + 1, 90000)]
         (example, *chains) = [names[i : i + _LINKS] for i in range(0, len(names), _LINKS)]
         (shown, *asked) = values
@@ -152,3 +127,21 @@ def _noise(generator: np.random.Generator, n: int) -> list[str]:
         f"The {_KINDS[kind]} {_THINGS[thing]} is {_COLOURS[colour]}."
         for kind, thing, colour in zip(*kinds, strict=True)
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariableConfig(SizedTaskConfig):
+    """Settings of `VariableTask`."""
+
+    section = "vt"
+    summary = "variable tracking"
+    size = "lines"
+    task = VariableTask
+
+    lines: int | None = setting(None, "lines per context", metavar="N", least=1, unset=str(DEFAULT_LINES))
+    probes: int | None = probes_setting("chains per context", "1")
+    positions: str = positions_setting()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that decides the questions."""
+        return super().to_json() | {"probes": self.probes or 1}

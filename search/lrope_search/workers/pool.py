@@ -9,8 +9,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from lrope_gguf.errors import LropeError
 
@@ -24,30 +23,26 @@ Work: TypeAlias = Job | Callable[[Evaluator], Any]
 """What a worker is given to do with its evaluator: an evaluation, or a question about it (`Executor.ask`)."""
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(NamedTuple):
     """A worker has its evaluator, of a model with ``n_layer`` layers."""
 
     n_layer: int
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(NamedTuple):
     """The result of the work."""
 
     result: Any
 
 
-@dataclass(frozen=True)
-class Failed:
+class Failed(NamedTuple):
     """A work or the start of a worker failed: the user's mistake, said in a line, or a traceback of ours."""
 
     text: str
     is_mistake: bool
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(NamedTuple):
     """A worker is gone, or as good as gone; ``how``, in words."""
 
     how: str

@@ -81,21 +81,17 @@ class ProcessExecutor(WorkerPool):
         return [(worker, self._receive(worker)) for worker, pipe in self._pipes.items() if pipe in ready]
 
     def _receive(self, worker: int) -> Reply:
-        try:
+        with suppress(EOFError, OSError):
             reply: Reply = self._pipes[worker].recv()
-        except (EOFError, OSError):
-            return Lost(self._end_of(worker))
-        return reply
-
-    def _end_of(self, worker: int) -> str:
+            return reply
         process = self._processes[worker]
         process.join(_EXIT_SECONDS)
         code = process.exitcode
         if code is None:
-            return "no longer answering"
-        if code < 0:
-            return f"killed by signal {-code} ({signal.strsignal(-code)})"
-        return f"ended with status {code}"
+            return Lost("no longer answering")
+        return Lost(
+            f"ended with status {code}" if code >= 0 else f"killed by signal {-code} ({signal.strsignal(-code)})"
+        )
 
     def _discard(self, worker: int) -> None:
         process = self._processes.pop(worker)

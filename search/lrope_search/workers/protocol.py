@@ -13,7 +13,6 @@ from ..scores import Evaluation, Evaluator, Job
 
 T = TypeVar("T")
 
-
 EvaluatorFactory: TypeAlias = Callable[[int | None], AbstractContextManager[Evaluator]]
 """Makes an evaluator in the worker that will use it, given the number of CPU threads it may take (None: its choice).
 
@@ -49,15 +48,11 @@ class Executor(Protocol):
     def ask(self, function: Callable[[Evaluator], T]) -> T:
         """Return what ``function``, which must be picklable, finds out from a worker's evaluator. Not between jobs."""
 
-    def close(self) -> None:
-        """Release the workers, whatever they are doing; no job may follow. Idempotent."""
-
 
 class LocalExecutor:
     """One evaluator in this process, one job after the other."""
 
     def __init__(self, evaluator: Evaluator) -> None:
-        """Hold ``evaluator``, whose lifetime stays the caller's concern."""
         self._evaluator = evaluator
         self._jobs: deque[Job] = deque()
 
@@ -89,6 +84,3 @@ class LocalExecutor:
     def ask(self, function: Callable[[Evaluator], T]) -> T:
         """Return what ``function`` finds out from the evaluator."""
         return function(self._evaluator)
-
-    def close(self) -> None:
-        """Nothing to release."""

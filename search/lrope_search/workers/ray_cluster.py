@@ -42,7 +42,11 @@ class RayExecutor(WorkerPool):
         address: str | None = None,
         n_threads: int | None = None,
     ) -> None:
-        self._ray = _ray()
+        try:
+            import ray
+        except ModuleNotFoundError:
+            raise LropeError("executor ray: Ray is not installed; run: pip install 'lrope-gguf[ray]'") from None
+        self._ray: Any = ray
         self._is_ours = not self._ray.is_initialized()
         if self._is_ours:
             _connect(self._ray, address)
@@ -98,10 +102,8 @@ class RayExecutor(WorkerPool):
         self._pending[self._actors[worker].perform.remote(work)] = worker
 
     def _wait(self) -> Iterable[tuple[int, Reply]]:
-        ready, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=_PATIENCE)
-        while not ready:
+        while not (ready := self._ray.wait(list(self._pending), num_returns=1, timeout=_PATIENCE)[0]):
             self._warn_if_homeless()
-            ready, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=_PATIENCE)
         return [(self._pending.pop(reference), self._receive(reference)) for reference in ready]
 
     def _warn_if_homeless(self) -> None:
@@ -157,14 +159,6 @@ def _on_this_node(failed: Failed) -> Failed:
         return failed
     advice = "; on a Ray cluster the model and all data must exist at the same path on every node"
     return Failed(f"node {platform.node()}: {failed.text}{advice}", is_mistake=True)
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise LropeError("executor ray: Ray is not installed; run: pip install 'lrope-gguf[ray]'") from None
-    return ray
 
 
 def _connect(ray: Any, address: str | None) -> None:
