@@ -265,8 +265,6 @@ def test_factors_for(n: int, other: int) -> None:
     assert curve.factors_for(other) == (1.0,) * other
 
 
-# Evaluation, against SciPy's Bernstein polynomials and its bracketing root finder
-
 HEIGHTS = st.lists(st.floats(0.5, 4), min_size=2, max_size=8)
 
 

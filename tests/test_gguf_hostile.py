@@ -55,9 +55,6 @@ def refusal(path: Path) -> str:
     return text.removeprefix(f"{path}: ")
 
 
-# Structured cases
-
-
 @functools.cache
 def cases(order: str, version: int) -> dict[str, tuple[str, bytes]]:
     """What is wrong and the file; the first key begins at byte 24, `k`'s type at 33, its array's items at 49."""
@@ -207,9 +204,6 @@ def test_versions_that_cannot_be_read(tmp_path: Path, version: int) -> None:
     assert refusal(path).startswith(f"is GGUF version {version} (byte 4);")
 
 
-# Unusual, and right
-
-
 def test_parts_lie_where_the_gguf_package_finds_them(seeds: list[Path]) -> None:
     read = 0
     for path in seeds:
@@ -237,9 +231,6 @@ def test_nested_arrays_and_keys_of_any_bytes_are_kept(tmp_path: Path) -> None:
     assert read_factors(path) == (1.5, 2.0) and pairs in path.read_bytes()
     remove_factors(path)
     assert path.read_bytes() == original
-
-
-# Time and memory
 
 
 def many_strings(path: Path, count: int) -> Path:
@@ -363,9 +354,6 @@ def test_show_takes_little_memory_whatever_the_curve_holds(tmp_path: Path, prove
     done = subprocess.run([sys.executable, "-c", small, "-c", code, "show", str(path)], capture_output=True, check=True)
     assert int(done.stderr) < 60 << 10
     assert b"lrope" in done.stdout or b"curve" in done.stdout
-
-
-# Mutants
 
 
 def test_every_truncation_is_seen_and_said_where(seeds: list[Path], tmp_path: Path) -> None:

@@ -113,9 +113,6 @@ def loading_error(arch: str) -> str:
     return str(error.value)
 
 
-# the oracle
-
-
 @pytest.fixture(scope="module")
 def llama() -> tuple[Graphs, Graphs]:
     """A llama with YaRN: its graphs without factors and with them."""
@@ -216,9 +213,6 @@ def test_a_few_roundings_are_no_difference() -> None:
     base = RopeParams(64, 2, 128, 10000.0, 0.25, 1.0, 0.9, 32.0, 1.0, (0,) * 4, 0)
     assert not list(differences(base._replace(attn_factor=0.9 * (1 + 1e-7)), base))
     assert list(differences(base._replace(attn_factor=0.9 * (1 + 1e-6)), base))
-
-
-# other caches and kernels
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss", "deepseek2", "deepseek4", "gemma4", "qwen3next"])

@@ -54,9 +54,6 @@ ARCHITECTURE = text_pair("general.architecture", "llama")
 LLAMA = ARCHITECTURE + number_pair("llama.block_count", LAYERS)
 
 
-# What is written, as others read it
-
-
 def test_the_gguf_package_reads_our_keys_and_all_others(model: Path) -> None:
     before, tensors = read_keys(model), read_tensors(model)
     result = write_factors(model, FACTORS)
@@ -207,9 +204,6 @@ def test_unusable_stored_factors(tmp_path: Path, value: list[float]) -> None:
     assert read_factors(model) == STORED
 
 
-# In place
-
-
 def test_in_place_keeps_the_inode_and_changes_only_our_values(model: Path) -> None:
     write_factors(model, FACTORS)
     before, inode = model.read_bytes(), model.stat().st_ino
@@ -260,9 +254,6 @@ def test_in_place_is_synced_before_it_is_reported(model: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", fail_with(errno.EIO))
     with pytest.raises(LropeError, match=r"Input/output error\), its layer factors may be half changed"):
         write_factors(model, FACTORS)
-
-
-# Where it is written
 
 
 def test_output_leaves_the_model_alone(model: Path) -> None:
@@ -386,9 +377,6 @@ def test_write_protected_places(model: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert model.read_bytes() == original
 
 
-# Which models and factors
-
-
 @pytest.mark.parametrize("text", ["", "{}", "[1", '{"format":"lrope-curve","version":1,"layer_factors":[NaN]}'])
 def test_bad_curve_json(model: Path, text: str) -> None:
     original = model.read_bytes()
@@ -498,9 +486,6 @@ def test_split_models(tmp_path: Path) -> None:
     write_factors(first, FACTORS, output=tmp_path / "out-00001-of-00002.gguf")
 
 
-# The fingerprint
-
-
 def test_fingerprint_tells_models_apart(tmp_path: Path) -> None:
     def fingerprint(**options: object) -> str:
         return read_model(write_model(tmp_path / "m.gguf", **options)).fingerprint()  # type: ignore[arg-type]
@@ -515,9 +500,6 @@ def test_fingerprint_tells_models_apart(tmp_path: Path) -> None:
     assert read_model(model).fingerprint() != one
 
 
-# Damaged and hostile files
-
-
 def test_block_sizes_are_ggmls() -> None:
     from gguf.constants import GGML_QUANT_SIZES
 
@@ -525,9 +507,6 @@ def test_block_sizes_are_ggmls() -> None:
 
     known = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
     assert {kind: _BLOCKS[kind] for kind in known} == known
-
-
-# Details
 
 
 @given(st.floats(2**-100, 2**100, width=32))

@@ -55,9 +55,6 @@ def rows(vectors: list[Json]) -> Iterator[tuple[Json, Json, list[int], int, list
                     yield vector["rope"], layer, position, n, angles, case["magnitude"]
 
 
-# the file
-
-
 def test_the_vectors_are_what_the_reference_gives() -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--check", VECTORS], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -97,9 +94,6 @@ def test_every_number_of_a_file_is_exact_in_float32() -> None:
         numbers = [value for value in (*rope.values(), layer["s"]) if isinstance(value, float)]
         for value in (*numbers, *(rope["frequency_factors"] or [])):
             assert float(np.float32(value)) == value
-
-
-# the document
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +153,6 @@ def test_the_bytes_in_the_document_are_those_of_the_vectors() -> None:
     assert entry.endswith(end + re.sub(" ", "", "".join(part for part, _ in others)))
 
 
-# what the vectors say of each other
-
-
 def folded_rope(rope: Json, base: float, folded: Json) -> Rope:
     """The stock rotation with the parameters of a layer."""
     divisors, components = rope["frequency_factors"], rope["components"]
@@ -194,9 +185,6 @@ def test_the_singular_factors_are_those_that_we_refuse() -> None:
     assert {fold["refused"] for fold in FOUND["folds"]} == {False, True}
 
 
-# our Python
-
-
 @pytest.mark.parametrize("vector", FOUND["curves"], ids=lambda v: f"degree-{len(v['control_points']) - 1}")
 def test_curves_give_the_factors(vector: Json) -> None:
     curve = Curve(tuple((x, y) for x, y in vector["control_points"]))
@@ -215,9 +203,6 @@ def test_we_write_the_bytes(order: str, tmp_path: Path) -> None:
     fields = gguf.GGUFReader(path).fields
     assert fields[factors["key"]].contents() == factors["value"]
     assert fields[dynamic["key"]].contents() == dynamic["value"]
-
-
-# the patched library
 
 
 def tiny(vector: Json, factors: list[float]) -> TinyModel:

@@ -115,8 +115,6 @@ def test_people_are_told_through_one_function() -> None:
     assert {said for said in found if not said[1].startswith("shown_in(")} == may
 
 
-# Curves
-
 SOURCES = {
     "process substitution": "{write} --curve <(cat best.json)",
     "standard input": "{write} --curve - < best.json",

@@ -53,9 +53,6 @@ def test_windows(
     assert reach(tmp_path / "model.gguf", architecture, n_layer, **keys) == expected
 
 
-# A uniform factor
-
-
 GEMMA = {"attention__sliding_window": 512, "context_length": 2048}
 MOVED = [
     ("llama", 4, {}, (0, 1, 2, 3), "all 4 layers"),

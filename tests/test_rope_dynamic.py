@@ -116,9 +116,6 @@ def test_the_factor_of_yarn_is_the_largest() -> None:
     assert relative_error(reference(LLAMA, YARN), reference(LLAMA, scaling)) > 0.1
 
 
-# caches that round
-
-
 CACHES: dict[str, tuple[TinyModel, dict[str, Any], int]] = {
     "f16": (LLAMA, {"type_kv": GGML_TYPE_F16}, 2),
     "f16-flash": (LLAMA, {"type_kv": GGML_TYPE_F16, "flash": True}, 2),
@@ -142,9 +139,6 @@ def test_rounding_stays_that_of_the_cache(name: str, yarn: bool) -> None:
         stock = rms_error(context.decode(TOKENS), expected(model))
     assert no_noisier(noise, 2.0 * stock)
     assert rms_error(expected(model), reference(model, scaling)) > 3 * noise, "scaling must stand out of the noise"
-
-
-# several sequences, and fewer tokens
 
 
 def test_the_longest_sequence_decides_for_all() -> None:
@@ -208,9 +202,6 @@ def test_tokens_that_are_taken_back() -> None:
         got = context.decode(TOKENS[20:30], start=20)
         assert level_of(context) == 0
     assert relative_error(got, expected(LLAMA)[20:30]) < TOLERANCE
-
-
-# states
 
 
 def marked(data: Any) -> bool:
@@ -317,9 +308,6 @@ def test_a_file_of_a_state_is_refused_too(tmp_path: Any) -> None:
         second.clear()
         assert second.set_factors(FACTORS) == 0
         assert lib.llama_state_seq_load_file(second.context, path, 0, tokens, 64, ctypes.byref(count)) > 0
-
-
-# what cannot be
 
 
 REFUSED: dict[str, tuple[TinyModel, Parameters, str]] = {

@@ -63,8 +63,6 @@ def refused(path: Path, message: str, scaling: Scaling, factors: tuple[float, ..
     assert path.read_bytes() == before and names(path.parent) == [path.name]
 
 
-# What is written
-
 WRITTEN = [
     (Scaling("linear", 4), {TYPE: "linear", FACTOR: 4.0, ORIGINAL: 512, CONTEXT: 2048}),
     (Scaling("yarn", 1.5), {TYPE: "yarn", FACTOR: 1.5, ORIGINAL: 512, CONTEXT: 768}),
@@ -192,8 +190,6 @@ def test_values_lie_inside_a_page(tmp_path: Path, length: int, scalings: tuple[S
     assert path.read_bytes() == original
 
 
-# Any file
-
 OLD_TYPES = st.sampled_from(["none", "linear", "yarn", "x" * 40, ""])
 SCALINGS = st.one_of(
     st.just(Scaling("none")),
@@ -306,9 +302,6 @@ def expected(scaling: Scaling, trained: int) -> dict[str, object]:
     return said | ({DYNAMIC: float(np.float32(factor))} if scaling.kind.startswith("dynamic") else {})
 
 
-# Other tools in between
-
-
 def copied_by_the_package(path: Path, change: Callable[[str, Any], Any], extra: str | None = None) -> None:
     """As `gguf_new_metadata.py` copies a model: each key by its name and value."""
     reader = GGUFReader(path)
@@ -389,9 +382,6 @@ def test_a_stray_dynamic_factor_is_ours(tmp_path: Path) -> None:
     assert scaling_of(path)[DYNAMIC] == 2.0
     remove_factors(path)
     assert path.read_bytes() == plain.read_bytes()
-
-
-# What is refused
 
 
 @pytest.mark.parametrize(
@@ -530,9 +520,6 @@ def test_taking_a_scaling_away_checks_the_factors_too(tmp_path: Path) -> None:
         write(path, (0.25, 1, 1, 1), scaling=Scaling("yarn", 4))
 
 
-# What is stored of the original
-
-
 def test_originals_are_what_they_were(tmp_path: Path) -> None:
     kept = (
         Kept(3, "rope.scaling.type", Value(8, "é\0".encode())),
@@ -614,9 +601,6 @@ def test_a_place_behind_the_end_is_the_end(tmp_path: Path) -> None:
     path = hand_made(tmp_path / "m.gguf", pairs, 2)
     remove_factors(path)
     assert path.read_bytes() == header(text_pair("general.architecture", "llama") + number_pair(CONTEXT, 512), 2)
-
-
-# How it rotates then
 
 
 def test_rope_scaling_of_a_file(model: Path) -> None:

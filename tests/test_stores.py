@@ -40,9 +40,6 @@ def content(tmp_path: Path) -> bytes:
     return data
 
 
-# What must not be changed
-
-
 def huggingface(root: Path, content: bytes) -> Path:
     return Repo(root / "hub", "me/m").add("m-Q4_K_M.gguf", content)
 
@@ -134,8 +131,6 @@ def test_factors_that_a_store_holds_stay(tmp_path: Path, content: bytes) -> None
             change()
     assert path.is_symlink() and path.read_bytes() == made.read_bytes()
 
-
-# What a name means
 
 FILES = {
     "plain": ["m-Q2_K.gguf", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "README.md"],

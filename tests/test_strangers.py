@@ -27,8 +27,6 @@ native = pytest.mark.native
 
 ASK = ["--keys", "4", "--set", "kv.probes=2", "--threads", "1"]
 
-# F. Others' input becomes one line
-
 TEMPLATES = {
     "Go": "{{ range .Messages }}{{ .Content }}{{ end }}",
     "Go with a pipe": "{{ if .System }}{{ .System | trim }}{{ end }}",
@@ -53,9 +51,6 @@ def test_a_chat_template_that_fails_is_one_line(
     assert out == "" and len(err.splitlines()) == 1
     assert f"{path}: its chat template fails (" in err and "--set chat_template=false" in err
     assert main(["eval", str(path), *ASK, "--contexts", "1", "--set", "chat_template=false"]) == 0
-
-
-# G. No zero without a word
 
 
 @native
@@ -104,9 +99,6 @@ def test_commands_say_it(template: str | None, tmp_path: Path, capsys: pytest.Ca
     assert "the base model answers none of 2 questions right" in err and wanted in err
 
 
-# H. Encodings and numbers
-
-
 def test_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     curve, data = tmp_path / "best.json", tmp_path / "data.jsonl"
     text = CurveFile(layer_factors=(1.0, 1.5)).dumps()
@@ -138,8 +130,6 @@ def test_numbers_that_are_none_are_refused_before_anything_is_written(
     assert out == "" and len(err.splitlines()) == 1 and name in err
     assert sorted(tmp_path.iterdir()) == before
 
-
-# Other people's tools and files: what works must go on working
 
 FACTORS = (1.0, 1.25, 0.75, 1.5)
 BIN = Path(sys.executable).parent

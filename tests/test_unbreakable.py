@@ -59,9 +59,6 @@ def end(process: subprocess.Popen[str], *, kill: bool = False) -> int:
     return process.returncode
 
 
-# Killed, and failing, at every system call
-
-
 def kill_and_fail(case: kill_points.Case, folder: Path, every: int, offset: int) -> tuple[set[str], list[str]]:
     bench = kill_points.Bench(case, folder)
     assert bench.old != bench.new and bench.whole.stops > 60
@@ -116,9 +113,6 @@ def test_a_killed_writers_file_is_removed_by_the_next_and_nothing_else(model: Pa
     assert names(model.parent) == sorted([alive.name, ".lrope-aaaaaaaaaaaaaaaa.tmp", "m.gguf", *others])
     remove_factors(model)
     assert alive.name not in names(model.parent)
-
-
-# No space, and errors
 
 
 def test_output_on_another_device(model: Path) -> None:
@@ -199,8 +193,6 @@ def test_read_only_file_and_directory_of_a_user(model: Path) -> None:
     finally:
         model.parent.chmod(0o755)
 
-
-# Two writers
 
 WRITER = """
 import sys
@@ -311,9 +303,6 @@ def test_a_file_replaced_between_opening_and_locking_is_not_mistaken(
     assert write_factors(model, FACTORS).how == "rewritten"
 
 
-# In use
-
-
 def test_mapped_model(model: Path) -> None:
     user = "import mmap, sys; f = open(sys.argv[1]); m = mmap.mmap(f.fileno(), 0, prot=1); print('ready', flush=True)"
     user += "; sys.stdin.readline()"
@@ -337,9 +326,6 @@ def test_mapped_model(model: Path) -> None:
     assert write_factors(model, FACTORS).how == "rewritten"
     assert write_factors(model, FACTORS[::-1]).how == "in place"  # the process maps an older file
     end(process, kill=True)
-
-
-# What a file has besides its content
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
@@ -477,9 +463,6 @@ def test_the_copy_of_a_private_model_is_private_meanwhile(
         assert (len(names(model.parent)) == 1) == unnamed
         file.write(b"x")
     assert names(model.parent) == ["m.gguf"] and model.read_bytes() == b"x"
-
-
-# Shared data, memory, progress, plans
 
 
 def test_shared_blocks(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
