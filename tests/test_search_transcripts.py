@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ MODEL = Path(__file__).parent.parent / "models" / "lrope-kv.gguf"
 ASK = "--keys 120 --set kv.identifiers=word --set kv.probes=10 --threads 1"
 SMALL = "--max-evaluations 12 --max-kl 100 --set search_contexts=1 --set validation_contexts=2 --set test_contexts=6"
 COMMANDS = {
-    "help": ["search --help", "eval --help"],
+    "help": ["search --help"],
     "search": [
         f"search model.gguf {ASK} {SMALL} --dry-run",
         f"search model.gguf {ASK} {SMALL} --set ga.width=0.3",
@@ -36,7 +37,7 @@ NEEDS_NO_MODEL = ("help",)
 
 
 def scrubbed(text: str, *, numbers: bool) -> str:
-    """The text with its numbers left out, which machines make differently, and with what depends on their width."""
+    """The text with its numbers left out, which machines make differently, and lines that are alike then once."""
     if numbers:
         return text
     text = re.sub(r"[▁▂▃▄▅▆▇█]+", "~", text)
@@ -45,7 +46,7 @@ def scrubbed(text: str, *, numbers: bool) -> str:
     # on so few contexts another library may judge otherwise; tests/test_statistics.py has the words
     text = re.sub(r"^(gain|not recommended)\b.*# unseen contexts.*$", "(verdict)", text, flags=re.MULTILINE)
     lines = [re.sub(r" {2,}", "  ", line.rstrip()) for line in text.splitlines()]
-    kept = [re.sub(r"-{4,}", "----", line) for line in lines]
+    kept = [line for line, _ in itertools.groupby(re.sub(r"-{4,}", "----", line) for line in lines)]
     # how often it says how far it is, and whether there is something to write, depends on what it finds
     return (
         "\n".join(line for line in kept if not re.match(r"#/# candidates|# candidates|test context|next: ", line))

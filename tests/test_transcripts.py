@@ -1,13 +1,16 @@
 """What `write`, `show` and `remove` say, each message once: the files in transcripts/, replayed in a folder of models.
 
-A line `$ ...` is a command; what follows is its standard output, then its standard error after `! `, then its exit
-status where that is not 0. `python tests/test_transcripts.py NAME` writes a transcript anew from its commands.
+A line `$ ...` is a command; what follows is its standard output, then its standard error after `! `, with its exit
+status in front where that is not 0, and without the usage before an error of the command line. `| grep PATTERN` after a
+command keeps lines of its output.
+`python tests/test_transcripts.py NAME` writes a transcript anew from its commands.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -112,7 +115,8 @@ def replay(commands: list[str]) -> Iterator[str]:
             yield from ("", line, "")
             continue
         yield line
-        program, *words = shlex.split(line[2:])
+        command, _, kept = line[2:].partition(" | grep ")
+        program, *words = shlex.split(command)
         if program == "cat":
             yield from Path(words[0]).read_text().splitlines()
             continue
@@ -123,10 +127,10 @@ def replay(commands: list[str]) -> Iterator[str]:
             before = contents()
             status = main(words)
             assert contents() == before or not (status or "--dry-run" in words), line
-        yield from out.getvalue().splitlines()
-        yield from (f"! {text}".rstrip() for text in err.getvalue().splitlines())
-        if status:
-            yield f"[{status}]"
+        yield from (text for text in out.getvalue().splitlines() if re.search(kept, text))
+        errors = err.getvalue().splitlines()
+        assert errors or not status, line
+        yield from (f"{status or ''}! {text}" for text in errors[-1 if status == 2 else 0 :])
 
 
 def transcript(name: str, patch: pytest.MonkeyPatch, folder: Path) -> tuple[list[str], list[str]]:
