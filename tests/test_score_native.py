@@ -68,13 +68,9 @@ class Scorer:
 
     def decode(self, batch: Tokens) -> int:
         n = len(batch.tokens)
-        ids = [(ctypes.c_int32 * 1)(s) for s in batch.sequences]
-        c = self.lib.llama_batch()
-        c.n_tokens = n
-        c.token, c.pos = (ctypes.c_int32 * n)(*batch.tokens), (ctypes.c_int32 * n)(*batch.positions)
-        c.n_seq_id, c.seq_id = (ctypes.c_int32 * n)(*[1] * n), (ctypes.POINTER(ctypes.c_int32) * n)(*ids)
-        c.logits = (ctypes.c_int8 * n)(*map(int, batch.wanted))
-        return int(self.lib.llama_decode(self.context, c))
+        token, wanted = (ctypes.c_int32 * n)(*batch.tokens), list(map(int, batch.wanted))
+        given = llama_direct.batch_of(n, batch.positions, batch.sequences, wanted, token=token)
+        return int(self.lib.llama_decode(self.context, given))
 
     def logits(self, batch: Tokens) -> NDArray[np.float32]:
         assert self.decode(batch) == 0
