@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from support.gguf_fixtures import write_model
 
 from lrope_search.evaluation import make
 from lrope_search.report import pictures
@@ -19,3 +22,9 @@ def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(make, "measure_rates", lambda model, choices: dict.fromkeys(choices, 100.0))
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr(pictures, "_picture", lambda name, draw, study: Picture(name, "<svg ></svg>", b"x"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A small model file, alone in its folder."""
+    return write_model(tmp_path / "m.gguf")

@@ -38,11 +38,6 @@ def call(*arguments: object) -> Completed:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "m.gguf")
-
-
-@pytest.fixture
 def curve(tmp_path: Path) -> Path:
     path = tmp_path / "best.json"
     points = ((0.0, 1.0), (0.3, 1.4), (1.0, 1.1))

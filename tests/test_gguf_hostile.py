@@ -21,7 +21,7 @@ from gguf import GGUFReader
 from support import hostile_gguf
 from support.gguf_fixtures import header, number_pair, string, text_pair, u64, write_model
 
-from lrope_gguf import LropeError, read_factors, read_model, remove_factors, write_factors
+from lrope_gguf import LropeError, read_model, write_factors
 from lrope_gguf.gguf_file import GGUFFile
 
 MIB = 1 << 20
@@ -218,19 +218,6 @@ def test_parts_lie_where_the_gguf_package_finds_them(seeds: list[Path]) -> None:
             assert not reader.tensors or gguf.data_start == reader.data_offset
         read += 1
     assert read >= 10
-
-
-def test_nested_arrays_and_keys_of_any_bytes_are_kept(tmp_path: Path) -> None:
-    levels = struct.pack("<IQ", 9, 1) * 7 + struct.pack("<IQ", 8, 2) + string(b"a") + string(b"\xff")
-    pairs = text_pair("general.architecture", "llama") + number_pair("llama.block_count", 2)
-    pairs += array_pair(9, 1, levels) + array_pair(9, 1, levels, key=b"\xff\xfe\x00 \xed\xb2\x80")
-    path = tmp_path / "m.gguf"
-    path.write_bytes(header(pairs, 4))
-    original = path.read_bytes()
-    write_factors(path, (1.5, 2.0))
-    assert read_factors(path) == (1.5, 2.0) and pairs in path.read_bytes()
-    remove_factors(path)
-    assert path.read_bytes() == original
 
 
 def many_strings(path: Path, count: int) -> Path:

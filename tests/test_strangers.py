@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from gguf import GGUFWriter
 from support.gguf_fixtures import write_model
 from support.tiny_models import write_readable
 
-from lrope_gguf import read_factors, read_model, remove_factors, write_factors
+from lrope_gguf import read_factors, remove_factors, write_factors
 from lrope_gguf.cli import main
 from lrope_gguf.curve import CurveFile
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
@@ -132,7 +130,6 @@ def test_numbers_that_are_none_are_refused_before_anything_is_written(
 
 
 FACTORS = (1.0, 1.25, 0.75, 1.5)
-BIN = Path(sys.executable).parent
 
 
 def key_of(n_bytes: int) -> Callable[[GGUFWriter], None]:
@@ -161,27 +158,4 @@ def test_headers_of_every_kind_are_written_and_restored(name: str, tmp_path: Pat
     write_factors(path, FACTORS)
     assert read_factors(path) == FACTORS
     remove_factors(path)
-    assert path.read_bytes() == before
-
-
-def test_gguf_new_metadata_keeps_factors_that_can_be_removed_then(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "m.gguf")
-    write_factors(path, FACTORS, curve_json=CurveFile(layer_factors=FACTORS).dumps(compact=True))
-    renamed = tmp_path / "renamed.gguf"
-    subprocess.run([BIN / "gguf-new-metadata", "--general-name", "Other", path, renamed], check=True)
-    info = read_model(renamed)
-    assert (info.name, info.factors) == ("Other", FACTORS)
-    assert CurveFile.loads(info.curve_json or "", "stored").layer_factors == FACTORS
-    write_factors(renamed, FACTORS[::-1])
-    remove_factors(renamed)
-    assert read_factors(renamed) is None and read_model(renamed).curve_json is None
-
-
-def test_gguf_convert_endian_there_and_back_keeps_factors(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "m.gguf")
-    write_factors(path, FACTORS)
-    before = path.read_bytes()
-    for order in ("big", "little"):
-        subprocess.run([BIN / "gguf-convert-endian", path, order], input="YES\n", text=True, check=True)
-        assert read_factors(path) == FACTORS
     assert path.read_bytes() == before

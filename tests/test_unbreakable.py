@@ -33,11 +33,6 @@ CASES = {case.name: case for case in kill_points.CASES}
 ROOT = os.name == "posix" and os.geteuid() == 0
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "m.gguf")
-
-
 def python(code: str, *arguments: object) -> subprocess.Popen[str]:
     """Another Python that runs `code` and has printed its first line."""
     process = subprocess.Popen(
