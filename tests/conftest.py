@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from support import native_build
+from support.commands import CommandError
 from support.gguf_fixtures import write_model
 
 from lrope_search.evaluation import make
@@ -28,3 +31,14 @@ def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def model(tmp_path: Path) -> Path:
     """A small model file, alone in its folder."""
     return write_model(tmp_path / "m.gguf")
+
+
+@pytest.fixture(scope="session")
+def source() -> Path:
+    """The unpatched llama.cpp: from the archive that the build keeps, else from the network."""
+    try:
+        return native_build.fetch_source()
+    except CommandError as error:
+        if os.environ.get("LROPE_REQUIRE_NATIVE"):
+            raise
+        pytest.skip(f"no llama.cpp source: {error}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
 from support.gguf_fixtures import (
@@ -43,27 +43,6 @@ STORED = tuple(float(np.float32(s)) for s in FACTORS)
 def hand_made(path: Path, pairs: bytes, n_keys: int, rest: bytes = b"", *, version: int = 3, order: str = "<") -> Path:
     path.write_bytes(header(pairs, n_keys, version=version, order=order) + rest)
     return path
-
-
-ARCHITECTURE = text_pair("general.architecture", "llama")
-LLAMA = ARCHITECTURE + number_pair("llama.block_count", LAYERS)
-
-
-def test_the_gguf_package_reads_our_keys_and_all_others(model: Path) -> None:
-    before, tensors = read_keys(model), read_tensors(model)
-    result = write_factors(model, FACTORS)
-    assert (result.how, result.bytes_written, result.factors) == ("rewritten", model.stat().st_size, STORED)
-    after = read_keys(model)
-    assert GGUFReader(model).fields[KEY].types == [GGUFValueType.ARRAY, GGUFValueType.FLOAT32]
-    assert tuple(after.pop(KEY)) == STORED  # type: ignore[arg-type]
-    assert json.loads(after.pop("lrope.curve")) == {  # type: ignore[arg-type]
-        "format": "lrope-curve", "version": 1, "layer_factors": list(FACTORS), "architecture": "llama",
-    }  # fmt: skip
-    assert list(after) == list(before)
-    after["GGUF.kv_count"] -= 2  # type: ignore[operator]
-    assert after == before
-    assert read_tensors(model) == tensors
-    assert read_factors(model) == STORED
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -132,25 +111,6 @@ def test_unusable_stored_factors(tmp_path: Path, value: list[float]) -> None:
     assert read_factors(model) == STORED
 
 
-def test_in_place_keeps_the_inode_and_changes_only_our_values(model: Path) -> None:
-    write_factors(model, FACTORS)
-    before, inode = model.read_bytes(), model.stat().st_ino
-    with GGUFFile(model) as gguf:
-        array, curve = gguf.entries[KEY], gguf.entries["lrope.curve"]
-        assert array.end == curve.start and curve.end == gguf.kv_end
-        assert (curve.end - array.start) % 4096 == 0
-    result = write_factors(model, FACTORS[::-1], curve_json='{"format":"lrope-curve","version":1,"layer_factors":[1]}')
-    after = model.read_bytes()
-    changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
-    assert result.how == "in place" and result.bytes_written == changed[-1] - changed[0] + 1
-    assert all(array.value <= i < array.end or curve.value <= i < curve.end for i in changed)
-    assert model.stat().st_ino == inode and names(model.parent) == ["m.gguf"]
-    assert read_factors(model) == STORED[::-1]
-    same = write_factors(model, FACTORS[::-1], curve_json=read_model(model).curve_json)
-    assert (same.how, same.bytes_written) == ("unchanged", 0)
-    assert model.read_bytes() == after
-
-
 def test_a_document_that_does_not_fit_is_rewritten_and_still_removed_exactly(model: Path) -> None:
     original = model.read_bytes()
     write_factors(model, FACTORS)
@@ -179,9 +139,6 @@ def test_in_place_is_synced_before_it_is_reported(model: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(read_factors(model)))
     write_factors(model, FACTORS[::-1])
     assert synced == [STORED[::-1]]
-    monkeypatch.setattr(os, "fsync", fail_with(errno.EIO))
-    with pytest.raises(LropeError, match=r"Input/output error\), its layer factors may be half changed"):
-        write_factors(model, FACTORS)
 
 
 def test_output_leaves_the_model_alone(model: Path) -> None:
@@ -189,6 +146,9 @@ def test_output_leaves_the_model_alone(model: Path) -> None:
     other.write_bytes(b"old")
     other.chmod(0o640)
     result = write_factors(model, FACTORS, output=other)
+    assert json.loads(read_keys(other)["lrope.curve"]) == {  # type: ignore[arg-type]
+        "format": "lrope-curve", "version": 1, "layer_factors": list(FACTORS), "architecture": "llama",
+    }  # fmt: skip
     assert result.path == other and read_factors(other) == STORED and model.read_bytes() == original
     assert other.stat().st_mode & 0o777 == 0o640
     assert read_model(other).fingerprint() == read_model(model).fingerprint()
@@ -316,16 +276,14 @@ def test_multi_token_prediction_layers_keep_one(tmp_path: Path) -> None:
 HEAD_TENSOR = f"blk.{LAYERS - 1}.nextn.eh_proj.weight"
 
 
-def counted(path: Path, architecture: str = "deepseek4", tensor: str = HEAD_TENSOR, **split: int) -> Path:
+def counted(path: Path, architecture: str = "deepseek4", tensor: str = HEAD_TENSOR, shard: int | None = None) -> Path:
     """A model that counts its last layer as a head's, and holds a tensor of it."""
 
     def add(writer: GGUFWriter) -> None:
         writer.add_uint32(f"{architecture}.nextn_predict_layers", 1)
-        for key, number in split.items():
-            writer.add_uint16(f"split.{key}", number)
         writer.add_tensor(tensor, np.ones((2, 2), np.float32))
 
-    return write_model(path, architecture=architecture, add=add)
+    return write_model(path, architecture=architecture, add=add, shard=shard)
 
 
 @pytest.mark.parametrize(
@@ -347,12 +305,12 @@ def test_a_head_that_the_file_does_not_hold(architecture: str, tensor: str, n_la
 
 
 def test_a_head_in_another_shard(tmp_path: Path) -> None:
-    first, second = (tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2))
-    counted(first, tensor="blk.0.attn_norm.weight", count=2, no=0)
+    path = tmp_path / "m.gguf"
+    first = counted(path, tensor="blk.0.attn_norm.weight", shard=0)
     assert read_model(first).n_layer == LAYERS - 1  # who knows
-    counted(second, tensor="blk.1.attn_norm.weight", count=2, no=1)
+    counted(path, tensor="blk.1.attn_norm.weight", shard=1)
     assert read_model(first).n_layer == LAYERS
-    counted(second, count=2, no=1)
+    counted(path, shard=1)
     assert read_model(first).n_layer == LAYERS - 1
 
 
@@ -386,15 +344,7 @@ def test_models_without_rope(tmp_path: Path) -> None:
 
 
 def test_split_models(tmp_path: Path) -> None:
-    def shard(number: int) -> Callable[[GGUFWriter], None]:
-        def add(writer: GGUFWriter) -> None:
-            writer.add_uint16("split.no", number)
-            writer.add_uint16("split.count", 2)
-
-        return add
-
-    first = write_model(tmp_path / "m-00001-of-00002.gguf", add=shard(0))
-    second = write_model(tmp_path / "m-00002-of-00002.gguf", add=shard(1))
+    first, second = (write_model(tmp_path / "m.gguf", shard=number) for number in (0, 1))
     before = second.read_bytes()
     write_factors(first, FACTORS)
     assert read_factors(first) == STORED and second.read_bytes() == before

@@ -141,7 +141,6 @@ BAD = {
     "closed": ("--curve - <&-", "standard input: is"),
     "endless": ("--curve /dev/zero", "/dev/zero: is larger than 1 MiB"),
     "endless pipe": ("--curve <(yes)", ": is larger than 1 MiB"),
-    "folder": ("--curve .", ".: is a folder"),
     "another model's": ("--curve - <<< '{\"format\": \"lrope-curve\", \"version\": 1, \"layer_factors\": [1]}'",
                         "standard input: it has 1 layer_factors, but the model has 4 layers"),
 }  # fmt: skip

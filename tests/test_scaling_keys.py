@@ -45,15 +45,8 @@ FACTORS = (1.0, 1.25, 0.75, 1.5)
 TRAINED = 512
 
 
-def with_keys(path: Path, **options: Any) -> Path:
-    """A model with more keys: by name, a string, an int (uint32) or a float (float32)."""
-
-    def add(writer: GGUFWriter) -> None:
-        for key, value in options.items():
-            kind = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
-            kind(f"llama.{key.replace('__', '.')}", value)
-
-    return write_model(path, add=add)
+def with_keys(path: Path, **keys: Any) -> Path:
+    return write_model(path, keys={f"llama.{key.replace('__', '.')}": value for key, value in keys.items()})
 
 
 def scaling_of(path: Path) -> dict[str, object]:
@@ -71,115 +64,50 @@ def refused(path: Path, message: str, scaling: Scaling, factors: tuple[float, ..
     assert path.read_bytes() == before and names(path.parent) == [path.name]
 
 
-WRITTEN = [
-    (Scaling("linear", 4), {TYPE: "linear", FACTOR: 4.0, ORIGINAL: 512, CONTEXT: 2048}),
-    (Scaling("yarn", 1.5), {TYPE: "yarn", FACTOR: 1.5, ORIGINAL: 512, CONTEXT: 768}),
-    (Scaling("yarn", 4, 1000), {TYPE: "yarn", FACTOR: 4.0, ORIGINAL: 512, CONTEXT: 1000}),
-    (Scaling("yarn", None, 1024), {TYPE: "yarn", FACTOR: 2.0, ORIGINAL: 512, CONTEXT: 1024}),
-    (Scaling("yarn", 1), {TYPE: "yarn", FACTOR: 1.0, ORIGINAL: 512, CONTEXT: 512}),
-    (Scaling("linear", 1024), {TYPE: "linear", FACTOR: 1024.0, ORIGINAL: 512, CONTEXT: 1 << 19}),
-    (Scaling("dynamic"), {TYPE: "none", ORIGINAL: 512, CONTEXT: 512, DYNAMIC: 1.0}),
-    (Scaling("dynamic", 2.0), {TYPE: "none", ORIGINAL: 512, CONTEXT: 512, DYNAMIC: 2.0}),
-    (Scaling("dynamic", None, 99999), {TYPE: "none", ORIGINAL: 512, CONTEXT: 99999, DYNAMIC: 1.0}),
-    (Scaling("dynamic-yarn", 8), {TYPE: "yarn", FACTOR: 8.0, ORIGINAL: 512, CONTEXT: 4096, DYNAMIC: 8.0}),
-    (Scaling("dynamic-yarn", None, 768), {TYPE: "yarn", FACTOR: 1.5, ORIGINAL: 512, CONTEXT: 768, DYNAMIC: 1.5}),
-]
-
-
-@pytest.mark.parametrize(("scaling", "expected"), WRITTEN, ids=str)
-@pytest.mark.parametrize("factors", [None, FACTORS])
-def test_keys(model: Path, scaling: Scaling, expected: dict[str, object], factors: tuple[float, ...] | None) -> None:
-    original, before = model.read_bytes(), read_keys(model)
-    fingerprint = read_model(model).fingerprint()
-    write(model, factors, scaling=scaling)
-    assert scaling_of(model) == expected
-    fields = GGUFReader(model).fields
-    kinds = {key: fields[key].types[0].name for key in expected}
-    assert kinds == {key: {str: "STRING", float: "FLOAT32", int: "UINT32"}[type(expected[key])] for key in expected}
-    others = {key: value for key, value in before.items() if key != "GGUF.kv_count"}
-    after = read_keys(model)
-    assert {key: value for key, value in after.items() if key in others} == others | {CONTEXT: expected[CONTEXT]}
-    assert after["GGUF.kv_count"] == len(after) - 3 == len(set(fields)) - 3
-    info = read_model(model)
-    assert info.fingerprint() == fingerprint and read_factors(model) == factors
-    assert info.rope_before == RopeScaling(orig_ctx=512) and info.context_length_before == 512
-    remove_factors(model)
-    assert model.read_bytes() == original
-
-
 def test_the_file_says_how_long_it_was_trained(tmp_path: Path) -> None:
-    """The key of YaRN goes before the context length, and stays where it stands."""
     path = with_keys(tmp_path / "m.gguf", rope__scaling__original_context_length=128, rope__scaling__type="yarn",
                      rope__scaling__factor=4.0)  # fmt: skip
-    original = path.read_bytes()
+    refused(path, "--context-length 127: ", Scaling("yarn", 4, 127))
+    assert write(path, scaling=Scaling("yarn", 4)).how == "unchanged"  # all of it is there already
     write(path, scaling=Scaling("yarn", 8))
-    assert scaling_of(path) == {TYPE: "yarn", FACTOR: 8.0, ORIGINAL: 128, CONTEXT: 1024}
     with GGUFFile(path) as gguf:
         assert originals_of(gguf).written == ("rope.scaling.factor", "context_length")
-    write(path, scaling=Scaling("dynamic"))
-    assert scaling_of(path) == {TYPE: "none", FACTOR: 4.0, ORIGINAL: 128, CONTEXT: 512, DYNAMIC: 1.0}
-    refused(path, "--context-length 127: ", Scaling("yarn", 4, 127))
-    write(path, scaling=Scaling("none"))
-    assert path.read_bytes() == original
-    assert write(path, scaling=Scaling("yarn", 4)).how == "unchanged"  # all of it is there already
-    assert path.read_bytes() == original
 
 
-def test_factors_and_scaling_come_and_go_alone(model: Path) -> None:
-    original = model.read_bytes()
-    write(model, FACTORS)
-    with_factors = model.read_bytes()
-    result = write(model, scaling=Scaling("linear", 2))
-    assert result.factors == FACTORS == read_factors(model)
-    assert write(model, FACTORS[::-1]).how == "in place"
-    assert scaling_of(model)[FACTOR] == 2.0 and read_factors(model) == FACTORS[::-1]
-    write(model, FACTORS, scaling=Scaling("none"))
-    assert model.read_bytes() == with_factors
-    assert write(model, scaling=Scaling("none")).how == "unchanged"
-    write(model, scaling=Scaling("dynamic", 3))
-    remove_factors(model)
-    assert model.read_bytes() == original
-    assert write(model, scaling=Scaling("none")).how == "unchanged"
-    write(model, scaling=Scaling("dynamic", 3))
-    write(model, FACTORS)
-    assert scaling_of(model)[DYNAMIC] == 3.0 and read_factors(model) == FACTORS
-    remove_factors(model)
-    assert model.read_bytes() == original
+def test_nothing_to_write(model: Path) -> None:
     with pytest.raises(LropeError, match="nothing to write; give factors or a scaling"):
         write(model)
+    assert write(model, scaling=Scaling("none")).how == "unchanged"
+    write(model, FACTORS)
+    assert write(model, scaling=Scaling("linear", 2)).factors == FACTORS
 
 
 def test_in_place(model: Path) -> None:
-    """Another factor of the same scaling, also with other factors, changes values alone."""
+    """Another factor of the same scaling, other factors and another document change values alone."""
     write(model, FACTORS, scaling=Scaling("dynamic-yarn", 4))
-    before, inode = model.read_bytes(), model.stat().st_ino
+    inode = model.stat().st_ino
     with GGUFFile(model) as gguf:
-        ours = [gguf.entries[key] for key in (FACTORS_KEY, TYPE, FACTOR, ORIGINAL, CONTEXT, DYNAMIC)]
-        assert all(a.end == b.start for a, b in pairwise(ours))
-        assert ours[0].value // 4096 == (ours[-1].end - 1) // 4096
-    result = write(model, scaling=Scaling("dynamic-yarn", 2))
-    after = model.read_bytes()
-    changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
-    assert result.how == "in place" and result.bytes_written == changed[-1] - changed[0] + 1
-    assert all(any(entry.value <= i < entry.end for entry in ours) for i in changed)
-    assert (scaling_of(model)[DYNAMIC], scaling_of(model)[CONTEXT]) == (2.0, 1024)
-    assert write(model, scaling=Scaling("dynamic-yarn", 2)).how == "unchanged"
-    assert write(model, FACTORS[::-1], scaling=Scaling("dynamic-yarn", 3)).how == "in place"
-    assert model.stat().st_ino == inode
+        keys = (FACTORS_KEY, TYPE, FACTOR, ORIGINAL, CONTEXT, DYNAMIC, KEPT, "lrope.curve")
+        ours = [gguf.entries[key] for key in keys]
+        assert all(a.end == b.start for a, b in pairwise(ours)) and ours[-1].end == gguf.kv_end
+        assert ours[0].value // 4096 == (ours[5].end - 1) // 4096
+    other = CurveFile(layer_factors=(1.0,)).dumps(compact=True)
+    for factors, factor, text in ((None, 2, None), (FACTORS[::-1], 3, other)):
+        before, scaling = model.read_bytes(), Scaling("dynamic-yarn", factor)
+        result = write(model, factors, curve_json=text, scaling=scaling)
+        after = model.read_bytes()
+        changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+        assert result.how == "in place" and result.bytes_written == changed[-1] - changed[0] + 1
+        assert all(any(entry.value <= i < entry.end for entry in ours) for i in changed)
+        assert (scaling_of(model)[DYNAMIC], scaling_of(model)[CONTEXT]) == (factor, factor * 512)
+        assert read_factors(model) == (factors or FACTORS) and text in (None, read_model(model).curve_json)
+        same = write(model, factors, curve_json=text, scaling=scaling)
+        assert (same.how, same.bytes_written, model.read_bytes()) == ("unchanged", 0, after)
+    assert model.stat().st_ino == inode and names(model.parent) == ["m.gguf"]
     assert write(model, scaling=Scaling("yarn", 3)).how == "rewritten"  # another key less
     model.with_name("other.gguf").hardlink_to(model)
     assert write(model, scaling=Scaling("yarn", 2)).how == "rewritten"
     assert scaling_of(model.with_name("other.gguf"))[FACTOR] == 3.0
-
-
-def test_output(model: Path, tmp_path: Path) -> None:
-    original, copy = model.read_bytes(), tmp_path / "copy.gguf"
-    write(model, scaling=Scaling("yarn", 2), output=copy)
-    assert model.read_bytes() == original and scaling_of(copy)[FACTOR] == 2.0
-    write(copy, scaling=Scaling("none"), output=tmp_path / "back.gguf")
-    assert (tmp_path / "back.gguf").read_bytes() == original
-    write(model, scaling=Scaling("none"), output=copy)
-    assert copy.read_bytes() == original
 
 
 @pytest.mark.parametrize("length", range(0, 4096, 512))
@@ -295,9 +223,13 @@ def test_round_trip_of_any_file(
             said = {key: value for key, value in before.items() if key in (TYPE, FACTOR, ORIGINAL, CONTEXT)}
             said |= expected(scaling, trained)
         assert scaling_of(path) == said
-        after = read_keys(path)  # the package refuses a key that stands there twice
+        fields, after = GGUFReader(path).fields, read_keys(path)  # which refuse a key that stands there twice
+        assert {key: fields[key].types[0] for key in said} == {key: kinds[type(value)] for key, value in said.items()}
         theirs = [key for key in before if key not in (*said, "GGUF.kv_count")]
+        assert [key for key in after if key in theirs] == theirs
         assert repr([after[key] for key in theirs]) == repr([before[key] for key in theirs])
+        assert factors is None or fields[FACTORS_KEY].types == [GGUFValueType.ARRAY, GGUFValueType.FLOAT32]
+        assert after["GGUF.kv_count"] == len(after) - 3
         info = read_model(path)
         assert (info.factors or ()) == tuple(factors or ()) == tuple(after.get(FACTORS_KEY, ()))  # type: ignore[arg-type]
         assert text is None or CurveFile.loads(info.curve_json or "", "x") == CurveFile.loads(text, "x")
@@ -442,11 +374,6 @@ def test_a_length_of_training_that_the_file_does_not_say(model: Path) -> None:
     assert model.read_bytes() == original
 
 
-def test_lengths_of_dynamic_scaling(model: Path) -> None:
-    refused(model, f"--context-length 511: {model} was trained on 512 tokens", Scaling("dynamic", None, 511))
-    assert write(model, scaling=Scaling("dynamic", 1, (1 << 31) - 1)).how == "rewritten"
-
-
 def hand_made(path: Path, pairs: bytes, n_keys: int) -> Path:
     path.write_bytes(header(text_pair("general.architecture", "llama") + pairs, n_keys + 1))
     return path
@@ -472,11 +399,9 @@ def test_models_that_cannot_have_it(tmp_path: Path) -> None:
 def test_long_factors_in_another_shard(tmp_path: Path) -> None:
     def shard(number: int, tensor: str) -> Path:
         def add(writer: GGUFWriter) -> None:
-            writer.add_uint16("split.no", number)
-            writer.add_uint16("split.count", 2)
             writer.add_tensor(tensor, np.ones(4, np.float32))
 
-        return write_model(tmp_path / f"m-0000{number + 1}-of-00002.gguf", add=add)
+        return write_model(tmp_path / "m.gguf", shard=number, add=add)
 
     first = shard(0, "x")
     assert plan_write(first, scaling=Scaling("yarn", 2)).how == "rewritten"

@@ -114,6 +114,13 @@ def loaded(path: Path) -> Iterator[tuple[Any, int]]:
 
 
 @contextmanager
+def scorers(model: TinyModel) -> Iterator[tuple[int, Scorer, Scorer]]:
+    """The size of the vocabulary, a context for logits and one for scores."""
+    with loaded(file_of(model)) as (handle, n), Scorer(handle, n) as plain, Scorer(handle, n) as scorer:
+        yield n, plain, scorer
+
+
+@contextmanager
 def of_architecture(name: str) -> Iterator[tuple[Any, int]]:
     with arch_models.Model(arch_models.FIXTURES[name]) as model:
         yield model.handle, arch_models.N_VOCAB
@@ -170,23 +177,8 @@ def test_scores_of_other_architectures(name: str, n_ubatch: int) -> None:
         compare(handle, n_vocab, [first, second.after(first)], n_ubatch=n_ubatch)
 
 
-def test_outputs_are_computed_in_another_order_somewhere() -> None:
-    """What the case above rests on: a state's sequences are computed side by side, whatever their order."""
-    with of_architecture("mamba") as (handle, n_vocab), Scorer(handle, n_vocab, n_ubatch=4) as scorer:
-        batch = Tokens.packed(40, n_vocab, 3, 3)
-        logits = scorer.logits(batch)
-        assert len(np.unique(logits, axis=0)) == len(logits)
-        gold = np.arange(len(logits), dtype=np.int32) % n_vocab
-    with of_architecture("mamba") as (handle, n_vocab), Scorer(handle, n_vocab, n_ubatch=4) as scorer:
-        check(scorer.scores(batch, gold), logits, gold)
-
-
 def test_a_graph_is_used_again_with_other_targets() -> None:
-    with (
-        loaded(file_of(LLAMA)) as (handle, n_vocab),
-        Scorer(handle, n_vocab) as plain,
-        Scorer(handle, n_vocab) as scorer,
-    ):
+    with scorers(LLAMA) as (_, plain, scorer):
         for position in range(20):
             one = Tokens([TOKENS[position]], [position], [0], np.ones(1, np.bool_))
             logits = plain.logits(one)
@@ -198,11 +190,7 @@ def test_a_graph_is_used_again_with_other_targets() -> None:
 def test_off_again_is_as_never_on() -> None:
     first, second, third = (Tokens.packed(30, 96, 2, seed) for seed in (5, 6, 7))
     second, third = second.after(first), third.after(first).after(second)
-    with (
-        loaded(file_of(LLAMA)) as (handle, n_vocab),
-        Scorer(handle, n_vocab) as plain,
-        Scorer(handle, n_vocab) as scorer,
-    ):
+    with scorers(LLAMA) as (_, plain, scorer):
         before = plain.logits(first)
         assert np.array_equal(scorer.logits(first), before)
         logits = plain.logits(second)
@@ -217,11 +205,7 @@ def test_a_prefill_without_outputs_comes_between() -> None:
     first, second = (Tokens.packed(30, 96, 1, seed) for seed in (8, 9))
     nothing = Tokens(first.tokens, first.positions, first.sequences, np.zeros(30, np.bool_))
     second = second.after(first)
-    with (
-        loaded(file_of(QWEN3)) as (handle, n_vocab),
-        Scorer(handle, n_vocab) as plain,
-        Scorer(handle, n_vocab) as scorer,
-    ):
+    with scorers(QWEN3) as (_, plain, scorer):
         plain.decode(nothing)
         logits = plain.logits(second)
         gold = gold_of(logits, 9)

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
 from support.gguf_fixtures import header, write_model
 
 from lrope_gguf import CurveFile, Scaling, files, metadata, read_model, write_factors
@@ -34,18 +33,9 @@ KEY = "llama.rope.scaling.layer_factors"
 
 
 def model(name: str, architecture: str = "llama", layers: int | None = 4, tensors: int = 3, **keys: Any) -> Path:
-    """A model with more keys: a string, an int (uint32), a float (float32) or an array, `__` for dots."""
-
-    def add(writer: GGUFWriter) -> None:
-        for key, value in keys.items():
-            key = key.replace("__", ".")
-            if isinstance(value, list):
-                writer.add_array(key, value)
-            else:
-                kinds = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
-                kinds[type(value)](key, value)
-
-    return write_model(Path(name), architecture=architecture, block_count=layers, tensors=tensors, add=add)
+    """A model with more keys, `__` for dots."""
+    given = {key.replace("__", "."): value for key, value in keys.items()}
+    return write_model(Path(name), architecture=architecture, block_count=layers, tensors=tensors, keys=given)
 
 
 def prepare() -> None:
@@ -59,6 +49,7 @@ def prepare() -> None:
         gemma3__attention__sliding_window=128,
         **{"gemma3.attention.sliding_window_pattern": [True] * 4},
     )
+    model("lfm2.gguf", "lfm2", lfm2__attention__sliding_window=128)
     model("norope.gguf", "gpt2")
     model("lora.gguf", layers=None, general__type="adapter")
     model("vocabulary.gguf", layers=None, tensors=0)

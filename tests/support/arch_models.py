@@ -251,6 +251,13 @@ class LeanModel(Model):
         return errors
 
 
+def open_model(fixture: Fixture, folder: Path, factors: Factors = None) -> Model:
+    """The model with every tensor that the library knows, where it can make it so."""
+    if fixture.virtual and not fixture.file_first:
+        return Model(fixture, factors)
+    return LeanModel(fixture, folder, factors)
+
+
 def _of_all_layers(name: str, known: Tensors) -> Tensors:
     return {n: shape for n, shape in known.items() if re.sub(r"^blk\.\d+\.", "", n) == name}
 
@@ -653,18 +660,17 @@ class RefusedError(Exception):
 
 def runs(model: Model, *plans: Factors, **extra: Any) -> list[Graphs]:
     """All graphs of the model with each of several factors, None standing for those of the file."""
+    follows, found = model.fixture.follows, []
     with ExitStack() as stack:
-        if not model.fixture.follows:
-            s = _open(stack, model, **extra)
-            return [_run(s, factors) for factors in plans]
-        target = _open_target(stack, model.fixture, **extra)
-        found = []
+        s = _open_target(stack, model.fixture, **extra) if follows else _open(stack, model, **extra)
         for factors in plans:
-            # the factors of the target count at the time when the context is made
-            _set(target, factors)
-            with Session(model, target, **extra) as s:
+            _set(s, factors)
+            if follows:  # the factors of the target count at the time when the context is made
+                with Session(model, s, **extra) as draft:
+                    found.append(draft.run())
+            else:
                 found.append(s.run())
-        return found
+    return found
 
 
 def _open(stack: ExitStack, model: Model, **extra: Any) -> Session:
@@ -682,11 +688,6 @@ def _set(s: Session, factors: Factors) -> None:
         status = s.set_factors(factors)
     if status != 0:
         raise RefusedError("".join(errors).strip().removeprefix("set_rope_layer_factors: "))
-
-
-def _run(s: Session, factors: Factors) -> Graphs:
-    _set(s, factors)
-    return s.run()
 
 
 @dataclass(frozen=True)
@@ -745,7 +746,7 @@ def audit(fixture: Fixture, folder: Path) -> Audit:
     """
     factors, ones = FACTORS[: fixture.n_layer], [1.0] * fixture.n_layer
     lean: Callable[..., Model] = functools.partial(LeanModel, folder=folder)
-    full: Callable[..., Model] = Model if fixture.virtual and not fixture.file_first else lean
+    full: Callable[..., Model] = functools.partial(open_model, folder=folder)
     problems: list[str] = []
 
     def check(what: str, base: Graphs, graphs: Graphs, used: Sequence[float], *, exact: bool = False) -> None:
