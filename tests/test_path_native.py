@@ -252,22 +252,32 @@ def test_the_number_of_threads_does_not_matter(model: Path) -> None:
     assert scores[0] == scores[1]
 
 
-def test_ctrl_c_stops_cleanly_with_the_best_so_far(model: Path, tmp_path: Path) -> None:
-    """Also when it reaches the workers, as in a terminal, and when it comes twice."""
+STOPS = [
+    ("1", signal.SIGINT, []),
+    ("2", signal.SIGINT, []),
+    ("2", signal.SIGTERM, ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]),
+]
+
+
+def test_a_search_that_is_stopped_ends_cleanly(model: Path, tmp_path: Path) -> None:
+    """Also when Ctrl-C reaches the workers, as in a terminal, and comes twice; a shell's background job ignores it."""
     output = tmp_path / "stopped.json"
     evaluations = tmp_path / "stopped.study" / "evaluations.jsonl"
     more = [*SEARCH, "--max-evaluations", "400", "--output", str(output)]
-    for workers in ("1", "2"):
-        command = [sys.executable, "-m", "lrope_gguf", "search", str(model), *more, "--workers", workers]
+    for workers, stop, start in STOPS:
+        command = [*start, sys.executable, "-m", "lrope_gguf", "search", str(model), *more, "--workers", workers]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
             wait_for_lines(process, evaluations, lines(evaluations) + 12)
-            os.killpg(process.pid, signal.SIGINT)
-            time.sleep(0.01)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGINT)
+            if stop == signal.SIGTERM:
+                process.terminate()
+            else:
+                os.killpg(process.pid, stop)
+                time.sleep(0.01)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, stop)
             assert process.stderr is not None
             said = process.stderr.read().splitlines()
-            assert process.wait(20) == 130, said
+            assert process.wait(20) == 128 + stop, said
         assert "Traceback" not in "\n".join(said)
         assert said[-1] == "lrope-gguf: interrupted" and any(line.startswith("stopped after ") for line in said)
         assert evaluations.read_bytes().endswith(b"\n") and not output.exists()
@@ -276,19 +286,3 @@ def test_ctrl_c_stops_cleanly_with_the_best_so_far(model: Path, tmp_path: Path) 
             while time.monotonic() < deadline:
                 os.killpg(process.pid, 0)
                 time.sleep(0.05)
-
-
-def test_a_search_in_the_background_is_stopped_by_kill(model: Path, tmp_path: Path) -> None:
-    """A shell's background job ignores SIGINT; SIGTERM is what batch systems send."""
-    evaluations = tmp_path / "stopped.study" / "evaluations.jsonl"
-    more = ["--max-evaluations", "400", "--output", str(tmp_path / "stopped.json")]
-    command = [sys.executable, "-m", "lrope_gguf", "search", str(model), *SEARCH, *more]
-    background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
-    with subprocess.Popen([*background, *command], stderr=subprocess.PIPE, text=True) as process:
-        wait_for_lines(process, evaluations, 12)
-        process.terminate()
-        assert process.stderr is not None
-        said = process.stderr.read().splitlines()
-        assert process.wait(20) == 128 + signal.SIGTERM, said
-    assert said[-1] == "lrope-gguf: interrupted" and any(line.startswith("stopped after ") for line in said)
-    assert "Traceback" not in "\n".join(said) and evaluations.read_bytes().endswith(b"\n")

@@ -138,14 +138,8 @@ SCALINGS = st.one_of(
     st.builds(Scaling, st.sampled_from(["linear", "yarn", "dynamic-yarn"]), st.none(), st.integers(TRAINED, 5000)),
     st.builds(Scaling, st.just("dynamic"), st.none() | st.floats(1, 1024), st.none() | st.integers(TRAINED, 1 << 30)),
 )
-STEPS = st.lists(
-    # no factor that YaRN refuses
-    st.tuples(st.none() | st.lists(st.floats(1.25, 8, width=32), min_size=4, max_size=4), st.none() | SCALINGS).filter(
-        any
-    ),
-    min_size=1,
-    max_size=4,
-)
+LISTS = st.lists(st.floats(2.5, 8, width=32), min_size=LAYERS, max_size=LAYERS)  # which no scaling here refuses
+STEPS = st.lists(st.tuples(st.none() | LISTS, st.none() | SCALINGS).filter(any), min_size=1, max_size=4)
 GENERATED = {
     GGUFValueType.UINT8: st.integers(0, 2**8 - 1), GGUFValueType.INT8: st.integers(-(2**7), 2**7 - 1),
     GGUFValueType.UINT16: st.integers(0, 2**16 - 1), GGUFValueType.INT16: st.integers(-(2**15), 2**15 - 1),
