@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
+from support import native_build
+from support.commands import CommandError
+from support.gguf_fixtures import write_model
 
 from lrope_search.evaluation import make
 from lrope_search.report import pictures
@@ -19,3 +25,20 @@ def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(make, "measure_rates", lambda model, choices: dict.fromkeys(choices, 100.0))
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr(pictures, "_picture", lambda name, draw, study: Picture(name, "<svg ></svg>", b"x"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A small model file, alone in its folder."""
+    return write_model(tmp_path / "m.gguf")
+
+
+@pytest.fixture(scope="session")
+def source() -> Path:
+    """The unpatched llama.cpp: from the archive that the build keeps, else from the network."""
+    try:
+        return native_build.fetch_source()
+    except CommandError as error:
+        if os.environ.get("LROPE_REQUIRE_NATIVE"):
+            raise
+        pytest.skip(f"no llama.cpp source: {error}")

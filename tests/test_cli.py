@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from gguf import GGUFReader
+from support.commands import lrope_gguf as call
+from support.commands import on_a_terminal
 from support.gguf_fixtures import LAYERS, names, write_model
 
 import lrope_gguf
@@ -30,32 +28,12 @@ def run(*arguments: object, **environment: str) -> Completed:
     )  # fmt: skip
 
 
-def call(*arguments: object) -> Completed:
-    """As `run`, in this process: for what depends on no terminal, signal or encoding."""
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        status = main([str(argument) for argument in arguments])
-    return subprocess.CompletedProcess([*map(str, arguments)], status, out.getvalue(), err.getvalue())
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "m.gguf")
-
-
 @pytest.fixture
 def curve(tmp_path: Path) -> Path:
     path = tmp_path / "best.json"
     points = ((0.0, 1.0), (0.3, 1.4), (1.0, 1.1))
     CurveFile(points, architecture="llama", block_count=LAYERS, provenance={"task": "kv", "seed": 7}).save(path)
     return path
-
-
-def assert_error(completed: Completed, message: str, status: int = 1) -> None:
-    assert completed.returncode == status, completed
-    assert message in completed.stderr
-    assert "Traceback" not in completed.stderr and completed.stdout == ""
-    if status == 1:
-        assert completed.stderr.startswith("lrope-gguf: ") and completed.stderr.count("\n") == 1
 
 
 def test_write_show_remove_as_a_program(model: Path) -> None:
@@ -68,15 +46,6 @@ def test_write_show_remove_as_a_program(model: Path) -> None:
     for arguments, message in (((), "give a command"), (("bake",), "No such command 'bake'"), (("show",), "MODEL")):
         done = call(*arguments)
         assert done.returncode == 2 and message in done.stderr and done.stdout == ""
-
-
-def test_stored_curve_is_the_file_with_its_factors(model: Path, curve: Path) -> None:
-    call("write", model, "--curve", curve, "--output", model.with_name("o.gguf"))
-    stored = CurveFile.loads(str(GGUFReader(model.with_name("o.gguf")).fields["lrope.curve"].contents()), "x")
-    given = CurveFile.load(curve)
-    assert (stored.control_points, stored.provenance) == (given.control_points, given.provenance)
-    assert stored.factors_for(LAYERS) == pytest.approx(given.factors_for(LAYERS), abs=1e-6)
-    assert read_factors(model) is None
 
 
 def test_help_and_version() -> None:
@@ -200,8 +169,6 @@ def test_closed_and_full_streams(model: Path, redirection: str, command: str, st
 @pytest.mark.parametrize(("seconds", "options", "fails"), [(0.3, [], True), (0.3, ["--quiet"], False), (0, [], False)])
 def test_progress_on_a_terminal(model: Path, seconds: float, options: list[str], fails: bool) -> None:
     """A slow copy shows a bar, and an error comes on a line of its own; a fast or quiet one shows nothing."""
-    import pty
-
     code = (
         "import os, sys, time; from lrope_gguf.cli import main\n"
         "def slow(source, target, count, **k):\n"
@@ -212,22 +179,9 @@ def test_progress_on_a_terminal(model: Path, seconds: float, options: list[str],
         "    return os.write(target, data)\n"
         "slow.calls = 0; os.copy_file_range = slow; sys.exit(main(sys.argv[1:]))"
     )
-    controller, terminal = pty.openpty()
-    done = subprocess.run(
-        [sys.executable, "-c", code, "write", str(model), "--uniform", "2", *options],
-        stdout=subprocess.PIPE,
-        stderr=terminal,
-        env=os.environ | {"COLUMNS": "100"},
-        timeout=60,
-    )
-    os.close(terminal)
-    data = b""
-    with contextlib.suppress(OSError):  # the end of a terminal
-        while part := os.read(controller, 1 << 16):
-            data += part
-    os.close(controller)
-    shown = data.decode()
-    assert done.returncode == int(fails)
+    command = [sys.executable, "-c", code, "write", str(model), "--uniform", "2", *options]
+    status, shown = on_a_terminal(command, "stderr", 100)
+    assert status == int(fails)
     if fails:
         assert "1.25e-05 GB  [#" in shown and "%" in shown
         assert shown.splitlines()[-1].startswith("lrope-gguf: ") and "Input/output error" in shown
@@ -235,32 +189,11 @@ def test_progress_on_a_terminal(model: Path, seconds: float, options: list[str],
         assert shown == ""
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Path:
-    """A folder with some files to complete, and `lrope-gguf` beside it."""
-    program = tmp_path / "bin" / "lrope-gguf"
-    program.parent.mkdir()
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_completion_in_bash(tmp_path: Path) -> None:
+    program = tmp_path / "lrope-gguf"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m lrope_gguf "$@"\n')
     program.chmod(0o755)
-    place = tmp_path / "place"
-    (place / "models").mkdir(parents=True)
-    for name in ("m.gguf", "best.json"):
-        (place / name).touch()
-    return place
-
-
-def in_shell(bench: Path, *command: str) -> Completed:
-    path = f"{bench.with_name('bin')}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "HOME": str(bench.parent)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", cwd=bench, env=environment, timeout=120
-    )
-    assert done.returncode == 0 and done.stderr == "", done
-    return done
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_completion_in_bash(bench: Path) -> None:
     files = {"<default>"}  # that bash completes itself
     cases = {
         "": set(COMMANDS), "s": {"show", "search"}, "show ": files, "show --": {"--help", "--json", "--plot"},
@@ -272,51 +205,32 @@ def test_completion_in_bash(bench: Path) -> None:
         "COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=(); _lrope_gguf_completion lrope-gguf;"
         'echo "${COMPREPLY[@]}"; done; complete -p lrope-gguf'
     )
-    *found, registered = in_shell(bench, "bash", "--norc", "-c", code, "bash", *cases).stdout.splitlines()
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", "--norc", "-c", code, "bash", *cases]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    *found, registered = done.stdout.splitlines()
     assert [set(words.split()) for words in found] == list(cases.values())
     assert registered.endswith("-F _lrope_gguf_completion lrope-gguf")
 
 
-@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish")
-def test_completion_in_fish(bench: Path) -> None:
-    def complete(line: str) -> set[str]:
-        code = f"_LROPE_GGUF_COMPLETE=fish_source lrope-gguf | source; complete -C '{line}'"
-        return {found.split("\t")[0] for found in in_shell(bench, "fish", "-N", "-c", code).stdout.splitlines()}
-
-    assert complete("lrope-gguf ") == set(COMMANDS)
-    assert complete("lrope-gguf show --") == {"--help", "--json", "--plot"}
-    assert {"m.gguf", "models/"} <= complete("lrope-gguf show m")
-    assert complete("lrope-gguf search --task m") == {"mdqa", "multikey"}
-
-
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
-def test_completion_in_zsh(bench: Path) -> None:
-    """Typed into a shell of its own, in a pseudo-terminal."""
-    driver = r"""
-        zmodload zsh/zpty; zpty z zsh -f -i
-        wait_for() { local part all; repeat 200; do
-            if zpty -r -t z part; then all+=$part; [[ $all == *$1* ]] && break; else sleep 0.05; fi
-            done; print -r -- $all }
-        zpty -w z 'PS1=; TERM=dumb; autoload -U compinit; compinit -u -D; bindkey "^I" list-choices'
-        zpty -w z 'eval "$(_LROPE_GGUF_COMPLETE=zsh_source lrope-gguf)"'
-        zpty -w z 'print REA''DY'; wait_for READY
-        try() { zpty -w -n z "$1"$'\t'; print -r -- "<$1>"; wait_for "$2"; zpty -w -n z $'\x15' }
-        try 'lrope-gguf ' 'search, write and serve'
-        try 'lrope-gguf show ' m.gguf
-        try 'lrope-gguf show --' '--plot'
-    """
-    done = in_shell(bench, "zsh", "-f", "-c", driver)
-    shown = dict(part.split(">\n", 1) for part in done.stdout.split("\n<lrope-gguf ")[1:])
-    assert all(name in shown[""] for name in COMMANDS), shown
-    assert "m.gguf" in shown["show "] and "--json" in shown["show --"]
-
-
-def completed(words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    for name, value in {"_LROPE_GGUF_COMPLETE": "bash_complete", "COMP_WORDS": f"lrope-gguf {words}"}.items():
+def completed(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shell: str = "bash"
+) -> str:
+    for name, value in {"_LROPE_GGUF_COMPLETE": f"{shell}_complete", "COMP_WORDS": f"lrope-gguf {words}"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("COMP_CWORD", str(len(f"{words}x".split())))
+    # fish has the word that is not complete there
+    monkeypatch.setenv("COMP_CWORD", "" if shell == "fish" else str(len(f"{words}x".split())))
     assert main([]) == 0
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_in_other_shells(
+    shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = completed("", monkeypatch, capsys, shell)
+    assert all(name in said for name in COMMANDS) and "search, write and serve" in said
+    assert "mdqa" in completed("search m --task ", monkeypatch, capsys, shell)
 
 
 def test_completing_a_command_imports_none() -> None:
@@ -348,16 +262,9 @@ def test_python_api(model: Path) -> None:
         value = getattr(lrope_gguf, name)
         if name.islower() and name != "__version__":
             assert "Raises:" in value.__doc__ and "LropeError" in value.__doc__, name
-    plan = plan_write(model, [1, 1.25, 0.8, 1])
-    assert plan.how == "rewritten" and plan.factors == pytest.approx((1, 1.25, 0.8, 1))
-    assert lrope_gguf.read_model(model).factors is None
-    result = write_factors(model, [1, 1.25, 0.8, 1])
-    assert result.bytes_written == plan.bytes_written == model.stat().st_size
-    assert read_factors(model) == result.factors == plan.factors
-    lrope_gguf.remove_factors(model)
-    assert read_factors(model) is None
-    with pytest.raises(LropeError):
-        plan_write(model, [1, 2])
+    for function in (plan_write, write_factors):
+        with pytest.raises(LropeError, match="2 factors for a model of 4 layers"):
+            function(model, [1, 2])
 
 
 def test_importing_the_package_loads_nothing() -> None:

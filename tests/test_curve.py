@@ -31,26 +31,10 @@ def control_points(draw: st.DrawFn) -> tuple[tuple[float, float], ...]:
     return tuple(zip([0.0, *inner, 1.0], ys, strict=True))
 
 
-def test_golden_values() -> None:
-    # Equally spaced x make x(t) = t, so that y is the Bernstein polynomial itself.
-    line = Curve(((0, 1), (1, 2))).factors(5)
-    np.testing.assert_allclose(line, [1, 1.25, 1.5, 1.75, 2], rtol=1e-14)
-    bump = Curve(((0, 1), (0.5, 2), (1, 1))).factors(5)
-    np.testing.assert_allclose(bump, [1, 1.375, 1.5, 1.375, 1], rtol=1e-14)
-    # x(t) = t^3 and y(t) = 1 + t^3 (all weight on the last point) is y = 1 + x whatever the speed.
-    np.testing.assert_allclose(Curve(((0, 1), (0, 1), (0, 1), (1, 2))).factors(9), np.linspace(1, 2, 9), rtol=1e-13)
-    # x(t) = t^2 and y = 2t(1-t)*2 + (1-t)^2 + t^2 = 1 + 2t - 2t^2 with t = sqrt(x).
-    t = np.sqrt(np.linspace(0, 1, 7))
-    np.testing.assert_allclose(Curve(((0, 1), (0, 2), (1, 1))).factors(7), 1 + 2 * t - 2 * t * t, rtol=1e-13)
-
-
-def test_few_layers_and_flat_curves() -> None:
-    curve = Curve(((0, 1.5), (1, 3)))
-    assert curve.factors(1).tolist() == [1.5]
-    assert curve.factors(2).tolist() == [1.5, 3]
-    assert Curve(((0, 1.1), (0.5, 1.1), (1, 1.1))).factors(6).tolist() == [1.1] * 6
+def test_few_layers() -> None:
+    assert Curve(((0, 1.5), (1, 3))).factors(1).tolist() == [1.5]
     with pytest.raises(LropeError, match="at least one layer"):
-        curve.factors(0)
+        Curve(((0, 1.5), (1, 3))).factors(0)
 
 
 BAD_POINTS = {
@@ -264,8 +248,6 @@ def test_factors_for(n: int, other: int) -> None:
     curve = CurveFile(control_points=((0, 1), (1, 1)), layer_factors=(1.0,) * n)
     assert curve.factors_for(other) == (1.0,) * other
 
-
-# Evaluation, against SciPy's Bernstein polynomials and its bracketing root finder
 
 HEIGHTS = st.lists(st.floats(0.5, 4), min_size=2, max_size=8)
 

@@ -38,37 +38,6 @@ def test_mode_is_kept_and_new_files_follow_the_umask(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o751
 
 
-def test_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    target = tmp_path / "real" / "a"
-    target.write_bytes(b"old")
-    link = tmp_path / "link"
-    link.symlink_to(target)
-    atomic_write_bytes(link, b"new")
-    assert link.is_symlink() and target.read_bytes() == b"new"
-    assert names(target.parent) == ["a"]
-
-
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_any_failure_leaves_the_old_file_and_no_litter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(b"old")
-
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    if call == "write":
-        monkeypatch.setattr("lrope_gguf.files.write_all", fail)
-    else:
-        monkeypatch.setattr(os, call, fail)
-    with pytest.raises(LropeError, match=r"No space left.*nothing was changed; free some space"):
-        atomic_write_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert names(tmp_path) == ["a"]
-
-
 def test_failure_after_the_rename_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")

@@ -14,9 +14,8 @@ import pytest
 from support.readers import curved, document
 from support.tiny_models import LLAMA, readable, write_readable
 
-from lrope_gguf.curve import Curve, CurveFile
 from lrope_gguf.errors import LropeError
-from lrope_gguf.metadata import read_factors, write_factors
+from lrope_gguf.metadata import write_factors
 from lrope_gguf.native import native_dir, tool_path
 from lrope_search.demo.server import LlamaServer
 
@@ -26,7 +25,6 @@ FACTORS = [1.0, 1.3, 0.8, 2.5, 1.07, 3.1]
 LIST = ",".join(map(str, FACTORS))
 N_LAYER = len(FACTORS)
 PROMPT = 'Key: "4711" has the value "123" and Key: "815" has another value, so what is it? '
-POINTS = ((0.0, 1.0), (0.3, 1.9), (0.3, 0.6), (0.9, 3.0), (1.0, 1.2))
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +80,6 @@ def test_off_ignores_the_factors_of_the_file(model: Path, written: Path) -> None
     assert off[:2] == base[:2]
     line = "RoPE factors are 1 in all 6 layers"  # without it, another library runs
     assert [text.count(line) for text in (base[2], off[2], served(written)[2])] == [1, 1, 0]
-
-
-def test_a_search_s_curve_file_gives_the_factors_that_it_lists(model: Path, tmp_path: Path) -> None:
-    curve = tmp_path / "best.json"
-    factors = tuple(Curve(POINTS).factor_list(N_LAYER))
-    CurveFile(POINTS, factors, architecture="llama", block_count=N_LAYER).save(curve)
-    found = served(model, "--rope-layer-factors", str(curve))[0]
-    write_factors(model, factors, output=tmp_path / "written.gguf")
-    assert tuple(found) == read_factors(tmp_path / "written.gguf")
 
 
 def test_perplexity_takes_it_from_option_and_environment(model: Path, written: Path) -> None:

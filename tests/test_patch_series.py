@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from support import call_sites, native_build
 from support.bisect_series import bisect
-from support.commands import CommandError
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = native_build.patches()
@@ -127,17 +126,11 @@ def test_patches_say_what_they_do(patch: Path) -> None:
     assert not [file for file in hooked if not file.startswith(tuple(places))]
 
 
-@pytest.fixture(scope="module")
-def source() -> Path:
-    """The unpatched source: from the archive that the build keeps, else from the network."""
+@pytest.fixture
+def source(source: Path) -> Path:
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler")
-    try:
-        return native_build.fetch_source()
-    except CommandError as error:
-        if os.environ.get("LROPE_REQUIRE_NATIVE"):
-            raise
-        pytest.skip(f"no llama.cpp source: {error}")
+    return source
 
 
 def test_members_cover_every_rope_function_of_ggml(source: Path) -> None:

@@ -115,8 +115,6 @@ def test_people_are_told_through_one_function() -> None:
     assert {said for said in found if not said[1].startswith("shown_in(")} == may
 
 
-# Curves
-
 SOURCES = {
     "process substitution": "{write} --curve <(cat best.json)",
     "standard input": "{write} --curve - < best.json",
@@ -143,7 +141,6 @@ BAD = {
     "closed": ("--curve - <&-", "standard input: is"),
     "endless": ("--curve /dev/zero", "/dev/zero: is larger than 1 MiB"),
     "endless pipe": ("--curve <(yes)", ": is larger than 1 MiB"),
-    "folder": ("--curve .", ".: is a folder"),
     "another model's": ("--curve - <<< '{\"format\": \"lrope-curve\", \"version\": 1, \"layer_factors\": [1]}'",
                         "standard input: it has 1 layer_factors, but the model has 4 layers"),
 }  # fmt: skip

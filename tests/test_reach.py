@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gguf
 import pytest
+from support.gguf_fixtures import write_model
 
 from lrope_gguf.cli import main
 from lrope_gguf.model_info import read_factors, read_model
 
 
-def reach(path: Path, architecture: str, n_layer: int, **keys: int | list[int] | list[bool]) -> tuple[int | None, ...]:
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(n_layer)
-    for name, value in keys.items():
-        key = f"{architecture}.{name.replace('__', '.')}"
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, bool):
-            writer.add_bool(key, value)
-        else:
-            writer.add_uint32(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def reach(
+    path: Path, architecture: str, n_layer: int, context_length: int = 512, **keys: int | list[int] | list[bool]
+) -> tuple[int | None, ...]:
+    given = {f"{architecture}.{name.replace('__', '.')}": value for name, value in keys.items()}
+    write_model(path, architecture=architecture, block_count=n_layer, context_length=context_length, keys=given)
     return read_model(path).windows
 
 
@@ -51,9 +41,6 @@ def test_windows(
     tmp_path: Path, architecture: str, n_layer: int, keys: dict[str, int], expected: tuple[int | None, ...]
 ) -> None:
     assert reach(tmp_path / "model.gguf", architecture, n_layer, **keys) == expected
-
-
-# A uniform factor
 
 
 GEMMA = {"attention__sliding_window": 512, "context_length": 2048}
@@ -84,32 +71,3 @@ def test_write_uniform_moves_the_layers_that_a_search_moves(
     # a list reaches every layer
     assert main(["write", str(path), "--factors", ",".join(["1.25"] * n_layer)]) == 0
     assert read_factors(path) == (1.25,) * n_layer
-
-
-UNTOLD = [
-    ("brand-new", GEMMA, "does not tell which layers of 'brand-new' have the sliding window of brand-new.attention"),
-    ("lfm2", GEMMA, "does not tell which layers of 'lfm2'"),
-    ("gemma3", GEMMA | {"attention__sliding_window_pattern": [True] * 3}, "no layer sees the whole context"),
-]
-
-
-@pytest.mark.parametrize(("architecture", "keys", "message"), UNTOLD)
-def test_write_uniform_asks_where_the_header_does_not_tell(
-    tmp_path: Path, architecture: str, keys: dict[str, int], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "model.gguf"
-    reach(path, architecture, 3, **keys)
-    before = path.read_bytes()
-    assert main(["write", str(path), "--uniform", "1.25"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line and line.endswith("; give one factor per layer with --factors")
-    assert path.read_bytes() == before
-    assert main(["show", str(path)]) == 0
-
-
-def test_a_uniform_factor_is_what_a_search_measured(tmp_path: Path) -> None:
-    """Gemma 3 270M: the winner of its study is the uniform factor 1.25, on 3 of 18 layers."""
-    path = tmp_path / "uniform.gguf"
-    reach(path, "gemma3", 18, attention__sliding_window=512, context_length=32768)
-    assert main(["write", str(path), "--uniform", "1.25"]) == 0
-    assert read_factors(path) == tuple(1.25 if layer in (5, 11, 17) else 1.0 for layer in range(18))

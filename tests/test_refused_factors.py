@@ -69,23 +69,6 @@ def test_what_is_refused_is_known_without_the_library(model: TinyModel, options:
     assert seen == {0, -2}
 
 
-def test_write_refuses_them_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_readable(tmp_path / "yarn.gguf", YARN_2)
-    before = path.read_bytes()
-    for options, message in (
-        (["--factors", "1,1,0.49,1,1,1"], "the factor of layer 2 is 0.49, but llama.cpp accepts none so close to"),
-        (["--uniform", "0.5"], "YaRN frequency scale of 0.5; give another"),
-        (["--uniform", "1025"], "the factor of layer 0 is 1025, but llama.cpp accepts 1/1024 to 1024"),
-        (["--uniform", "1e-60"], "but llama.cpp accepts 1/1024 to 1024"),
-        (["--uniform", "1e60", "--dry-run"], "but llama.cpp accepts 1/1024 to 1024"),
-    ):
-        assert main(["write", str(path), *options]) == 1
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"lrope-gguf: {path}: ") and message in line
-    assert path.read_bytes() == before
-    assert main(["write", str(path), "--uniform", "0.6"]) == 0
-
-
 @pytest.mark.parametrize("bounds", ["0.0009,4", "0.5,1025", "0.0009765,1024"])
 def test_bounds_that_llama_cpp_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], bounds: str) -> None:
     assert main(["search", str(write_readable(tmp_path / "m.gguf")), "--set", f"bounds={bounds}"]) == 1

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support import arch_models
-from support.arch_models import FIXTURES, Fixture, LeanModel, Model, Session
+from support.arch_models import FIXTURES, Model, Session, open_model
 from support.dynamic_rope import Scaling
 
 pytestmark = pytest.mark.native
@@ -77,10 +77,6 @@ def _attention_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return np.zeros(n, np.float32) if "attn_output" in name or "attn_out." in name else values(name, n)
 
     monkeypatch.setattr(arch_models, "_values", without_attention)
-
-
-def open_model(fixture: Fixture, folder: Path) -> Model:
-    return Model(fixture) if fixture.virtual and not fixture.file_first else LeanModel(fixture, folder)
 
 
 def cache_of(model: Model, **parameters: Any) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.arch_models import FIXTURES, N_LAYER, LeanModel, Model, Session
+from support.arch_models import FIXTURES, N_LAYER, Model, Session, open_model
 from support.graph_nodes import compare
 
 from lrope_gguf.errors import LropeError
@@ -40,8 +40,7 @@ SHARED = {"gemma4": {4, 5}, "gemma3n": {20, 21}}
 def test_the_layers_that_rotate(name: str, tmp_path: Path) -> None:
     """The fixtures' graphs are audited: which layers rotate nothing is known. For one token, no window is too short."""
     fixture = FIXTURES[name]
-    model = Model(fixture) if fixture.virtual and not fixture.file_first else LeanModel(fixture, tmp_path)
-    with model, Session(model) as session:
+    with open_model(fixture, tmp_path) as model, Session(model) as session:
         rotating = set(range(fixture.n_layer)) - fixture.without
         assert layers(session, 1) == rotating - SHARED.get(name.partition("-")[0], set())
         # within a window nothing is too far, beyond it only windows go

@@ -23,28 +23,10 @@ def test_factors_of_the_file_equal_the_reference(model: TinyModel) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS, ids=by_name)
-def test_base_equals_the_reference(model: TinyModel) -> None:
-    with Context(file_of(model), model.n_ctx) as context:
-        assert context.model_factors(N_LAYER) is None
-        assert context.get_factors(N_LAYER) == [1.0] * N_LAYER
-        assert relative_error(context.decode(TOKENS), expected(model)) < TOLERANCE
-
-
-@pytest.mark.parametrize("model", MODELS, ids=by_name)
-def test_each_layer_alone(model: TinyModel) -> None:
-    tokens = TOKENS[:60]
-    with Context(file_of(model), model.n_ctx) as context:
-        for layer in range(N_LAYER):
-            factors = [1.7 if il == layer else 1.0 for il in range(N_LAYER)]
-            alone = model.reference(factors).decode(tokens)
-            context.clear()
-            assert context.set_factors(factors) == 0
-            assert relative_error(context.decode(tokens), alone) < TOLERANCE, layer
-            assert relative_error(expected(model)[:60], alone) > 100 * TOLERANCE, layer
-
-
-@pytest.mark.parametrize("model", MODELS, ids=by_name)
-def test_factors_of_one_change_no_bit(model: TinyModel) -> None:
+def test_base_equals_the_reference_and_factors_of_one_change_no_bit(model: TinyModel) -> None:
     ones = file_of(model, [1.0] * N_LAYER)
     with Context(file_of(model), model.n_ctx) as base, Context(ones, model.n_ctx) as context:
-        np.testing.assert_array_equal(base.decode(TOKENS), context.decode(TOKENS))
+        assert base.model_factors(N_LAYER) is None and base.get_factors(N_LAYER) == [1.0] * N_LAYER
+        got = base.decode(TOKENS)
+        np.testing.assert_array_equal(got, context.decode(TOKENS))
+    assert relative_error(got, expected(model)) < TOLERANCE

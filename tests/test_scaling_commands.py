@@ -12,8 +12,6 @@ from support.gguf_fixtures import read_keys, write_model
 from lrope_gguf import Scaling, read_model, write_factors
 from lrope_gguf.cli import main
 
-PREFIX = "llama.rope.scaling"
-
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

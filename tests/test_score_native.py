@@ -68,13 +68,9 @@ class Scorer:
 
     def decode(self, batch: Tokens) -> int:
         n = len(batch.tokens)
-        ids = [(ctypes.c_int32 * 1)(s) for s in batch.sequences]
-        c = self.lib.llama_batch()
-        c.n_tokens = n
-        c.token, c.pos = (ctypes.c_int32 * n)(*batch.tokens), (ctypes.c_int32 * n)(*batch.positions)
-        c.n_seq_id, c.seq_id = (ctypes.c_int32 * n)(*[1] * n), (ctypes.POINTER(ctypes.c_int32) * n)(*ids)
-        c.logits = (ctypes.c_int8 * n)(*map(int, batch.wanted))
-        return int(self.lib.llama_decode(self.context, c))
+        token, wanted = (ctypes.c_int32 * n)(*batch.tokens), list(map(int, batch.wanted))
+        given = llama_direct.batch_of(n, batch.positions, batch.sequences, wanted, token=token)
+        return int(self.lib.llama_decode(self.context, given))
 
     def logits(self, batch: Tokens) -> NDArray[np.float32]:
         assert self.decode(batch) == 0
@@ -115,6 +111,13 @@ def loaded(path: Path) -> Iterator[tuple[Any, int]]:
     """A model of a file with the size of its vocabulary."""
     with llama_direct.Context(path) as context:
         yield context.model, context.n_vocab
+
+
+@contextmanager
+def scorers(model: TinyModel) -> Iterator[tuple[int, Scorer, Scorer]]:
+    """The size of the vocabulary, a context for logits and one for scores."""
+    with loaded(file_of(model)) as (handle, n), Scorer(handle, n) as plain, Scorer(handle, n) as scorer:
+        yield n, plain, scorer
 
 
 @contextmanager
@@ -174,23 +177,8 @@ def test_scores_of_other_architectures(name: str, n_ubatch: int) -> None:
         compare(handle, n_vocab, [first, second.after(first)], n_ubatch=n_ubatch)
 
 
-def test_outputs_are_computed_in_another_order_somewhere() -> None:
-    """What the case above rests on: a state's sequences are computed side by side, whatever their order."""
-    with of_architecture("mamba") as (handle, n_vocab), Scorer(handle, n_vocab, n_ubatch=4) as scorer:
-        batch = Tokens.packed(40, n_vocab, 3, 3)
-        logits = scorer.logits(batch)
-        assert len(np.unique(logits, axis=0)) == len(logits)
-        gold = np.arange(len(logits), dtype=np.int32) % n_vocab
-    with of_architecture("mamba") as (handle, n_vocab), Scorer(handle, n_vocab, n_ubatch=4) as scorer:
-        check(scorer.scores(batch, gold), logits, gold)
-
-
 def test_a_graph_is_used_again_with_other_targets() -> None:
-    with (
-        loaded(file_of(LLAMA)) as (handle, n_vocab),
-        Scorer(handle, n_vocab) as plain,
-        Scorer(handle, n_vocab) as scorer,
-    ):
+    with scorers(LLAMA) as (_, plain, scorer):
         for position in range(20):
             one = Tokens([TOKENS[position]], [position], [0], np.ones(1, np.bool_))
             logits = plain.logits(one)
@@ -202,11 +190,7 @@ def test_a_graph_is_used_again_with_other_targets() -> None:
 def test_off_again_is_as_never_on() -> None:
     first, second, third = (Tokens.packed(30, 96, 2, seed) for seed in (5, 6, 7))
     second, third = second.after(first), third.after(first).after(second)
-    with (
-        loaded(file_of(LLAMA)) as (handle, n_vocab),
-        Scorer(handle, n_vocab) as plain,
-        Scorer(handle, n_vocab) as scorer,
-    ):
+    with scorers(LLAMA) as (_, plain, scorer):
         before = plain.logits(first)
         assert np.array_equal(scorer.logits(first), before)
         logits = plain.logits(second)
@@ -221,11 +205,7 @@ def test_a_prefill_without_outputs_comes_between() -> None:
     first, second = (Tokens.packed(30, 96, 1, seed) for seed in (8, 9))
     nothing = Tokens(first.tokens, first.positions, first.sequences, np.zeros(30, np.bool_))
     second = second.after(first)
-    with (
-        loaded(file_of(QWEN3)) as (handle, n_vocab),
-        Scorer(handle, n_vocab) as plain,
-        Scorer(handle, n_vocab) as scorer,
-    ):
+    with scorers(QWEN3) as (_, plain, scorer):
         plain.decode(nothing)
         logits = plain.logits(second)
         gold = gold_of(logits, 9)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.commands import on_a_terminal
 from support.gguf_fixtures import LAYERS, header, number_pair, text_pair, write_model
 
 from lrope_gguf import Curve, CurveFile, read_model, write_factors
@@ -50,10 +50,6 @@ def as_json(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def row(text: str, name: str) -> str:
     (found,) = re.findall(rf"^ *{re.escape(name)}  +(.*)$", text, re.MULTILINE)
     return str(found)
-
-
-def has_row(text: str, name: str) -> bool:
-    return re.search(rf"^{re.escape(name)}\b", text, re.MULTILINE) is not None
 
 
 def test_json_has_the_same_keys_for_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,34 +138,14 @@ def test_terminal_width(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_on_a_terminal(tmp_path: Path) -> None:
-    import fcntl
-    import pty
-    import termios
-
     path = write_model(tmp_path / "m.gguf", block_count=64)
     write_factors(path, [1 + i / 64 for i in range(64)])
-    main_end, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 72, 0, 0))
-    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"PYTHONIOENCODING": "utf-8"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lrope_gguf", "show", path.name],
-        stdout=terminal,
-        cwd=tmp_path,
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    os.close(terminal)
-    data = b""
-    while True:
-        try:
-            part = os.read(main_end, 65536)
-        except OSError:
-            break
-        if not part:
-            break
-        data += part
-    os.close(main_end)
-    assert process.wait() == 0
-    lines = data.decode().splitlines()
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    environment |= {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "lrope_gguf", "show", path.name]
+    status, shown = on_a_terminal(command, "stdout", 72, cwd=tmp_path, env=environment)
+    assert status == 0
+    lines = shown.splitlines()
     assert max(map(len, lines)) <= 72 and lines[-3].count(".") == 3
 
 

@@ -1,13 +1,16 @@
 """What `write`, `show` and `remove` say, each message once: the files in transcripts/, replayed in a folder of models.
 
-A line `$ ...` is a command; what follows is its standard output, then its standard error after `! `, then its exit
-status where that is not 0. `python tests/test_transcripts.py NAME` writes a transcript anew from its commands.
+A line `$ ...` is a command; what follows is its standard output, then its standard error after `! `, with its exit
+status in front where that is not 0, and without the usage before an error of the command line. `| grep PATTERN` after a
+command keeps lines of its output.
+`python tests/test_transcripts.py NAME` writes a transcript anew from its commands.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -18,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
 from support.gguf_fixtures import header, write_model
 
 from lrope_gguf import CurveFile, Scaling, files, metadata, read_model, write_factors
@@ -31,18 +33,9 @@ KEY = "llama.rope.scaling.layer_factors"
 
 
 def model(name: str, architecture: str = "llama", layers: int | None = 4, tensors: int = 3, **keys: Any) -> Path:
-    """A model with more keys: a string, an int (uint32), a float (float32) or an array, `__` for dots."""
-
-    def add(writer: GGUFWriter) -> None:
-        for key, value in keys.items():
-            key = key.replace("__", ".")
-            if isinstance(value, list):
-                writer.add_array(key, value)
-            else:
-                kinds = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
-                kinds[type(value)](key, value)
-
-    return write_model(Path(name), architecture=architecture, block_count=layers, tensors=tensors, add=add)
+    """A model with more keys, `__` for dots."""
+    given = {key.replace("__", "."): value for key, value in keys.items()}
+    return write_model(Path(name), architecture=architecture, block_count=layers, tensors=tensors, keys=given)
 
 
 def prepare() -> None:
@@ -56,6 +49,7 @@ def prepare() -> None:
         gemma3__attention__sliding_window=128,
         **{"gemma3.attention.sliding_window_pattern": [True] * 4},
     )
+    model("lfm2.gguf", "lfm2", lfm2__attention__sliding_window=128)
     model("norope.gguf", "gpt2")
     model("lora.gguf", layers=None, general__type="adapter")
     model("vocabulary.gguf", layers=None, tensors=0)
@@ -112,7 +106,8 @@ def replay(commands: list[str]) -> Iterator[str]:
             yield from ("", line, "")
             continue
         yield line
-        program, *words = shlex.split(line[2:])
+        command, _, kept = line[2:].partition(" | grep ")
+        program, *words = shlex.split(command)
         if program == "cat":
             yield from Path(words[0]).read_text().splitlines()
             continue
@@ -123,10 +118,10 @@ def replay(commands: list[str]) -> Iterator[str]:
             before = contents()
             status = main(words)
             assert contents() == before or not (status or "--dry-run" in words), line
-        yield from out.getvalue().splitlines()
-        yield from (f"! {text}".rstrip() for text in err.getvalue().splitlines())
-        if status:
-            yield f"[{status}]"
+        yield from (text for text in out.getvalue().splitlines() if re.search(kept, text))
+        errors = err.getvalue().splitlines()
+        assert errors or not status, line
+        yield from (f"{status or ''}! {text}" for text in errors[-1 if status == 2 else 0 :])
 
 
 def transcript(name: str, patch: pytest.MonkeyPatch, folder: Path) -> tuple[list[str], list[str]]:

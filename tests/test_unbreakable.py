@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,11 +30,6 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Li
 FACTORS = (1.0, 1.25, 0.75, 1.5)
 CASES = {case.name: case for case in kill_points.CASES}
 ROOT = os.name == "posix" and os.geteuid() == 0
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "m.gguf")
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -59,34 +53,18 @@ def end(process: subprocess.Popen[str], *, kill: bool = False) -> int:
     return process.returncode
 
 
-# Killed, and failing, at every system call
-
-
-def kill_and_fail(case: kill_points.Case, folder: Path, every: int, offset: int) -> tuple[set[str], list[str]]:
-    bench = kill_points.Bench(case, folder)
+@pytest.mark.skipif(not kill_points.can_trace(), reason="processes cannot be traced here")
+@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CASES)
+def test_killed_or_failing_at_system_calls(name: str, every: int, tmp_path: Path) -> None:
+    bench, offset = kill_points.Bench(CASES[name], tmp_path), len(name) % every
     assert bench.old != bench.new and bench.whole.stops > 60
-    results = [bench.kill(stop) for stop in range(1 + offset % every, bench.whole.stops + 1, every)]
+    results = [bench.kill(stop) for stop in range(1 + offset, bench.whole.stops + 1, every)]
     if kill_points.can_fail():
         for error in (errno.ENOSPC, errno.EIO):
-            results += [bench.fail(*fault, error) for fault in bench.faults()[offset % every :: every]]
-    return {state for state, _ in results}, [problem for _, found in results for problem in found]
-
-
-@pytest.mark.skipif(not kill_points.can_trace(), reason="processes cannot be traced here")
-@pytest.mark.parametrize("name", CASES)
-def test_killed_or_failing_at_system_calls(name: str, tmp_path: Path) -> None:
-    states, problems = kill_and_fail(CASES[name], tmp_path, 17, len(name))
-    assert not problems
-    assert {"old", "new"} <= states
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not kill_points.can_trace(), reason="processes cannot be traced here")
-@pytest.mark.parametrize("name", CASES)
-def test_killed_or_failing_at_every_system_call(name: str, tmp_path: Path) -> None:
-    states, problems = kill_and_fail(CASES[name], tmp_path, 1, 0)
-    assert not problems
-    assert {"old", "new"} <= states
+            results += [bench.fail(*fault, error) for fault in bench.faults()[offset::every]]
+    assert not [problem for _, found in results for problem in found]
+    assert {"old", "new"} <= {state for state, _ in results}
 
 
 @pytest.mark.skipif(not kill_points.can_trace(), reason="processes cannot be traced here")
@@ -116,9 +94,6 @@ def test_a_killed_writers_file_is_removed_by_the_next_and_nothing_else(model: Pa
     assert names(model.parent) == sorted([alive.name, ".lrope-aaaaaaaaaaaaaaaa.tmp", "m.gguf", *others])
     remove_factors(model)
     assert alive.name not in names(model.parent)
-
-
-# No space, and errors
 
 
 def test_output_on_another_device(model: Path) -> None:
@@ -199,8 +174,6 @@ def test_read_only_file_and_directory_of_a_user(model: Path) -> None:
     finally:
         model.parent.chmod(0o755)
 
-
-# Two writers
 
 WRITER = """
 import sys
@@ -311,9 +284,6 @@ def test_a_file_replaced_between_opening_and_locking_is_not_mistaken(
     assert write_factors(model, FACTORS).how == "rewritten"
 
 
-# In use
-
-
 def test_mapped_model(model: Path) -> None:
     user = "import mmap, sys; f = open(sys.argv[1]); m = mmap.mmap(f.fileno(), 0, prot=1); print('ready', flush=True)"
     user += "; sys.stdin.readline()"
@@ -337,9 +307,6 @@ def test_mapped_model(model: Path) -> None:
     assert write_factors(model, FACTORS).how == "rewritten"
     assert write_factors(model, FACTORS[::-1]).how == "in place"  # the process maps an older file
     end(process, kill=True)
-
-
-# What a file has besides its content
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
@@ -479,9 +446,6 @@ def test_the_copy_of_a_private_model_is_private_meanwhile(
     assert names(model.parent) == ["m.gguf"] and model.read_bytes() == b"x"
 
 
-# Shared data, memory, progress, plans
-
-
 def test_shared_blocks(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a file system that shares: with the kernel's rules checked, and the bytes copied."""
     model = write_model(tmp_path / "big.gguf", add=lambda writer: writer.add_string("x", "x" * 30_000))
@@ -557,41 +521,6 @@ def test_a_file_system_that_shares(model: Path, sharing_disk: Path) -> None:
     assert output.read_bytes() == original["m.gguf"]
 
 
-def fill(folder: Path) -> None:
-    """Leave no block free, as far as that can be done."""
-    with suppress(OSError), (folder / "fill").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free * 15 // 16)
-    for size in (1 << 20, 1 << 12):
-        grown = 1
-        while grown:  # what the system has set aside for a file comes back when that is closed
-            grown = 0
-            with suppress(OSError), (folder / f"fill{size}").open("ab", buffering=0) as file:
-                while True:
-                    grown += file.write(os.urandom(size))
-                    os.fsync(file.fileno())
-
-
-def test_a_change_in_place_where_blocks_are_shared_and_none_are_free(model: Path, sharing_disk: Path) -> None:
-    """Even a few bytes need a new block then."""
-    place, twin = sharing_disk / "m.gguf", sharing_disk / "twin.gguf"
-    write_factors(model, FACTORS)
-    shutil.copyfile(model, place)
-    subprocess.run(["cp", "--reflink=always", place, twin], check=True)
-    before = place.read_bytes()
-    fill(sharing_disk)
-    refused = 0
-    for number in range(2, 5):
-        try:
-            write_factors(place, (number,) * LAYERS)
-            before = place.read_bytes()
-        except LropeError as error:
-            assert "No space left on device), nothing was changed; free some space there" in str(error)
-            refused += 1
-        assert place.read_bytes() == before
-    assert refused
-    assert twin.read_bytes() == model.read_bytes()
-
-
 MEASURED = """
 import os, sys
 from lrope_gguf import write_factors
@@ -642,12 +571,10 @@ def test_plan_is_what_is_done_and_writes_nothing(model: Path) -> None:
             *(result.path, result.how, result.bytes_written),
             *(result.factors, result.notes),
         )
-    bad: list[tuple[tuple[float, ...], Path | None]] = [((1.0,), None), (FACTORS, model.parent)]
-    bad.append((FACTORS, model.parent / "no" / "o.gguf"))
-    for wrong, to in bad:
-        messages = []
+    for wrong, to in (((1.0,), None), (FACTORS, model.parent), (FACTORS, model.parent / "no" / "o.gguf")):
+        messages = set()
         for call in (plan_write, write_factors):
             with pytest.raises(LropeError) as caught:
                 call(model, wrong, output=to)
-            messages.append(str(caught.value))
-        assert messages[0] == messages[1]
+            messages.add(str(caught.value))
+        assert len(messages) == 1

@@ -251,6 +251,13 @@ class LeanModel(Model):
         return errors
 
 
+def open_model(fixture: Fixture, folder: Path, factors: Factors = None) -> Model:
+    """The model with every tensor that the library knows, where it can make it so."""
+    if fixture.virtual and not fixture.file_first:
+        return Model(fixture, factors)
+    return LeanModel(fixture, folder, factors)
+
+
 def _of_all_layers(name: str, known: Tensors) -> Tensors:
     return {n: shape for n, shape in known.items() if re.sub(r"^blk\.\d+\.", "", n) == name}
 
@@ -313,24 +320,13 @@ class Session:
 
     def process(self, n: int, *, tokens: bool = True, width: int = 0, encode: bool = False, pos_rows: int = 1) -> bool:
         """Compute a batch of ``n`` tokens, of embeddings of ``width``, or of both."""
-        llama = self.lib.llama
-        start = self.n_past
-        keep: list[Any] = []
-
-        def array(kind: Any, values: Sequence[Any]) -> Any:
-            keep.append((kind * len(values))(*values))
-            return ctypes.cast(keep[-1], ctypes.POINTER(kind))
-
-        batch = llama.llama_batch()
-        batch.n_tokens = n
+        llama, start = self.lib.llama, self.n_past
+        inputs: dict[str, Any] = {}
         if tokens:
-            batch.token = array(ctypes.c_int32, [1 + (7 * (start + i)) % (N_VOCAB - 2) for i in range(n)])
+            inputs["token"] = (ctypes.c_int32 * n)(*[1 + (7 * (start + i)) % (N_VOCAB - 2) for i in range(n)])
         if width:
-            batch.embd = array(ctypes.c_float, np.resize(_POOL, n * width).tolist())
-        batch.pos = array(ctypes.c_int32, list(range(start, start + n)) * pos_rows)
-        batch.n_seq_id = array(ctypes.c_int32, [1] * n)
-        batch.seq_id = array(ctypes.POINTER(ctypes.c_int32), [array(ctypes.c_int32, [0]) for _ in range(n)])
-        batch.logits = array(ctypes.c_int8, [1] * n)
+            inputs["embd"] = (ctypes.c_float * (n * width))(*np.resize(_POOL, n * width).tolist())
+        batch = llama_direct.batch_of(n, list(range(start, start + n)) * pos_rows, **inputs)
         status = (llama.llama_encode if encode else llama.llama_decode)(self.handle, batch)
         assert status == 0, f"{self.fixture.name}: status {status}"
         self.n_past += 0 if encode else n
@@ -340,34 +336,22 @@ class Session:
 Step = Callable[[Session], bool]
 
 
-def _prompt(s: Session) -> bool:
-    return s.process(PROMPT)
+def _process(n: int, **how: Any) -> Step:
+    return lambda s: s.process(n, **how)
 
 
-def _token(s: Session) -> bool:
-    return s.process(1)
-
-
-def _image(s: Session) -> bool:
-    """Embeddings instead of tokens, as an image encoder makes them."""
-    llama = s.lib.llama
-    rows = 4 if llama.llama_model_rope_type(s.model.handle) in MROPE else 1
-    return s.process(PROMPT, tokens=False, width=llama.llama_model_n_embd_inp(s.model.handle), pos_rows=rows)
-
-
-def _encode(s: Session) -> bool:
-    return s.process(PROMPT, encode=True)
-
-
-def _predict(n: int) -> Callable[[Session], bool]:
+def _predict(n: int) -> Step:
     return lambda s: s.process(n, width=s.lib.llama.llama_model_n_embd_out(s.model.handle))
 
 
-def _features(encode: bool) -> Callable[[Session], bool]:
+def _rows(width: int | None = None, encode: bool = False) -> Step:
+    """Embeddings instead of tokens, as an image encoder makes them, or the features of a target model."""
 
     def step(s: Session) -> bool:
-        rows = 4 if s.lib.llama.llama_model_rope_type(s.model.handle) in MROPE else 1
-        return s.process(PROMPT, tokens=False, width=3 * N_EMBD, encode=encode, pos_rows=rows)
+        llama, model = s.lib.llama, s.model.handle
+        rows = 4 if llama.llama_model_rope_type(model) in MROPE else 1
+        width_ = width or llama.llama_model_n_embd_inp(model)
+        return s.process(PROMPT, tokens=False, width=width_, encode=encode, pos_rows=rows)
 
     return step
 
@@ -396,22 +380,21 @@ def _shifted(then: Step) -> Step:
     return step
 
 
+_prompt, _token, _encode = _process(PROMPT), _process(1), _process(PROMPT, encode=True)
+_text = (("prompt", _prompt), ("token", _token))
+_prediction = (("prompt", _predict(PROMPT)), ("token", _predict(1)), ("shift", _shifted(_predict(1))))
+_features = ("encode", _rows(3 * N_EMBD, encode=True))
 GRAPHS: dict[str, tuple[tuple[str, Step], ...]] = {
-    "decoder": (("prompt", _prompt), ("token", _token), ("shift", _shifted(_token))),
-    "vision": (("prompt", _prompt), ("token", _token), ("image", _image), ("shift", _shifted(_token))),
+    "decoder": (*_text, ("shift", _shifted(_token))),
+    "vision": (*_text, ("image", _rows()), ("shift", _shifted(_token))),
     "encoder": (("encode", _encode),),
-    "encoder-decoder": (("encode", _encode), ("prompt", _prompt), ("token", _token)),
-    "prediction": (("prompt", _predict(PROMPT)), ("token", _predict(1)), ("shift", _shifted(_predict(1)))),
-    "eagle3": (
-        ("encode", _features(True)), ("prompt", _predict(PROMPT)), ("token", _predict(1)),
-        ("shift", _shifted(_predict(1))),
-    ),
-    "dflash": (
-        ("encode", _features(True)), ("inject", _features(False)), ("prompt", _prompt), ("shift", _shifted(_prompt)),
-    ),
+    "encoder-decoder": (("encode", _encode), *_text),
+    "prediction": _prediction,
+    "eagle3": (_features, *_prediction),
+    "dflash": (_features, ("inject", _rows(3 * N_EMBD)), ("prompt", _prompt), ("shift", _shifted(_prompt))),
     # the target reads the prompt, the assistant goes on where it stopped
     "assistant": (("target", _target), ("token", _predict(1))),
-}  # fmt: skip
+}
 
 
 def _names(text: str) -> list[str]:
@@ -430,123 +413,85 @@ ALL = frozenset(range(N_LAYER))
 UNSHARED: dict[str, Value] = {"attention.shared_kv_layers": 0}
 DELTA_NET: dict[str, Value] = {"ssm.inner_size": 32, "ssm.state_size": 16}
 
-# what an architecture needs beyond the common keys
-SPECIAL: dict[str, dict[str, Any]] = {
-    # no rotation at all
-    **{
-        arch: {"without": ALL}
-        for arch in _names(
-            "gpt2 mpt refact bloom mamba mamba2 jina-bert-v2 t5 t5encoder jais rwkv6 rwkv6qwen2 rwkv7 arwkv7 "
-            "wavtokenizer-dec bert"
-        )
-    },
+
+def _named(*groups: tuple[Any, str]) -> dict[str, Any]:
+    """The value of each name, from the names of each value."""
+    return {name: value for value, names in groups for name in _names(names)}
+
+
+# layers that rotate nothing
+WITHOUT = _named(
+    (ALL, "gpt2 mpt refact bloom mamba mamba2 jina-bert-v2 t5 t5encoder jais rwkv6 rwkv6qwen2 rwkv7 arwkv7 jamba "
+          "wavtokenizer-dec bert nemotron_h nemotron_h_moe kimi-linear kimi-k3 glm5-next starcoder"),
+    (ODD, "plamo2 granitehybrid lfm2 lfm2moe bailingmoe3 maple cohere2 cohere2moe muse-glimmer exaone-moe"),
+    (EVEN, "qwen3next qwen35 qwen35moe minimax-01 qwen4exp"),
+    (frozenset((3,)), "smollm3 afmoe"), (frozenset((0, 4)), "smallthinker"), (frozenset((3, 7)), "llama4"),
+)  # fmt: skip
+GRAPHS_OF = _named(
     # no cache: the whole text is read at once
-    **{
-        arch: {"graphs": "encoder"}
-        for arch in _names(
-            "modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v3 eurobert gemma-embedding dream llada "
-            "llada-moe rnd1"
-        )
-    },
+    ("encoder", "modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v3 eurobert gemma-embedding dream llada "
+                "llada-moe rnd1 bert jina-bert-v2 t5encoder wavtokenizer-dec"),
+    ("encoder-decoder", "t5"), ("eagle3", "eagle3"), ("dflash", "dflash"),
     # images
-    **{
-        arch: {"graphs": "vision"}
-        for arch in _names(
-            "qwen2vl qwen3vl qwen3vlmoe cogvlm gemma3 paddleocr hunyuan_vl glm4 glm4moe deepseek2-ocr mistral3 llama"
-        )
-    },
-    "bert": {"graphs": "encoder", "without": ALL},
-    "jina-bert-v2": {"graphs": "encoder", "without": ALL},
-    "t5encoder": {"graphs": "encoder", "without": ALL},
-    "wavtokenizer-dec": {"graphs": "encoder", "without": ALL},
-    "t5": {"graphs": "encoder-decoder", "without": ALL},
-    "arwkv7": {"metadata": {"token_shift_count": 1}, "without": ALL},
+    ("vision", "qwen2vl qwen3vl qwen3vlmoe cogvlm gemma3 gemma3n gemma4 paddleocr hunyuan_vl glm4 glm4moe "
+               "deepseek2-ocr mistral3 llama"),
+)  # fmt: skip
+# what an architecture needs beyond the common keys
+METADATA: dict[str, dict[str, Value]] = {
+    "arwkv7": {"token_shift_count": 1}, "rwkv6qwen2": {"token_shift_count": 1},
     # hybrids
-    "jamba": {"metadata": HYBRID, "without": ALL},
-    "plamo2": {"metadata": {**HYBRID, "ssm.group_count": 0}, "without": ODD},
-    "granitehybrid": {"metadata": HYBRID, "without": ODD},
+    "jamba": HYBRID, "plamo2": {**HYBRID, "ssm.group_count": 0}, "granitehybrid": HYBRID, "lfm2moe": HYBRID,
     # no window: all its attention layers would have one, and the library cannot shift the other, empty cache
-    "lfm2": {"metadata": {**HYBRID, "attention.sliding_window": None}, "without": ODD},
-    "lfm2moe": {"metadata": HYBRID, "without": ODD},
-    "nemotron_h": {"metadata": {**HYBRID, "feed_forward_length": [0] * 4 + [N_FF] * 2}, "without": ALL},
-    "nemotron_h_moe": {"metadata": {**HYBRID, "feed_forward_length": [0] * 4 + [N_FF] * 2}, "without": ALL},
-    "kimi-linear": {"metadata": {**MLA, **ONE_HEAD}, "without": ALL},
+    "lfm2": {**HYBRID, "attention.sliding_window": None},
+    "nemotron_h": {**HYBRID, "feed_forward_length": [0] * 4 + [N_FF] * 2},
+    "nemotron_h_moe": {**HYBRID, "feed_forward_length": [0] * 4 + [N_FF] * 2},
+    "kimi-linear": {**MLA, **ONE_HEAD}, "kimi-k3": {**MLA, **ONE_HEAD},
     "glm5-next": {
-        "metadata": {
-            **MLA, **HYPER, "attention.head_count_kv": [n // N_HEAD for n in MIXED], "attention.key_length": 32,
-            "rope.dimension_count": 0,
-        },
-        "without": ALL,
+        **MLA, **HYPER, "attention.head_count_kv": [n // N_HEAD for n in MIXED], "attention.key_length": 32,
+        "rope.dimension_count": 0,
     },
-    "bailingmoe3": {"metadata": {**MLA, **ONE_HEAD, "rope.dimension_sections": [2, 3, 3, 0]}, "without": ODD},
-    "qwen3next": {"metadata": DELTA_NET, "without": EVEN},
-    "qwen35": {"metadata": DELTA_NET, "without": EVEN, "needs": ("attn_gate", "attn_qkv")},
-    "qwen35moe": {"metadata": DELTA_NET, "without": EVEN, "needs": ("attn_gate", "attn_qkv")},
-    "minimax-01": {"without": EVEN},
-    "qwen4exp": {"metadata": {**HYPER, **DELTA_NET, "attention.compress_ratios": [4] * N_LAYER}, "without": EVEN},
+    "bailingmoe3": {**MLA, **ONE_HEAD, "rope.dimension_sections": [2, 3, 3, 0]},
+    "qwen3next": DELTA_NET, "qwen35": DELTA_NET, "qwen35moe": DELTA_NET,
+    "qwen4exp": {**HYPER, **DELTA_NET, "attention.compress_ratios": [4] * N_LAYER},
     # compressed keys and indexers
-    "minicpm3": {"metadata": {}},
-    "deepseek2": {"metadata": MLA},
-    "mistral4": {"metadata": MLA},
-    "deepseek32": {"metadata": MLA},
-    "glm-dsa": {"metadata": MLA},
-    "hy_v4": {"metadata": {**MLA, **HYPER, **INDEXED}},
+    "deepseek2": MLA, "mistral4": MLA, "deepseek32": MLA, "glm-dsa": MLA, "hy_v4": {**MLA, **HYPER, **INDEXED},
     "dots3note": {
-        "metadata": {
-            **MLA, **INDEXED, "attention.sliding_window_pattern": [il % 2 for il in range(N_LAYER)],
-            "attention.kv_lora_rank_swa": 32, "attention.key_length_swa": 48, "attention.value_length_swa": 32,
-            "attention.key_length_mla_swa": 32, "attention.value_length_mla_swa": 16, "rope.freq_base_swa": 10000.0,
-        }
+        **MLA, **INDEXED, "attention.sliding_window_pattern": [il % 2 for il in range(N_LAYER)],
+        "attention.kv_lora_rank_swa": 32, "attention.key_length_swa": 48, "attention.value_length_swa": 32,
+        "attention.key_length_mla_swa": 32, "attention.value_length_mla_swa": 16, "rope.freq_base_swa": 10000.0,
     },
-    "minimax-m3": {"metadata": {"attention.indexer.head_count": N_HEAD, "rope.dimension_count": HEAD // 2}},
+    "minimax-m3": {"attention.indexer.head_count": N_HEAD, "rope.dimension_count": HEAD // 2},
     "deepseek4": {
-        "metadata": {
-            **HYPER, "attention.head_count_kv": 1, "attention.key_length": HEAD, "attention.value_length": HEAD,
-            "rope.dimension_count": HEAD // 2, "attention.output_group_count": 2, "attention.output_lora_rank": 32,
-            "attention.compress_ratios": [0, 0, 4, 128, 4, 128], "attention.compress_rope_freq_base": 160000.0,
-            "hash_layer_count": 0, "expert_gating_func": 4,
-        }
+        **HYPER, "attention.head_count_kv": 1, "attention.key_length": HEAD, "attention.value_length": HEAD,
+        "rope.dimension_count": HEAD // 2, "attention.output_group_count": 2, "attention.output_lora_rank": 32,
+        "attention.compress_ratios": [0, 0, 4, 128, 4, 128], "attention.compress_rope_freq_base": 160000.0,
+        "hash_layer_count": 0, "expert_gating_func": 4,
     },
-    # layers without RoPE among others
-    **{arch: {"without": ODD} for arch in _names("cohere2 cohere2moe muse-glimmer exaone-moe")},
-    "smollm3": {"without": frozenset((3,))},
-    "afmoe": {"without": frozenset((3,))},
-    "smallthinker": {"without": frozenset((0, 4))},
-    "llama4": {"n_layer": 8, "without": frozenset((3, 7))},
-    "plm": {"metadata": {"attention.key_length": 48, "attention.value_length": 32, "rope.dimension_count": 16}},
-    # other branches than a model without weights would take
-    "rwkv6qwen2": {"metadata": {"token_shift_count": 1}, "without": ALL, "lacks": ("time_mix_first",)},
-    "phi3": {"tensors": {f"blk.{il}.attn_qkv.weight": (N_EMBD, 3 * N_EMBD) for il in range(N_LAYER)}},
-    "pockettts": {"tensors": {f"blk.{il}.attn_qkv.weight": (N_EMBD, 3 * N_EMBD) for il in range(N_LAYER)}},
-    "kimi-k3": {"metadata": {**MLA, **ONE_HEAD}, "without": ALL, "needs": ("attn_q_a_norm",)},
+    "plm": {"attention.key_length": 48, "attention.value_length": 32, "rope.dimension_count": 16},
     # shared keys, repeated layers
-    "gemma3n": {"graphs": "vision", "n_layer": 22, "layer_of": by_cache},
     "gemma4": {
-        "graphs": "vision",
-        "layer_of": by_cache,
-        "metadata": {
-            "attention.sliding_window_pattern": [1, 1, 1, 0, 1, 0], "attention.shared_kv_layers": 2,
-            "embedding_length_per_layer_input": 16, "attention.key_length_swa": HEAD,
-            "attention.value_length_swa": HEAD, "rope.freq_base_swa": 10000.0,
-        },
+        "attention.sliding_window_pattern": [1, 1, 1, 0, 1, 0], "attention.shared_kv_layers": 2,
+        "embedding_length_per_layer_input": 16, "attention.key_length_swa": HEAD, "attention.value_length_swa": HEAD,
+        "rope.freq_base_swa": 10000.0,
     },
-    "hrm_text": {"layer_of": by_cache, "metadata": {"hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2}},
+    "hrm_text": {"hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2},
     "graniteswitch": {
-        "metadata": {
-            "adapters.count": 2, "adapters.lora_rank": 4, "adapters.token_ids_activate": [3, 4],
-            "adapters.token_ids_substitute": [5, 6], "adapters.router_gain": 1.0,
-        }
+        "adapters.count": 2, "adapters.lora_rank": 4, "adapters.token_ids_activate": [3, 4],
+        "adapters.token_ids_substitute": [5, 6], "adapters.router_gain": 1.0,
     },
-    "maple": {"metadata": {"swiglu_clamp_exp": 7.0}, "without": ODD},
-    "qwen3tts": {"metadata": {"vocab_size": 3072}},
-    "chameleon": {"metadata": {"vocab_size": 10240}},
-    "baichuan": {"n_layer": 32},  # the 7B model; all others have linear biases
-    "starcoder": {"without": ALL},
-    "eagle3": {
-        "graphs": "eagle3", "n_layer": 1, "target": Fixture("llama", "llama"),
-        "metadata": {"target_layers": [0, 1, 2], "target_hidden_size": N_EMBD},
-    },
-    "dflash": {"graphs": "dflash", "metadata": {"target_layers": [0, 1, 2], "rope.dimension_sections": [0] * 4}},
+    "maple": {"swiglu_clamp_exp": 7.0}, "qwen3tts": {"vocab_size": 3072}, "chameleon": {"vocab_size": 10240},
+    "eagle3": {"target_layers": [0, 1, 2], "target_hidden_size": N_EMBD},
+    "dflash": {"target_layers": [0, 1, 2], "rope.dimension_sections": [0] * 4},
+}  # fmt: skip
+_QKV = {f"blk.{il}.attn_qkv.weight": (N_EMBD, 3 * N_EMBD) for il in range(N_LAYER)}
+OTHER: dict[str, dict[str, Any]] = {
+    "llama4": {"n_layer": 8}, "baichuan": {"n_layer": 32},  # the 7B model; all others have linear biases
+    "qwen35": {"needs": ("attn_gate", "attn_qkv")}, "qwen35moe": {"needs": ("attn_gate", "attn_qkv")},
+    # other branches than a model without weights would take
+    "rwkv6qwen2": {"lacks": ("time_mix_first",)}, "kimi-k3": {"needs": ("attn_q_a_norm",)},
+    "phi3": {"tensors": _QKV}, "pockettts": {"tensors": _QKV},
+    "gemma3n": {"n_layer": 22, "layer_of": by_cache}, "gemma4": {"layer_of": by_cache},
+    "hrm_text": {"layer_of": by_cache}, "eagle3": {"n_layer": 1, "target": Fixture("llama", "llama")},
 }  # fmt: skip
 
 DENSE = _names(
@@ -569,9 +514,9 @@ MIXTURES = _names(
 
 
 def _fixture(arch: str, suffix: str = "", *, moe: bool = False, **changes: Any) -> Fixture:
-    special = dict(SPECIAL.get(arch, {}))
-    metadata = {**(MOE if moe else {}), **special.pop("metadata", {}), **changes.pop("metadata", {})}
-    return Fixture(arch + suffix, arch, metadata, **{**special, **changes})
+    special = {"without": WITHOUT.get(arch, frozenset()), "graphs": GRAPHS_OF.get(arch, "decoder")}
+    metadata = {**(MOE if moe else {}), **METADATA.get(arch, {}), **changes.pop("metadata", {})}
+    return Fixture(arch + suffix, arch, metadata, **{**special, **OTHER.get(arch, {}), **changes})
 
 
 def _looped(node: RopeNode) -> int:
@@ -595,20 +540,15 @@ PREDICTION: dict[str, dict[str, Any]] = {
     "mimo2": {"fused": True, "shift": False},
     "nemotron_h_moe": {
         "without": ALL,
-        "metadata": {
-            "attention.head_count": [2, 0, 2, 0, 0, 2],
-            "attention.head_count_kv": [2, 0, 2, 0, 0, 2],
-            "feed_forward_length": [0, 0, 0, 0, N_FF, 0],
-        },
+        "metadata": {key: [2, 0, 2, 0, 0, 2] for key in HYBRID} | {"feed_forward_length": [0, 0, 0, 0, N_FF, 0]},
     },
     # it must find the tensors of the layer in the file, or it counts as any other
     "deepseek4": {
         "shift": False,
         "metadata": {"attention.compress_ratios": [0, 0, 4, 128, 4, 0]},
         "tensors": {
-            f"blk.{N_LAYER - 1}.nextn.eh_proj.weight": (2 * N_EMBD, N_EMBD),
-            f"blk.{N_LAYER - 1}.nextn.enorm.weight": (N_EMBD,),
-            f"blk.{N_LAYER - 1}.nextn.hnorm.weight": (N_EMBD,),
+            f"blk.{N_LAYER - 1}.nextn.{name}.weight": shape
+            for name, shape in {"eh_proj": (2 * N_EMBD, N_EMBD), "enorm": (N_EMBD,), "hnorm": (N_EMBD,)}.items()
         },
     },
 }
@@ -669,7 +609,7 @@ def _variants() -> Iterator[Fixture]:
     yield _fixture("deepseek2", "-lite", moe=True, n_layer=27)
     yield _fixture("baichuan", "-alibi", n_layer=40, without=frozenset(range(40)))
     for arch in ("granite", "granitehybrid", "graniteswitch"):
-        off = {**SPECIAL.get(arch, {}).get("metadata", {}), "rope.scaling.finetuned": False}
+        off = {**METADATA.get(arch, {}), "rope.scaling.finetuned": False}
         yield _fixture(arch, "-no-rope", metadata=off, without=ALL, shift=False)
     rotating: list[int] = [1 - il % 2 for il in range(N_LAYER)]
     yield _fixture("granite_swa", "-pattern", metadata={"attention.rope_pattern": rotating}, without=ODD, shift=False)
@@ -677,7 +617,7 @@ def _variants() -> Iterator[Fixture]:
     yield _fixture("gemma4", "-moe", moe=True)
     yield _fixture("dflash", "-full", metadata={"attention.sliding_window": None})
     yield _fixture("dflash", "-mrope", metadata={"rope.dimension_sections": [HEAD // 2, 0, 0, 0]})
-    dspark = {**SPECIAL["deepseek4"]["metadata"], "attention.compress_ratios": [0] * N_LAYER}
+    dspark = {**METADATA["deepseek4"], "attention.compress_ratios": [0] * N_LAYER}
     yield _fixture("dflash", "-dspark", moe=True, metadata={**dspark, "expert_gating_func": 4}, shift=False)
     yield _fixture(
         "gemma4-assistant",
@@ -720,18 +660,17 @@ class RefusedError(Exception):
 
 def runs(model: Model, *plans: Factors, **extra: Any) -> list[Graphs]:
     """All graphs of the model with each of several factors, None standing for those of the file."""
+    follows, found = model.fixture.follows, []
     with ExitStack() as stack:
-        if not model.fixture.follows:
-            s = _open(stack, model, **extra)
-            return [_run(s, factors) for factors in plans]
-        target = _open_target(stack, model.fixture, **extra)
-        found = []
+        s = _open_target(stack, model.fixture, **extra) if follows else _open(stack, model, **extra)
         for factors in plans:
-            # the factors of the target count at the time when the context is made
-            _set(target, factors)
-            with Session(model, target, **extra) as s:
+            _set(s, factors)
+            if follows:  # the factors of the target count at the time when the context is made
+                with Session(model, s, **extra) as draft:
+                    found.append(draft.run())
+            else:
                 found.append(s.run())
-        return found
+    return found
 
 
 def _open(stack: ExitStack, model: Model, **extra: Any) -> Session:
@@ -749,11 +688,6 @@ def _set(s: Session, factors: Factors) -> None:
         status = s.set_factors(factors)
     if status != 0:
         raise RefusedError("".join(errors).strip().removeprefix("set_rope_layer_factors: "))
-
-
-def _run(s: Session, factors: Factors) -> Graphs:
-    _set(s, factors)
-    return s.run()
 
 
 @dataclass(frozen=True)
@@ -812,7 +746,7 @@ def audit(fixture: Fixture, folder: Path) -> Audit:
     """
     factors, ones = FACTORS[: fixture.n_layer], [1.0] * fixture.n_layer
     lean: Callable[..., Model] = functools.partial(LeanModel, folder=folder)
-    full: Callable[..., Model] = Model if fixture.virtual and not fixture.file_first else lean
+    full: Callable[..., Model] = functools.partial(open_model, folder=folder)
     problems: list[str] = []
 
     def check(what: str, base: Graphs, graphs: Graphs, used: Sequence[float], *, exact: bool = False) -> None:

@@ -5,11 +5,15 @@ Needs nothing but the standard library, like `native_build`.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 class CommandError(Exception):
@@ -34,6 +38,33 @@ def run(
         output = "\n".join((result.stdout + result.stderr).strip().splitlines()[-25:])
         raise CommandError(f"{' '.join(words[:4])} ... failed:\n{output}")
     return result
+
+
+def lrope_gguf(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """A command of the package in this process: for what depends on no terminal, signal or encoding."""
+    from lrope_gguf.cli import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess([*map(str, arguments)], status, out.getvalue(), err.getvalue())
+
+
+def on_a_terminal(command: Sequence[str | Path], stream: str, columns: int, **options: Any) -> tuple[int, str]:
+    """Run ``command`` with a pseudo-terminal for ``stream``: exit status, and what was shown there."""
+    import fcntl
+    import pty
+    import termios
+
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(command, **{"stdout": subprocess.DEVNULL, stream: terminal}, **options)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(controller, 1 << 16):
+            shown += part
+    os.close(controller)
+    return process.wait(60), shown.decode()
 
 
 def script(main: Callable[[], int | None]) -> None:

@@ -54,9 +54,6 @@ class _TimeoutError(BaseException):
     """Not an Exception, so that no handler takes it for an error of the file."""
 
 
-# Seeds
-
-
 def make_seeds(folder: Path) -> list[Path]:
     """Write the seed files into `folder`, which must exist. Needs the `gguf` package."""
     # imported here: the processes of the long run make no seeds and are to stay small
@@ -131,9 +128,6 @@ def load(path: Path) -> Seed:
     types += range(kv_end, info_end, 4)
     pairs = [(entry.start, entry.end) for entry in entries]
     return Seed(path.read_bytes(), order, sorted(spots), lengths, types, pairs, info_end)
-
-
-# Mutants
 
 
 def mutant(seeds: list[Seed], seed: int, number: int) -> bytes:
@@ -233,9 +227,6 @@ def _add_keys(data: bytearray, base: Seed, change: int) -> None:
     if len(data) >= 24:
         number = struct.unpack_from(base.order + "Q", data, 16)[0]
         struct.pack_into(base.order + "Q", data, 16, (number + change) % 2**64)
-
-
-# Checks
 
 
 def check(path: Path, data: bytes, *, deep: bool) -> Outcome:

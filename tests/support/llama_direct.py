@@ -79,6 +79,23 @@ def errors() -> Iterator[list[str]]:
         lib.llama_log_set(getattr(lib, "lrope_log_callback", log_errors), ctypes.c_void_p(0))
 
 
+def batch_of(
+    n: int, positions: Sequence[int], sequences: Sequence[int] | None = None, wanted: Sequence[int] | None = None,
+    **inputs: Any,
+) -> Any:  # fmt: skip
+    """A batch of ``n`` tokens, with outputs where ``wanted``; ``inputs`` are C arrays of tokens, of embeddings."""
+    batch = library().llama_batch()
+    batch.n_tokens = n
+    for name, values in inputs.items():
+        setattr(batch, name, values)
+    ids: list[Any] = [(ctypes.c_int32 * 1)(sequence) for sequence in sequences or [0] * n]
+    batch.pos = (ctypes.c_int32 * len(positions))(*positions)
+    batch.n_seq_id = (ctypes.c_int32 * n)(*[1] * n)
+    batch.seq_id = (ctypes.POINTER(ctypes.c_int32) * n)(*ids)
+    batch.logits = (ctypes.c_int8 * n)(*(wanted or [1] * n))
+    return batch
+
+
 class RopeTrace:
     """What the RoPE operations of a decode computed, by name ("Qcur-0"): a context takes it as ``trace``."""
 
@@ -182,16 +199,7 @@ class Context:
         return np.stack([np.ctypeslib.as_array(pointer, (width,)).copy() for pointer in pointers])
 
     def _decode(self, n: int, positions: list[int], sequences: Sequence[int] | None, **inputs: Any) -> None:
-        batch = self.lib.llama_batch()
-        batch.n_tokens = n
-        for name, values in inputs.items():
-            setattr(batch, name, values)
-        ids: list[Any] = [(ctypes.c_int32 * 1)(sequence) for sequence in sequences or [0] * n]
-        batch.pos = (ctypes.c_int32 * len(positions))(*positions)
-        batch.n_seq_id = (ctypes.c_int32 * n)(*[1] * n)
-        batch.seq_id = (ctypes.POINTER(ctypes.c_int32) * n)(*ids)
-        batch.logits = (ctypes.c_int8 * n)(*[1] * n)
-        status = self.lib.llama_decode(self.context, batch)
+        status = self.lib.llama_decode(self.context, batch_of(n, positions, sequences, **inputs))
         assert status == 0, f"llama_decode: {status}"
 
     def _logits(self, n: int) -> NDArray[np.float32]:

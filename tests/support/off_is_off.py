@@ -64,7 +64,7 @@ def decode(model_path: Path, n_ctx: int, n_threads: int) -> list[Step]:
     model = lib.llama_model_load_from_file(str(model_path).encode(), params)
     if not model:
         raise CommandError(f"{model_path}: not loaded")
-    graph = _Graph(Path(lib._base_path))
+    graph = _Graph(lib._lib)
     params = lib.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, N_BATCH, N_BATCH
     params.n_threads = params.n_threads_batch = n_threads
@@ -108,13 +108,8 @@ def decode(model_path: Path, n_ctx: int, n_threads: int) -> list[Step]:
 class _Graph:
     """Counts the nodes that the scheduler computes and hashes their operations, shapes and names in order."""
 
-    def __init__(self, folder: Path) -> None:
-        names = [
-            path for pattern in ("libggml-base.so*", "libggml-base*.dylib") for path in sorted(folder.glob(pattern))
-        ]
-        if not names:
-            raise CommandError(f"{folder}: no libggml-base")
-        self.lib: Any = ctypes.CDLL(str(names[0]))
+    def __init__(self, lib: Any) -> None:
+        self.lib = lib
         for name, result in (
             ("ggml_op_desc", ctypes.c_char_p),
             ("ggml_get_name", ctypes.c_char_p),

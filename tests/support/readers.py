@@ -18,7 +18,6 @@ FACTORS = (1.0, 1.3, 0.8, 2.5, 1.07, 3.1)
 ONES = (1.0,) * N_LAYER
 POINTS = [[0, 1], [0.5, 2], [1, 1.5]]
 CURVED = tuple(round(s, 9) for s in Curve(((0, 1), (0.5, 2), (1, 1.5))).factor_list(N_LAYER))
-SHORT = tuple(round(s, 9) for s in Curve(((0, 1), (0.5, 2), (1, 1.5))).factor_list(N_LAYER - 1))
 
 REFUSED: Final = "refused"
 UNCHECKED: Final = "unchecked"

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from support.gguf_fixtures import finish
+from support.gguf_fixtures import add_key, finish
 from support.rope_reference import Array, Config, Reference, Rope
 
 Weights = dict[str, NDArray[np.float32]]
@@ -127,8 +127,7 @@ def add_attention(writer: gguf.GGUFWriter, c: Config) -> None:
 
 def add_metadata(writer: gguf.GGUFWriter, model: TinyModel) -> None:
     for key, value in model.metadata:
-        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-        add.get(type(value), writer.add_array)(f"{model.arch}.{key}", value)
+        add_key(writer, f"{model.arch}.{key}", value)
 
 
 _folder = tempfile.TemporaryDirectory(prefix="rope-models-")
