@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,11 @@ def test_it_is_shown_in_text_and_picture(free: tuple[Path, SearchOutcome], tmp_p
     assert len(rows) == len(summary.front.points)
     chosen = [row for row in rows if "chosen" in row[-1]]
     assert [row[0] for row in chosen] == [str(outcome.winner.id)] and "front" in chosen[0][-1]
-    assert any(line.startswith(f"{outcome.winner.id} ") and "chosen" in line for line in summary_lines(summary))
+    said = "\n".join(summary_lines(summary))
+    assert re.search(rf"^{outcome.winner.id} .* chosen", said, re.M) and re.search(
+        r"^KL, long +\S+ nats a token", said, re.M
+    )
+    assert "\ngain on validation contexts against KL on ordinary text, nats a token; --max-kl 9\n" in said
     assert "front" in draw_pictures(summary)
     page = write_report(summary, tmp_path / "page.html")
     assert (tmp_path / "page-front.png").stat().st_size > 5000

@@ -55,18 +55,9 @@ def no_gain(directory: Path) -> None:
     make_study(directory, SMALL, evaluator=Flat(6))
 
 
-def too_few(directory: Path) -> None:
-    make_study(directory, dataclasses.replace(SMALL, test_contexts=4))
-
-
 def two_tasks(directory: Path) -> None:
     config = {"model": "two", "task": TASKS}
     make_study(directory, dataclasses.replace(SMALL, test_contexts=16), evaluator=Two(8), config=config)
-
-
-def looked_twice(directory: Path) -> None:
-    make_study(directory, SMALL, test_size=12)
-    make_study(directory, dataclasses.replace(SMALL, max_evaluations=24), test_size=12)
 
 
 def unfinished(directory: Path) -> None:
@@ -76,7 +67,7 @@ def unfinished(directory: Path) -> None:
     (directory / "best.json").write_text(json.dumps(best))
 
 
-CASES = (gain, some_layers, no_gain, too_few, two_tasks, looked_twice, unfinished)
+CASES = (gain, some_layers, no_gain, two_tasks, unfinished)
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__.replace("_", "-"))

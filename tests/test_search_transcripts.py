@@ -1,10 +1,11 @@
-"""What the search commands say, word for word: a transcript each, with numbers left out.
+"""What the search commands say, word for word: a transcript each, with numbers left out and rows alike once.
 
 ``LROPE_WRITE_TRANSCRIPTS=1`` writes them anew.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -24,7 +25,6 @@ COMMANDS = {
         f"search model.gguf {ASK} {SMALL} --dry-run",
         f"search model.gguf {ASK} {SMALL} --set ga.width=0.3",
         f"search model.gguf {ASK} {SMALL} --set ga.width=0.2",
-        "report best.study",
     ],
     "eval": [
         f"eval model.gguf {ASK} --contexts 6 --uniform 1.2 --generate",
@@ -47,10 +47,8 @@ def scrubbed(text: str, *, numbers: bool) -> str:
     lines = [re.sub(r" {2,}", "  ", line.rstrip()) for line in text.splitlines()]
     kept = [re.sub(r"-{4,}", "----", line) for line in lines]
     # how often it says how far it is, and whether there is something to write, depends on what it finds
-    return (
-        "\n".join(line for line in kept if not re.match(r"#/# candidates|# candidates|test context|next: ", line))
-        + "\n"
-    )
+    kept = [line for line in kept if not re.match(r"#/# candidates|# candidates|test context|next: ", line)]
+    return "".join(f"{line}\n" for line, _ in itertools.groupby(kept))  # of rows alike one
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from lrope_search import (
     optimizer_config,
     search,
     task_config,
-)
+)  # fmt: skip
 from lrope_search import session as session_module
 from lrope_search.evaluation import make
 from lrope_search.evaluation.memory import MemoryNeeded
@@ -48,10 +47,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 
 def rates_are(patch: pytest.MonkeyPatch, rates: dict[tuple[int, int], float]) -> None:
-    """Let the machine have two cores, and so many tokens a second in each division of them."""
+    """Let the machine have two cores, and so many tokens a second in each division of them, 100 if not said."""
     patch.setattr(session_module, "physical_cores", lambda: 2)
     patch.setattr(session_module, "_START_SECONDS", 0.0)
-    measured = {Parallelism(*division): rate for division, rate in rates.items()}
+    measured = {Parallelism(*division): rates.get(division, 100.0) for division in ((1, 1), (1, 2), (2, 1))}
     patch.setattr(make, "measure_rates", lambda model, choices: {c: measured[c] for c in choices})
 
 
@@ -65,16 +64,13 @@ CALLS: dict[str, Callable[..., object]] = {
 @native
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_progress_is_silenced_or_goes_to_a_function(
-    call: Callable[..., object],
-    model: ModelConfig,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    call: Callable[..., object], model: ModelConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     """Nothing of Python, llama.cpp or another process reaches either stream."""
     call(model, tmp_path / "silent", progress=False, workers=WorkersConfig(2))
     assert capfd.readouterr() == ("", "")
-    rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0})
+    rates_are(monkeypatch, {})
     lines: Lines = []
     call(model, tmp_path / "lines", progress=lines.append)
     assert capfd.readouterr() == ("", "")
@@ -87,17 +83,11 @@ def test_progress_is_silenced_or_goes_to_a_function(
 
 
 @native
-def test_a_dry_run_is_a_session_that_is_not_continued(
-    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0})
+def test_a_dry_run_is_a_session_that_is_not_continued(model: ModelConfig, tmp_path: Path) -> None:
     lines: Lines = []
     estimate(model, TASK, SETTINGS, tmp_path / "s", progress=lines.append)
     assert not (tmp_path / "s").exists()
-    said = next(line for line in lines if line.startswith("about "))
-    assert re.fullmatch(
-        rf"about \d+ evaluations of \d+ tokens: about \d+ seconds at \d+ tokens/s; results go to {tmp_path}/s", said
-    )
+    assert any(line.startswith("about ") and line.endswith(f"; results go to {tmp_path}/s") for line in lines)
     search(model, TASK, SETTINGS, tmp_path / "s", progress=False)
     estimate(model, TASK, SETTINGS, tmp_path / "s", progress=False)  # and one that is there is looked at
 
@@ -108,7 +98,7 @@ def test_the_result_is_the_same_however_the_cores_are_divided(
 ) -> None:
     found, said = [], []
     for fast in ((1, 1), (1, 2), (2, 1)):
-        rates_are(monkeypatch, {(1, 1): 100.0, (1, 2): 100.0, (2, 1): 100.0} | {fast: 900.0})
+        rates_are(monkeypatch, {fast: 900.0})
         lines: Lines = []
         place = tmp_path / f"{fast}"
         search(model, TASK, SETTINGS, place, progress=lines.append)
@@ -119,29 +109,24 @@ def test_the_result_is_the_same_however_the_cores_are_divided(
         "1 worker with 1 thread", "1 worker with 2 threads", "2 workers with 1 thread each")]  # fmt: skip
 
 
+RATES = {(1, 1): 100.0, (1, 2): 150.0, (2, 1): 190.0, (2, 2): 50.0}
+
+
 def settled(
-    workers: int | None,
-    threads: int | None,
-    rates: dict[tuple[int, int], float],
-    free: int | None = None,
-    most: int = 9,
+    workers: int | None, threads: int | None, free: int | None = None, most: int = 9
 ) -> tuple[tuple[int, int], float, Lines]:
     """How the cores are divided, how many times as fast that is, and what is said, on two cores without a model."""
     choices = divisions(2, workers, threads)
-    measured = {choice: rates[choice.n_workers, choice.n_threads] for choice in choices} if len(choices) > 1 else {}
+    measured = {choice: RATES[choice.n_workers, choice.n_threads] for choice in choices} if len(choices) > 1 else {}
     alone = {choice: rate for choice, rate in measured.items() if choice.n_workers == 1}
     n_threads = fastest(alone).n_threads if alone else choices[0].n_threads
     facts = SimpleNamespace(rates=measured, n_threads=n_threads, n_tokens=1000, memory=MemoryNeeded(100, 60, 40))
     lines: Lines = []
-    parts: list[Any] = [
-        None, ModelConfig("m", n_threads=threads), None, facts, None, SimpleNamespace(line=lines.append),
-    ]  # fmt: skip
+    said = SimpleNamespace(line=lines.append)
+    parts: list[Any] = [None, ModelConfig("m", n_threads=threads), None, facts, None, said]
     session = Session(*parts, WorkersConfig(workers), *cast(list[Any], [None] * 4), free)
     times = session.divide(1000, most)
     return (session._division.n_workers, session._division.n_threads), times, lines
-
-
-RATES = {(1, 1): 100.0, (1, 2): 150.0, (2, 1): 190.0, (2, 2): 50.0}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +147,7 @@ def test_what_the_user_says_stands(
 ) -> None:
     monkeypatch.setattr(session_module, "physical_cores", lambda: 2)
     monkeypatch.setattr(session_module, "visible_gpus", tuple)
-    found, fast, lines = settled(workers, threads, RATES)
+    found, fast, lines = settled(workers, threads)
     assert found == expected
     assert fast == pytest.approx(times)
     chosen = any(line.startswith("fastest here and now: ") for line in lines)
@@ -172,11 +157,11 @@ def test_what_the_user_says_stands(
 
 def test_more_workers_are_taken_only_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "visible_gpus", tuple)
-    assert settled(None, None, RATES, free=300)[0] == (2, 1)
-    assert settled(None, None, RATES, free=299)[0] == (1, 2)
-    assert settled(None, None, RATES, most=1)[0] == (1, 2)  # of so few evaluations that can be out at once
+    assert settled(None, None, free=300)[0] == (2, 1)
+    assert settled(None, None, free=299)[0] == (1, 2)
+    assert settled(None, None, most=1)[0] == (1, 2)  # of so few evaluations that can be out at once
     with pytest.raises(LropeError, match=r"^--workers 2: need .* are free; give at most 1$"):
-        settled(2, None, RATES, free=299)
+        settled(2, None, free=299)
 
 
 @native
