@@ -32,10 +32,6 @@ def test_is_a_llama_without_factors() -> None:
     assert model.factors is None
 
 
-def test_words_are_distinct() -> None:
-    assert len({*KEY_WORDS, *VALUE_WORDS}) == len(KEY_WORDS) + len(VALUE_WORDS)
-
-
 def test_prompts_are_of_words() -> None:
     task = KeyValueTask(20, probes=5, positions="even", identifiers="word", seed=3)
     context = task.context("test", 1)
@@ -45,12 +41,8 @@ def test_prompts_are_of_words() -> None:
     assert [probe.question for probe in context.probes] == [f" {pairs[i][0]}" for i in (0, 5, 10, 14, 19)]
     assert [probe.answer for probe in context.probes] == [pairs[i][1] for i in (0, 5, 10, 14, 19)]
     assert np.isin([key for key, _ in pairs], KEY_WORDS).all()
+    assert len({*KEY_WORDS, *VALUE_WORDS}) == len(KEY_WORDS) + len(VALUE_WORDS)
     assert task.calibration().lead == "="
-
-
-def test_there_are_no_more_keys_than_words() -> None:
-    with pytest.raises(LropeError, match="--keys 257: there are 256 such keys"):
-        KeyValueTask(257, identifiers="word")
 
 
 def test_as_many_words_as_fit() -> None:

@@ -46,14 +46,6 @@ def test_fitting_raises_the_evidence_and_finds_the_input_that_matters() -> None:
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.1
 
 
-def test_noise_falls_with_weight_and_doubt_grows_with_distance() -> None:
-    x = np.array([[0.0], [1.0]])
-    process = GaussianProcess(1, length=0.3, noise=0.5)
-    process.fit(x, np.array([1.0, -1.0]), np.array([1.0, 100.0]))
-    _, deviation = process.predict(np.array([[0.0], [1.0], [9.0]]))
-    assert deviation[1] < deviation[0] < deviation[2]
-
-
 def test_pending_observations_count_as_if_they_had_come_as_expected() -> None:
     rng = np.random.default_rng(2)
     x, y, weight = rng.normal(size=(15, 2)), rng.normal(size=15), rng.uniform(0.5, 2.0, 15)

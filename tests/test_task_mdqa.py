@@ -26,11 +26,8 @@ def line(n: int, others: int = 0, **changes: Any) -> dict[str, Any]:
         for i in range(others)
     ]
     documents = [*found[: n % 3], gold, *found[n % 3 :]]
-    return {
-        "question": f"what is thing number{n}x",
-        "answers": [f"Name{n}x", f"name {n} X"],
-        "ctxs": documents,
-    } | changes
+    question, answers = f"what is thing number{n}x", [f"Name{n}x", f"name {n} X"]
+    return {"question": question, "answers": answers, "ctxs": documents} | changes
 
 
 def documents_of(context: Context) -> list[tuple[str, str]]:
@@ -129,10 +126,9 @@ def test_no_document_answers_another_question_and_no_split_sees_anothers(
             documents = documents_of(context)
             assert len({text for _, text in documents}) == len(documents) == 4
             for probe in context.probes:
-                place = round(probe.depth * 3)
-                wordings = (probe.answer, *probe.aliases)
-                assert not any(holds(" ".join(d), wordings, normalized=True) for d in documents[:place])
-                assert not any(holds(" ".join(d), wordings, normalized=True) for d in documents[place + 1 :])
+                place, wordings = round(probe.depth * 3), (probe.answer, *probe.aliases)
+                others = documents[:place] + documents[place + 1 :]
+                assert not any(holds(" ".join(d), wordings, normalized=True) for d in others)
         gold_pages = {documents_of(c)[round(p.depth * 3)][0] for c in own for p in c.probes}
         seen[split] = {*questions, *(text for c in own for _, text in documents_of(c)), *gold_pages}
     assert not seen["search"] & seen["validation"]
@@ -196,16 +192,16 @@ def test_as_many_documents_as_fit_into_the_tokens(tmp_path: Path, tokens: int) -
 
 def test_sizes_that_cannot_be(tmp_path: Path) -> None:
     data = write(tmp_path / "qa.jsonl", [line(n) for n in range(30)])
-    with pytest.raises(LropeError, match=r"mdqa\.documents 10: too few for 11 probes"):
-        MultiDocumentTask(data, 10, probes=11)
-    with pytest.raises(LropeError, match="probes 0"):
-        MultiDocumentTask(data, probes=0)
-    with pytest.raises(LropeError, match=r"qa\.jsonl: 6 passages are for validation, fewer than mdqa\.documents 7"):
-        MultiDocumentTask(data, 7, probes=2)
-    with pytest.raises(LropeError, match="--context-tokens 30: the documents of 2 questions alone take"):
-        MultiDocumentTask(data, probes=2, limit=TokenLimit(30, words)).context("test", 0)
-    with pytest.raises(LropeError, match=r"--context-tokens 900: the 9 documents .* take only"):
-        MultiDocumentTask(data, probes=2, limit=TokenLimit(900, words)).context("test", 0)
+    for documents, probes, message in (
+        (10, 11, r"mdqa\.documents 10: too few for 11 probes"),
+        (None, 0, "probes 0"),
+        (7, 2, r"qa\.jsonl: 6 passages are for validation, fewer than mdqa\.documents 7"),
+    ):
+        with pytest.raises(LropeError, match=message):
+            MultiDocumentTask(data, documents, probes=probes)
+    for tokens, message in ((30, "the documents of 2 questions alone take"), (900, "the 9 documents .* take only")):
+        with pytest.raises(LropeError, match=f"--context-tokens {tokens}: {message}"):
+            MultiDocumentTask(data, probes=2, limit=TokenLimit(tokens, words)).context("test", 0)
     task = MultiDocumentTask(data, 5, probes=3)
     assert [task.size(split) for split in SPLITS] == [5, 2, 3]
     with pytest.raises(LropeError, match="4 test contexts asked for, but of its 10 contexts 3 are for test"):

@@ -18,48 +18,37 @@ from lrope_search.report.reading import read_study
 from lrope_search.report.tracking import log_study
 
 
-class Fake(ModuleType):
-    """The part of mlflow that is used, with its limits."""
+class MlflowException(Exception):  # noqa: N818
+    pass
 
-    class exceptions:  # noqa: N801
-        class MlflowException(Exception):  # noqa: N818
-            pass
 
-    def __init__(self, broken: bool = False) -> None:
-        super().__init__("mlflow")
-        self.logged: dict[str, Any] = {"metrics": [], "artifacts": []}
-        self.broken = broken
+def install(monkeypatch: pytest.MonkeyPatch, broken: bool = False) -> dict[str, Any]:
+    """Let there be the part of mlflow that is used, with its limits; returns what will be logged."""
+    logged: dict[str, Any] = {"metrics": [], "artifacts": []}
 
     @contextmanager
-    def start_run(self, run_name: str) -> Any:
-        if self.broken:
-            raise self.exceptions.MlflowException("server: no answer\nand much more")
-        self.logged["name"] = run_name
+    def start_run(run_name: str) -> Any:
+        if broken:
+            raise MlflowException("server: no answer\nand much more")
+        logged["name"] = run_name
         yield SimpleNamespace(info=SimpleNamespace(run_id="r1"))
 
-    def log_params(self, params: dict[str, str]) -> None:
-        self.logged["params"] = params
+    def log_batch(run_id: str, metrics: list[Any]) -> None:
+        assert run_id == "r1" and len(metrics) <= 1000
+        logged["metrics"] += metrics
 
-    def set_tags(self, tags: dict[str, Any]) -> None:
-        self.logged["tags"] = tags
-
-    def MlflowClient(self) -> Any:  # noqa: N802
-        def log_batch(run_id: str, metrics: list[Any]) -> None:
-            assert run_id == "r1" and len(metrics) <= 1000
-            self.logged["metrics"] += metrics
-
-        return SimpleNamespace(log_batch=log_batch)
-
-    def log_artifact(self, path: str) -> None:
-        self.logged["artifacts"].append(Path(path).name)
-
-
-def install(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> Fake:
-    entities = ModuleType("mlflow.entities")
-    entities.Metric = lambda key, value, timestamp, step: (key, value, timestamp, step)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mlflow", fake)
-    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
-    return fake
+    parts = {
+        "start_run": start_run, "exceptions": SimpleNamespace(MlflowException=MlflowException),
+        "log_params": lambda params: logged.update(params=params), "set_tags": lambda tags: logged.update(tags=tags),
+        "MlflowClient": lambda: SimpleNamespace(log_batch=log_batch),
+        "log_artifact": lambda path: logged["artifacts"].append(Path(path).name),
+    }  # fmt: skip
+    entities = {"Metric": lambda key, value, timestamp, step: (key, value, timestamp, step)}
+    for name, content in (("mlflow", parts), ("mlflow.entities", entities)):
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    return logged
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +60,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_study_is_one_run(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = install(monkeypatch, Fake())
+    logged = install(monkeypatch)
     assert log_study(read_study(study)) == "r1"
     summary = read_study(study)
-    logged = fake.logged
     assert logged["name"] == "best.study" and logged["params"]["search.seed"] == "3"
     assert logged["tags"] == {"verdict": summary.verdict, "recommended": summary.recommended}
     fitness = [(value, step) for key, value, _, step in logged["metrics"] if key == "fitness"]
@@ -86,10 +74,10 @@ def test_a_study_is_one_run(study: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_command(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    install(monkeypatch, Fake())
+    install(monkeypatch)
     assert main(["report", str(study), "--json", "--mlflow"]) == 0
     assert "mlflow: run r1" in capsys.readouterr().err
-    install(monkeypatch, Fake(broken=True))
+    install(monkeypatch, broken=True)
     assert main(["report", str(study), "--json", "--mlflow"]) == 1
     assert capsys.readouterr().err == "lrope-gguf: --mlflow: server: no answer\n"
     monkeypatch.setitem(sys.modules, "mlflow", None)
