@@ -32,12 +32,12 @@ Made = tuple[ModelConfig, Any, SearchConfig, WorkersConfig | None]
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Return what `search` makes of options, without a search; of a mistake its one line."""
     monkeypatch.chdir(tmp_path)
     path = write_readable(tmp_path / "m.gguf")
 
-    def make(*options: str, capsys: pytest.CaptureFixture[str]) -> Made | str:
+    def make(*options: str) -> Made | str:
         found: list[Made] = []
 
         def estimate(model: ModelConfig, task: Any, settings: SearchConfig, directory: Path, *, workers: Any) -> None:
@@ -66,7 +66,7 @@ def test_what_print_config_writes_are_the_defaults(made: Any, capsys: pytest.Cap
     assert main(["search", "--print-config"]) == 0
     text = capsys.readouterr().out
     Path("all.toml").write_text(text)
-    assert made("--config", "all.toml", capsys=capsys) == made(capsys=capsys)
+    assert made("--config", "all.toml") == made()
     # each setting is there with a comment before it, set or not
     table, before, names = "", "", []
     for line in text.splitlines():
@@ -80,7 +80,7 @@ def test_what_print_config_writes_are_the_defaults(made: Any, capsys: pytest.Cap
     tomllib.loads(re.sub(r"^# ([a-z_]+) = .*$", r"\1 = 1", text, flags=re.MULTILINE))  # and could be given
 
 
-def test_settings_of_all_sources_combine(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_of_all_sources_combine(made: Any) -> None:
     Path("c.toml").write_text(
         'task = ["kv", "multikey"]\nmax_evaluations = 50\nmax_kl = 1\n'
         "bounds = [0.5, 2]\nthreads = 1\n"
@@ -90,7 +90,7 @@ def test_settings_of_all_sources_combine(made: Any, capsys: pytest.CaptureFixtur
     )
     model, task, settings, workers = made(
         "--config", "c.toml", "--max-evaluations", "60", "--keys", "kv=31", "--set", "kv.identifiers=word",
-        "--seed", "4", "--set", "gpus=0,1", "--set", "cma-es.width=0.3", "--workers", "2", capsys=capsys,
+        "--seed", "4", "--set", "gpus=0,1", "--set", "cma-es.width=0.3", "--workers", "2",
     )  # fmt: skip
     assert (model.n_threads, workers.n_workers, workers.gpus) == (1, 2, ("0", "1"))
     kv, multikey = task.tasks
@@ -100,9 +100,9 @@ def test_settings_of_all_sources_combine(made: Any, capsys: pytest.CaptureFixtur
     assert settings.optimizer.to_json() == {"width": 0.3, "population": 7}
 
 
-def test_what_a_file_and_an_option_say_may_not_go_together(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_file_and_an_option_say_may_not_go_together(made: Any) -> None:
     Path("c.toml").write_text("[kv]\n\nkeys = 30\n")
-    said = made("--config", "c.toml", "--context-tokens", "900", capsys=capsys)
+    said = made("--config", "c.toml", "--context-tokens", "900")
     assert said == ("c.toml:3: kv.keys = 30, --context-tokens 900: both give a context's size; leave out one of them")
 
 
@@ -154,11 +154,9 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("given", "message"), [*BAD_FILES, *BAD_OPTIONS])
-def test_a_bad_file_or_option_is_one_line(
-    given: str, message: str, made: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_file_or_option_is_one_line(given: str, message: str, made: Any) -> None:
     Path("c.toml").write_bytes(given.encode("latin-1"))
-    said = made(*(given.split() if given.startswith("--") else ("--config", "c.toml")), capsys=capsys)
+    said = made(*(given.split() if given.startswith("--") else ("--config", "c.toml")))
     assert isinstance(said, str) and said.startswith(message)
 
 
@@ -174,13 +172,11 @@ OLD = [
 
 
 @pytest.mark.parametrize("option", OLD)
-def test_each_old_option_is_still_there_or_says_where_it_went(
-    option: str, made: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_old_option_is_still_there_or_says_where_it_went(option: str, made: Any) -> None:
     with click.Context(search.command) as context:
         if any(option in param.opts for param in search.command.get_params(context)):
             return
-    said = made(option, "1", capsys=capsys)
+    said = made(option, "1")
     assert isinstance(said, str) and said.startswith(f"{option}: is ")
     (name,) = re.findall(r"--set (\S+)=", said)
     assert name in known_settings() or name == "TASK.weight"
@@ -264,13 +260,13 @@ def echo() -> Iterator[None]:
 
 @pytest.mark.usefixtures("echo")
 def test_a_task_of_ones_own_is_one_class_and_one_entry(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    _, task, _, _ = made("--task", "echo", "--set", "echo.loudness=5", "--seed", "2", capsys=capsys)
+    _, task, _, _ = made("--task", "echo", "--set", "echo.loudness=5", "--seed", "2")
     assert task == EchoConfig(loudness=5, seed=2) == task_config("echo", loudness=5, seed=2)
     Path("c.toml").write_text('task = ["echo", "kv"]\n[echo]\nloudness = 4\n')
-    _, mix, _, _ = made("--config", "c.toml", capsys=capsys)
+    _, mix, _, _ = made("--config", "c.toml")
     assert [part.name for part in mix.tasks] == ["kv", "echo"] and mix.tasks[1].loudness == 4
     assert task_identity(task) == {"name": "echo", "loudness": 5, "seed": 2, "answer_prefix": "", "data": None}
-    said = made("--task", "echo", "--set", "echo.loudness=1", capsys=capsys)
+    said = made("--task", "echo", "--set", "echo.loudness=1")
     assert said == "--set echo.loudness=1: too small; give at least 2"
     assert main(["search", "--print-config"]) == 0
     assert "# how many pairs\nloudness = 3\n" in capsys.readouterr().out
