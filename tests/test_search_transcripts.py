@@ -20,7 +20,7 @@ MODEL = Path(__file__).parent.parent / "models" / "lrope-kv.gguf"
 ASK = "--keys 120 --set kv.identifiers=word --set kv.probes=10 --threads 1"
 SMALL = "--max-evaluations 12 --max-kl 100 --set search_contexts=1 --set validation_contexts=2 --set test_contexts=6"
 COMMANDS = {
-    "help": ["search --help", "eval --help"],
+    "help": ["search --help"],
     "search": [
         f"search model.gguf {ASK} {SMALL} --dry-run",
         f"search model.gguf {ASK} {SMALL} --set ga.width=0.3",
