@@ -149,9 +149,8 @@ def test_free_memory() -> None:
     assert free is not None and 1 << 20 < free < 1 << 50
 
 
+HEAD = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
 SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
 from support.worker_evaluators import Workers
 from lrope_search.scores import Job
 from lrope_search.workers.processes import ProcessExecutor
@@ -166,14 +165,12 @@ print("done", __spec__, __file__ == sys.argv[0])
 def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
     """Its workers do not run it again."""
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(HEAD + SCRIPT)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("run None True\ndone None True\n", "")
 
 
 PROGRAM = """
-import sys
-sys.path.insert(0, {tests!r})
 from support.worker_evaluators import Workers
 from lrope_search.scores import GUARD, Job
 from lrope_search.workers.processes import ProcessExecutor
@@ -188,7 +185,7 @@ if __name__ == "__main__":
 
 def test_workers_end_with_the_search_that_was_killed(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(tests=str(Path(__file__).parent)))
+    program.write_text(HEAD + PROGRAM)
     with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pids = [int(word) for word in process.stdout.readline().split()]

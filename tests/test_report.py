@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import sys
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from lrope_search.report.page import page_text, write_report
 from lrope_search.report.pictures import draw_pictures
 from lrope_search.report.reading import read_study
 from lrope_search.report.text import scan_words, summary_lines
+from lrope_search.report.tracking import log_study
 from lrope_search.results import table
 from lrope_search.results.comparison import Comparison, compare
 from lrope_search.results.intervals import wilson
@@ -474,3 +477,64 @@ def test_a_ruined_layer_of_the_scan_is_drawn_too(whole: tuple[Path, SearchOutcom
     assert "alone" in draw_pictures(study)["scan"].svg
     assert "loss beyond two standard errors: layers 0 to 1 at 1.2 (-inf)" in scan_words(study)
     assert "gain beyond two standard errors: none" in scan_words(study)  # nothing says how far 0.1 can be trusted
+
+
+class MlflowException(Exception):  # noqa: N818
+    pass
+
+
+def install(monkeypatch: pytest.MonkeyPatch, broken: bool = False) -> dict[str, Any]:
+    """Let there be the part of mlflow that is used, with its limits; returns what will be logged."""
+    logged: dict[str, Any] = {"metrics": [], "artifacts": []}
+
+    @contextmanager
+    def start_run(run_name: str) -> Any:
+        if broken:
+            raise MlflowException("server: no answer\nand much more")
+        logged["name"] = run_name
+        yield SimpleNamespace(info=SimpleNamespace(run_id="r1"))
+
+    def log_batch(run_id: str, metrics: list[Any]) -> None:
+        assert run_id == "r1" and len(metrics) <= 1000
+        logged["metrics"] += metrics
+
+    parts = {
+        "start_run": start_run, "exceptions": SimpleNamespace(MlflowException=MlflowException),
+        "log_params": lambda params: logged.update(params=params), "set_tags": lambda tags: logged.update(tags=tags),
+        "MlflowClient": lambda: SimpleNamespace(log_batch=log_batch),
+        "log_artifact": lambda path: logged["artifacts"].append(Path(path).name),
+    }  # fmt: skip
+    entities = {"Metric": lambda key, value, timestamp, step: (key, value, timestamp, step)}
+    for name, content in (("mlflow", parts), ("mlflow.entities", entities)):
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    return logged
+
+
+def test_a_study_is_one_run_of_mlflow(whole: tuple[Path, SearchOutcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    logged, study = install(monkeypatch), whole[0]
+    write_report(read_study(study))
+    assert log_study(read_study(study)) == "r1"
+    summary = read_study(study)
+    assert logged["name"] == "best.study" and logged["params"]["search.seed"] == "3"
+    assert logged["tags"] == {"verdict": summary.verdict, "recommended": summary.recommended}
+    fitness = [(value, step) for key, value, _, step in logged["metrics"] if key == "fitness"]
+    assert fitness == [(trial.fitness, i) for i, trial in enumerate(summary.trials)]
+    assert len(fitness) == SETTINGS.max_evaluations
+    assert summary.table is not None
+    totals = {key: value for key, value, _, _ in logged["metrics"] if key.startswith("test_accuracy")}
+    assert totals["test_accuracy_base"] == summary.table.totals["base"].accuracy
+    assert {"best.json", "report.html", "report-factors.png"} <= set(logged["artifacts"])
+
+
+def test_report_with_mlflow(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    install(monkeypatch)
+    assert main(["report", str(copy), "--json", "--mlflow"]) == 0
+    assert "mlflow: run r1" in capsys.readouterr().err
+    install(monkeypatch, broken=True)
+    assert main(["report", str(copy), "--json", "--mlflow"]) == 1
+    assert capsys.readouterr().err == "lrope-gguf: --mlflow: server: no answer\n"
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    assert main(["report", str(copy), "--json", "--mlflow"]) == 1
+    assert "pip install mlflow-skinny" in capsys.readouterr().err

@@ -1,7 +1,8 @@
-"""Key-value retrieval contexts: the benchmark's prompt, splits, sizes, files and their mistakes."""
+"""Key-value contexts: the benchmark's prompt, splits, sizes, files and their mistakes; and when an answer is right."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -16,7 +17,8 @@ from support.task_files import words, write
 from lrope_gguf.errors import LropeError
 from lrope_search.sample import SPLITS
 from lrope_search.tasks import KeyValueTask, TokenLimit
-from lrope_search.tasks.task import Context, places
+from lrope_search.tasks.answers import holds, normalize
+from lrope_search.tasks.task import Context, Probe, places
 
 
 def record(n: int, n_pairs: int = 12) -> dict[str, Any]:
@@ -216,3 +218,58 @@ def test_tokens_that_no_context_has(tmp_path: Path) -> None:
         KeyValueTask(data=data, probes=4, limit=TokenLimit(400, words)).context("search", 0)
     with pytest.raises(LropeError, match=r"--context-tokens 200000: 9000 pairs .* no more such keys"):
         KeyValueTask(identifiers="number", limit=TokenLimit(200_000, words)).context("search", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Who", "who"), ("An apple, a day;\tthe\nend!", "apple day end"),
+        ("Theatre of A.B. Marx", "theatre of ab marx"), ("A", ""), ("*", ""),
+        ("Wilhelm Conrad Röntgen", "wilhelm conrad röntgen"),
+    ],
+)  # fmt: skip
+def test_normalized_texts(text: str, expected: str) -> None:
+    assert normalize(text) == expected
+
+
+@given(st.text(max_size=40))
+def test_normalizing_again_changes_no_punctuation_or_blank(text: str) -> None:
+    once = normalize(text)
+    assert not set(once) & set("!,.;'\"") and "  " not in once and once == once.strip()
+
+
+def test_any_wording_will_do() -> None:
+    probe = Probe(0.5, "?", "Wilhelm Röntgen", ("W. C. Röntgen",))
+    assert probe.answered_by("It was wilhelm röntgen.") and probe.answered_by("W. C. RÖNTGEN")
+    assert not probe.answered_by("Röntgen")
+    assert not probe.answered_by("WC Röntgen")
+    loose = Probe(0.5, "?", "Wilhelm Röntgen", ("W. C. Röntgen", "The"), normalized=True)
+    assert loose.answered_by("it was the W.C. Röntgen") is False  # without punctuation: wc
+    assert loose.answered_by("it was W. C. the Röntgen")
+    assert not loose.answered_by("the end")
+    assert not holds("C", ["C++"]) and holds("C", ["C++"], normalized=True)
+
+
+STEPS = st.lists(st.integers(0, 30), min_size=1, max_size=80)
+
+
+@given(STEPS, st.integers(1, 5), st.integers(0, 85), st.integers(-3, 3))
+def test_the_largest_size_that_fits_is_found(steps: list[int], low: int, near: int, beside: int) -> None:
+    tokens = [0] * low + [5 + total for total in itertools.accumulate(steps)]  # of sizes 0, 1, ...
+    high = len(tokens) - 1
+    limit = tokens[min(near, high)] + beside
+    found = TokenLimit(limit, len).largest(lambda size: "x" * tokens[size], low, high)
+    fitting = [size for size in range(low, high + 1) if tokens[size] <= limit]
+    assert found == ((fitting[-1], tokens[fitting[-1]]) if fitting else (0, tokens[low]))
+
+
+@pytest.mark.parametrize(("per_item", "limit"), [(63, 8192), (63, 131_072), (2, 1_000_000), (400, 100_000)])
+def test_a_long_prompt_is_counted_a_few_times(per_item: int, limit: int) -> None:
+    calls = []
+
+    def prompt(size: int) -> str:
+        calls.append(size)
+        return "x" * (40 + per_item * size + size // 7 % 3)
+
+    assert TokenLimit(limit, len).largest(prompt, 11, limit)[0] == pytest.approx((limit - 40) / per_item, abs=2)
+    assert len(calls) <= 7
