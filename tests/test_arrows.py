@@ -51,10 +51,6 @@ def name_of(path: Path) -> tuple[str, str]:
     return module, package
 
 
-def room_of(module: str) -> str:
-    return module.split(".")[0]
-
-
 def arrows() -> set[tuple[str, str]]:
     """All pairs of rooms of which the first imports the second."""
     found = set()
@@ -63,7 +59,7 @@ def arrows() -> set[tuple[str, str]]:
         for name in imports(path, package) if module else ():  # the package itself loads names on first use
             top, _, rest = name.partition(".")
             if top == "lrope_gguf" or (top == "lrope_search" and rest):
-                found.add((room_of(module), top if top == "lrope_gguf" else room_of(rest)))
+                found.add((module.split(".")[0], top if top == "lrope_gguf" else rest.split(".")[0]))
     return {(room, other) for room, other in found if room != other}
 
 
@@ -88,7 +84,7 @@ def test_a_library_is_imported_in_one_place(library: str) -> None:
     for path in modules(ROOMS):
         module, package = name_of(path)
         if any(name.split(".")[0] == library for name in imports(path, package)):
-            found.add(module if module in HEAVY[library] else room_of(module))
+            found.add(module if module in HEAVY[library] else module.split(".")[0])
     assert found == HEAVY[library]
 
 

@@ -139,10 +139,3 @@ def test_kl_that_is_no_number(tmp_path: Path) -> None:
     write_report(summary)
     json.loads((tmp_path / "best.json").read_text(), parse_constant=pytest.fail)
     assert any(row[4] == "inf" and row[5] == "over --max-kl" for row in front_rows(summary))
-
-
-def test_a_study_without_guard_shows_none(tmp_path: Path) -> None:
-    search(tmp_path, Landscape())
-    summary = read_study(tmp_path)
-    assert summary.front.points == () and "front" not in draw_pictures(summary)
-    assert not any("--max-kl" in line for line in summary_lines(summary))

@@ -17,7 +17,7 @@ from support.worker_evaluators import Workers, see
 from lrope_gguf.errors import LropeError
 from lrope_search import SearchConfig, machine
 from lrope_search.machine import free_memory, visible_gpus
-from lrope_search.scores import GUARD, Job
+from lrope_search.scores import Job
 from lrope_search.study.progress import Progress
 from lrope_search.study.run import run_search
 from lrope_search.study.store import Study
@@ -121,15 +121,6 @@ def test_threads_and_gpus_are_handed_out() -> None:
 
         wait_until(everybody)
         assert [seen[pid] for pid in executor.pids()] == ["5", "GPU-7", "5"]
-
-
-def test_a_worker_measures_divergence_too() -> None:
-    job = Job(tuple(1.0 + i / 50.0 for i in range(12)), GUARD, 0)
-    local = LocalExecutor(Landscape())
-    local.submit(job)
-    with ProcessExecutor(Workers(), 1) as executor:
-        executor.submit(job)
-        assert executor.next() == local.next() == (job, Landscape().divergence(job.factors))
 
 
 def test_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

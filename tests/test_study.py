@@ -39,13 +39,6 @@ def filled(directory: Path, n: int = 3) -> Path:
     return directory / "evaluations.jsonl"
 
 
-def test_results_come_back(tmp_path: Path) -> None:
-    filled(tmp_path / "deep" / "study")
-    with Study(tmp_path / "deep" / "study", CONFIG) as study:
-        assert len(study) == 3 and all(study.lookup(job) == score for job, score in map(result, range(3)))
-        assert study.lookup(Job((1.0, 1.1), "validation", 0)) is None
-
-
 @given(
     st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=4),
     st.lists(st.tuples(st.floats(0, 1), st.floats(), st.booleans()), min_size=1, max_size=4),

@@ -46,13 +46,10 @@ def test_the_prompt_is_the_benchmarks(tmp_path: Path) -> None:
     first, second = (re.findall(r"\d+", probe.question)[0] for probe in context.probes)
     assert context.prefix + context.probes[1].question == (
         "Write a high-quality answer for the given question using only the provided search results "
-        "(some of which might be irrelevant).\n"
-        "\n"
+        "(some of which might be irrelevant).\n\n"
         f"Document [1](Title: Page {first}) Thing number{first}x is called name{first}x here.\n"
-        f"Document [2](Title: Page {second}) Thing number{second}x is called name{second}x here.\n"
-        "\n"
-        f"Question: what is thing number{second}x\n"
-        "Answer:"
+        f"Document [2](Title: Page {second}) Thing number{second}x is called name{second}x here.\n\n"
+        f"Question: what is thing number{second}x\nAnswer:"
     )
     assert context.probes[0].answer == f"Name{first}x"
     assert context.probes[0].answered_by(f"It is the NAME {first} x.")

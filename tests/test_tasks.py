@@ -36,15 +36,8 @@ def test_the_prompt_is_the_benchmarks(tmp_path: Path) -> None:
     path = write(tmp_path / "kv.jsonl", [{"ordered_kv_records": pairs, "key": "b2", "value": "v2"}] * 3)
     context = KeyValueTask(probes=3, data=path).context("test", 0)
     assert context.prefix + context.probes[1].question == (
-        "Extract the value corresponding to the specified key in the JSON object below.\n"
-        "\n"
-        "JSON data:\n"
-        '{"a1": "v1",\n'
-        ' "b2": "v2",\n'
-        ' "c3": "v3"}\n'
-        "\n"
-        'Key: "b2"\n'
-        "Corresponding value:"
+        "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
+        '{"a1": "v1",\n "b2": "v2",\n "c3": "v3"}\n\nKey: "b2"\nCorresponding value:'
     )
     assert [probe.answer for probe in context.probes] == ["v1", "v2", "v3"]
     assert [probe.depth for probe in context.probes] == [0.0, 0.5, 1.0]
