@@ -19,7 +19,7 @@ from lrope_search.report.pictures import Picture
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what takes a second or more of each search and each report, and is tested where it belongs.
 
-    All divisions of the cores are equally fast (tests/test_parallel.py measures them), and pictures are blank but for
+    All divisions of the cores are equally fast (tests/test_session.py measures them), and pictures are blank but for
     tests with the marker ``pictures``.
     """
     monkeypatch.setattr(make, "measure_rates", lambda model, choices: dict.fromkeys(choices, 100.0))

@@ -6,6 +6,8 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ROOT / "search" / "lrope_search"
 HEAVY = {
-    "llama_cpp": {"evaluation.binding"},
-    "click": {"commands"},
-    "ray": {"workers.ray_cluster"},
-    "torch": {"gradient"},
-    "gguf": {"gradient"},
-}
+    "llama_cpp": {"evaluation.binding"}, "click": {"commands"}, "ray": {"workers.ray_cluster"},
+    "torch": {"gradient"}, "gguf": {"gradient"},
+}  # fmt: skip
 """Who alone may import what."""
 
 
@@ -40,14 +39,8 @@ def imports(path: Path, package: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if not node.level:
-                yield node.module or ""
-                continue
-            base = package.split(".")[: len(package.split(".")) - node.level + 1]
-            if node.module:
-                yield ".".join([*base, node.module])
-            else:
-                yield from (".".join([*base, alias.name]) for alias in node.names)
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            yield from [base] if node.module else (f"{base}.{alias.name}" for alias in node.names)
 
 
 def name_of(path: Path) -> tuple[str, str]:
@@ -58,28 +51,16 @@ def name_of(path: Path) -> tuple[str, str]:
     return module, package
 
 
-def room_of(module: str) -> str:
-    return module.split(".")[0]
-
-
 def arrows() -> set[tuple[str, str]]:
     """All pairs of rooms of which the first imports the second."""
     found = set()
     for path in modules(ROOMS):
         module, package = name_of(path)
-        if not module:  # the package itself, which loads names on first use
-            continue
-        for name in imports(path, package):
+        for name in imports(path, package) if module else ():  # the package itself loads names on first use
             top, _, rest = name.partition(".")
-            if top == "lrope_search" and rest:
-                target = room_of(rest)
-            elif top == "lrope_gguf":
-                target = "lrope_gguf"
-            else:
-                continue
-            if target != room_of(module):
-                found.add((room_of(module), target))
-    return found
+            if top == "lrope_gguf" or (top == "lrope_search" and rest):
+                found.add((module.split(".")[0], top if top == "lrope_gguf" else rest.split(".")[0]))
+    return {(room, other) for room, other in found if room != other}
 
 
 def test_rooms_import_what_the_design_allows_and_no_more() -> None:
@@ -93,13 +74,8 @@ def test_rooms_import_what_the_design_allows_and_no_more() -> None:
 
 
 def test_all_arrows_go_one_way() -> None:
-    """The rooms can be put in an order in which each imports only those before it."""
-    left = table()
-    while left:
-        free = {room for room, others in left.items() if not others & set(left)}
-        assert free, f"these import each other: {', '.join(sorted(left))}"
-        for room in free:
-            del left[room]
+    """The rooms can be put in an order in which each imports only those before it; else this raises CycleError."""
+    TopologicalSorter(table()).prepare()
 
 
 @pytest.mark.parametrize("library", sorted(HEAVY))
@@ -108,36 +84,24 @@ def test_a_library_is_imported_in_one_place(library: str) -> None:
     for path in modules(ROOMS):
         module, package = name_of(path)
         if any(name.split(".")[0] == library for name in imports(path, package)):
-            found.add(module if module in HEAVY[library] else room_of(module))
+            found.add(module if module in HEAVY[library] else module.split(".")[0])
     assert found == HEAVY[library]
 
 
-def test_lrope_gguf_knows_nothing_of_the_search_but_its_commands() -> None:
-    """`lrope_gguf.cli` finds the commands of the search by name; nothing else looks there."""
-    for path in modules(ROOT / "lrope_gguf"):
-        package = ".".join(path.relative_to(ROOT).parts[:-1])
-        for name in imports(path, package):
-            assert not name.startswith("lrope_search"), f"{path.name} imports {name}"
-            assert name.split(".")[0] not in ("scipy", "llama_cpp", "gguf"), f"{path.name} imports {name}"
-
-
-def scripts(folder: str) -> set[str]:
-    return {path.stem for path in (ROOT / folder).glob("*.py")}
-
-
-def test_the_product_knows_nothing_of_the_research() -> None:
+def test_the_product_knows_nothing_of_the_research_nor_lrope_gguf_of_the_search() -> None:
     """Nor its tests, of proofs and benchmarks: these may import ``tests/support``, never the other way round."""
     standard = sys.stdlib_module_names
+    folders = ("research", "proofs", "benchmarks")
+    research, proofs, benchmarks = ({path.stem for path in (ROOT / name).glob("*.py")} for name in folders)
+    of_tests = {"research", *research, *proofs, *benchmarks}
     may_not = {
-        "lrope_gguf": {"research", *scripts("research"), *scripts("proofs"), *scripts("benchmarks"), "support"},
-        "search": {"research", *scripts("research"), *scripts("proofs"), *scripts("benchmarks"), "support"},
-        "tests": {"research", *scripts("research"), *scripts("proofs"), *scripts("benchmarks")},
-        "proofs": {"research", *scripts("research"), *scripts("benchmarks")},
-        "benchmarks": {"research", *scripts("research"), *scripts("proofs")},
-    }
+        "lrope_gguf": {*of_tests, "support", "lrope_search", "scipy", "llama_cpp", "gguf"},
+        "search": {*of_tests, "support"}, "tests": of_tests,
+        "proofs": {"research", *research, *benchmarks}, "benchmarks": {"research", *research, *proofs},
+    }  # fmt: skip
     for folder, names in may_not.items():
         for path in modules(ROOT / folder):
-            for name in imports(path, folder):
+            for name in imports(path, ".".join(path.relative_to(ROOT).parts[:-1])):
                 assert name.split(".")[0] not in names - standard, f"{folder}: {path.name} imports {name}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,8 @@ def test_the_limit_chooses_on_the_front(free: tuple[Path, SearchOutcome], tmp_pa
         assert seen.choice is not None and seen.choice.factors == found.winner.factors and seen.choice.kl <= limit
         assert found.best.provenance["results"]["guard"]["passed_over"] == len(seen.passed_over)
         gains.append(seen.choice.gain)
+        said = "is rejected: its KL divergence on ordinary text" in (tmp_path / str(i) / "log.txt").read_text()
+        assert said == bool(seen.passed_over)
     assert len(gains) >= 2 and gains == sorted(gains, reverse=True)
 
 
@@ -111,7 +114,10 @@ def test_it_is_shown_in_text_and_picture(free: tuple[Path, SearchOutcome], tmp_p
     assert len(rows) == len(summary.front.points)
     chosen = [row for row in rows if "chosen" in row[-1]]
     assert [row[0] for row in chosen] == [str(outcome.winner.id)] and "front" in chosen[0][-1]
-    assert any(line.startswith(f"{outcome.winner.id} ") and "chosen" in line for line in summary_lines(summary))
+    said = "\n".join(summary_lines(summary))
+    assert re.search(rf"^{outcome.winner.id} .* chosen", said, re.M)
+    assert re.search(r"^KL, long +\S+ nats a token", said, re.M)
+    assert "\ngain on validation contexts against KL on ordinary text, nats a token; --max-kl 9\n" in said
     assert "front" in draw_pictures(summary)
     page = write_report(summary, tmp_path / "page.html")
     assert (tmp_path / "page-front.png").stat().st_size > 5000
@@ -131,11 +137,5 @@ def test_kl_that_is_no_number(tmp_path: Path) -> None:
     if outcome.winner is not None:
         assert summary.guard["long"] < 0.01
     write_report(summary)
+    json.loads((tmp_path / "best.json").read_text(), parse_constant=pytest.fail)
     assert any(row[4] == "inf" and row[5] == "over --max-kl" for row in front_rows(summary))
-
-
-def test_a_study_without_guard_shows_none(tmp_path: Path) -> None:
-    search(tmp_path, Landscape())
-    summary = read_study(tmp_path)
-    assert summary.front.points == () and "front" not in draw_pictures(summary)
-    assert not any("--max-kl" in line for line in summary_lines(summary))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_algorithms import play
 
 from lrope_search.optimizers.genetic import GeneticAlgorithm
 from lrope_search.optimizers.layers import LayerSpace
@@ -35,32 +36,21 @@ def sparse(factors: Sequence[float]) -> float:
     return wants(8, 0.18, 0.037) + wants(12, 0.14, 0.009) - harm
 
 
-def play(optimizer: Optimizer, n: int, landscape: Landscape, lag: int) -> list[tuple[Candidate, Score]]:
-    """Ask for ``n`` candidates, up to ``lag`` at once, and tell them in their order."""
-    told: list[tuple[Candidate, Score]] = []
-    pending: list[Candidate] = []
-    while len(told) < n:
-        while len(pending) < lag and (candidate := optimizer.ask()) is not None:
-            pending.append(candidate)
-        if not pending:
-            break
-        first = pending.pop(0)
-        told.append((first, (1, landscape(first.factors))))
-        optimizer.tell(*told[-1])
-    return told
+def run(optimizer: Optimizer, n: int, landscape: Landscape) -> list[tuple[Candidate, Score]]:
+    """Ask for ``n`` candidates, and tell them in their order."""
+    return play(optimizer, n, lambda candidate: (1, landscape(candidate.factors)))
 
 
 @pytest.mark.parametrize("curve", [None, CurveSpace(N_LAYER)])
 @pytest.mark.parametrize("lag", [1, 8])
 def test_a_gain_of_few_layers_is_found_where_a_curve_finds_none(curve: CurveSpace | None, lag: int) -> None:
     space = LayerSpace(N_LAYER, range(N_LAYER), curve=curve)
-    told = play(GeneticAlgorithm(space, seed=3, lag=lag), 90, sparse, lag)
+    told = run(GeneticAlgorithm(space, seed=3, lag=lag), 90, sparse)
     found = max(score for _, (_, score) in told)
-    smooth = max(
-        score for _, (_, score) in play(GeneticAlgorithm(CurveSpace(N_LAYER), seed=3, lag=lag), 90, sparse, lag)
-    )
+    curves = run(GeneticAlgorithm(CurveSpace(N_LAYER), seed=3, lag=lag), 90, sparse)
+    smooth = max(score for _, (_, score) in curves)
     assert found > 0.033 > 0.02 > smooth
-    assert told == play(GeneticAlgorithm(space, seed=3, lag=lag), 90, sparse, lag)
+    assert told == run(GeneticAlgorithm(space, seed=3, lag=lag), 90, sparse)
 
 
 LATE = 0.5 / (1.0 + np.exp(-(np.linspace(0.0, 1.0, N_LAYER) - 0.6) / 0.08))
@@ -76,7 +66,7 @@ def test_a_smooth_gain_is_found_beside_own_layers_too() -> None:
     found = []
     for seed in range(4):
         space = LayerSpace(N_LAYER, range(N_LAYER), curve=CurveSpace(N_LAYER))
-        told = play(GeneticAlgorithm(space, seed=seed, lag=8), 100, late, 8)
+        told = run(GeneticAlgorithm(space, seed=seed, lag=8), 100, late)
         origins = [candidate.origin for candidate, _ in told]
         assert "random" in origins[: origins.index("layer scan")]  # curves come first
         found.append(max(score for _, (_, score) in told))
@@ -84,7 +74,7 @@ def test_a_smooth_gain_is_found_beside_own_layers_too() -> None:
 
 
 def test_layers_that_gained_are_tried_together_before_any_is_lowered() -> None:
-    told = play(GeneticAlgorithm(LayerSpace(N_LAYER, range(N_LAYER)), seed=1, lag=8), 50, sparse, 8)
+    told = run(GeneticAlgorithm(LayerSpace(N_LAYER, range(N_LAYER)), seed=1, lag=8), 50, sparse)
     scans = [candidate.id for candidate, _ in told if candidate.origin == "layer scan"]
     lowered = [i for i in scans if min(told[i][0].factors) < 1.0]
     together = [candidate for candidate, _ in told if candidate.origin == "together"]
@@ -94,7 +84,7 @@ def test_layers_that_gained_are_tried_together_before_any_is_lowered() -> None:
 
 def test_nothing_is_lowered_where_a_curve_gains_more_than_any_layer() -> None:
     space = LayerSpace(N_LAYER, range(N_LAYER), curve=CurveSpace(N_LAYER))
-    told = play(GeneticAlgorithm(space, seed=1, lag=8), 70, late, 8)
+    told = run(GeneticAlgorithm(space, seed=1, lag=8), 70, late)
     scanned = [candidate for candidate, _ in told if candidate.origin == "layer scan"]
     assert len(scanned) == N_LAYER and min(min(candidate.factors) for candidate in scanned) == 1.0
 
@@ -114,7 +104,7 @@ def test_a_uniform_factor_that_gains_is_squared_as_long_as_it_gains(curve: Curve
             return -float(np.abs(np.log(factors) - math.log(best)).mean())
 
         space = LayerSpace(N_LAYER, range(N_LAYER), curve=curve)
-        told = play(GeneticAlgorithm(space, space.known_good((1.1, 1.25)), seed=1, lag=4), 30, near, 4)
+        told = run(GeneticAlgorithm(space, space.known_good((1.1, 1.25)), seed=1, lag=4), 30, near)
         return [round(candidate.factors[0], 2) for candidate, _ in told if candidate.origin == "uniform"]
 
     assert uniform_asked(1.1) == [1.1, 1.25]
@@ -123,7 +113,7 @@ def test_a_uniform_factor_that_gains_is_squared_as_long_as_it_gains(curve: Curve
 
 def test_curves_are_bred_where_nothing_known_is_one() -> None:
     space = LayerSpace(4, range(4), curve=CurveSpace(4))
-    told = play(GeneticAlgorithm(space, [(space.moved((1,), 0.1), "seed")], population=1, lag=1), 30, sum, 1)
+    told = run(GeneticAlgorithm(space, [(space.moved((1,), 0.1), "seed")], population=1, lag=1), 30, sum)
     assert len(told) > 12
 
 
@@ -181,22 +171,19 @@ def test_layers_that_do_not_count_stay_at_1() -> None:
         assert {factors[i] for i in (0, 2, 3, 5)} == {1.0}
         assert all(0.5 <= factor <= 4.0 for factor in factors)
     assert space.express(space.uniform(1.1))[1] == (1.0, 1.1, 1.0, 1.0, 1.1, 1.0)
+    whole = LayerSpace(6, range(6), curve=CurveSpace(6))  # of all layers a curve alone stays a curve
+    curve, factors = whole.express(whole.uniform(1.1))
+    assert curve is not None and factors == (1.1,) * 6
+    moved = whole.express(whole.moved((2,), 0.1))
+    assert moved == (None, (1.0, 1.0, round(math.exp(0.1), 4), 1.0, 1.0, 1.0))
     with pytest.raises(ValueError, match="layers"):
         LayerSpace(6, ())
-
-
-def test_a_curve_alone_stays_a_curve() -> None:
-    space = LayerSpace(6, range(6), curve=CurveSpace(6))
-    curve, factors = space.express(space.uniform(1.1))
-    assert curve is not None and factors == (1.1,) * 6
-    curve, factors = space.express(space.moved((2,), 0.1))
-    assert curve is None and factors == (1.0, 1.0, round(math.exp(0.1), 4), 1.0, 1.0, 1.0)
 
 
 def test_any_optimizer_can_follow_the_scan() -> None:
     """CMA-ES goes on from the layers that gained together."""
     optimizer = make_algorithm(optimizer_config("cma-es", scan=True), N_LAYER, parametrization="layers", seed=3)
-    told = play(optimizer, 120, sparse, optimizer.lag)
+    told = run(optimizer, 120, sparse)
     assert [candidate.id for candidate, _ in told] == list(range(len(told)))
     assert len({candidate.factors for candidate, _ in told}) == len(told)
     origins = [candidate.origin for candidate, _ in told]
@@ -214,7 +201,8 @@ def test_what_follows_the_scan_is_told_all_that_it_asks(name: str, lag: int) -> 
         def __init__(self, inner: Optimizer) -> None:
             self.inner, self.asked, self.told = inner, [], []  # type: ignore[var-annotated]
 
-        lag = property(lambda self: self.inner.lag)
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
 
         def ask(self) -> Candidate | None:
             candidate = self.inner.ask()
@@ -225,9 +213,6 @@ def test_what_follows_the_scan_is_told_all_that_it_asks(name: str, lag: int) -> 
             self.told.append((candidate, score))
             self.inner.tell(candidate, score)
 
-        def should_stop(self) -> bool:
-            return self.inner.should_stop()
-
     spies: list[Spy] = []
 
     def follow(space: LayerSpace, start: Sequence[Any]) -> Optimizer:
@@ -236,7 +221,7 @@ def test_what_follows_the_scan_is_told_all_that_it_asks(name: str, lag: int) -> 
         return spies[0]
 
     space = LayerSpace(N_LAYER, range(N_LAYER), curve=CurveSpace(N_LAYER))
-    told = play(ScanFirst(space, space.known_good(), follow, lag=lag), 90, sparse, lag)
+    told = run(ScanFirst(space, space.known_good(), follow, lag=lag), 90, sparse)
     (spy,) = spies
     assert [candidate for candidate, _ in spy.told] == spy.asked[: len(spy.told)] and len(spy.told) >= 20
     for candidate, (_, fitness) in spy.told:

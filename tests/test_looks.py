@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support.study_fixtures import make_study
 from support.synthetic import Landscape
+from test_search_driver import Recorder
 
 from lrope_gguf.errors import LropeError
 from lrope_search import SearchConfig
 from lrope_search.report.reading import read_study
 from lrope_search.results.findings import looked_again
 from lrope_search.results.intervals import Strata, answers_interval, draws
-from lrope_search.scores import ContextScore
 from lrope_search.study.looks import Looks
 from lrope_search.study.store import Study
 
@@ -25,24 +26,12 @@ SETTINGS = SearchConfig(
 )
 
 
-class Recorder(Landscape):
-    """Remembers which test contexts were asked."""
-
-    def __init__(self) -> None:
-        super().__init__(6)
-        self.tested: list[int] = []
-
-    def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
-        if split == "test":
-            self.tested.append(index)
-        return super().evaluate(factors, split, index)
-
-
-def search(directory: Path, evaluations: int, size: int | None = None) -> Recorder:
-    recorder = Recorder()
+def search(directory: Path, evaluations: int, size: int | None = None) -> set[int]:
+    """Search, and return which test contexts were asked."""
+    recorder: Any = Recorder(Landscape(6))
     settings = dataclasses.replace(SETTINGS, max_evaluations=evaluations)
     make_study(directory, settings, evaluator=recorder, test_size=size)
-    return recorder
+    return {job.index for job in recorder.jobs if job.split == "test"}
 
 
 def found(directory: Path) -> dict[str, object]:
@@ -50,22 +39,21 @@ def found(directory: Path) -> dict[str, object]:
 
 
 def test_each_look_takes_new_contexts_and_says_which_it_is(tmp_path: Path) -> None:
-    assert set(search(tmp_path, 8).tested) == set(range(8))
+    assert search(tmp_path, 8) == set(range(8))
     assert found(tmp_path)["look"] == {"number": 1, "contexts": [0, 8], "new": True, "confidence": 0.95}
     first = (tmp_path / "best.json").read_bytes()
-    assert search(tmp_path, 8).tested == []  # the same command finds its own look
+    assert not search(tmp_path, 8)  # the same command finds its own look
     assert (tmp_path / "best.json").read_bytes() == first
 
-    assert set(search(tmp_path, 12).tested) == set(range(8, 16))
+    assert search(tmp_path, 12) == set(range(8, 16))
     assert found(tmp_path)["look"] == {"number": 2, "contexts": [8, 16], "new": True, "confidence": 0.9875}
     assert "(look 2 of this study, intervals at 98.75 %)" in str(found(tmp_path)["verdict"])
     summary = read_study(tmp_path)
     assert summary.table is not None and summary.table.n_contexts == 8 and summary.confidence == 0.9875
     assert summary.verdict == found(tmp_path)["verdict"]
 
-    assert set(search(tmp_path, 16).tested) == set(range(16, 24))
-    second = search(tmp_path, 12)  # back to where the second look was taken
-    assert second.tested == [] and found(tmp_path)["look"]["number"] == 2  # type: ignore[index]
+    assert search(tmp_path, 16) == set(range(16, 24))
+    assert not search(tmp_path, 12) and found(tmp_path)["look"]["number"] == 2  # type: ignore[index]
 
 
 def test_a_look_is_spent_with_its_verdict_only(tmp_path: Path) -> None:
@@ -74,7 +62,7 @@ def test_a_look_is_spent_with_its_verdict_only(tmp_path: Path) -> None:
     search(tmp_path / "killed", 8)
     lines = (tmp_path / "whole" / "evaluations.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "killed" / "evaluations.jsonl").write_bytes(b"".join(lines[:-3]))  # in the midst of the second look
-    assert len(search(tmp_path / "killed", 12).tested) == 3
+    assert len(search(tmp_path / "killed", 12)) == 3
     for name in ("best.json", "looks.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     (tmp_path / "killed" / "best.json").unlink()  # between the line in looks.jsonl and the verdict
@@ -84,7 +72,7 @@ def test_a_look_is_spent_with_its_verdict_only(tmp_path: Path) -> None:
 
 def test_where_the_data_runs_out_the_level_alone_is_spent(tmp_path: Path) -> None:
     search(tmp_path, 8, size=15)
-    assert set(search(tmp_path, 12, size=15).tested) <= set(range(8))
+    assert search(tmp_path, 12, size=15) <= set(range(8))
     assert found(tmp_path)["look"] == {"number": 2, "contexts": [0, 8], "new": False, "confidence": 0.9875}
     assert "the data has no more" in str(found(tmp_path)["verdict"])
 
@@ -93,9 +81,9 @@ def test_a_study_without_looks_has_taken_one(tmp_path: Path) -> None:
     search(tmp_path, 8)
     (tmp_path / "looks.jsonl").unlink()
     best = (tmp_path / "best.json").read_bytes()
-    assert search(tmp_path, 8).tested == [] and (tmp_path / "best.json").read_bytes() == best
+    assert not search(tmp_path, 8) and (tmp_path / "best.json").read_bytes() == best
     (tmp_path / "looks.jsonl").unlink()
-    assert set(search(tmp_path, 12).tested) == set(range(8, 16))
+    assert search(tmp_path, 12) == set(range(8, 16))
     (tmp_path / "looks.jsonl").write_text('{"candidates": 8}\n')
     with pytest.raises(LropeError, match=r"looks.jsonl: line 1 is damaged; choose another study directory"):
         search(tmp_path, 8)

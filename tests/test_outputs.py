@@ -16,7 +16,8 @@ CURVE = '{"format": "lrope-curve", "version": 1, "control_points": [[0, 1], [1, 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write_readable(tmp_path / "model.gguf", factors=[1.0, 1.1, 1.2, 1.1, 1.0, 1.0])
-    (tmp_path / "curve.json").write_text(CURVE)
+    for name in ("curve.json", "curve.svg"):
+        (tmp_path / name).write_text(CURVE)
     (tmp_path / "data.jsonl").write_text('{"ordered_kv_records": [["a", "b"]]}\n' * 3)
     (tmp_path / "text.txt").write_text("ordinary text")
     (tmp_path / "link.gguf").symlink_to("model.gguf")
@@ -36,10 +37,16 @@ CASES = [
     ("search model.gguf --output sub", "is a folder; name a file"),
     ("search model.gguf --output none/best.json", "its directory does not exist"),
     ("search model.gguf --output best.json --study text.txt", "--study text.txt: is a file"),
-    ("write model.gguf --curve curve.json --output curve.json", "would overwrite the file given as --curve"),
     ("show model.gguf --plot model.gguf", "--plot model.gguf: would overwrite the file given as MODEL"),
+    ("show model.gguf --plot p.pdf", "ends in .png or .svg"),
+    ("show model.gguf --plot png", "ends in .png or .svg"),
+    ("eval model.gguf --plot p.pdf", "ends in .png or .svg"),
+    ("eval model.gguf --plot no/p.svg", "its directory does not exist"),
+    ("eval model.gguf --curve curve.svg --plot curve.svg", "would overwrite the file given as --curve"),
+    ("eval model.gguf --study text.txt", "--study text.txt: is a file; give a directory"),
     ("report sub --output sub/best.json", "would overwrite the file given as STUDY's best.json"),
     ("report sub --output sub", "is a folder; name a file"),
+    ("report sub --output none/page.html", "its directory does not exist"),
 ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.gguf_fixtures import LAYERS, names, write_model
+from support.gguf_fixtures import LAYERS, write_model
 
 from lrope_gguf import CurveFile, LropeError, write_factors
 from lrope_gguf.cli import main
@@ -89,20 +89,6 @@ def test_layers_of_a_prediction_head_lie_beyond_the_curve(tmp_path: Path) -> Non
         plot_factors(tmp_path / "p.svg", (1, 1.2, 1), control_points=POINTS, n_layer=n_layer)
         polygon, factors = markers(tmp_path / "p.svg")
         assert polygon[-1] == pytest.approx(factors[last], abs=0.01)
-
-
-def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = write_model(tmp_path / "plain.gguf")
-    for path, name, message in [
-        (model, "p.pdf", "ends in .png or .svg"),
-        (model, "png", "ends in .png or .svg"),
-        (model, "no/p.svg", "its directory does not exist"),
-        (plain, "p.svg", "nothing to plot, because it has no layer factors"),
-    ]:
-        assert main(["show", str(path), "--plot", str(tmp_path / name)]) == 1
-        out, err = capsys.readouterr()
-        assert message in err and err.startswith("lrope-gguf: ") and out == ""
-    assert names(tmp_path) == ["m.gguf", "plain.gguf"]
 
 
 def test_without_matplotlib(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from support.worker_evaluators import Workers, see
 from lrope_gguf.errors import LropeError
 from lrope_search import SearchConfig, machine
 from lrope_search.machine import free_memory, visible_gpus
-from lrope_search.scores import GUARD, Job
+from lrope_search.scores import Job
 from lrope_search.study.progress import Progress
 from lrope_search.study.run import run_search
 from lrope_search.study.store import Study
@@ -123,15 +123,6 @@ def test_threads_and_gpus_are_handed_out() -> None:
         assert [seen[pid] for pid in executor.pids()] == ["5", "GPU-7", "5"]
 
 
-def test_a_worker_measures_divergence_too() -> None:
-    job = Job(tuple(1.0 + i / 50.0 for i in range(12)), GUARD, 0)
-    local = LocalExecutor(Landscape())
-    local.submit(job)
-    with ProcessExecutor(Workers(), 1) as executor:
-        executor.submit(job)
-        assert executor.next() == local.next() == (job, Landscape().divergence(job.factors))
-
-
 def test_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 3")
     assert visible_gpus() == ("2", "3")
@@ -149,9 +140,8 @@ def test_free_memory() -> None:
     assert free is not None and 1 << 20 < free < 1 << 50
 
 
+HEAD = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
 SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
 from support.worker_evaluators import Workers
 from lrope_search.scores import Job
 from lrope_search.workers.processes import ProcessExecutor
@@ -166,14 +156,12 @@ print("done", __spec__, __file__ == sys.argv[0])
 def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
     """Its workers do not run it again."""
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(HEAD + SCRIPT)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("run None True\ndone None True\n", "")
 
 
 PROGRAM = """
-import sys
-sys.path.insert(0, {tests!r})
 from support.worker_evaluators import Workers
 from lrope_search.scores import GUARD, Job
 from lrope_search.workers.processes import ProcessExecutor
@@ -188,7 +176,7 @@ if __name__ == "__main__":
 
 def test_workers_end_with_the_search_that_was_killed(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(tests=str(Path(__file__).parent)))
+    program.write_text(HEAD + PROGRAM)
     with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pids = [int(word) for word in process.stdout.readline().split()]

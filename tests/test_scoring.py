@@ -1,4 +1,4 @@
-"""Who takes log-probabilities from logits: the host, or the device by nodes of the graph."""
+"""Who takes log-probabilities from logits, the host or the device by nodes of the graph; and tokens a batch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from support.rope_models import GEMMA3, LLAMA, TinyModel, by_name
 from support.tiny_models import write_readable
+from test_guard import CURVE, ONES
 
+from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
 from lrope_search import ModelConfig, SearchConfig, search, task_config
 from lrope_search.evaluation import evaluator as evaluator_module
 from lrope_search.evaluation import model as model_module
+from lrope_search.evaluation.binding import llama_library
 from lrope_search.evaluation.evaluator import KEPT_BYTES, SCORINGS, TeacherForcedEvaluator, default_scoring
 from lrope_search.evaluation.make import kept_computing
 from lrope_search.evaluation.memory import memory_needed
@@ -24,7 +27,6 @@ from lrope_search.scores import ContextScore
 from lrope_search.tasks import KeyValueTask
 
 native = pytest.mark.native
-ONES, CURVE = (1.0,) * 6, (0.8, 1.0, 1.3, 1.7, 1.1, 2.5)
 TASK = task_config("kv", keys=6, probes=4, seed=3)
 SEARCH = SearchConfig(max_evaluations=3, search_contexts=1, validation_contexts=1, test_contexts=2, finalists=1)
 
@@ -102,9 +104,7 @@ def test_scores_of_the_device_do_not_depend_on_threads_or_history(path: Path) ->
 
 @native
 def test_nan_is_the_worst_score_on_the_device_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        TeacherForcedEvaluator, "_written_lead", lambda self, encoder, easy: None
-    )  # there is none to write
+    monkeypatch.setattr(TeacherForcedEvaluator, "_written_lead", lambda *_: None)  # there is none to write
     with Model(write_readable(tmp_path / "nan.gguf", poison="blk.3.ffn_down.weight"), n_threads=1) as model:
         scores = [evaluator_of(model, scoring).evaluate(ONES, "test", 0).probes for scoring in SCORINGS]
     assert scores[0] == scores[1]
@@ -161,27 +161,63 @@ def test_what_an_old_study_says() -> None:
 def test_a_study_stays_with_who_scored_it(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "guard.txt").write_text("Some words, and others. " * 25)  # quicker than what the model would write
 
-    def run(name: str, more: int = 0) -> dict[str, object]:
+    def computing(name: str, more: int = 0) -> dict[str, object]:
         settings = replace(SEARCH, max_evaluations=3 + more, guard_text=str(tmp_path / "guard.txt"))
-        config = ModelConfig(str(path), n_threads=1)
-        search(config, TASK, settings, tmp_path / name)
-        lines = (tmp_path / name / "evaluations.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        return {json.dumps([r[k] for k in ("factors", "split", "index")]): r["probes"] for r in records}
-
-    def computing(name: str) -> dict[str, object]:
+        search(ModelConfig(str(path), n_threads=1), TASK, settings, tmp_path / name)
         found: dict[str, object] = json.loads((tmp_path / name / "config.json").read_text())["computing"]
         return found
 
-    run("old")
     assert computing("old") == {"batch_size": 512, "n_gpu_layers": None}
     monkeypatch.setattr(evaluator_module, "default_scoring", lambda model: "device")
-    new = run("new")
     assert computing("new") == {"batch_size": 512, "n_gpu_layers": None, "scoring": "device"}
-    run("old", more=2)  # by the host still
-    assert "scoring" not in computing("old")
+    assert "scoring" not in computing("old", more=2)  # by the host still
     monkeypatch.setattr(evaluator_module, "default_scoring", lambda model: "host")
-    run("new", more=2)
-    assert computing("new")["scoring"] == "device"
-    monkeypatch.setattr(evaluator_module, "default_scoring", lambda model: "device")
-    assert run("new again") == new
+    assert computing("new", more=2)["scoring"] == "device"
+
+
+SETS = ("kv.identifiers=number", "kv.probes=3", "search_contexts=1", "validation_contexts=1", "test_contexts=1")
+SMALL = ["--keys", "6", "--max-evaluations", "3", "--threads", "1", "--max-kl", "100",
+          *(f"--set={setting}" for setting in SETS)]  # fmt: skip
+
+
+def pretend_a_gpu(patch: pytest.MonkeyPatch, there: bool) -> None:
+    patch.setattr(llama_library(), "llama_supports_gpu_offload", lambda: there)
+
+
+@native
+def test_the_default_batch_is_what_the_device_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_readable(tmp_path / "m.gguf")
+    for gpu, n_gpu_layers, wanted in ((False, None, 512), (True, None, 2048), (True, 3, 2048), (True, 0, 512)):
+        pretend_a_gpu(monkeypatch, gpu)
+        with Model(path, n_gpu_layers=n_gpu_layers) as model:
+            assert model.n_batch == wanted
+        with Model(path, n_batch=100, n_gpu_layers=n_gpu_layers) as model:
+            assert model.n_batch == 100
+
+
+@native
+def test_a_study_keeps_its_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_readable(tmp_path / "m.gguf"))
+
+    def run(name: str, *options: str) -> int:
+        return main(["search", path, *SMALL, "--output", str(tmp_path / f"{name}.json"), *options])
+
+    def computing(name: str) -> dict[str, int | None]:
+        document = json.loads((tmp_path / f"{name}.study" / "config.json").read_text())
+        computing: dict[str, int | None] = document["computing"]
+        return computing
+
+    pretend_a_gpu(monkeypatch, False)
+    assert run("cpu") == 0
+    assert computing("cpu") == {"batch_size": 512, "n_gpu_layers": None}
+    pretend_a_gpu(monkeypatch, True)
+    assert run("cpu") == 0  # as studies on GPUs have 512 that are older than this default
+    assert computing("cpu")["batch_size"] == 512
+    assert run("gpu") == 0 and computing("gpu")["batch_size"] == 2048
+    pretend_a_gpu(monkeypatch, False)
+    assert run("gpu") == 0 and run("gpu", "--set", "batch_size=2048") == 0
+    capsys.readouterr()
+    assert run("gpu", "--set", "batch_size=512") == 1
+    assert "computing.batch_size was 2048, is 512" in capsys.readouterr().err

@@ -32,12 +32,12 @@ Made = tuple[ModelConfig, Any, SearchConfig, WorkersConfig | None]
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Return what `search` makes of options, without a search; of a mistake its one line."""
     monkeypatch.chdir(tmp_path)
     path = write_readable(tmp_path / "m.gguf")
 
-    def make(*options: str, capsys: pytest.CaptureFixture[str]) -> Made | str:
+    def make(*options: str) -> Made | str:
         found: list[Made] = []
 
         def estimate(model: ModelConfig, task: Any, settings: SearchConfig, directory: Path, *, workers: Any) -> None:
@@ -66,11 +66,9 @@ def test_what_print_config_writes_are_the_defaults(made: Any, capsys: pytest.Cap
     assert main(["search", "--print-config"]) == 0
     text = capsys.readouterr().out
     Path("all.toml").write_text(text)
-    assert made("--config", "all.toml", capsys=capsys) == made(capsys=capsys)
+    assert made("--config", "all.toml") == made()
     # each setting is there with a comment before it, set or not
-    table = ""
-    names = []
-    before = ""
+    table, before, names = "", "", []
     for line in text.splitlines():
         if line.startswith("["):
             table = line.strip("[]") + "."
@@ -82,7 +80,7 @@ def test_what_print_config_writes_are_the_defaults(made: Any, capsys: pytest.Cap
     tomllib.loads(re.sub(r"^# ([a-z_]+) = .*$", r"\1 = 1", text, flags=re.MULTILINE))  # and could be given
 
 
-def test_settings_of_all_sources_combine(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_of_all_sources_combine(made: Any) -> None:
     Path("c.toml").write_text(
         'task = ["kv", "multikey"]\nmax_evaluations = 50\nmax_kl = 1\n'
         "bounds = [0.5, 2]\nthreads = 1\n"
@@ -92,7 +90,7 @@ def test_settings_of_all_sources_combine(made: Any, capsys: pytest.CaptureFixtur
     )
     model, task, settings, workers = made(
         "--config", "c.toml", "--max-evaluations", "60", "--keys", "kv=31", "--set", "kv.identifiers=word",
-        "--seed", "4", "--set", "gpus=0,1", "--set", "cma-es.width=0.3", "--workers", "2", capsys=capsys,
+        "--seed", "4", "--set", "gpus=0,1", "--set", "cma-es.width=0.3", "--workers", "2",
     )  # fmt: skip
     assert (model.n_threads, workers.n_workers, workers.gpus) == (1, 2, ("0", "1"))
     kv, multikey = task.tasks
@@ -102,9 +100,9 @@ def test_settings_of_all_sources_combine(made: Any, capsys: pytest.CaptureFixtur
     assert settings.optimizer.to_json() == {"width": 0.3, "population": 7}
 
 
-def test_what_a_file_and_an_option_say_may_not_go_together(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_file_and_an_option_say_may_not_go_together(made: Any) -> None:
     Path("c.toml").write_text("[kv]\n\nkeys = 30\n")
-    said = made("--config", "c.toml", "--context-tokens", "900", capsys=capsys)
+    said = made("--config", "c.toml", "--context-tokens", "900")
     assert said == ("c.toml:3: kv.keys = 30, --context-tokens 900: both give a context's size; leave out one of them")
 
 
@@ -127,24 +125,11 @@ BAD_FILES = [
     ("[kv]\nkeys = 3\n[kv]\nprobes = 1", "c.toml:3: table [kv] is given twice, first in line 1"),
     ("max_kl = ", "c.toml:1: is not valid TOML ("),
     ("a = [1,\n2\nb = 3", "c.toml:3: is not valid TOML ("),
-    (
-        "task = ['kv', 'kw']",
-        "c.toml:1: task kw: unknown; choose from kv, mdqa, jsonl, multikey, vt, cwe, fwe (did you",
-    ),
-    (
-        "rope_scaling = 'none'\nrope_scale = 2",
-        'c.toml:2: rope_scale = 2, c.toml:1: rope_scaling = "none": has no effect',
-    ),
+    ("task = ['kv', 'kw']", "c.toml:1: task kw: unknown; choose from kv, mdqa, jsonl, multikey, vt, cwe, fwe (did"),
+    ("rope_scaling = 'none'\nrope_scale = 2", 'c.toml:2: rope_scale = 2, c.toml:1: rope_scaling = "none": has no'),
     ("algorithm = 'gaa'", "c.toml:1: algorithm gaa: unknown; choose from ga, cma-es, de, random, papers-ga (did"),
     ("\xff", "c.toml:1: is not UTF-8 text"),
 ]
-
-
-@pytest.mark.parametrize(("text", "message"), BAD_FILES)
-def test_a_bad_file_is_one_line(text: str, message: str, made: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("c.toml").write_bytes(text.encode("latin-1"))
-    said = made("--config", "c.toml", capsys=capsys)
-    assert isinstance(said, str) and said.startswith(message)
 
 
 BAD_OPTIONS = [
@@ -157,94 +142,44 @@ BAD_OPTIONS = [
     ("--set verbose=1", "--set verbose=1: give true or false"),
     ("--set kv.probes=1 --set kv.probes=2", "--set kv.probes=1, --set kv.probes=2: both set kv.probes; leave out one"),
     ("--keys 3 --set kv.keys=4", "--set kv.keys=4, --keys 3: both set kv.keys; leave out one of them"),
-    (
-        "--keys 3 --context-tokens 99",
-        "--keys 3, --context-tokens 99: both give a context's size; leave out one of them",
-    ),
+    ("--keys 3 --context-tokens 99", "--keys 3, --context-tokens 99: both give a context's size; leave out one"),
     ("--keys x", "--keys x: give a whole number"),
     ("--max-hours nan", "--max-hours nan: not finite"),
     ("--set de.population=9", "--set de.population=9: algorithm ga does not use it; leave it out, or set algorithm"),
     ("--set vt.lines=9", "--set vt.lines=9: no --task vt is given, only kv; add it or leave this out"),
     ("--probes 3", "--probes: is now --set kv.probes=N"),
     ("--task mdqa --probes 3", "--probes: is now --set mdqa.probes=N"),
-    (
-        "--racing-fraction 0.3",
-        "--racing-fraction: is chosen automatically now; leave it out, or give --set racing_fraction=F",
-    ),
     ("--no-chat-template", "--no-chat-template: is now --set chat_template=false"),
-    ("--cache-type-k q8_0", "--cache-type-k: is now --set cache_type_k=VALUE"),
-    ("--weight kv=2", "--weight: is now --set TASK.weight=W, such as kv.weight=2"),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
-def test_a_bad_option_is_one_line(options: str, message: str, made: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    said = made(*options.split(), capsys=capsys)
+@pytest.mark.parametrize(("given", "message"), [*BAD_FILES, *BAD_OPTIONS])
+def test_a_bad_file_or_option_is_one_line(given: str, message: str, made: Any) -> None:
+    Path("c.toml").write_bytes(given.encode("latin-1"))
+    said = made(*(given.split() if given.startswith("--") else ("--config", "c.toml")))
     assert isinstance(said, str) and said.startswith(message)
 
 
 OLD = [
-    "--context-tokens",
-    "--documents",
-    "--lines",
-    "--words",
-    "--identifiers",
-    "--probes",
-    "--depths",
-    "--positions",
-    "--prompt-template",
-    "--answer-prefix",
-    "--weight",
-    "--search-contexts",
-    "--validation-contexts",
-    "--test-contexts",
-    "--finalists",
-    "--racing-fraction",
-    "--guard-text",
-    "--algorithm",
-    "--parametrization",
-    "--lag",
-    "--bounds",
-    "--degree",
-    "--population",
-    "--width",
-    "--middle-weight",
-    "--gpus",
-    "--executor",
-    "--ray-address",
-    "--batch-size",
-    "--no-chat-template",
-    "--verbose",
-    "--rope-scaling",
-    "--rope-scale",
-    "--rope-freq-base",
-    "--rope-freq-scale",
-    "--yarn-orig-ctx",
-    "--yarn-ext-factor",
-    "--yarn-attn-factor",
-    "--yarn-beta-slow",
-    "--yarn-beta-fast",
-    "--cache-type-k",
-    "--cache-type-v",
-]
+    "--context-tokens", "--documents", "--lines", "--words", "--identifiers", "--probes", "--depths", "--positions",
+    "--prompt-template", "--answer-prefix", "--weight", "--search-contexts", "--validation-contexts",
+    "--test-contexts", "--finalists", "--racing-fraction", "--guard-text", "--algorithm", "--parametrization",
+    "--lag", "--bounds", "--degree", "--population", "--width", "--middle-weight", "--gpus", "--executor",
+    "--ray-address", "--batch-size", "--no-chat-template", "--verbose", "--rope-scaling", "--rope-scale",
+    "--rope-freq-base", "--rope-freq-scale", "--yarn-orig-ctx", "--yarn-ext-factor", "--yarn-attn-factor",
+    "--yarn-beta-slow", "--yarn-beta-fast", "--cache-type-k", "--cache-type-v",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("option", OLD)
-def test_each_old_option_is_still_there_or_says_where_it_went(
-    option: str, made: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_old_option_is_still_there_or_says_where_it_went(option: str, made: Any) -> None:
     with click.Context(search.command) as context:
         if any(option in param.opts for param in search.command.get_params(context)):
             return
-    said = made(option, "1", capsys=capsys)
+    said = made(option, "1")
     assert isinstance(said, str) and said.startswith(f"{option}: is ")
     (name,) = re.findall(r"--set (\S+)=", said)
     assert name in known_settings() or name == "TASK.weight"
-
-
-def test_what_demo_takes_no_more_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--batch-size", "64"]) == 1
-    assert capsys.readouterr().err == "lrope-gguf: --batch-size: demo does not use it any more; leave it out\n"
 
 
 def test_eval_reads_the_same_file_and_refuses_what_is_for_a_search(
@@ -258,6 +193,8 @@ def test_eval_reads_the_same_file_and_refuses_what_is_for_a_search(
     for text in ("max_evaluations=3", "ga.lag=3", "start=a.json"):
         assert main(["eval", str(path), "--set", text]) == 1
         assert capsys.readouterr().err == f"lrope-gguf: --set {text}: eval does not use it; leave it out\n"
+    assert main(["demo", "--batch-size", "64"]) == 1
+    assert capsys.readouterr().err == "lrope-gguf: --batch-size: demo does not use it any more; leave it out\n"
 
 
 KEYS = st.text("ab_", min_size=1, max_size=3)
@@ -323,26 +260,16 @@ def echo() -> Iterator[None]:
 
 @pytest.mark.usefixtures("echo")
 def test_a_task_of_ones_own_is_one_class_and_one_entry(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    _, task, _, _ = made("--task", "echo", "--set", "echo.loudness=5", "--seed", "2", capsys=capsys)
+    _, task, _, _ = made("--task", "echo", "--set", "echo.loudness=5", "--seed", "2")
     assert task == EchoConfig(loudness=5, seed=2) == task_config("echo", loudness=5, seed=2)
     Path("c.toml").write_text('task = ["echo", "kv"]\n[echo]\nloudness = 4\n')
-    _, mix, _, _ = made("--config", "c.toml", capsys=capsys)
+    _, mix, _, _ = made("--config", "c.toml")
     assert [part.name for part in mix.tasks] == ["kv", "echo"] and mix.tasks[1].loudness == 4
     assert task_identity(task) == {"name": "echo", "loudness": 5, "seed": 2, "answer_prefix": "", "data": None}
-    assert made("--task", "echo", "--set", "echo.loudness=1", capsys=capsys) == (
-        "--set echo.loudness=1: too small; give at least 2"
-    )
+    said = made("--task", "echo", "--set", "echo.loudness=1")
+    assert said == "--set echo.loudness=1: too small; give at least 2"
     assert main(["search", "--print-config"]) == 0
     assert "# how many pairs\nloudness = 3\n" in capsys.readouterr().out
-
-
-@pytest.mark.native
-@pytest.mark.usefixtures("echo")
-def test_a_task_of_ones_own_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_readable(tmp_path / "m.gguf")
-    options = ["--task", "echo", "--set", "echo.loudness=4", "--threads", "1", "--contexts", "1", "--json"]
-    assert main(["eval", str(path), *options]) == 0
-    assert json.loads(capsys.readouterr().out)["task"]["loudness"] == 4
 
 
 def test_settings_say_what_they_are() -> None:
@@ -373,18 +300,16 @@ class Odd(Settings):
     numbers: tuple[float, ...] = setting((1.0,), "f")
 
 
-@given(
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "whole": st.integers(0, 10**6),
-            "number": st.none() | st.floats(1e-9, 1e9),
-            "flag": st.booleans(),
-            "words": st.lists(st.text("ab", min_size=1)).map(tuple),
-            "numbers": st.lists(st.floats(-1e9, 1e9)).map(tuple),
-        },
-    )
-)
+KINDS = {
+    "whole": st.integers(0, 10**6),
+    "number": st.none() | st.floats(1e-9, 1e9),
+    "flag": st.booleans(),
+    "words": st.lists(st.text("ab", min_size=1)).map(tuple),
+    "numbers": st.lists(st.floats(-1e9, 1e9)).map(tuple),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=KINDS))
 def test_a_setting_is_the_same_however_it_is_said(values: dict[str, Any]) -> None:
     odd = Odd(**values)
     assert Odd.from_json(json.loads(json.dumps(odd.to_json()))) == odd

@@ -1,9 +1,10 @@
-"""Bootstrap intervals against distributions that are known, and the words of the verdict."""
+"""Intervals against distributions that are known, the words of the verdict, and how many questions a search asks."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from scipy import stats
 
+from lrope_search import SearchConfig
 from lrope_search.results.comparison import Comparison, compare, contexts_needed
 from lrope_search.results.findings import Findings, GuardFinding, Look, Stage, TaskGain, Uniform, looked_again
 from lrope_search.results.intervals import (
@@ -24,6 +27,8 @@ from lrope_search.results.intervals import (
     share_interval,
     wilson,
 )
+from lrope_search.results.variation import components, typical, variation_text
+from lrope_search.sample import ERRORS, SPREAD, Components, cheapest, default_contexts, default_probes
 from lrope_search.scores import ContextScore, ProbeScore
 
 
@@ -61,24 +66,12 @@ def test_an_answer_of_many_parts_counts_as_many() -> None:
     one_task, context = Strata(np.zeros(30, np.int_), np.ones(1)), np.arange(30)
     words = rng.choice([1.0, 0.0], (30, 11), p=[0.2, 0.8])
     apart, listed = words.ravel(), words.mean(axis=1)
-    shares = [
-        share_interval(apart, np.repeat(context, 11), 0.95, one_task), share_interval(listed, context, 0.95, one_task)
-    ]  # fmt: skip
-    assert (shares[0].low, shares[0].high) == pytest.approx((shares[1].low, shares[1].high))
-    counts = draws(one_task, 0, 2000)
-    gains = [
-        answers_interval(apart, np.repeat(context, 11), counts, 0.95, one_task),
-        answers_interval(listed, context, counts, 0.95, one_task),
-    ]
-    assert (gains[0].low, gains[0].high) == pytest.approx((gains[1].low, gains[1].high))
-
-
-def test_contexts_that_happen_to_agree_are_no_certainty() -> None:
-    """Sixteen of forty answers turn right in each of four contexts: resamples and Student's interval have no width."""
-    one_task, context = Strata(np.zeros(4, np.int_), np.ones(1)), np.repeat(np.arange(4), 40)
-    turned = np.tile(np.repeat([1.0, 0.0], [16, 24]), 4)
-    found = answers_interval(turned, context, draws(one_task, 0, 500), 0.95, one_task)
-    assert found.low < 0.33 and found.high > 0.47
+    counts, found = draws(one_task, 0, 2000), []
+    for values, of in ((apart, np.repeat(context, 11)), (listed, context)):
+        share = share_interval(values, of, 0.95, one_task)
+        gain = answers_interval(values, of, counts, 0.95, one_task)
+        found.append((share.low, share.high, gain.low, gain.high))
+    assert found[0] == pytest.approx(found[1])
 
 
 FLIPS = {"none or few": (0.01, 0.01), "few, one way": (0.03, 0.0), "some": (0.1, 0.02), "many": (0.3, 0.05),
@@ -211,33 +204,16 @@ def test_few_contexts_make_the_interval_students() -> None:
         assert (gain.low, gain.high) == pytest.approx(stats.t.interval(0.95, n - 1, scale=error), abs=0.08)
 
 
-ARRAYS = st.integers(1, 9).flatmap(
-    lambda n: st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=n, max_size=n)
-)
-
-
-@given(ARRAYS, st.integers(0, 2**32))
-def test_a_comparison_turned_round_is_its_negative(rows: list[list[bool]], seed: int) -> None:
-    hits = np.array(rows)
+@given(hnp.arrays(np.bool_, st.tuples(st.integers(1, 9), st.just(6))), st.integers(0, 2**32))
+def test_a_comparison_turned_round_is_its_negative(hits: np.ndarray, seed: int) -> None:
     base, other = (scores(0.0 - side, side) for side in (hits[:, :3], hits[:, 3:]))
     there, back = compare(base, other, seed=seed, resamples=200), compare(other, base, seed=seed, resamples=200)
     assert there.accuracy_gain.mean == pytest.approx(there.accuracy - there.base_accuracy, abs=1e-12)
-    for gain, loss in (
-        (there.accuracy_gain, back.accuracy_gain),
-        (there.log_probability_gain, back.log_probability_gain),
-    ):
+    for kind in ("accuracy_gain", "log_probability_gain"):
+        gain, loss = getattr(there, kind), getattr(back, kind)
         assert (gain.mean, gain.low, gain.high) == pytest.approx((-loss.mean, -loss.high, -loss.low), abs=1e-9)
-        assert gain.low - 1e-9 <= gain.mean <= gain.high + 1e-9 or len(rows) > 1
+        assert gain.low - 1e-9 <= gain.mean <= gain.high + 1e-9 or len(hits) > 1
     assert compare(base, base, seed=seed, resamples=200).accuracy_gain == Interval(0.0, 0.0, 0.0)
-
-
-@given(st.integers(1, 8), st.integers(0, 2**32))
-def test_more_confidence_is_a_wider_interval(n: int, seed: int) -> None:
-    base, other = np.random.default_rng(seed).normal(size=(2, n, 2))
-    gains = [
-        compare(scores(base), scores(other), confidence=c, resamples=300).log_probability_gain for c in (0.8, 0.95)
-    ]
-    assert gains[1].low <= gains[0].low <= gains[0].high <= gains[1].high
 
 
 def test_probes_of_a_context_are_not_independent_evidence() -> None:
@@ -292,12 +268,6 @@ def test_depths_that_only_some_contexts_have() -> None:
     right = replace(base[3], probes=(ProbeScore(1.0, -1.0, True),))
     gain = compare(base, [*base[:3], right]).by_depth[1].accuracy_gain
     assert gain.low < 0.3 < gain.mean == 1.0  # one question of one context
-
-
-def test_the_seed_decides() -> None:
-    base, other = np.random.default_rng(1).normal(size=(2, 20, 3))
-    assert compare(scores(base), scores(other), seed=1) == compare(scores(base), scores(other), seed=1)
-    assert compare(scores(base), scores(other), seed=1) != compare(scores(base), scores(other), seed=2)
 
 
 def test_a_number_that_is_none_makes_no_interval() -> None:
@@ -379,15 +349,9 @@ VERDICTS = {
 
 
 @pytest.mark.parametrize("text", VERDICTS)
-def test_verdicts(text: str) -> None:
-    judged = VERDICTS[text].verdict
-    assert judged.text == text
-    assert judged.recommended == text.startswith("gain")
-
-
-@pytest.mark.parametrize("text", VERDICTS)
-def test_findings_pass_through_json(text: str) -> None:
+def test_verdicts_and_findings_pass_through_json(text: str) -> None:
     record = VERDICTS[text]
+    assert (record.verdict.text, record.verdict.recommended) == (text, text.startswith("gain"))
     written = json.loads(json.dumps(record.to_json(), allow_nan=False))
     read = Findings.from_json(written, record.factors, 0.8)
     assert read is not None and read.to_json() == written
@@ -416,3 +380,95 @@ def test_contexts_needed() -> None:
     for confidence in (0.8, 0.9, 0.95, 0.99):
         n = contexts_needed(confidence)
         assert 2.0 ** (1 - n) <= 1.0 - confidence < 2.0 ** (2 - n)
+
+
+def scored(rows: Sequence[Sequence[float]]) -> list[ContextScore]:
+    return [
+        ContextScore("search", i, tuple(ProbeScore(k / 9, float(v), False) for k, v in enumerate(row)), 1, 1.0)
+        for i, row in enumerate(rows)
+    ]
+
+
+@given(
+    st.floats(0.01, 10.0), st.floats(0.0, 1.0), st.floats(0.05, 2.0), st.integers(1, 60),
+    st.floats(1.0, 1e4), st.floats(0.1, 100.0), st.integers(1, 8),
+)  # fmt: skip
+def test_the_sample_is_the_cheapest_that_is_good_enough(
+    within: float, between: float, error: float, places: int, context: float, probe: float, least: int
+) -> None:
+    found = Components(within, between)
+    contexts, probes = cheapest(found, error, places=places, context_cost=context, probe_cost=probe, least=least)
+    assert least <= contexts and 1 <= probes <= places
+    assert found.standard_error(contexts, probes) <= error * (1 + 1e-6)
+    cost = contexts * (context + probes * probe)
+    for n in range(1, places + 1):  # nothing cheaper is good enough
+        most = math.ceil(cost * (1 - 1e-9) / (context + n * probe)) - 1  # contexts of n probes that cost less
+        assert most < least or found.standard_error(most, n) > error * (1 - 1e-6)
+
+
+@given(st.integers(1, 2000))
+def test_the_defaults_see_a_gain_worth_finding(places: int) -> None:
+    probes = default_probes(places)
+    assert 1 <= probes <= places
+    for split, error in ERRORS.items():
+        assert SPREAD / math.sqrt(default_contexts(split, probes) * probes) <= error * (1 + 1e-9)
+
+
+def test_long_contexts_are_read_once_for_a_candidate() -> None:
+    """Between contexts nothing varies on a real model: more probes of one context are cheaper than another context."""
+    assert (default_probes(100), default_contexts("search", 53)) == (53, 1)
+    assert (default_probes(40), default_contexts("search", 27)) == (27, 2)
+    assert default_contexts("test", 1000) == 8  # fewer clusters make no interval
+    with pytest.raises(ValueError, match="standard error of 0"):
+        cheapest(Components(1.0, 0.0), 0.0, places=1, context_cost=1.0, probe_cost=1.0)
+
+
+def test_settings_are_settled_once_the_questions_are_known() -> None:
+    settled = SearchConfig(test_contexts=5).settled(27)
+    assert [settled.n_contexts(split) for split in ("search", "validation", "test")] == [2, 8, 5]
+    assert settled.settled(53) == settled  # what is a number stays
+    few = SearchConfig().settled(27, {"search": 1, "validation": None, "test": 3})
+    assert (few.search_contexts, few.validation_contexts, few.test_contexts) == (1, 8, 3)
+    assert SearchConfig().n_contexts("search") == 1
+
+
+def test_variance_components_of_known_data() -> None:
+    rng = np.random.default_rng(3)
+    contexts, probes = 4000, 12
+    base = rng.normal(size=(contexts, probes))
+    other = base + 0.3 + 0.5 * rng.normal(size=(contexts, 1)) + 2.0 * rng.normal(size=(contexts, probes))
+    found = components(scored(base), scored(other))
+    assert found is not None and found.between is not None
+    assert found.within == pytest.approx(4.0, rel=0.03)
+    assert found.between == pytest.approx(0.25, rel=0.15)
+    # the standard error that they predict is the one that means over few contexts have
+    means = (other - base).reshape(1000, 4, probes).mean(axis=(1, 2))
+    assert found.standard_error(4, probes) == pytest.approx(means.std(), rel=0.1)
+
+
+def test_variance_components_by_hand() -> None:
+    # differences 1, 3 and 4, 6, 8: means 2 and 6, within (2 + 8) / 3; n0 = (5 - 13 / 5) / 1
+    found = components(scored([[0.0, 0.0], [0.0, 0.0, 0.0]]), scored([[1.0, 3.0], [4.0, 6.0, 8.0]]))
+    assert found is not None
+    assert found.within == pytest.approx(10 / 3)
+    grand = 22 / 5
+    assert found.between == pytest.approx((2 * (2 - grand) ** 2 + 3 * (6 - grand) ** 2 - 10 / 3) / 2.4)
+    same = components(scored([[0.0, 0.0]] * 3), scored([[1.0, -1.0]] * 3))
+    assert same == Components(2.0, 0.0)  # below 0 it is 0
+    assert components(scored([[0.0, 0.0]]), scored([[1.0, 3.0]])) == Components(2.0, None)
+
+
+def test_what_has_no_components() -> None:
+    assert components([], []) is None
+    assert components(scored([[0.0]]), scored([[1.0]])) is None
+    assert components(scored([[0.0, 0.0]]), scored([[1.0, -math.inf]])) is None
+    assert typical([(scored([[0.0]]), scored([[1.0]]))]) is None
+    sides = [(scored([[0.0, 0.0]]), scored([[-k, k]])) for k in (1.0, 2.0, 100.0)]
+    assert typical(sides) == Components(8.0, None)  # a ruined model among them does not matter
+
+
+def test_it_is_said_in_words() -> None:
+    assert variation_text(Components(0.0036, 0.0), 1, 53) == (
+        "candidate minus base: standard deviation 0.06 nats over the questions of a context, 0 between contexts; "
+        "1 context of 53 questions measure a gain to 0.0082 nats (standard error)"
+    )

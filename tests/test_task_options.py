@@ -10,19 +10,18 @@ from typing import Any
 
 import click
 import pytest
+from support.gguf_fixtures import write_model
 from support.rope_models import GEMMA3, N_LAYER
 from support.task_files import words, write
 from support.tiny_models import write_readable
-from test_task_jsonl import line as own_line
-from test_task_mdqa import line as qa_line
+from test_task_data import own_line, qa_line
 
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
 from lrope_search import ModelConfig, SearchConfig, TaskConfig, optimizer_config, task_config
 from lrope_search.commands.options import Gathered, RunConfig, config_options, options_of, task_options
 from lrope_search.evaluation.make import task_for
-from lrope_search.evaluation.model import Model
-from lrope_search.tasks import JsonlTask, KeyValueTask, MultiDocumentTask, Task, TokenLimit, make_task, task_identity
+from lrope_search.tasks import JsonlTask, KeyValueTask, MultiDocumentTask, TokenLimit, make_task, task_identity
 
 native = pytest.mark.native
 SETTING = re.compile(r"[a-z]+\.[a-z_]+=")
@@ -48,10 +47,6 @@ def parse(*options: str) -> TaskConfig:
     return configs(*options)[1]
 
 
-def open_task(settings: TaskConfig) -> Task:
-    return make_task(settings)
-
-
 def studied(*options: str) -> dict[str, Any]:
     """What a study's configuration holds of these options."""
     model, task = configs(*options)
@@ -67,17 +62,16 @@ def data(tmp_path: Path) -> dict[str, str]:
 
 
 def test_every_option_reaches_its_task(data: dict[str, str]) -> None:
-    context = open_task(parse("--keys", "9", "kv.probes=3", "--seed", "5", "kv.identifiers=number")).context("test", 0)
+    context = make_task(parse("--keys", "9", "kv.probes=3", "--seed", "5", "kv.identifiers=number")).context("test", 0)
     assert context == KeyValueTask(9, probes=3, seed=5, identifiers="number").context("test", 0)
-    assert open_task(parse()).context("test", 0) == KeyValueTask(40, probes=27).context("test", 0)
+    assert make_task(parse()).context("test", 0) == KeyValueTask(40, probes=27).context("test", 0)
     qa = parse("--task", "mdqa", "--data", data["mdqa"], "mdqa.documents=6", "mdqa.probes=4", "--seed", "5")
-    assert open_task(qa).context("test", 0) == MultiDocumentTask(data["mdqa"], 6, probes=4, seed=5).context("test", 0)
-    own = parse(
-        "--task", "jsonl", "--data", data["jsonl"], "--seed", "5", r"jsonl.prompt_template={context}\n\n{question}\n"
-    )
+    assert make_task(qa).context("test", 0) == MultiDocumentTask(data["mdqa"], 6, probes=4, seed=5).context("test", 0)
+    template = r"jsonl.prompt_template={context}\n\n{question}\n"
+    own = parse("--task", "jsonl", "--data", data["jsonl"], "--seed", "5", template)
     expected = JsonlTask(data["jsonl"], seed=5, template="{context}\n\n{question}\n").context("test", 0)
-    assert open_task(own).context("test", 0) == expected
-    assert open_task(task_config(keys=9, probes=3)).context("test", 0).prefix.count("-") == 4 * 18
+    assert make_task(own).context("test", 0) == expected
+    assert make_task(task_config(keys=9, probes=3)).context("test", 0).prefix.count("-") == 4 * 18
 
 
 def test_contexts_are_sized_when_a_model_is_there(data: dict[str, str]) -> None:
@@ -87,7 +81,7 @@ def test_contexts_are_sized_when_a_model_is_there(data: dict[str, str]) -> None:
 
     options = ("--context-tokens", "90")
     kv = parse(*options, "kv.probes=3", 'kv.answer_prefix= "')
-    assert len(open_task(kv).context("test", 0).prefix) < 400  # as small as can be
+    assert len(make_task(kv).context("test", 0).prefix) < 400  # as small as can be
     limit = TokenLimit(89, words)  # less the answer's beginning
     fitted = task_for(Counting(), kv)  # type: ignore[arg-type]
     assert fitted.context("test", 0) == KeyValueTask(probes=3, limit=limit).context("test", 0)
@@ -95,28 +89,44 @@ def test_contexts_are_sized_when_a_model_is_there(data: dict[str, str]) -> None:
     fitted = task_for(Counting(), qa)  # type: ignore[arg-type]
     assert fitted.context("test", 0) == MultiDocumentTask(data["mdqa"], probes=3, limit=limit).context("test", 0)
     same = task_for(Counting(), parse("--keys", "12"))  # type: ignore[arg-type]
-    assert same.context("test", 0) == open_task(parse("--keys", "12")).context("test", 0)
+    assert same.context("test", 0) == make_task(parse("--keys", "12")).context("test", 0)
     many = parse("--context-tokens", "900", "kv.probes=60")
-    assert len(open_task(many).context("test", 0).probes) == 60
+    assert len(make_task(many).context("test", 0).probes) == 60
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("mdqa.documents=20",), "--set mdqa.documents=20: no --task mdqa is given, only kv; add it or leave this out"),
-        (("kv.documents=20",), "--set kv.documents=20: no such setting; did you mean mdqa.documents"),
-        (("--task", "mdqa", "--keys", "20"), "--keys: --task mdqa does not use it; it is for --task kv"),
-        (("--task", "jsonl", "--context-tokens", "9"), "--context-tokens: --task jsonl does not use it"),
-        (("--task", "mdqa"), "--task mdqa: needs an nq-open file; give --data FILE"),
-        (("--task", "jsonl"), "--task jsonl: needs your file of questions; give --data FILE"),
-        (("--keys", "20", "--context-tokens", "9"), "--keys 20, --context-tokens 9: both give a context's size"),
-        (("--keys", "20", "kv.keys=9"), "--set kv.keys=9, --keys 20: both set kv.keys; leave out one of them"),
-        (("--task", "jsonl", "--data", "none.jsonl"), "none.jsonl: cannot read .*No such file"),
+        ("--task mdqa --keys 20", "--keys: --task mdqa does not use it; it is for --task kv and --task multikey"),
+        ("--task jsonl --context-tokens 9", "--context-tokens: --task jsonl does not use it"),
+        ("--task mdqa", "--task mdqa: needs an nq-open file; give --data FILE"),
+        ("--task jsonl", "--task jsonl: needs your file of questions; give --data FILE"),
+        ("--task jsonl --data none.jsonl", "none.jsonl: cannot read .*No such file"),
+        ("--task kv --task kv", "--task kv: given twice; give each task once$"),
+        ("--task kv --task jsonl --data x.jsonl", "--data x.jsonl: which of the 2 tasks"),
+        ("--keys mdqa=3", "--keys mdqa=3: no --task mdqa is given, only kv; add it or leave this out$"),
+        ("--task kv --task jsonl --data mdqa=x", "--data mdqa=x: no --task mdqa is given, only kv and jsonl"),
+        ("--task kv --task jsonl --data jsonl=x --keys jsonl=3", "--keys: --task jsonl does not use it"),
+        ("--set kv.weight=2", "--set kv.weight=2: there is no other task to weigh kv against; leave it out$"),
+        ("--task kv --task jsonl --data jsonl=x --set kv.weight=0", "--set kv.weight=0: too small; give more than 0"),
+        ("--task kv --task jsonl --data jsonl=x --set mdqa.weight=1", "--set mdqa.weight=1: no --task mdqa is given"),
+        ("--task vt --set vt.lines=4", "vt.lines 4: too few for a chain of 5 lines; ask for at least 5"),
+        ("--task vt --set vt.lines=9 --set vt.probes=2", "vt.lines 9: too few for 2 chains of 5 lines; ask for at"),
+        ("--task cwe --set cwe.words=60", "cwe.words 60: too few for a list with 10 common words; ask for at least 61"),
+        ("--task cwe --set cwe.words=999999", "cwe.words 999999: there are only enough words for 257460; ask for f"),
+        ("--task fwe --set fwe.words=73", "fwe.words 73: too few for a text in which 3 words .*; ask for at least 74"),
+        ("--task multikey --keys 3 --set multikey.probes=4", "--keys 3: too few for 4 probes"),
+        ("--task multikey --data kv.jsonl", "--data: --task multikey does not use it"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(options: tuple[str, ...], message: str) -> None:
-    with pytest.raises(LropeError, match=message):
-        open_task(parse(*options))
+def test_bad_input_is_named_before_any_model(
+    options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_model(tmp_path / "odd.gguf")  # a llama of no use, which nobody could load
+    for command in ("search", "eval"):
+        assert main([command, str(path), *options.split()]) == 1
+        (said,) = capsys.readouterr().err.splitlines()
+        assert re.match(f"lrope-gguf: {message}", said) and "odd.gguf" not in said
 
 
 def test_all_that_decides_the_prompts_is_in_a_studys_configuration(data: dict[str, str]) -> None:
@@ -155,16 +165,8 @@ def evaluate(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> d
 @native
 def test_eval_on_every_task(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: dict[str, str]) -> None:
     path = write_readable(tmp_path / "model.gguf", context_length=4096)
-    qa = evaluate(
-        path,
-        capsys,
-        "--task",
-        "mdqa",
-        "--data",
-        data["mdqa"],
-        *sets("mdqa.documents=5", "mdqa.probes=3", "mdqa.positions=even"),
-        "--generate",
-    )
+    asked = sets("mdqa.documents=5", "mdqa.probes=3", "mdqa.positions=even")
+    qa = evaluate(path, capsys, "--task", "mdqa", "--data", data["mdqa"], *asked, "--generate")
     assert qa["probes"] == 6
     assert [row["depth"] for row in qa["by_depth"]] == [0.0, 0.5, 1.0]
     assert qa["task"]["documents"] == 5 and qa["task"]["data"].startswith("mdqa.jsonl sha256:")
@@ -173,37 +175,6 @@ def test_eval_on_every_task(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert own["probes"] == 2
     assert own["factors"] == {"base": [1.0] * 6, "uniform 1.1": [1.1] * 6}
     assert own["base"] != own["uniform 1.1"]
-
-
-@native
-def test_eval_of_contexts_sized_by_tokens(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: dict[str, str]
-) -> None:
-    path = write_readable(tmp_path / "model.gguf", context_length=4096)
-    for options in (("--task", "kv"), ("--task", "mdqa", "--data", data["mdqa"])):
-        probes = f"{options[1]}.probes=3"
-        asked = parse(*options, probes, "--context-tokens", "1500")
-        with Model(path, n_threads=1) as model:
-            task = task_for(model, asked)
-            context = task.context("test", 1)
-            sizes = [len(model.tokenize_prompt(context.prefix + probe.question)) for probe in context.probes]
-        assert 1350 < max(sizes) <= 1500
-        document = evaluate(path, capsys, *options, *sets(probes), "--context-tokens", "1500")
-        assert 2 * 1350 < document["tokens"] < 2 * 2500
-        assert document["task"]["context_tokens"] == 1500
-
-
-@native
-def test_eval_of_a_curve_beside_a_uniform_factor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_readable(tmp_path / "model.gguf", factors=[1.2] * 6)
-    options = ("--keys", "5", *sets("kv.probes=2"))
-    both = evaluate(path, capsys, *options, "--factors", "1,1,1.1,1.1,1,1", "--uniform", "1.2")
-    assert list(both["factors"]) == ["base", "given", "uniform 1.2"]
-    assert both["given"]["log_probability"] != both["uniform 1.2"]["log_probability"]
-    stored = evaluate(path, capsys, *options)
-    assert stored["file"]["log_probability"] == pytest.approx(both["uniform 1.2"]["log_probability"])
-    assert main(["eval", str(path), *options, "--threads", "1", "--uniform", "0"]) == 1
-    assert re.search("refused by llama.cpp", capsys.readouterr().err)
 
 
 @native
@@ -231,12 +202,7 @@ def test_settings_travel_as_json_and_by_pickle(data: dict[str, str]) -> None:
         ModelConfig("m.gguf", n_threads=3, chat_template=False),
         task_config(keys=9, seed=4),
         task_config("jsonl", data=data["jsonl"], prompt_template="{context}{question}"),
-        SearchConfig(
-            algorithm=optimizer_config("ga", lag=3),
-            start=(((0.0, 1.0), (0.3, 1.1), (0.6, 1.0), (1.0, 1.2)),),
-            bounds=(0.5, 2.0),
-            max_hours=2.5,
-        ),
+        SearchConfig(algorithm=optimizer_config("ga", lag=3), start=(((0.0, 1.0), (1.0, 1.2)),), max_hours=2.5),
     ]
     for value in made:
         assert pickle.loads(pickle.dumps(value)) == value
@@ -245,5 +211,3 @@ def test_settings_travel_as_json_and_by_pickle(data: dict[str, str]) -> None:
         assert back.to_json() == value.to_json()
     with pytest.raises(LropeError, match=r"depth: no setting of ModelConfig"):
         ModelConfig.from_json({"path": "m.gguf", "depth": 3})
-    with pytest.raises(LropeError, match=r"kv\.depth: no such setting; task kv has"):
-        task_config("kv", depth=3)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_models import write_readable
-from test_task_options import configs, evaluate, parse, sets, words
+from test_task_options import evaluate, parse, sets, words
 
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
@@ -39,7 +39,6 @@ from lrope_search.tasks import (
     task_identity,
 )
 from lrope_search.tasks.answers import share
-from lrope_search.tasks.settings import TASKS as TASKS_THERE
 from lrope_search.tasks.task import Context, Probe
 
 native = pytest.mark.native
@@ -68,18 +67,19 @@ def particulars(context: Context) -> set[str]:
     return {found for kind in kinds for found in re.findall(kind, text)} - {"remove"}
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [*TASKS, "kv"])
 def test_seed_split_and_index_decide_and_no_splits_share_anything(name: str) -> None:
-    late = TASKS[name](seed=5)
+    make = {**TASKS, "kv": KeyValueTask}[name]
+    late = make(seed=5)
     for index in range(3):
         late.context("search", index)
-    assert late.context("test", 7) == TASKS[name](seed=5).context("test", 7)
+    assert late.context("test", 7) == make(seed=5).context("test", 7)
     assert late.size("test") is None
     assert late.name == name
     seen = set()
     found: dict[str, set[str]] = {}
     for seed in (5, 6):
-        task = TASKS[name](seed=seed)
+        task = make(seed=seed)
         for split in SPLITS:
             for index in range(4):
                 context = task.context(split, index)
@@ -100,10 +100,8 @@ def test_a_needle_among_needles(n: int, seed: int, split: str, index: int) -> No
     assert len(context.probes) == default_probes(n)
     for probe in context.probes:
         place = round(probe.depth * max(n - 1, 1))
-        assert (probe.question, probe.answer) == (
-            f"Complete this sentence: The secret code of {needles[place][0]} is",
-            needles[place][1],
-        )
+        key, value = needles[place]
+        assert (probe.question, probe.answer) == (f"Complete this sentence: The secret code of {key} is", value)
         assert not probe.references and probe.share(f"It is {probe.answer.upper()}.") == 1.0
 
 
@@ -126,12 +124,9 @@ def solved(lines: list[str], value: str) -> list[str]:
 
 
 @given(
-    st.integers(1, 6),
-    st.integers(0, 60),
-    st.integers(0, 2**32),
-    st.sampled_from(SPLITS),
+    st.integers(1, 6), st.integers(0, 60), st.integers(0, 2**32), st.sampled_from(SPLITS),
     st.sampled_from(["jittered", "even"]),
-)
+)  # fmt: skip
 def test_variables_have_the_value_asked_for(chains: int, more: int, seed: int, split: str, positions: str) -> None:
     n = 5 * chains + more
     context = VariableTask(n, probes=chains, positions=positions, seed=seed).context(split, 3)
@@ -140,20 +135,18 @@ def test_variables_have_the_value_asked_for(chains: int, more: int, seed: int, s
     assert len(lines) == n and end == "" and len(context.probes) == chains and context.n_places == n // 5
     assert sum(line.startswith("VAR ") for line in lines) == 5 * chains
     assert all(re.fullmatch(r"The [a-z]+ [a-z]+ is [a-z]+\.", line) for line in lines if line[:3] != "VAR")
-    values = [
-        re.fullmatch(r"Question: Which variables have the value (\d{5})\?\nAnswer:", p.question) for p in context.probes
-    ]
-    assert len({found[1] for found in values if found}) == chains
-    for found, probe in zip(values, context.probes, strict=True):
+    values = set()
+    for probe in context.probes:
+        found = re.fullmatch(r"Question: Which variables have the value (\d{5})\?\nAnswer:", probe.question)
         assert found and solved(lines, found[1]) == list(probe.references) and len(probe.references) == 5
+        values.add(found[1])
         assert probe.answer == ", ".join(probe.references)
-        places = [
-            next(i for i, line in enumerate(lines) if line.startswith(f"VAR {name} ")) for name in probe.references
-        ]
+        places = [i for n in probe.references for i, line in enumerate(lines) if line.startswith(f"VAR {n} ")]
         rounded = 0.5 / (n - 1) if positions == "even" else 0.0  # an even depth stands for the nearest place
         assert probe.depth == pytest.approx(sum(places) / 5 / (n - 1), abs=rounded + 1e-9)
         if positions == "jittered":
             assert all(5 * place // n in (k, k - 1, k + 1) for k, place in enumerate(places))  # a fifth each, nearly
+    assert len(values) == chains
     shown = re.fullmatch(r"Question: Which variables have the value (\d{5})\?\nAnswer: (.*)", asked)
     assert shown and ", ".join(solved(example.split("\n"), shown[1])) == shown[2]
     assert not set(shown[2].split(", ")) & {name for probe in context.probes for name in probe.references}
@@ -233,42 +226,6 @@ def test_contexts_fill_the_tokens_asked_for(name: str, tokens: int) -> None:
         assert context == TASKS[name](limit=TokenLimit(tokens, words)).context(split, 1)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--task vt --set vt.lines=4", "vt.lines 4: too few for a chain of 5 lines; ask for at least 5"),
-        (
-            "--task vt --set vt.lines=9 --set vt.probes=2",
-            "vt.lines 9: too few for 2 chains of 5 lines; ask for at least 10",
-        ),
-        ("--task vt --keys 9", "--keys: --task vt does not use it; it is for --task kv and --task multikey"),
-        ("--task cwe --set cwe.words=60", "cwe.words 60: too few for a list with 10 common words; ask for at least 61"),
-        (
-            "--task cwe --set cwe.words=999999",
-            "cwe.words 999999: there are only enough words for 257460; ask for fewer",
-        ),
-        ("--task cwe --set cwe.probes=2", "--set cwe.probes=2: no such setting; did you mean kv.probes"),
-        ("--task fwe --set fwe.words=73", "fwe.words 73: too few for a text in which 3 words .*; ask for at least 74"),
-        ("--task fwe --set fwe.words=90 --context-tokens 99", "--set fwe.words=90, --context-tokens 99: both"),
-        ("--task multikey --keys 3 --set multikey.probes=4", "--keys 3: too few for 4 probes"),
-        ("--task multikey --data kv.jsonl", "--data: --task multikey does not use it"),
-    ],
-)
-def test_mistakes_are_named_before_a_model_is_loaded(
-    options: str,
-    message: str,
-    path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for command in ("search", "eval"):
-        assert main([command, str(path), *options.split()]) == 1
-        (said,) = capsys.readouterr().err.splitlines()
-        assert re.match(f"lrope-gguf: {message}", said)
-
-
 def test_tokens_that_hold_no_context() -> None:
     for name, message in (
         ("vt", r"^--context-tokens 60: a chain of 5 lines takes \d+ tokens already; ask for more$"),
@@ -287,12 +244,6 @@ def test_all_that_decides_the_prompts_is_in_a_studys_configuration() -> None:
     }  # fmt: skip
     assert task_identity(parse("--task", "multikey", "--keys", "9"))["probes"] == default_probes(9)
     assert "probes" not in task_identity(parse("--task", "cwe"))
-    for name in TASKS:
-        json_value = task_config(name, seed=3).to_json()
-        made = task_config(**json_value)
-        assert made.to_json() == task_config(name, seed=3).to_json() and made.name in TASKS_THERE
-    kv, multikey = (configs("--task", name, "--keys", "9")[1].keys for name in ("kv", "multikey"))
-    assert kv == multikey == 9
 
 
 @native
@@ -306,7 +257,7 @@ def test_eval(name: str, path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @native
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [*TASKS, "kv"])
 def test_contexts_sized_by_a_models_tokens(name: str, path: Path) -> None:
     with Model(path, n_threads=1) as model:
         context = task_for(model, task_config(name, context_tokens=3000)).context("test", 1)
@@ -336,12 +287,8 @@ def test_a_table_of_shares(path: Path, capsys: pytest.CaptureFixture[str], monke
     found = evaluate(path, capsys, "--task", "vt", *sets("vt.lines=12"), "--generate")
     assert found["generated"]["base"]["accuracy"] == pytest.approx(0.5)
     assert found["base"]["accuracy"] == 0.0 and found["generated"]["agreement"] == 1.0  # none is wholly right
-    assert (
-        main(
-            ["eval", str(path), "--threads", "1", "--contexts", "2", "--task", "vt", *sets("vt.lines=12"), "--generate"]
-        )
-        == 0
-    )
+    command = ["eval", str(path), "--threads", "1", "--contexts", "2", "--task", "vt", *sets("vt.lines=12")]
+    assert main([*command, "--generate"]) == 0
     shown = capsys.readouterr()
     assert "base: 50.0 %" in shown.out and "answers none of" not in shown.err
 
@@ -365,7 +312,10 @@ def test_a_search_with_needles_and_variables(path: Path, tmp_path: Path, capsys:
     tasks = ("--task", "multikey", "--keys", "6", *sets("multikey.probes=3"), "--task", "vt", *sets("vt.lines=12"))
     assert main(["search", str(path), *tasks, *how]) == 0
     study = json.loads((tmp_path / "best.study" / "config.json").read_text())
-    assert study["task"]["name"] == "multikey+vt"
+    assert study["task"]["name"] == "multikey+vt" and study["task"]["parts"]["vt"]["weight"] == 1.0
+    lines = map(json.loads, (tmp_path / "best.study" / "evaluations.jsonl").read_text().splitlines())
+    turns = {(r["index"] % 2, r["task"]) for r in lines if r["split"] != "guard"}
+    assert turns == {(0, "multikey"), (1, "vt")}
     assert main(["report", str(tmp_path / "best.study")]) == 0
     said = capsys.readouterr()
     assert "task multikey+vt" in said.out

@@ -1,7 +1,8 @@
-"""Key-value retrieval contexts: the benchmark's prompt, splits, sizes, files and their mistakes."""
+"""Key-value contexts: the benchmark's prompt, splits, sizes, files and their mistakes; and when an answer is right."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -16,7 +17,8 @@ from support.task_files import words, write
 from lrope_gguf.errors import LropeError
 from lrope_search.sample import SPLITS
 from lrope_search.tasks import KeyValueTask, TokenLimit
-from lrope_search.tasks.task import Context, places
+from lrope_search.tasks.answers import holds, normalize
+from lrope_search.tasks.task import Context, Probe, places
 
 
 def record(n: int, n_pairs: int = 12) -> dict[str, Any]:
@@ -34,15 +36,8 @@ def test_the_prompt_is_the_benchmarks(tmp_path: Path) -> None:
     path = write(tmp_path / "kv.jsonl", [{"ordered_kv_records": pairs, "key": "b2", "value": "v2"}] * 3)
     context = KeyValueTask(probes=3, data=path).context("test", 0)
     assert context.prefix + context.probes[1].question == (
-        "Extract the value corresponding to the specified key in the JSON object below.\n"
-        "\n"
-        "JSON data:\n"
-        '{"a1": "v1",\n'
-        ' "b2": "v2",\n'
-        ' "c3": "v3"}\n'
-        "\n"
-        'Key: "b2"\n'
-        "Corresponding value:"
+        "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
+        '{"a1": "v1",\n "b2": "v2",\n "c3": "v3"}\n\nKey: "b2"\nCorresponding value:'
     )
     assert [probe.answer for probe in context.probes] == ["v1", "v2", "v3"]
     assert [probe.depth for probe in context.probes] == [0.0, 0.5, 1.0]
@@ -96,23 +91,6 @@ def test_even_probes_ask_for_the_pairs_at_their_depths(n: int, more: int, seed: 
     assert len(set(asked)) == depths
 
 
-def test_generated_contexts_are_random_uuids_that_only_seed_split_and_index_decide() -> None:
-    uuid4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
-    late = KeyValueTask(12, seed=5)
-    for index in range(3):
-        late.context("search", index)
-    assert late.context("test", 7) == KeyValueTask(12, seed=5).context("test", 7)
-    seen: set[str] = set()
-    for seed in (5, 6):
-        task = KeyValueTask(12, seed=seed)
-        for context in [task.context(split, i) for split in SPLITS for i in range(3)] + [task.calibration()]:
-            ids = {text for pair in pairs_of(context) for text in pair}
-            assert all(uuid4.fullmatch(text) for text in ids)
-            assert not ids & seen
-            seen |= ids
-    assert task.size("test") is None
-
-
 @given(st.integers(11, 60), st.integers(0, 2**32))
 def test_numbers_as_identifiers(n_pairs: int, seed: int) -> None:
     task = KeyValueTask(n_pairs, seed=seed, identifiers="number")
@@ -160,6 +138,7 @@ def test_keys_takes_the_first_pairs_of_each_record(tmp_path: Path) -> None:
         ("{", r"kv\.jsonl:2: not a key-value record"),
         ("[1]", r"kv\.jsonl:2: not a key-value record"),
         ("[" * 100_000, r"kv\.jsonl:2: not a key-value record"),
+        ('{"ordered_kv_records": [["a\\ud800", "b"]]}', r"kv\.jsonl:2: not a key-value record"),
         ({"key": "a"}, r"kv\.jsonl:2: not a key-value record .*ordered_kv_records"),
         ({"ordered_kv_records": [["a", "b", "c"]] * 12}, r"kv\.jsonl:2: not a key-value record"),
         ({"ordered_kv_records": [["a", 1]] * 12}, r"kv\.jsonl:2: a key or value is not text"),
@@ -175,48 +154,33 @@ def test_a_bad_record_is_named_by_its_line(tmp_path: Path, line: Any, message: s
 
 
 def test_unusable_files_and_numbers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(LropeError, match="No such file"):
-        KeyValueTask(data=tmp_path / "none.jsonl")
-    with pytest.raises(LropeError, match="has no records"):
-        KeyValueTask(data=write(tmp_path / "empty.jsonl", []))
-    (tmp_path / "latin.jsonl").write_bytes(b'{"\xe9": 1}\n')
-    with pytest.raises(LropeError, match=r"latin\.jsonl: cannot read"):
-        KeyValueTask(data=tmp_path / "latin.jsonl")
     zipped = write(tmp_path / "kv.jsonl.gz", [record(n) for n in range(50)]).read_bytes()
-    (tmp_path / "cut.jsonl.gz").write_bytes(zipped[: len(zipped) // 2])
-    with pytest.raises(LropeError, match=r"cut\.jsonl\.gz: cannot read"):
-        KeyValueTask(data=tmp_path / "cut.jsonl.gz")
-    (tmp_path / "bad.jsonl.gz").write_bytes(zipped[:100] + bytes(100) + zipped[200:])
-    with pytest.raises(LropeError, match=r"bad\.jsonl\.gz: cannot read"):
-        KeyValueTask(data=tmp_path / "bad.jsonl.gz")
-    with pytest.raises(LropeError, match="fewer pairs than the 11 probes"):
-        KeyValueTask(data=write(tmp_path / "short.jsonl", [record(0, 8)]), probes=11)
-    with pytest.raises(LropeError, match="--keys 10: too few for 11 probes"):
-        KeyValueTask(10, probes=11)
-    with pytest.raises(LropeError, match="probes 0"):
-        KeyValueTask(10, probes=0)
+    short = json.dumps(record(0, 8)).encode() + b"\n"
+    for name, content, message in [
+        ("none.jsonl", None, "No such file"),
+        ("empty.jsonl", b"", "has no records"),
+        ("latin.jsonl", b'{"\xe9": 1}\n', r"latin\.jsonl: cannot read"),
+        ("cut.jsonl.gz", zipped[: len(zipped) // 2], r"cut\.jsonl\.gz: cannot read"),
+        ("bad.jsonl.gz", zipped[:100] + bytes(100) + zipped[200:], r"bad\.jsonl\.gz: cannot read"),
+        ("short.jsonl", short, "fewer pairs than the 11 probes"),
+        ("two.jsonl", short * 2, r"two\.jsonl: has only 2 contexts .* one each"),
+    ]:
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(LropeError, match=message):
+            KeyValueTask(data=tmp_path / name, probes=8 if name == "two.jsonl" else 11)
+    for probes, message in ((11, "--keys 10: too few for 11 probes"), (0, "probes 0")):
+        with pytest.raises(LropeError, match=message):
+            KeyValueTask(10, probes=probes)
 
 
-def test_too_few_records_are_an_error_with_the_numbers(tmp_path: Path) -> None:
+def test_the_sizes_of_splits(tmp_path: Path) -> None:
+    pair = '{"ordered_kv_records": [["a\\ud83d\\ude00", "b"]]}'  # a surrogate pair is text, half of one is not
+    few = KeyValueTask(data=write(tmp_path / "kv.jsonl", [pair] * 3), probes=1)
+    assert [few.size(split) for split in SPLITS] == [1, 1, 1] and few.context("test", 0).probes[0].answer
     task = KeyValueTask(data=write(tmp_path / "kv.jsonl", [record(n) for n in range(10)]))
-    assert task.size("test") == 3
     with pytest.raises(LropeError, match="5 test contexts asked for, but of its 10 records 3 are for test"):
         task.context("test", 4)
-
-
-def test_a_file_is_refused_that_splits_cannot_share(tmp_path: Path) -> None:
-    with pytest.raises(LropeError, match=r"kv\.jsonl: has only 2 contexts .* one each"):
-        KeyValueTask(data=write(tmp_path / "kv.jsonl", [record(0), record(1)]))
-    task = KeyValueTask(data=write(tmp_path / "kv.jsonl", [record(n) for n in range(3)]))
-    assert [task.size(split) for split in SPLITS] == [1, 1, 1]
-
-
-def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
-    line = '{"ordered_kv_records": [["a\\ud800", "b"]]}'
-    with pytest.raises(LropeError, match=r"kv\.jsonl:1: not a key-value record"):
-        KeyValueTask(data=write(tmp_path / "kv.jsonl", [line] * 3), probes=1)
-    line = '{"ordered_kv_records": [["a\\ud83d\\ude00", "b"]]}'
-    assert KeyValueTask(data=write(tmp_path / "kv.jsonl", [line] * 3), probes=1).context("test", 0).probes[0].answer
 
 
 def size(context: Context) -> int:
@@ -243,9 +207,62 @@ def test_tokens_that_no_context_has(tmp_path: Path) -> None:
     data = write(tmp_path / "kv.jsonl", [record(n) for n in range(10)])
     part = KeyValueTask(data=data, probes=4, limit=TokenLimit(100, words)).context("search", 0)
     assert size(part) <= 100 and 4 < len(pairs_of(part)) < 12
-    with pytest.raises(
-        LropeError, match=r"--context-tokens 400: 12 pairs take only .* record of .*kv\.jsonl has no more"
-    ):
+    with pytest.raises(LropeError, match=r"--context-tokens 400: 12 pairs take only .* of .*kv\.jsonl has no more"):
         KeyValueTask(data=data, probes=4, limit=TokenLimit(400, words)).context("search", 0)
     with pytest.raises(LropeError, match=r"--context-tokens 200000: 9000 pairs .* no more such keys"):
         KeyValueTask(identifiers="number", limit=TokenLimit(200_000, words)).context("search", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Who", "who"), ("An apple, a day;\tthe\nend!", "apple day end"),
+        ("Theatre of A.B. Marx", "theatre of ab marx"), ("A", ""), ("*", ""),
+        ("Wilhelm Conrad Röntgen", "wilhelm conrad röntgen"),
+    ],
+)  # fmt: skip
+def test_normalized_texts(text: str, expected: str) -> None:
+    assert normalize(text) == expected
+
+
+@given(st.text(max_size=40))
+def test_normalizing_again_changes_no_punctuation_or_blank(text: str) -> None:
+    once = normalize(text)
+    assert not set(once) & set("!,.;'\"") and "  " not in once and once == once.strip()
+
+
+def test_any_wording_will_do() -> None:
+    probe = Probe(0.5, "?", "Wilhelm Röntgen", ("W. C. Röntgen",))
+    assert probe.answered_by("It was wilhelm röntgen.") and probe.answered_by("W. C. RÖNTGEN")
+    assert not probe.answered_by("Röntgen")
+    assert not probe.answered_by("WC Röntgen")
+    loose = Probe(0.5, "?", "Wilhelm Röntgen", ("W. C. Röntgen", "The"), normalized=True)
+    assert loose.answered_by("it was the W.C. Röntgen") is False  # without punctuation: wc
+    assert loose.answered_by("it was W. C. the Röntgen")
+    assert not loose.answered_by("the end")
+    assert not holds("C", ["C++"]) and holds("C", ["C++"], normalized=True)
+
+
+STEPS = st.lists(st.integers(0, 30), min_size=1, max_size=80)
+
+
+@given(STEPS, st.integers(1, 5), st.integers(0, 85), st.integers(-3, 3))
+def test_the_largest_size_that_fits_is_found(steps: list[int], low: int, near: int, beside: int) -> None:
+    tokens = [0] * low + [5 + total for total in itertools.accumulate(steps)]  # of sizes 0, 1, ...
+    high = len(tokens) - 1
+    limit = tokens[min(near, high)] + beside
+    found = TokenLimit(limit, len).largest(lambda size: "x" * tokens[size], low, high)
+    fitting = [size for size in range(low, high + 1) if tokens[size] <= limit]
+    assert found == ((fitting[-1], tokens[fitting[-1]]) if fitting else (0, tokens[low]))
+
+
+@pytest.mark.parametrize(("per_item", "limit"), [(63, 8192), (63, 131_072), (2, 1_000_000), (400, 100_000)])
+def test_a_long_prompt_is_counted_a_few_times(per_item: int, limit: int) -> None:
+    calls = []
+
+    def prompt(size: int) -> str:
+        calls.append(size)
+        return "x" * (40 + per_item * size + size // 7 % 3)
+
+    assert TokenLimit(limit, len).largest(prompt, 11, limit)[0] == pytest.approx((limit - 40) / per_item, abs=2)
+    assert len(calls) <= 7

@@ -19,7 +19,6 @@ class _Workers(Landscape):
     def __init__(self, spec: Workers, n_threads: int | None) -> None:
         super().__init__()
         self.spec, self.n_threads = spec, n_threads
-        self.n_done = 0
 
     def evaluate(self, factors: tuple[float, ...], split: str, index: int) -> ContextScore:
         spec = self.spec
@@ -35,7 +34,6 @@ class _Workers(Landscape):
             if spec.death == "mistake":
                 raise LropeError("data.jsonl: context 3 is missing; give another file")
             raise ZeroDivisionError("a fault")
-        self.n_done += 1
         return super().evaluate(factors, split, index)
 
     def _first(self) -> bool:
