@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,19 @@ MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ, llama-cparams.h
 
 Part = tuple[Tokens, NDArray[Any], NDArray[Any], NDArray[np.bool_], NDArray[Any]]
 """Of what is decoded: tokens, positions, first sequences, which logits are wanted, numbers of sequences."""
-Rows = tuple[slice, Logits]
-"""Of one decoded batch: which of the wanted rows these are, and their logits, shape (rows, n_vocab): llama.cpp's own
-buffer, free to be overwritten, valid until the next decode."""
 Scores = tuple[slice, NDArray[np.float32], NDArray[np.bool_]]
 """Of one decoded batch: which of the wanted rows these are, of each row's token the natural log-probability, NaN where
 the logits are no numbers, and whether no other token is more likely."""
+
+
+class Rows(NamedTuple):
+    """Of one decoded batch: which of the wanted rows these are, and their logits, shape (rows, n_vocab).
+
+    The logits are llama.cpp's own buffer, free to be overwritten, valid until the next decode.
+    """
+
+    rows: slice
+    logits: Logits
 
 
 class Batch:

@@ -400,7 +400,7 @@ class Model:
         n_seq = np.ones(len(tokens), np.int64) if n_seq is None else n_seq
         for rows in self._decode((tokens, positions, sequences, wanted, n_seq), prepare):
             address = self._llama.llama_get_logits(self._context)
-            yield rows, np.ctypeslib.as_array(address, (rows.stop - rows.start, self.n_vocab))
+            yield Rows(rows, np.ctypeslib.as_array(address, (rows.stop - rows.start, self.n_vocab)))
 
     def _decode(self, part: Part, prepare: Callable[[slice, NDArray[np.bool_]], None]) -> Iterator[slice]:
         """Compute batch by batch, after ``prepare`` of its wanted rows, and yield which these are if there are any."""
