@@ -225,10 +225,9 @@ class CurveFile:
             object.__setattr__(self, "layer_factors", factors)
         if self.architecture is not None and not isinstance(self.architecture, str):
             raise LropeError(f"architecture is {self.architecture!r}, not a string; give a name")
-        if self.block_count is not None and (
-            isinstance(self.block_count, bool) or not isinstance(self.block_count, int) or self.block_count < 1
-        ):
-            raise LropeError(f"block_count is {self.block_count!r}; give a whole number above 0")
+        n = self.block_count
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+            raise LropeError(f"block_count is {n!r}; give a whole number above 0")
 
     @property
     def curve(self) -> Curve | None:
@@ -284,9 +283,8 @@ class CurveFile:
         curve = self.curve
         if curve is None or self.layer_factors is None:
             return
-        for layer, (given, made) in enumerate(
-            zip(self.layer_factors, curve.factor_list(len(self.layer_factors)), strict=True)
-        ):
+        made_all = curve.factor_list(len(self.layer_factors))
+        for layer, (given, made) in enumerate(zip(self.layer_factors, made_all, strict=True)):
             if abs(given - made) > AGREEMENT:
                 raise LropeError(
                     f"layer_factors[{layer}] is {given:g}, but control_points give {made:g}; remove one of the two"

@@ -58,10 +58,7 @@ def run_tool(name: str | None = None) -> NoReturn:
 
 
 def _next_on_path(name: str) -> str | None:
-    """Return the program in the first folder of PATH after this launcher's own that has another one of this name.
-
-    Only later folders, so that several such launchers end at last.
-    """
+    """Return the next program of this name on PATH, only after this launcher's folder: several such ones end."""
     folders = list(dict.fromkeys(map(os.path.realpath, os.get_exec_path())))
     launcher = Path(sys.argv[0])
     own = os.path.realpath(launcher.parent)

@@ -80,11 +80,8 @@ def _changed(
     path: str | os.PathLike[str], name: str, options: Mapping[str, str], replaced: Collection[str]
 ) -> tuple[bytes, dict[str, str]]:
     """The file's new content, and what its entry keeps of `SERVING`."""
-    if (
-        not name.isprintable()
-        or re.fullmatch(r"[^\[\]\s](?:[^\[\]]*[^\[\]\s])?", name) is None
-        or name in ("default", "*")
-    ):
+    named = name.isprintable() and re.fullmatch(r"[^\[\]\s](?:[^\[\]]*[^\[\]\s])?", name)
+    if not named or name in ("default", "*"):
         raise LropeError(f"--preset-name {name!r}: cannot name an entry; give one without brackets, not default or *")
     for key, value in options.items():
         if re.search(r"[;#\r\n]|^[ \t]|[ \t]$", value):

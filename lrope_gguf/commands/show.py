@@ -240,14 +240,10 @@ def _plot(path: str, info: ModelInfo, document: CurveFile | None, agreement: boo
         raise LropeError(f"{info.path}: there is nothing to plot, because {why}; write factors first")
     from lrope_gguf.plot import plot_factors
 
-    plot_factors(
-        path,
-        info.factors,
-        control_points=None if document is None else document.control_points,
-        n_layer=info.n_layer,
-        title=f"Layer factors of {info.name or info.path.name} ({info.architecture}, {info.block_count} layers)",
-        curve_label="curve" if agreement else "curve (does not agree)",
-    )
+    points = None if document is None else document.control_points
+    title = f"Layer factors of {info.name or info.path.name} ({info.architecture}, {info.block_count} layers)"
+    label = "curve" if agreement else "curve (does not agree)"
+    plot_factors(path, info.factors, control_points=points, n_layer=info.n_layer, title=title, curve_label=label)
 
 
 def _numbers(fields: dict[str, Any]) -> dict[str, Any]:

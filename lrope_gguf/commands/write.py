@@ -40,9 +40,8 @@ _TYPE = re.compile(r"[a-z0-9_]{1,16}")
               "dynamic-yarn, at most; with dynamic, the factor of the NTK formula (default 1)")  # fmt: skip
 @click.option("--context-length", type=int, metavar="N", help="tokens of the scaled context (default: F times the "
               "model's own; with dynamic, the model's own)")  # fmt: skip
-@click.option(
-    "--yarn-orig-ctx", type=int, metavar="N", help="tokens that MODEL was trained on (default: what its file says)"
-)
+@click.option("--yarn-orig-ctx", type=int, metavar="N",
+              help="tokens that MODEL was trained on (default: what its file says)")  # fmt: skip
 @output_options
 @click.option("--mapped-ok", is_flag=True, help="change MODEL in place even while a running program has it mapped")
 @click.option("--preset", type=FILE, metavar="INI", help="leave MODEL unchanged; write an entry with its factors and "
@@ -183,10 +182,7 @@ def _preset(
 
 @dataclass(frozen=True)
 class _Served:
-    """The options that a server needs to rotate as when the factors were found, and notes that say why.
-
-    `beyond`: whether a note says more than the options do.
-    """
+    """Options with which a server rotates as the factors want it, notes on them, and if these say more (`beyond`)."""
 
     options: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -40,13 +40,9 @@ def precision(found: Components, contexts: int, facts: Facts, n_tokens: int, mea
         return
     tokens, how = contexts * n_tokens, ""
     if facts.n_places > probes:
-        contexts, probes = cheapest(
-            found,
-            found.standard_error(contexts, probes) / 2.0,
-            places=facts.n_places,
-            context_cost=facts.longest - probe_cost,
-            probe_cost=probe_cost,
-        )
+        error, cost = found.standard_error(contexts, probes) / 2.0, facts.longest - probe_cost
+        most = facts.n_places
+        contexts, probes = cheapest(found, error, places=most, context_cost=cost, probe_cost=probe_cost)
         how = f"--set TASK.probes={probes}, "
     else:
         contexts *= 4

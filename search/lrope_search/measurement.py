@@ -159,15 +159,14 @@ def measure(
     every = [score for side in scores.values() for score in side]
     told = (answer for side in written.values() for context in side for answer in context)
     same = [p.correct == a.correct for p, a in zip((p for s in every for p in s.probes), told, strict=generate)]
+    generated = {name: _generated(scores[name], written[name]) for name in sides if generate}
     _, *others = sides
     return Measurement(
         asked=config["task"] | {"split": split} | {name: config[name] for name in ("llama_options",) if name in config},
         sides=sides,
         scores=scores,
         table=depth_table(scores, weights=mix.weights),
-        generated=depth_table({n: _generated(scores[n], written[n]) for n in sides}, weights=mix.weights)
-        if generate
-        else None,
+        generated=depth_table(generated, weights=mix.weights) if generate else None,
         agreement=sum(same) / len(same) if generate else None,
         n_tokens=sum(score.n_tokens for score in every),
         seconds=sum(score.seconds for score in every),

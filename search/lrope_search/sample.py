@@ -42,6 +42,8 @@ def cheapest(
 ) -> tuple[int, int]:
     """Return how many contexts and how many probes a context give a standard error of ``error`` at the least cost.
 
+    Raises `ValueError`: ``error`` or ``places`` is not positive.
+
     Args:
         components: How candidate minus base varies.
         error: The standard error wanted.
@@ -49,9 +51,6 @@ def cheapest(
         context_cost: Of a context without its probes, in tokens.
         probe_cost: Of one probe, in tokens.
         least: The fewest contexts.
-
-    Raises:
-        ValueError: ``error`` or ``places`` is not positive.
     """
     if error <= 0.0 or places < 1:
         raise ValueError(f"a standard error of {error} with {places} places")

@@ -16,10 +16,7 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Given:
-    """A value, and where it was given: ``FILE:LINE: key``, ``--set key=value`` or ``--option value``.
-
-    ``text``: whether the value is still a text, of the command line.
-    """
+    """A value, and where it was given: ``FILE:LINE: key`` or an option with it; ``text``: whether it is one still."""
 
     where: str
     value: Any

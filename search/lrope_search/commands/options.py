@@ -92,10 +92,7 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 
 
 class Gathered:
-    """All settings that a user gave; options and ``--set`` override the file.
-
-    Raises `LropeError`: an unknown setting, one given twice, or one that the command does not use.
-    """
+    """All settings given; options go before the file. Raises `LropeError`: one is unknown, given twice, or not used."""
 
     def __init__(self, values: dict[str, Any], used: Sequence[type[Settings]], command: str) -> None:
         """Take the values of `config_options` and `options_of` out of a command's, whose settings are ``used``."""
@@ -285,15 +282,11 @@ def _task_option(settings: Sequence[tuple[str, Setting]]) -> Callable[[Any], Any
 task_options = all_of(*[_task_option(settings) for settings in _task_options().values()])
 """The options of tasks; `Gathered` takes their values."""
 
+_SET = "any setting that search --print-config lists, such as kv.probes=20 or rope_scaling=yarn; may be repeated"
+_NAMES = Words(lambda: (f"{name}=" for name in known_settings()))
 config_options = all_of(
     option("--config", metavar="FILE", type=FILE, help="read settings from a TOML file; options and --set override it"),
-    option(
-        "--set",
-        metavar="NAME=VALUE",
-        type=Words(lambda: (f"{name}=" for name in known_settings())),
-        multiple=True,
-        help="any setting that search --print-config lists, such as kv.probes=20 or rope_scaling=yarn; may be repeated",
-    ),
+    option("--set", metavar="NAME=VALUE", type=_NAMES, multiple=True, help=_SET),
 )
 """The options that reach every setting; `Gathered` takes their values."""
 

@@ -24,6 +24,8 @@ _ANSWER_SECONDS = 600.0
 class LlamaServer:
     """`llama-server` on a free port of 127.0.0.1; entering the block waits for the model, leaving it stops the server.
 
+    Raises `LropeError`: there is no `llama-server`, or it ends or hangs before the model is loaded.
+
     Args:
         model: GGUF file.
         n_ctx: Tokens of context.
@@ -32,9 +34,6 @@ class LlamaServer:
 
     Attributes:
         url: Where it answers, without a path; inside the block.
-
-    Raises:
-        LropeError: there is no `llama-server`, or it ends or hangs before the model is loaded.
     """
 
     def __init__(

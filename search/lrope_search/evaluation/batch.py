@@ -15,36 +15,25 @@ Logits = NDArray[np.float32]
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ, llama-cparams.h
 
-
 Part = tuple[Tokens, NDArray[Any], NDArray[Any], NDArray[np.bool_], NDArray[Any]]
 """Of what is decoded: tokens, positions, first sequences, which logits are wanted, numbers of sequences."""
+Scores = tuple[slice, NDArray[np.float32], NDArray[np.bool_]]
+"""Of one decoded batch: which of the wanted rows these are, of each row's token the natural log-probability, NaN where
+the logits are no numbers, and whether no other token is more likely."""
 
 
 class Rows(NamedTuple):
-    """Logits of one decoded batch."""
+    """Of one decoded batch: which of the wanted rows these are, and their logits, shape (rows, n_vocab).
+
+    The logits are llama.cpp's own buffer, free to be overwritten, valid until the next decode.
+    """
 
     rows: slice
-    """Which of the wanted rows these are."""
     logits: Logits
-    """Shape (rows, n_vocab): llama.cpp's own buffer, free to be overwritten, valid until the next decode."""
-
-
-class Scores(NamedTuple):
-    """What one decoded batch says of the tokens that follow its wanted positions."""
-
-    rows: slice
-    """Which of the wanted rows these are."""
-    log_p: NDArray[np.float32]
-    """Natural log-probability of each row's token; NaN where the logits are no numbers."""
-    hit: NDArray[np.bool_]
-    """Whether no other token is more likely."""
 
 
 class Batch:
-    """A ``llama_batch`` of ``size`` tokens, on NumPy arrays that are filled in place.
-
-    A token's sequences are consecutive: a pointer into the list of all, and their number.
-    """
+    """A ``llama_batch`` on NumPy arrays that are filled in place; a token's sequences are consecutive ones of all."""
 
     def __init__(self, llama: Any, size: int) -> None:
         self.token, self.pos, self.n_seq = (np.zeros(size, np.int32) for _ in range(3))

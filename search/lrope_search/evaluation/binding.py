@@ -80,8 +80,7 @@ def llama_library() -> Any:
     """
     if "OMP_WAIT_POLICY" not in os.environ:  # read when the library is loaded, by programs begun here too
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
-    own = native_dir()
-    if own is not None:
+    if (own := native_dir()) is not None:
         os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(own))
     where = os.environ.get("LLAMA_CPP_LIB_PATH", "llama-cpp-python")
     try:

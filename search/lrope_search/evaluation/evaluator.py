@@ -97,11 +97,8 @@ class TeacherForcedEvaluator:
 
         ``answer_prefix``: text that begins the answer and is given to the model as part of the prompt, for base
         models that would not answer in the wanted form by themselves; of a mix, for all tasks or one for each of them.
-        ``guard`` measures the `divergence`.
-        ``scoring``: one of `SCORINGS`; None: the faster one here. They agree but for rounding.
-        ``leads``: what the base model writes before a value, a task each; None: it is let write.
-
-        Raises `LropeError` if the library cannot score on the device.
+        ``scoring``: None is the faster one here; they agree but for rounding. ``leads``: what the base model writes
+        before a value, a task each; None: it is let write. Raises `LropeError`: the library cannot score on the device.
         """
         self._model = model
         self.scoring = scoring or default_scoring(model)
@@ -234,11 +231,10 @@ class TeacherForcedEvaluator:
         return self.guard.score(factors)
 
     def generate(self, factors: Factors, split: str, index: int) -> tuple[Generation, ...]:
-        """Answer all probes of a context by greedy decoding, side by side.
+        """Answer all probes of a context by greedy decoding, side by side, as `write_answers` says.
 
-        An answer ends at the model's end token, after 100 tokens (more where it has many parts), or as soon as it is
-        right: later text cannot change its score. Uses the prefix again if the call before was `evaluate` with the same
-        arguments. Raises `LropeError` if the factors are refused.
+        Uses the prefix again if the call before was `evaluate` with the same arguments. Raises `LropeError` if the
+        factors are refused.
         """
         encoding = self._encode(split, index)
         if self._prefilled != (factors, split, index):

@@ -16,10 +16,7 @@ from .model import Model
 
 @dataclass(frozen=True)
 class Generation:
-    """A generated answer; ``share`` is how much of the gold one it contains, whatever the case (the benchmark's score).
-
-    That is 1 or 0 unless the answer has several parts; ``correct`` if it is 1.
-    """
+    """A generated answer, and the ``share`` of the gold one that it contains, whatever the case: 0 to 1, of parts."""
 
     depth: float
     text: str

@@ -77,10 +77,7 @@ def most_frequent_lead(
             own = any(text(tokens[:n]) == lead for n in range(len(tokens)))
             key = frame.key(probe)
             leads[Lead(lead.replace(key, _KEY) if key else lead, own)] += 1
-    for common, n in leads.most_common(1):
-        if 2 * n >= leads.total():
-            return common
-    return None
+    return next((common for common, n in leads.most_common(1) if 2 * n >= leads.total()), None)
 
 
 def _common_start(texts: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lrope_gguf.errors import LropeError
 
-from ..scores import Evaluator, Factors, Job
+from ..scores import Factors, Job
 from ..tasks.make import make_task, make_tasks
 from ..tasks.mix import mixed
 from ..tasks.settings import TaskConfig, TaskMix, Tasks
@@ -126,26 +126,22 @@ def kept_computing(config: Any) -> tuple[int | None, str | None]:
     return size if usable else None, scoring if scoring in SCORINGS else SCORINGS[0]
 
 
-def find_out(evaluator: Evaluator) -> Facts:
+def find_out(evaluator: TeacherForcedEvaluator) -> Facts:
     """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
-    assert isinstance(evaluator, TeacherForcedEvaluator)
     return evaluator.facts()
 
 
-def use_threads(n_threads: int, evaluator: Evaluator) -> None:
+def use_threads(n_threads: int, evaluator: TeacherForcedEvaluator) -> None:
     """Let the evaluator compute with so many threads; runs in a worker."""
-    assert isinstance(evaluator, TeacherForcedEvaluator)
     evaluator.use_threads(n_threads)
 
 
-def check_factors(sides: Sequence[Factors], evaluator: Evaluator) -> None:
+def check_factors(sides: Sequence[Factors], evaluator: TeacherForcedEvaluator) -> None:
     """Refuse factors that llama.cpp refuses; runs in a worker. Raises `LropeError`: names what is wrong with them."""
-    assert isinstance(evaluator, TeacherForcedEvaluator)
     for factors in sides:
         evaluator.check(factors)
 
 
-def write_job(job: Job, evaluator: Evaluator) -> tuple[Generation, ...]:
+def write_job(job: Job, evaluator: TeacherForcedEvaluator) -> tuple[Generation, ...]:
     """Let the model write its answers (`TeacherForcedEvaluator.generate`); runs in a worker."""
-    assert isinstance(evaluator, TeacherForcedEvaluator)
     return evaluator.generate(job.factors, job.split, job.index)

@@ -139,17 +139,9 @@ class Model:
 
     def without_weights(self) -> Model:
         """Return the same model, to be run in the same way, but for its weights: see ``weights``; to be closed."""
-        return Model(
-            self.path,
-            n_batch=self.n_batch,
-            n_threads=self.n_threads,
-            n_gpu_layers=self._n_gpu_layers,
-            flash_attention=self._flash_attention,
-            chat=False,
-            verbose=log.verbose,
-            llama_options=self._llama_options,
-            weights=False,
-        )
+        how: Any = {"n_batch": self.n_batch, "n_threads": self.n_threads, "n_gpu_layers": self._n_gpu_layers}
+        how |= {"flash_attention": self._flash_attention, "llama_options": self._llama_options}
+        return Model(self.path, chat=False, verbose=log.verbose, weights=False, **how)
 
     def _metadata(self, key: str) -> str:
         buffer = ctypes.create_string_buffer(256)
@@ -384,7 +376,7 @@ class Model:
             where = pointer(log_p, ctypes.c_float), pointer(hit, ctypes.c_bool)
             if self._llama.llama_get_scores(self._context, *where, n) != n:
                 raise LropeError(f"{self.path}: llama.cpp gave other scores than were asked for")
-            yield Scores(rows, log_p, hit)
+            yield rows, log_p, hit
 
     def decode(
         self,

@@ -32,11 +32,10 @@ _FLOAT32_MAX = 3.4028234663852886e38
 class ModelConfig(Settings):
     """A model and how it is run; names and values of what begins with rope, yarn or cache are llama.cpp's own.
 
+    Raises `LropeError`: a value out of range, or two that conflict.
+
     Args:
         path: GGUF file; of a split model the first shard.
-
-    Raises:
-        LropeError: a value out of range, or two that conflict.
     """
 
     path: str

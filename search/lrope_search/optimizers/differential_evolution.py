@@ -57,6 +57,7 @@ def _differential_evolution(space: Space, first: list[Start], generator: np.rand
 
     questions: queue.SimpleQueue[NDArray[np.float64] | None] = queue.SimpleQueue()
     answers: queue.SimpleQueue[list[Score] | None] = queue.SimpleQueue()
+    genomes, origins = np.array([genome for genome, _ in first]), [origin for _, origin in first]
 
     def objective(points: NDArray[np.float64], /) -> Any:  # SciPy's types know of no vectorized objective
         questions.put(points.T)  # SciPy's has one point a column
@@ -67,17 +68,9 @@ def _differential_evolution(space: Space, first: list[Start], generator: np.rand
 
     def run() -> None:
         try:
-            differential_evolution(
-                objective,
-                Bounds(*space.box.T),
-                init=np.array([genome for genome, _ in first]),
-                maxiter=np.iinfo(np.int32).max,
-                tol=0.0,
-                rng=generator,
-                polish=False,
-                updating="deferred",
-                vectorized=True,
-            )
+            endless: Any = {"maxiter": np.iinfo(np.int32).max, "tol": 0.0, "polish": False, "init": genomes}
+            bounds = Bounds(*space.box.T)
+            differential_evolution(objective, bounds, rng=generator, updating="deferred", vectorized=True, **endless)
         except _AbandonedError:
             pass
         finally:
@@ -85,7 +78,6 @@ def _differential_evolution(space: Space, first: list[Start], generator: np.rand
 
     threading.Thread(target=run, name="differential evolution", daemon=True).start()
     try:
-        origins = [origin for _, origin in first]
         while (points := questions.get()) is not None:
             answers.put((yield list(zip(points, origins, strict=True))))
             origins = ["de"] * len(points)

@@ -23,10 +23,7 @@ def minimised(score: Score) -> float:
 
 
 class Generational:
-    """Asks for a generation candidate by candidate, and for the next one when all of it was told.
-
-    A genome whose factors were evaluated before is not asked for again: it gets the same score.
-    """
+    """Asks for a generation one by one; a genome whose factors were evaluated before only gets the same score."""
 
     def __init__(self, space: Space, generations: Generations, *, lag: int, max_retries: int = 50) -> None:
         """Run ``generations``, at whose end nothing is left to try; ``lag``: size of the largest one.

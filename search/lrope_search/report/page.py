@@ -37,14 +37,9 @@ def write_report(study: StudySummary, output: Path | None = None) -> Path:
     require_matplotlib(page)
     pictures = draw_pictures(study)
     for name, picture in pictures.items():
-        atomic_write_bytes(picture_path(page, name), picture.png)
+        atomic_write_bytes(page.with_name(f"{page.stem}-{name}.png"), picture.png)
     atomic_write_text(page, page_text(study, pictures))
     return page
-
-
-def picture_path(page: Path, name: str) -> Path:
-    """Where the picture ``name`` of the report ``page`` is."""
-    return page.with_name(f"{page.stem}-{name}.png")
 
 
 def page_text(study: StudySummary, pictures: Mapping[str, Picture]) -> str:

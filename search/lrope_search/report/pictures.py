@@ -105,14 +105,9 @@ def _factors(figure: Figure, study: StudySummary) -> None:
     axes = figure.add_subplot()
     assert study.best is not None and study.factors is not None
     uniform = study.uniform
-    draw_factors(
-        axes,
-        study.factors,
-        control_points=study.best.control_points,
-        curve_label="Bézier curve",
-        factors_label="factors",
-        also=() if uniform is None else (uniform.factor,),
-    )
+    labels: Any = {"curve_label": "Bézier curve", "factors_label": "factors"}
+    also = () if uniform is None else (uniform.factor,)
+    draw_factors(axes, study.factors, control_points=study.best.control_points, also=also, **labels)
     if uniform is not None and not uniform.where:
         axes.axhline(uniform.factor, color=COLOURS["uniform"], linewidth=1.4, label=uniform.name)
     elif uniform is not None:

@@ -201,12 +201,6 @@ def _trial(record: dict[str, Any], n_layer: int | None) -> Trial:
     points = record.get("control_points")
     if len(factors) != (n_layer or len(factors)) or not all(math.isfinite(s) for s in factors):
         raise ValueError("factors")
-    fitness = record["fitness"]
-    return Trial(
-        number=int(record["id"]),
-        origin=str(record.get("origin", "")),
-        factors=factors,
-        control_points=None if points is None else tuple((float(x), float(y)) for x, y in points),
-        contexts=int(record["contexts"]),
-        fitness=math.nan if fitness is None else float(fitness),
-    )
+    curve = None if points is None else tuple((float(x), float(y)) for x, y in points)
+    contexts, fitness = int(record["contexts"]), math.nan if record["fitness"] is None else float(record["fitness"])
+    return Trial(int(record["id"]), str(record.get("origin", "")), factors, curve, contexts, fitness)

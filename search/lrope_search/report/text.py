@@ -76,14 +76,9 @@ def front_rows(study: StudySummary) -> list[list[str]]:
         trial = trials.get(point.factors)
         chosen = study.finished and point.factors == study.factors
         notes = {"chosen": chosen, "front": point in front.best, "over --max-kl": not point.kl <= front.limit}
-        rows.append([
-            "" if trial is None else str(trial.number),
-            "" if trial is None else printable(trial.origin, 30),
-            f"{point.gain:+.4f}",
-            f"{point.short:.4f}",
-            f"{point.long:.4f}",
-            ", ".join(note for note, holds in notes.items() if holds),
-        ])  # fmt: skip
+        known = ["", ""] if trial is None else [str(trial.number), printable(trial.origin, 30)]
+        numbers = [f"{point.gain:+.4f}", f"{point.short:.4f}", f"{point.long:.4f}"]
+        rows.append([*known, *numbers, ", ".join(note for note, holds in notes.items() if holds)])
     return rows
 
 

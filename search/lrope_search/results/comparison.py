@@ -94,16 +94,11 @@ class Comparison:
     def from_json(cls, value: Mapping[str, Any], confidence: float) -> Comparison:
         """Return what `to_json` wrote, of intervals of this ``confidence``."""
         effective = value.get("effective_contexts")
-        return cls(
-            int(value["contexts"]),
-            confidence,
-            _number(value["base_accuracy"]),
-            _number(value["accuracy"]),
-            _interval(value["accuracy_gain"]),
-            _interval(value["log_probability_gain"]),
-            tuple(map(DepthComparison.from_json, value["by_depth"])),
-            None if effective is None else float(effective),
-        )
+        sides = _number(value["base_accuracy"]), _number(value["accuracy"])
+        gains = _interval(value["accuracy_gain"]), _interval(value["log_probability_gain"])
+        by_depth = tuple(map(DepthComparison.from_json, value["by_depth"]))
+        n_effective = None if effective is None else float(effective)
+        return cls(int(value["contexts"]), confidence, *sides, *gains, by_depth, n_effective)
 
     def recorded(self) -> Comparison:
         """Return it with the decimals that ``best.json`` keeps of it."""
@@ -178,10 +173,7 @@ def _asked(score: ContextScore) -> tuple[object, ...]:
 
 
 def depth_groups(depths: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.int_]]:
-    """Return the groups' depths, ascending, and the group of every probe: a row of a table each.
-
-    Up to 11 depths stand for themselves; more of them are put into ten equal bins, named by their middles.
-    """
+    """Return the groups' depths, ascending, and each probe's group: up to 11 depths, else ten bins by their middles."""
     values = np.array(depths, dtype=np.float64)
     if len(np.unique(values)) > _MAX_DEPTHS:
         values = (np.minimum(np.floor(values * _BINS), _BINS - 1) + 0.5) / _BINS

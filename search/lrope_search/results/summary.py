@@ -259,13 +259,8 @@ def _costs(evaluations: Mapping[Job, Evaluation]) -> tuple[Cost, ...]:
     known = ("search, first context", "search, further contexts", "validation", "test", "guard")
     order = [*(phase for phase in known if phase in phases), *sorted(phases.keys() - {*known})]
     return tuple(
-        Cost(
-            phase,
-            len(phases[phase]),
-            sum(s.n_tokens for s in phases[phase]),
-            math.fsum(s.seconds for s in phases[phase]),
-        )
-        for phase in order
+        Cost(phase, len(scores), sum(s.n_tokens for s in scores), math.fsum(s.seconds for s in scores))
+        for phase, scores in ((phase, phases[phase]) for phase in order)
     )
 
 

@@ -148,15 +148,14 @@ def depth_table(
 ) -> DepthTable:
     """Tabulate ``sides``, the first of which is the base; all are of the same contexts and probes.
 
+    Raises `ValueError`: no contexts, or not the same ones.
+
     Args:
         sides: the scores of each, by name.
         seed: of the bootstrap, see `compare`.
         confidence: of its intervals.
         weights: of several tasks, whose scores name them; 1 by default.
         over: whether to compare the last side with the one before it too, if that is not the base.
-
-    Raises:
-        ValueError: no contexts, or not the same ones.
     """
     (_, base), *others = sides.items()
     if not base:

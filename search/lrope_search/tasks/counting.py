@@ -64,6 +64,7 @@ class CommonWordsTask(WordsTask):
     """
 
     name = "cwe"
+    least_is = f"a list with {_N_COMMON} common words"
     least = _N_COMMON * _FEW_TIMES[0] + 1
     _most_words = _TIMES[1] * (_PER_SPLIT - _EXAMPLE[0] - _N_COMMON) + _TIMES[0] * _N_COMMON
 
@@ -79,16 +80,8 @@ class CommonWordsTask(WordsTask):
         words = _words(generator, split, n_shown + _N_COMMON + n_others)
         shown, shown_answer = _list(generator, words[:n_shown], n_shown - _N_COMMON + times[0] * _N_COMMON, *times)
         listed, answer = _list(generator, words[n_shown:], size, common, other)
-        return Context(
-            split=split,
-            index=index,
-            prefix=f"{_COMMON_TASK}\n\n{shown}\n{_COMMON_QUESTION} {', '.join(shown_answer)}\n\n{listed}\n",
-            probes=(listing(_DEPTH, _COMMON_QUESTION, answer),),
-            lead=" ",
-        )
-
-    def _least_is(self) -> str:
-        return f"a list with {_N_COMMON} common words"
+        prefix = f"{_COMMON_TASK}\n\n{shown}\n{_COMMON_QUESTION} {', '.join(shown_answer)}\n\n{listed}\n"
+        return Context(split, index, prefix, (listing(_DEPTH, _COMMON_QUESTION, answer),), lead=" ")
 
 
 class FrequentWordsTask(WordsTask):
@@ -100,6 +93,7 @@ class FrequentWordsTask(WordsTask):
     """
 
     name = "fwe"
+    least_is = f"a text in which {_N_FREQUENT} words are the most frequent"
     least = math.ceil(_ZETA / ((_N_FREQUENT + 1) ** -2 - (_N_FREQUENT + 2) ** -2))
     """The third word must occur more often than the fourth."""
 
@@ -115,16 +109,8 @@ class FrequentWordsTask(WordsTask):
         text = [word for word, count in zip(words, counts, strict=True) for _ in range(count)]
         text += [_DOTS] * (size - len(text))
         shuffled = " ".join(text[i] for i in generator.permutation(size))
-        return Context(
-            split=split,
-            index=index,
-            prefix=f"{_FREQUENT_TASK}\n\n{shuffled}\n\n",
-            probes=(listing(_DEPTH, _FREQUENT_QUESTION, words[:_N_FREQUENT]),),
-            lead=" ",
-        )
-
-    def _least_is(self) -> str:
-        return f"a text in which {_N_FREQUENT} words are the most frequent"
+        probe = listing(_DEPTH, _FREQUENT_QUESTION, words[:_N_FREQUENT])
+        return Context(split, index, f"{_FREQUENT_TASK}\n\n{shuffled}\n\n", (probe,), lead=" ")
 
 
 def _words(generator: np.random.Generator, split: str, n: int) -> list[str]:

@@ -28,6 +28,8 @@ class GeneratedTask(ABC):
     """What a size counts; the name of its setting, too."""
     least: ClassVar[int]
     """The smallest size for a question."""
+    least_is: str
+    """What the smallest context must hold, in words."""
 
     def __init__(self, size: int, least: int, *, most: int | None, seed: int, limit: TokenLimit | None) -> None:
         """Hold the size of contexts, in place of which ``limit`` may stand, and the smallest and largest there can be.
@@ -35,7 +37,7 @@ class GeneratedTask(ABC):
         Raises `LropeError`: a size that cannot be.
         """
         if limit is None and size < least:
-            too_few = f"too few for {self._least_is()}; ask for at least {least}"
+            too_few = f"too few for {self.least_is}; ask for at least {least}"
             raise LropeError(f"{self.name}.{self.unit} {size}: {too_few}")
         if limit is None and most is not None and size > most:
             raise LropeError(f"{self.name}.{self.unit} {size}: there are only enough words for {most}; ask for fewer")
@@ -60,10 +62,6 @@ class GeneratedTask(ABC):
     def _make(self, split: str, index: int, size: int) -> Context:
         """Return a context of ``size``; ``split`` may be ``calibration``."""
 
-    @abstractmethod
-    def _least_is(self) -> str:
-        """Return what the smallest context must hold, in words."""
-
     def _fitting(self, limit: TokenLimit, split: str, index: int) -> int:
         """Return the size that fits."""
 
@@ -74,7 +72,7 @@ class GeneratedTask(ABC):
         most = max(min(limit.tokens, self._most or limit.tokens), self._least)  # a word has a token at the least
         return limit.fitting(
             *(prompt, self._least, most),
-            lambda n_tokens: f"{self._least_is()} takes {n_tokens} tokens already; ask for more",
+            lambda n_tokens: f"{self.least_is} takes {n_tokens} tokens already; ask for more",
             lambda n: f"there are words for {most} {self.unit}, which take only {n}; ask for fewer tokens",
         )
 

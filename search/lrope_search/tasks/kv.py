@@ -130,15 +130,9 @@ class KeyValueTask:
     def _make(self, split: str, index: int, pairs: Pairs, n_probes: int | None = None, positions: str = "") -> Context:
         n_probes = n_probes or self._n_probes or default_probes(len(pairs))
         where = places(split, index, len(pairs), n_probes, self._seed, positions or self._positions)
-        asked = [(depth, *pairs[place]) for place, depth in where]
-        return Context(
-            split=split,
-            index=index,
-            prefix=self._wording.prefix(pairs),
-            probes=tuple(Probe(depth, self._wording.question(key), value) for depth, key, value in asked),
-            lead=self._wording.lead,
-            n_places=len(pairs),
-        )
+        wording, asked = self._wording, [(depth, *pairs[place]) for place, depth in where]
+        probes = tuple(Probe(depth, wording.question(key), value) for depth, key, value in asked)
+        return Context(split, index, wording.prefix(pairs), probes, lead=wording.lead, n_places=len(pairs))
 
 
 def _pairs(where: str, value: Any, n_pairs: int | None) -> Pairs:

@@ -28,14 +28,12 @@ def make_tasks(tasks: Tasks) -> AnyTask:
 def task_identity(tasks: Tasks, leads: Sequence[str] = ()) -> dict[str, Any]:
     """Return what decides the questions, for a study's configuration: the settings, of a file its name and content.
 
-    The tokenizer, by which ``context_tokens`` counts, is the model's, whose fingerprint stands beside this.
+    The tokenizer, by which ``context_tokens`` counts, is the model's, whose fingerprint stands beside this. Raises
+    `LropeError`: a file cannot be read.
 
     Args:
         tasks: A task, or several, each of which then stands in ``parts`` with its weight.
         leads: What the base model writes before a value, of each task in the order of a mix; becomes ``answer_lead``.
-
-    Raises:
-        LropeError: a file cannot be read.
     """
     mix = TaskMix.of(tasks)
     parts: dict[str, dict[str, Any]] = {}

@@ -281,13 +281,9 @@ def _record(where: str, value: Any) -> Record:
     gold = [passage for passage, is_gold in passages if is_gold is True]
     if len(gold) != 1:
         raise LropeError(f'{where}: {len(gold)} of its ctxs are gold; expected one with "isgold": true')
-    return Record(
-        question=question,
-        answers=tuple(dict.fromkeys(answers)),
-        aliases=tuple(dict.fromkeys(filter(None, map(normalize, answers)))),
-        gold=gold[0],
-        others=tuple(passage for passage, is_gold in passages if is_gold is not True),
-    )
+    aliases = tuple(dict.fromkeys(filter(None, map(normalize, answers))))
+    others = tuple(passage for passage, is_gold in passages if is_gold is not True)
+    return Record(question, tuple(dict.fromkeys(answers)), aliases, gold[0], others)
 
 
 def _passage(where: str, document: Any) -> Passage:

@@ -10,10 +10,7 @@ from .task import Context, Task
 
 
 class MixedTask:
-    """Contexts of several tasks by turns: of ``k`` tasks, context ``i`` is context ``i // k`` of task ``i % k``.
-
-    So the first ``n`` contexts of a split, however many a search looks at, hold about as many of each task.
-    """
+    """Contexts of several tasks by turns: of ``k`` tasks, context ``i`` is context ``i // k`` of task ``i % k``."""
 
     def __init__(self, parts: Sequence[Task]) -> None:
         self.parts = tuple(parts)

@@ -23,14 +23,13 @@ T = TypeVar("T")
 def read_records(path: Path | str, kind: str, parse: Callable[[str, Any], T]) -> list[T]:
     """Return what ``parse`` makes of every line that is not blank.
 
+    Raises `LropeError`: the file cannot be read, holds no records, or a line is no record; names the line.
+
     Args:
         path: JSONL file, gzipped or not, UTF-8.
         kind: What a record is, for messages: ``key-value record``.
         parse: Takes where the line stands (``FILE:LINE``) and its JSON value. Its `LropeError`s pass through;
             the errors of a value of another shape (`ValueError`, `TypeError`, `KeyError`) become one.
-
-    Raises:
-        LropeError: the file cannot be read, holds no records, or a line is no record; names the line.
     """
     records = []
     try:

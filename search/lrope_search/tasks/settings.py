@@ -26,14 +26,12 @@ POSITIONS = ("jittered", "even")
 class TaskConfig(Settings):
     """A task: what the model is asked. `task_config` makes one by its name.
 
-    ``section`` of a subclass is the task's name, ``summary`` what it asks.
+    ``section`` of a subclass is the task's name, ``summary`` what it asks. Raises `LropeError`: values out of range, or
+    values that conflict.
 
     Args:
         answer_prefix: Begins all answers, for base models that would not answer in the wanted form by themselves.
         seed: Of all that is random.
-
-    Raises:
-        LropeError: values out of range, or values that conflict.
     """
 
     summary: ClassVar[str] = ""
@@ -192,12 +190,11 @@ Tasks: TypeAlias = "TaskConfig | TaskMix | Sequence[tuple[TaskConfig, float]]"
 class TaskMix:
     """Tasks that are asked side by side, with the weight of each; one alone is the task itself.
 
+    Raises `LropeError`: no task, a task given twice, or a weight that is not a positive number.
+
     Args:
         parts: Tasks with their weights, each task once; kept in the order of `TASKS`, so that a mix is the same in
             whatever order its tasks are named.
-
-    Raises:
-        LropeError: no task, a task given twice, or a weight that is not a positive number.
     """
 
     parts: tuple[tuple[TaskConfig, float], ...]

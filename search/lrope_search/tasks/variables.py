@@ -59,6 +59,7 @@ class VariableTask(GeneratedTask):
         check_probes(probes)
         self._n_chains, self._positions = 1 if probes is None else probes, positions
         least = _LINKS * self._n_chains
+        self.least_is = f"{'a chain' if self._n_chains == 1 else f'{self._n_chains} chains'} of {_LINKS} lines"
         n_lines = max(DEFAULT_LINES, least) if n_lines is None else n_lines
         super().__init__(n_lines, least, most=None, seed=seed, limit=limit)
 
@@ -68,10 +69,6 @@ class VariableTask(GeneratedTask):
 
     def _make(self, split: str, index: int, size: int) -> Context:
         return self._with(split, index, size, self._n_chains, self._positions)
-
-    def _least_is(self) -> str:
-        chains = "a chain" if self._n_chains == 1 else f"{self._n_chains} chains"
-        return f"{chains} of {_LINKS} lines"
 
     def _with(self, split: str, index: int, n_lines: int, n_chains: int, positions: str) -> Context:
         generator = self._generator(split, index)
@@ -89,17 +86,10 @@ class VariableTask(GeneratedTask):
         lines = "\n".join(at.get(place, noise[place]) for place in range(n_lines))
         depths = [[depth for (_, depth), own in zip(where, order, strict=True) if own == i] for i in range(n_chains)]
         first = "\n".join(_statements(example, shown))
-        return Context(
-            split=split,
-            index=index,
-            prefix=f"{_TASK}\n\n{first}\n\n{_question(shown)} {', '.join(example)}\n\n{lines}\n\n",
-            probes=tuple(
-                listing(sum(of) / _LINKS, _question(value), chain)
-                for of, value, chain in zip(depths, asked, chains, strict=True)
-            ),
-            lead=" ",
-            n_places=n_lines // _LINKS,
-        )
+        prefix = f"{_TASK}\n\n{first}\n\n{_question(shown)} {', '.join(example)}\n\n{lines}\n\n"
+        each = zip(depths, asked, chains, strict=True)
+        probes = tuple(listing(sum(of) / _LINKS, _question(value), chain) for of, value, chain in each)
+        return Context(split, index, prefix, probes, lead=" ", n_places=n_lines // _LINKS)
 
 
 def _name(number: int) -> str:

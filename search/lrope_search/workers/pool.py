@@ -148,7 +148,7 @@ class WorkerPool(ABC):
         assert isinstance(work, Job)
         return work, score
 
-    def ask(self, function: Callable[[Evaluator], T]) -> T:
+    def ask(self, function: Callable[[Any], T]) -> T:
         """Return what ``function``, which must be picklable, finds out from a worker's evaluator. Not between jobs."""
         self._waiting.append(function)
         while not self._done:

@@ -23,17 +23,14 @@ _EXIT_SECONDS = 10.0  # a process that closed its pipe has so long to end
 class ProcessExecutor(WorkerPool):
     """Evaluates in processes of this machine.
 
-    A worker that dies is replaced, and its job goes to another one. Should this process die, however it does, they
-    end too.
+    A worker that dies is replaced, and its job goes to another one. Should this process die, however it does, they end
+    too. Raises `LropeError`: no evaluator could be made.
 
     Args:
         factory: Makes the evaluator in each worker.
         n_workers: Number of processes.
         n_threads: CPU threads of each of them; None: the evaluator's choice.
         gpus: Each worker sees one of these, in turn (``CUDA_VISIBLE_DEVICES``, which HIP heeds too); none: all.
-
-    Raises:
-        LropeError: no evaluator could be made.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from lrope_gguf.errors import LropeError
 
@@ -45,7 +45,7 @@ class Executor(Protocol):
         after time.
         """
 
-    def ask(self, function: Callable[[Evaluator], T]) -> T:
+    def ask(self, function: Callable[[Any], T]) -> T:
         """Return what ``function``, which must be picklable, finds out from a worker's evaluator. Not between jobs."""
 
 
@@ -81,6 +81,6 @@ class LocalExecutor:
                 "command resumes"
             ) from None
 
-    def ask(self, function: Callable[[Evaluator], T]) -> T:
+    def ask(self, function: Callable[[Any], T]) -> T:
         """Return what ``function`` finds out from the evaluator."""
         return function(self._evaluator)

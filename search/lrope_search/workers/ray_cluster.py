@@ -22,16 +22,14 @@ class RayExecutor(WorkerPool):
     """Evaluates in actors of a Ray cluster, spread over its nodes.
 
     An actor that dies, with or without its node, is replaced, and its job goes to another one. If no node is left that
-    could hold one, a warning says so, and the search goes on as soon as there is one again.
+    could hold one, a warning says so, and the search goes on as soon as there is one again. Raises `LropeError`: Ray is
+    not installed or not to be reached, the cluster is too small, or no evaluator could be made.
 
     Args:
         factory: Makes the evaluator in each actor; what it names by path must exist on every node.
         n_workers: Number of actors; None: one for each GPU, or for each node of a cluster without GPUs.
         address: Of the cluster, as `ray.init` takes it; None: one that the environment names, or a new one here.
         n_threads: CPU threads of each actor; None: the cluster's processors divided between them.
-
-    Raises:
-        LropeError: Ray is not installed or not to be reached, the cluster is too small, or no evaluator could be made.
     """
 
     def __init__(
