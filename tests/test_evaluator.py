@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import os
@@ -17,8 +16,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import log_softmax
 from support.rope_models import GEMMA3, LLAMA
 from support.tiny_models import BOS, CHAT_TEMPLATE, EOS, TOKENS, USER, readable, write_readable, write_without_rope
+from test_guard import CURVE, ONES
+from test_guard import reference as logits_of
 
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
@@ -38,8 +40,6 @@ from lrope_search.tasks import KeyValueTask
 from lrope_search.tasks.task import Context, Probe
 
 native = pytest.mark.native
-ONES = (1.0,) * 6
-CURVE = (0.8, 1.0, 1.3, 1.7, 1.1, 2.5)
 ARCHITECTURES = {"llama": LLAMA, "gemma3": GEMMA3}
 
 
@@ -74,6 +74,10 @@ def evaluator(model: Model) -> TeacherForcedEvaluator:
     return TeacherForcedEvaluator(model, KeyValueTask(6, probes=4, seed=3))
 
 
+def log_ps(score: ContextScore) -> list[float]:
+    return [probe.log_probability for probe in score.probes]
+
+
 def reference(model: Model, lead: str, context: Context, factors: tuple[float, ...]) -> list[tuple[float, bool]]:
     """Log-probability and correctness of each probe, each with a prompt of its own and all its logits."""
     result = []
@@ -81,20 +85,9 @@ def reference(model: Model, lead: str, context: Context, factors: tuple[float, .
         prompt = model.tokenize_prompt(context.prefix + probe.question)
         tokens = model.tokenize_prompt(context.prefix + probe.question + lead + probe.answer)
         n_lead = len(model.tokenize_prompt(context.prefix + probe.question + lead)) - len(prompt)
-        model.reserve(len(tokens), swa_full=True)
-        model.set_factors(factors)
-        n = len(tokens)
-        everything = np.ones(n, np.bool_)
-        logits = np.concatenate(
-            [part.logits.astype(np.float64) for part in model.decode(tokens, np.arange(n), 0 * tokens, everything)]
-        )
-        log_p = (
-            logits
-            - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
-            - logits.max(1)[:, None]
-        )
+        logits = logits_of(model, tokens, factors)
         gold = tokens[len(prompt) :]
-        rows = log_p[len(prompt) - 1 : -1]
+        rows = log_softmax(logits, axis=1)[len(prompt) - 1 : -1]
         own = rows[np.arange(len(gold)), gold][n_lead:]
         result.append((float(own.mean()), bool((rows.argmax(1) == gold)[n_lead:].all())))
     return result
@@ -113,7 +106,7 @@ def test_a_shared_prefix_scores_as_prompts_of_their_own(
         score = evaluator.evaluate(factors, "test", 1)
     assert evaluator._encoders[0].lead == Lead(' "', own_tokens=True)  # the default: random weights retrieve nothing
     expected = reference(model, ' "', task.context("test", 1), factors)
-    assert [p.log_probability for p in score.probes] == pytest.approx([log_p for log_p, _ in expected], abs=5e-5)
+    assert log_ps(score) == pytest.approx([log_p for log_p, _ in expected], abs=5e-5)
     assert [p.correct for p in score.probes] == [correct for _, correct in expected]
     assert [p.depth for p in score.probes] == [p.depth for p in task.context("test", 1).probes]
 
@@ -123,9 +116,7 @@ def test_a_full_sliding_window_cache_changes_no_score(evaluator: TeacherForcedEv
     full = evaluator.evaluate(CURVE, "test", 0)
     model.reserve(model.n_ctx, 40, swa_full=False)  # so many sequences that the window cache has room for all
     small = evaluator.evaluate(CURVE, "test", 0)
-    assert [p.log_probability for p in small.probes] == pytest.approx(
-        [p.log_probability for p in full.probes], abs=1e-5
-    )
+    assert log_ps(small) == pytest.approx(log_ps(full), abs=1e-5)
 
 
 @native
@@ -139,24 +130,6 @@ def test_a_score_depends_on_nothing_that_went_before(evaluator: TeacherForcedEva
     assert first.probes != evaluator.evaluate(ONES, "validation", 1).probes
     assert first.n_tokens == evaluator.n_tokens("validation", 1) > 0
     assert first.seconds > 0
-
-
-@native
-def test_the_tokens_are_those_of_the_whole_texts(evaluator: TeacherForcedEvaluator, model: Model) -> None:
-    context = KeyValueTask(6, probes=4, seed=3).context("search", 0)
-    encoding = evaluator._encode("search", 0)
-    for i, probe in enumerate(context.probes):
-        mine = encoding.sequences == i + 1
-        gold = encoding.gold[encoding.owner == i]
-        whole = model.tokenize(f'{context.prefix}{probe.question} "{probe.answer}', add_special=True)
-        tokens = np.concatenate((encoding.prefix, encoding.tokens[mine], gold[-1:]))
-        assert tokens.tolist() == whole.tolist()
-        assert tokens[0] == BOS
-        assert BOS not in tokens[1:]
-        assert encoding.positions[mine].tolist() == list(range(len(encoding.prefix), len(whole) - 1))
-        follow = encoding.positions[mine][encoding.wanted[mine]] + 1
-        assert whole[follow].tolist() == gold.tolist()  # each wanted position predicts what follows it
-        assert model.text(gold) == probe.answer
 
 
 def continuation(model: Model) -> tuple[Probe, ...]:
@@ -383,12 +356,19 @@ def test_contexts_in_tokens_are_kept_up_to_a_size(model: Model, monkeypatch: pyt
     assert list(evaluator._encodings) == [("test", 9)]
 
 
-@native
-def test_a_context_takes_as_few_batches_as_its_tokens_fill(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluator = TeacherForcedEvaluator(model, KeyValueTask(30, probes=11))
-    sizes = []
+@pytest.fixture
+def sizes(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each batch that is decoded."""
+    sizes: list[int] = []
     decode = model._llama.llama_decode
     monkeypatch.setattr(model._llama, "llama_decode", lambda c, batch: sizes.append(batch.n_tokens) or decode(c, batch))
+    return sizes
+
+
+@native
+def test_a_context_takes_as_few_batches_as_its_tokens_fill(model: Model, sizes: list[int]) -> None:
+    evaluator = TeacherForcedEvaluator(model, KeyValueTask(30, probes=11))
+    sizes.clear()
     n_tokens = evaluator.evaluate(CURVE, "test", 0).n_tokens
     n_full = n_tokens // model.n_batch
     assert n_full > 2
@@ -406,9 +386,7 @@ def test_states_that_cannot_be_shared_are_copied_and_score_the_same(
     monkeypatch.setattr(model, "shares_tokens", False)
     copied = evaluator.evaluate(CURVE, "test", 0)
     assert [p.correct for p in copied.probes] == [p.correct for p in shared.probes]
-    assert [p.log_probability for p in copied.probes] == pytest.approx(
-        [p.log_probability for p in shared.probes], abs=5e-5
-    )
+    assert log_ps(copied) == pytest.approx(log_ps(shared), abs=5e-5)
 
 
 @native
@@ -437,29 +415,12 @@ def test_the_evaluator_foresees_its_memory(model: Model) -> None:
 
 
 @native
-def test_no_token_is_left_to_a_batch_of_its_own(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    decode = model._llama.llama_decode
-    monkeypatch.setattr(model._llama, "llama_decode", lambda c, batch: sizes.append(batch.n_tokens) or decode(c, batch))
+def test_no_token_is_left_to_a_batch_of_its_own(model: Model, sizes: list[int]) -> None:
     model.reserve(2048)
     for n in (model.n_batch + 1, 2 * model.n_batch + 1, 1, 2, model.n_batch):
         model.clear()
         model.prefill(np.full(n, 5, np.int32))
     assert sizes == [511, 2, 512, 511, 2, 1, 2, 512]
-
-
-@native
-def test_another_context_has_the_weights_and_factors_of_its_own(model: Model) -> None:
-    model.reserve(64)
-    model.set_factors(CURVE)
-    with model.another_context() as other:
-        other.reserve(32)
-        other.set_factors(ONES)
-        other.prefill(np.array([BOS, 5, 6], np.int32))
-        assert model.get_factors() == pytest.approx(CURVE)
-        model.set_factors(ONES)  # whose memory is empty
-    model.prefill(np.array([BOS, 5, 6], np.int32))
-    assert model.text([5]) == TOKENS[5]
 
 
 @native
@@ -489,7 +450,7 @@ def test_a_context_larger_than_foreseen_makes_room(evaluator: TeacherForcedEvalu
     score = evaluator.evaluate(CURVE, "test", 5)
     assert model.n_ctx > before
     expected = reference(model, ' "', evaluator._task.context("test", 5), CURVE)
-    assert [p.log_probability for p in score.probes] == pytest.approx([log_p for log_p, _ in expected], abs=5e-5)
+    assert log_ps(score) == pytest.approx([log_p for log_p, _ in expected], abs=5e-5)
 
 
 def test_a_stock_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,27 +482,15 @@ def test_the_table_holds_means_by_depth_and_gains() -> None:
     base = scores([(0.0, -1.0, True), (1.0, -2.0, False)], [(0.0, -3.0, False), (1.0, -4.0, False)])
     curve = scores([(0.0, -1.0, True), (1.0, -1.0, True)], [(0.0, -2.0, True), (1.0, -4.0, False)])
     table = depth_table({"base": base, "curve": curve})
-    assert table.json()["by_depth"] == [
-        {
-            "depth": 0.0,
-            "base": {"accuracy": 0.5, "log_probability": -2.0},
-            "curve": {"accuracy": 1.0, "log_probability": -1.5},
-        },
-        {
-            "depth": 1.0,
-            "base": {"accuracy": 0.0, "log_probability": -3.0},
-            "curve": {"accuracy": 0.5, "log_probability": -2.5},
-        },
-    ]
+    first, last = table.json()["by_depth"]
+    assert (first["depth"], last["depth"]) == (0.0, 1.0)
+    assert first["base"] == {"accuracy": 0.5, "log_probability": -2.0}
+    assert last["curve"] == {"accuracy": 0.5, "log_probability": -2.5}
     assert table.json()["curve"] == {"accuracy": 0.75, "log_probability": -2.0}
     assert table.json()["difference"]["curve"]["accuracy"]["mean"] == 0.5
-    lines = str(table).splitlines()
-    assert lines[1].split() == ["depth", *["base", "curve", "gain"] * 2]
-    assert lines[2].split() == ["0.00", "50.0", "100.0", "+50.0", "-2.0000", "-1.5000", "+0.5000"]
-    assert lines[5].split() == ["all", "25.0", "75.0", "+50.0", "-2.5000", "-2.0000", "+0.5000"]
-    assert len({len(line) for line in lines[1:6]}) == 1
-    assert "curve  █▅  accuracy by depth" in lines
-    assert lines[-1] == "curve: accuracy +50.0 points, log-probability +0.5000 (too few contexts for an interval)"
+    row = str(table).splitlines()[5]
+    assert row.split() == ["all", "25.0", "75.0", "+50.0", "-2.5000", "-2.0000", "+0.5000"]
+    assert str(table).endswith("+50.0 points, log-probability +0.5000 (too few contexts for an interval)")
 
 
 def test_a_table_of_numbers_that_are_not_finite_is_valid_json() -> None:
@@ -569,28 +518,6 @@ def test_eval_compares_base_and_factors(tmp_path: Path, capsys: pytest.CaptureFi
         expected = [evaluator.evaluate(ONES, "test", i).log_probability for i in range(2)]
     assert document["base"]["log_probability"] == pytest.approx(sum(expected) / 2)
 
-    assert main([*command, "--factors", ",".join(map(str, CURVE))]) == 0
-    table = capsys.readouterr().out
-    row = next(line.split() for line in table.splitlines() if line.lstrip().startswith("0.50"))
-    assert float(row[-2]) == pytest.approx(document["by_depth"][1]["file"]["log_probability"], abs=1e-4)
-
-    curve = tmp_path / "best.json"
-    curve.write_text(json.dumps({"format": "lrope-curve", "version": 1, "layer_factors": CURVE}))
-    assert main([*command, "--curve", str(curve), "--json"]) == 0
-    by_curve = json.loads(capsys.readouterr().out)
-    assert by_curve["curve"]["log_probability"] == pytest.approx(document["file"]["log_probability"], abs=1e-6)
-
-
-@native
-def test_eval_on_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_readable(tmp_path / "model.gguf")
-    records = [[[f"k{n}-{i}", f"v{n}-{i}"] for i in range(9)] for n in range(10)]
-    data = tmp_path / "kv.jsonl.gz"
-    data.write_bytes(gzip.compress("".join(json.dumps({"ordered_kv_records": r}) + "\n" for r in records).encode()))
-    command = ["eval", str(path), "--data", str(data), "--keys", "5", "--set", "kv.probes=5", "--threads", "1"]
-    assert main([*command, "--json", "--contexts", "3"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert list(document["factors"]) == ["base"]
-    assert document["probes"] == 15
-    assert main([*command, "--contexts", "4"]) == 1
-    assert "of its 10 records 3 are for test" in capsys.readouterr().err
+    assert main([*command, "--factors", ",".join(map(str, CURVE)), "--json"]) == 0
+    given = json.loads(capsys.readouterr().out)["given"]
+    assert given["log_probability"] == pytest.approx(document["file"]["log_probability"], abs=1e-6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,29 +12,19 @@ from typing import Any
 import pytest
 from support.synthetic import Landscape
 from support.worker_evaluators import Workers, see
+from test_processes import JOBS, SETTINGS, search
 
 from lrope_gguf.errors import LropeError
-from lrope_search import SearchConfig
 from lrope_search.scores import Job
 from lrope_search.study.progress import Progress
 from lrope_search.study.run import run_search
 from lrope_search.study.store import Study
 from lrope_search.workers import ray_cluster as ray_executor
 from lrope_search.workers.pool import MAX_MOVES
-from lrope_search.workers.protocol import Executor, LocalExecutor
+from lrope_search.workers.protocol import LocalExecutor
 from lrope_search.workers.ray_cluster import RayExecutor
 
 pytestmark = pytest.mark.slow
-SETTINGS = SearchConfig(
-    seed=4, max_evaluations=24, search_contexts=2, racing_fraction=0.5, validation_contexts=2, test_contexts=6,
-    finalists=2,
-)  # fmt: skip
-
-
-def search(directory: Path, executor: Executor) -> bytes:
-    with Study(directory, {"search": SETTINGS.identity()}) as study:
-        run_search(executor, study, SETTINGS, Progress(study.log, quiet=True))
-    return (directory / "best.json").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +78,6 @@ def test_a_worker_killed_mid_run_costs_nothing_but_time(tmp_path: Path, cluster:
         assert len(list((tmp_path / death).iterdir())) == 2
 
 
-def test_a_worker_killed_from_outside_is_replaced(cluster: Any) -> None:
-    with RayExecutor(Workers(seconds=0.05), 2) as executor:
-        _, victim = executor.ask(node_and_pid)
-        jobs = [Job((1.0 + i / 100.0,) * 12, "search", i) for i in range(12)]
-        for job in jobs:
-            executor.submit(job)
-        results = [executor.next()[0]]
-        os.kill(victim, signal.SIGKILL)
-        results += [executor.next()[0] for _ in jobs[1:]]
-        assert set(results) == set(jobs) and len(results) == len(jobs)
-
-
 def test_a_node_lost_mid_run_costs_nothing_but_time(tmp_path: Path, cluster: Any) -> None:
     expected = search(tmp_path / "alone", LocalExecutor(Landscape()))
     doomed = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
@@ -128,8 +105,7 @@ def test_a_cluster_without_room_is_waited_for_aloud(
     large = cluster.add_node(num_cpus=3, object_store_memory=100 << 20)
     cluster.wait_for_nodes()
     with RayExecutor(Workers(seconds=0.5), 1, n_threads=3) as executor:
-        jobs = [Job((1.0 + i / 100.0,) * 12, "search", i) for i in range(3)]
-        for job in jobs:
+        for job in JOBS[:3]:
             executor.submit(job)
         results = [executor.next()[0]]
         assert not caplog.messages
@@ -143,12 +119,12 @@ def test_a_cluster_without_room_is_waited_for_aloud(
         handler = Comes()
         logging.getLogger(ray_executor.__name__).addHandler(handler)
         try:
-            results += [executor.next()[0] for _ in jobs[1:]]
+            results += [executor.next()[0] for _ in JOBS[1:3]]
         finally:
             logging.getLogger(ray_executor.__name__).removeHandler(handler)
             for node in nodes:
                 cluster.remove_node(node)
-        assert set(results) == set(jobs)
+        assert set(results) == set(JOBS[:3])
         assert len(nodes) == 1 and "no node of the Ray cluster has the 3 processors" in caplog.text
 
 
