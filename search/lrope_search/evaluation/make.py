@@ -16,6 +16,7 @@ from ..tasks.mix import mixed
 from ..tasks.settings import TaskConfig, TaskMix, Tasks
 from ..tasks.task import Task
 from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
+from .encoding import Encoding
 from .evaluator import SCORINGS, Facts, TeacherForcedEvaluator
 from .generation import Generation
 from .lead import Lead
@@ -133,6 +134,12 @@ def find_out(evaluator: Evaluator) -> Facts:
     """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
     assert isinstance(evaluator, TeacherForcedEvaluator)
     return evaluator.facts()
+
+
+def encode(split: str, index: int, evaluator: Evaluator) -> Encoding:
+    """Return a context in tokens; runs in a worker."""
+    assert isinstance(evaluator, TeacherForcedEvaluator)
+    return evaluator.encoding(split, index)
 
 
 def use_threads(n_threads: int, evaluator: Evaluator) -> None:

@@ -28,6 +28,7 @@ from ..results.summary import (
 )
 from ..results.table import depth_table
 from ..scores import ContextScore, DivergenceScore, Evaluation, Factors, Job
+from ..study.ascend import Trail
 from ..study.store import Study, holds_search, parse_evaluations
 
 
@@ -104,8 +105,8 @@ def _recovered(
     }
     gains = Objective(tuple(of_base.values()), middle_weight, weights, scales).of_all(whole)
     front = Front.of_scores(gains, divergences, number(settings.get("max_kl"), math.inf))
-    stage = _searched(best) if findings is None else findings.search
-    return summarise(directory, config, best, evaluations, trials, scales, findings, stage, table, front)
+    stage, ascent = _searched(best) if findings is None else findings.search, Trail.of(directory).points()
+    return summarise(directory, config, best, evaluations, trials, scales, findings, stage, table, front, ascent)
 
 
 def _of_sides(
