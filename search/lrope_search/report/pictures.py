@@ -203,7 +203,7 @@ def _ascent(figure: Figure, study: StudySummary) -> None:
     steps = range(1, len(study.ascent) + 1)
     for order, name in enumerate(study.ascent[-1].gains):
         values = [step.gains.get(name, math.nan) for step in study.ascent]
-        panels[0].plot(steps, values, "o-", color=ORDER[order % len(ORDER)], label=name, markersize=4)
+        panels[0].plot(steps, values, "o-", color=ORDER[-1 - order % len(ORDER)], label=name, markersize=4)
     panels[1].plot(steps, [step.divergence for step in study.ascent], "o-", color=COLOURS["uniform"], markersize=4)
     panels[0].set_ylabel("log-probability, nats")
     panels[1].set_ylabel("KL, nats a token")
