@@ -130,7 +130,7 @@ def test_what_it_proposes_is_tried_and_refined(tmp_path: Path) -> None:
     assert any("layers 3, 5 to the bounds" in line for line in lines)
     assert planned_evaluations(replace(SETTINGS, method="gradient"))["search"] < planned_evaluations(SETTINGS)["search"]
     said = read_study(tmp_path / "both")
-    assert said.ascent == outcome.summary.ascent and said.costs[0].phase == "gradient steps"
+    assert said.ascent == outcome.summary.ascent and said.costs[0].phase == "gradients, 7 steps"
     assert any(line.startswith("gradients   7 steps, log-probability of kv from ") for line in summary_lines(said))
 
 

@@ -176,8 +176,8 @@ def _with_method(settings: SearchConfig, kept: Any) -> tuple[SearchConfig, str |
 
 
 def _ascend(session: Session, settings: SearchConfig, begun: float) -> Trail:
-    """Make the steps that follow derivatives, those that the study lacks."""
-    until = math.inf if settings.max_hours is None else begun + 3600.0 * settings.max_hours
+    """Make the steps that follow derivatives, those that the study lacks, in at most half of the time that there is."""
+    until = math.inf if settings.max_hours is None else begun + 1800.0 * settings.max_hours
     made = bool(Trail.of(session.study.directory).steps)
 
     def opened() -> AbstractContextManager[Climber]:

@@ -280,8 +280,9 @@ def _costs(evaluations: Mapping[Job, Evaluation], ascent: Sequence[AscentStep]) 
         )
         phases.setdefault(phase, []).append(score)
     order = ("search, first context", "search, further contexts", "validation", "test", "guard")
-    steps = [Cost("gradient steps", len(ascent), sum(s.tokens for s in ascent), math.fsum(s.seconds for s in ascent))]
-    return tuple(steps if ascent else ()) + tuple(
+    tokens, seconds = sum(step.tokens for step in ascent), math.fsum(step.seconds for step in ascent)
+    steps = (Cost(f"gradients, {len(ascent)} steps", 0, tokens, seconds),) if ascent else ()
+    return steps + tuple(
         Cost(phase, len(scores), sum(s.n_tokens for s in scores), math.fsum(s.seconds for s in scores))
         for phase, scores in sorted(phases.items(), key=lambda item: _place(order, item[0]))
     )
