@@ -84,7 +84,9 @@ def search_of(args: argparse.Namespace, seed: int) -> SearchConfig:
     names = ("max_evaluations", "search_contexts", "validation_contexts", "test_contexts", "uniform_factors")
     values = {name: getattr(args, name) for name in names}
     algorithm = optimizer_config("ga", width=args.width)
-    return SearchConfig(seed=seed, racing_first=1, racing_fraction=0.5, max_kl=100.0, algorithm=algorithm, **values)
+    return SearchConfig(
+        method="genetic", seed=seed, racing_first=1, racing_fraction=0.5, max_kl=100.0, algorithm=algorithm, **values
+    )
 
 
 def scaled(model: ModelConfig, scaling: str, multiple: float, trained: int) -> ModelConfig:

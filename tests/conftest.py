@@ -10,6 +10,8 @@ from support import native_build
 from support.commands import CommandError
 from support.gguf_fixtures import write_model
 
+from lrope_gguf.errors import LropeError
+from lrope_search import climbing
 from lrope_search.evaluation import make
 from lrope_search.report import pictures
 from lrope_search.report.pictures import Picture
@@ -19,12 +21,18 @@ from lrope_search.report.pictures import Picture
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what takes a second or more of each search and each report, and is tested where it belongs.
 
-    All divisions of the cores are equally fast (tests/test_session.py measures them), and pictures are blank but for
-    tests with the marker ``pictures``.
+    All divisions of the cores are equally fast (tests/test_session.py measures them), pictures are blank but for
+    tests with the marker ``pictures``, and torch is missing, as it may be, but for those with ``gradient``.
     """
+    if request.node.get_closest_marker("gradient") is None:
+        monkeypatch.setattr(climbing, "check_installed", _missing)
     monkeypatch.setattr(make, "measure_rates", lambda model, choices: dict.fromkeys(choices, 100.0))
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr(pictures, "_picture", lambda name, draw, study: Picture(name, "<svg ></svg>", b"x"))
+
+
+def _missing() -> None:
+    raise LropeError("gradients need torch 2.5: pip install 'lrope-gguf[gradient]'")
 
 
 @pytest.fixture

@@ -54,7 +54,9 @@ def test_it_goes_on_where_it_was_killed() -> None:
     assert second.price == whole.price
 
 
-@pytest.mark.parametrize("broken", [{}, {"step": 1}, {"step": 1, "price": 0, "at": [0], "mean": [0], "square": [0]}])
+@pytest.mark.parametrize(
+    "broken", [{}, {"step": 1}, {"step": 1, "price": 0, "at": [0], "mean": [0], "square": [0], "texts": []}]
+)
 def test_a_damaged_state_is_refused(broken: dict[str, object]) -> None:
     with pytest.raises(LropeError, match="kept state"):
         Ascent(np.zeros(2)).restore(broken)
@@ -68,10 +70,15 @@ def test_a_derivative_that_is_not_a_number_moves_nothing() -> None:
     assert ascent.at.tolist() == [0.0, 0.0]
 
 
-def test_divergence_is_held_at_its_limit() -> None:
-    """The gain rises evenly, the divergence with the square: the limit is where the ascent must end."""
-    ascent = Ascent(np.zeros(1), AscentConfig(steps=200, first=0.03, max_divergence=0.1))
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_divergence_is_held_at_its_limit(scale: float) -> None:
+    """The gain rises evenly, the divergence of two texts with the square: the limit is where the ascent must end."""
+    ascent = Ascent(np.zeros(2), AscentConfig(steps=60, max_divergence=0.1, reserve=0.1, epsilon=0.05 * scale))
+    worst = 0.0
     while not ascent.done:
-        at = ascent.at
-        ascent.tell(np.ones(1), float(at[0] ** 2), 2.0 * at)
-    assert float(ascent.at[0] ** 2) == pytest.approx(0.1, rel=0.25)
+        at, strength = ascent.at, (0.5, 1.5)[ascent.step % 2]
+        worst = max(worst, float((at**2).sum()))
+        ascent.tell(scale * np.array([1.0, 0.5]), strength * float((at**2).sum()), strength * 2.0 * at, ascent.step % 2)
+    assert float((ascent.at**2).sum()) == pytest.approx(0.09, rel=0.02)
+    assert worst < 0.13
+    assert ascent.price > 0.0

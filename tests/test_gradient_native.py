@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,9 @@ from lrope_search import ModelConfig, task_config  # noqa: E402
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator  # noqa: E402
 from lrope_search.evaluation.make import open_model, task_for  # noqa: E402
 from lrope_search.evaluation.model import Model  # noqa: E402
-from lrope_search.gradient.ascent import Ascent, AscentConfig  # noqa: E402
+from lrope_search.gradient.ascent import AscentConfig  # noqa: E402
 from lrope_search.gradient.capture import Graph, UnsupportedGraphError  # noqa: E402
+from lrope_search.gradient.climb import Climb, Step, conflicts, open_objective  # noqa: E402
 from lrope_search.gradient.objective import Objective, ReplayDisagreesError, check_agrees  # noqa: E402
 from lrope_search.gradient.replay import Replay, Variables, answers  # noqa: E402
 from lrope_search.gradient.rotation import Coherence  # noqa: E402
@@ -180,7 +184,7 @@ def test_an_unknown_operation_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def asked() -> Iterator[tuple[TeacherForcedEvaluator, Model]]:
-    config = task_config("kv", keys=12, probes=12, identifiers="word", seed=3)
+    config = task_config("kv", keys=80, probes=6, identifiers="word", seed=3)
     with open_model(ModelConfig(str(EMBEDDED), n_threads=1, n_gpu_layers=0)) as model:
         yield TeacherForcedEvaluator(model, task_for(model, config)), model
 
@@ -203,8 +207,10 @@ def test_answers_agree_with_the_evaluator(asked: tuple[TeacherForcedEvaluator, M
         assert same.value == pytest.approx(0.0, abs=1e-6)
         far = objective.divergence(encoding.prefix, zeros + 0.3)
         assert far.value > 0.01
-        further = objective.divergence(encoding.prefix, zeros + 0.301)
-        assert further.value > far.value
+        step = np.eye(model.n_layer)[:, :1] * 0.001
+        sides = [objective.divergence(encoding.prefix, zeros + 0.3 + sign * step).value for sign in (1, -1)]
+        assert np.isfinite(far.factors).all()
+        assert sides[0] != sides[1]
 
 
 def test_what_does_not_fit_is_said_before_it_is_loaded(
@@ -221,18 +227,107 @@ def test_what_does_not_fit_is_said_before_it_is_loaded(
         objective.answers(encoding, np.zeros((model.n_layer, 1)))
 
 
-def test_ascent_gains(asked: tuple[TeacherForcedEvaluator, Model]) -> None:
+def climb_of(asked: tuple[TeacherForcedEvaluator, Model], objective: Objective, **options: Any) -> Climb:
+    evaluator, _ = asked
+    text = evaluator.encoding("validation", 0).prefix[:64]
+    given = {"steps": 6, "max_divergence": 1.0, **options}
+    return Climb(
+        objective, [lambda k: evaluator.encoding("search", k)], names=["kv"], weights=[2.0], scales=[0.5],
+        texts=[text], layers=[0, 1, 3], config=AscentConfig(**given),
+    )  # fmt: skip
+
+
+def test_a_climb_gains_and_goes_on_where_it_was_killed(asked: tuple[TeacherForcedEvaluator, Model]) -> None:
     evaluator, model = asked
-    weights = Weights(EMBEDDED)
-    with Objective(model, weights) as objective:
-        ascent = Ascent(np.zeros((model.n_layer, 1)), AscentConfig(steps=8))
-        while not ascent.done:
-            gradient = objective.answers(evaluator.encoding("search", ascent.step), ascent.at)
-            ascent.tell(gradient.factors.sum(1, keepdims=True))
-    factors = tuple(np.exp(ascent.at[:, 0]).tolist())
+    with Objective(model, Weights(EMBEDDED)) as objective:
+        climb = climb_of(asked, objective)
+        steps = []
+        while not climb.done:
+            steps.append(Step.from_json(json.loads(json.dumps(climb.step().to_json()))))
+        assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6]
+        assert steps[0].divergence == 0.0 < steps[-1].divergence
+        assert steps[1].n_tokens == 3 * (evaluator.n_tokens("search", 2) + 64)
+        again = climb_of(asked, objective)
+        again.restore(steps[3].state)
+        while not again.done:
+            again.step()
+    assert again.factors == climb.factors
+    assert climb.factors[2] == 1.0
     one = (1.0,) * model.n_layer
     gain = [
-        evaluator.evaluate(factors, "test", i).log_probability - evaluator.evaluate(one, "test", i).log_probability
+        evaluator.evaluate(climb.factors, "test", i).log_probability
+        - evaluator.evaluate(one, "test", i).log_probability
         for i in range(4)
     ]
-    assert np.mean(gain) > 0.0
+    assert np.mean(gain) > 0.3
+
+
+def test_a_climb_holds_its_limit_and_says_what_is_at_a_bound(asked: tuple[TeacherForcedEvaluator, Model]) -> None:
+    with Objective(asked[1], Weights(EMBEDDED)) as objective:
+        far, near = (climb_of(asked, objective, max_divergence=limit) for limit in (10.0, 0.005))
+        last = []
+        for climb in (far, near):
+            while not climb.done:
+                step = climb.step()
+            last.append(step)
+        assert last[1].divergence < 0.01 < last[0].divergence
+        assert last[0].price == 0.0 < last[1].price
+        bounded = climb_of(asked, objective, low=-0.01, high=0.01, steps=2)
+        bounded.step()
+        assert set(bounded.at_bound) <= {0, 1, 3}
+        assert bounded.at_bound
+
+
+def test_what_torch_cannot_compute_moves_nothing(
+    asked: tuple[TeacherForcedEvaluator, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Weights(EMBEDDED)
+    with Objective(asked[1], weights) as objective:
+        climb = climb_of(asked, objective)
+        one = climb.factors
+
+        def fails(*_: object, **__: object) -> None:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] not enough memory\nframe 0")
+
+        with monkeypatch.context() as patch, pytest.raises(LropeError, match=r"step 1 .* not enough memory$"):
+            patch.setattr(Objective, "answers", fails)
+            climb.step()
+        weights["output_norm.weight"][0, 0, 0, 0] = math.nan
+        with pytest.raises(LropeError, match="step 1 of the gradient ascent: a derivative is not a number"):
+            climb.step()
+        assert climb.factors == one
+
+
+def test_conflicts_are_cosines() -> None:
+    got = conflicts({"a": np.array([1.0, 0.0]), "b": np.array([-3.0, 3.0]), "c": np.zeros(2)})
+    half = -math.sqrt(0.5)
+    assert got == pytest.approx(np.array([[1.0, half, 0.0], [half, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+
+
+def test_a_model_is_opened_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(str(EMBEDDED), n_threads=1)
+    with open_objective(config, device="cpu") as objective:
+        assert objective.n_layer == 4
+    monkeypatch.setattr("lrope_search.gradient.climb.free_memory", lambda: 1_000_000)
+    said = r"^\S+lrope-kv\.gguf: gradients need 0\.\d GB .* a file of 0\.0 GB would fit$"
+    with pytest.raises(LropeError, match=said), open_objective(config, device="cpu"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["torch", "gguf"])
+@pytest.mark.parametrize("found", [None, "0.1.2"])
+def test_a_package_that_is_missing_or_old_is_named(
+    name: str, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if found is None:
+        monkeypatch.setitem(sys.modules, name, None)
+    else:
+        monkeypatch.setattr("lrope_search.gradient.climb.version", lambda n: found if n == name else "9.9")
+    said = rf"^gradients need {name} .*pip install 'lrope-gguf\[gradient\]'$"
+    with pytest.raises(LropeError, match=said), open_objective(ModelConfig(str(EMBEDDED))):
+        pass
+
+
+def test_a_model_without_rope_is_refused(tmp_path: Path) -> None:
+    with LeanModel(FIXTURES["gpt2"], tmp_path) as fixture, pytest.raises(LropeError, match="this model has no RoPE"):
+        capture(fixture.handle)

@@ -33,8 +33,8 @@ pytestmark = pytest.mark.native
 
 FACTORS = [1.0, 1.3, 0.8, 2.5, 1.07, 3.1]
 PROMPT = 'Key: "4711" has the value "123" and Key: "815" has another value, so what is it? '
-SEARCH = ["--set", "kv.identifiers=number", "--keys", "12", "--set", "kv.probes=4", "--max-evaluations", "20",
-          "--set", "ga.population=8",
+SEARCH = ["--method", "genetic", "--set", "kv.identifiers=number", "--keys", "12", "--set", "kv.probes=4",
+          "--max-evaluations", "20", "--set", "ga.population=8",
           "--set", "search_contexts=2", "--set", "racing_fraction=0.5", "--set", "validation_contexts=3",
           "--set", "test_contexts=6",
           "--threads", "1", "--max-kl", "100"]  # fmt: skip

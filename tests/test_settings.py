@@ -144,7 +144,7 @@ BAD_OPTIONS = [
     ("--keys 3 --set kv.keys=4", "--set kv.keys=4, --keys 3: both set kv.keys; leave out one of them"),
     ("--keys 3 --context-tokens 99", "--keys 3, --context-tokens 99: both give a context's size; leave out one"),
     ("--keys x", "--keys x: give a whole number"),
-    ("--max-hours nan", "--max-hours nan: not finite"),
+    ("--set max_hours=nan", "--set max_hours=nan: not finite"),
     ("--set de.population=9", "--set de.population=9: algorithm ga does not use it; leave it out, or set algorithm"),
     ("--set vt.lines=9", "--set vt.lines=9: no --task vt is given, only kv; add it or leave this out"),
     ("--probes 3", "--probes: is now --set kv.probes=N"),

@@ -103,8 +103,8 @@ def test_data_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 VALUES = [
     ("--max-kl", "inf"), ("--max-kl", "nan"), ("--max-kl", "-1"), ("--max-kl", "1e999"), ("--set", "ga.width=inf"),
     ("--set", "ga.width=nan"), ("--set", "bounds=0.5,inf"), ("--set", "bounds=nan,2"), ("--set", "bounds=0.0001,4"),
-    ("--set", "racing_fraction=nan"), ("--set", "middle_weight=inf"), ("--max-hours", "nan"), ("--max-hours", "inf"),
-    ("--max-hours", "0"), ("--set", "bounds=0.5,2000"),
+    ("--set", "racing_fraction=nan"), ("--set", "middle_weight=inf"), ("--set", "max_hours=nan"),
+    ("--set", "max_hours=inf"), ("--method", "gradients"), ("--set", "max_hours=0"), ("--set", "bounds=0.5,2000"),
     ("--set", "bounds=2,4"), ("--set", "finalists=0"),
     ("--start", "none.json"), ("--set", "guard_text=none.txt"),
 ]  # fmt: skip

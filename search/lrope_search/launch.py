@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import ModelInfo, read_model
 
+from .climbing import climber, seconds_of_step, tokens_of_step, why_not
 from .cost import duration, precision
 from .evaluation.evaluator import Facts
 from .evaluation.settings import ModelConfig
 from .optimizers.protocol import Optimizer
 from .report.page import write_report
-from .results.summary import StudySummary
+from .results.summary import StudySummary, section
 from .results.variation import components
 from .sample import SPLITS
 from .scores import Job
 from .session import Session, Show, open_session
+from .study.ascend import Climber, Trail, ascend
 from .study.conclude import SearchOutcome
 from .study.plan import make_optimizer, planned_evaluations
 from .study.run import run_search
@@ -100,14 +105,18 @@ def _run(
     for start in settings.start:
         if not isinstance(start[0], tuple) and len(start) != info.n_layer:
             raise LropeError(f"--start: {len(start)} factors, but {info.path} has {info.n_layer} layers; give another")
-    sizes, kept = _sizes(mix, settings), Study.kept(directory, "config")
+    sizes, kept, begun = _sizes(mix, settings), Study.kept(directory, "config"), time.monotonic()
     guard = {"text": None if settings.guard_text is None else file_identity(settings.guard_text)}
+
+    refused: str | None = None
 
     def settle(facts: Facts) -> SearchConfig:
         return settings.settled(facts.n_probes, sizes, len(mix.parts), kept)
 
     def bind(facts: Facts, first: Executor) -> dict[str, Any]:
+        nonlocal settings, refused
         _layers(info, facts)
+        settings, refused = _with_method(settings, kept)
         return {"search": settle(facts).identity(), "guard": guard}
 
     with open_session(
@@ -123,12 +132,20 @@ def _run(
         layers = _layers(info, facts)
         if len(layers) < session.n_layer:
             session.progress.line(f"{len(layers)} of {session.n_layer} layers rotate over the whole context")
+        if refused is not None:
+            session.progress.line(f"without gradients: {refused}")
         optimizer = make_optimizer(settled, session.n_layer, layers)
         _say_cost(session, settled, optimizer, directory, workers or WorkersConfig())
         if dry_run:
             if len(mix.parts) == 1:
                 _say_variation(session, settled)
             return None
+        trail = None
+        if settled.ascends:
+            trail = _ascend(session, settled, begun)
+            proposals = trail.proposals(settled.bounds)
+            settled = settled if proposals else dataclasses.replace(settled, method="genetic")
+            optimizer = make_optimizer(settled, session.n_layer, layers, proposals)
         outcome = run_search(
             session.executor(),
             session.study,
@@ -140,9 +157,33 @@ def _run(
             guard_contexts=1,
             rope=info.rope.under(model.llama_options()).json(),
             test_size=sizes["test"],
+            ascent=None if trail is None else trail.summary(),
+            begun=begun,
         )
         session.progress.line(_report(outcome.summary))
         return outcome
+
+
+def _with_method(settings: SearchConfig, kept: Any) -> tuple[SearchConfig, str | None]:
+    """Return the settings with a method: what was asked for, else the study's, else the best that there is here.
+
+    And why that is the genetic one, if derivatives would have been better. A study that was begun with them goes on.
+    """
+    begun = None if kept is None else section(kept, "search").get("method", "genetic")
+    wanted = settings.method or begun or ("both" if settings.optimizer.name == "ga" else "genetic")
+    refused = None if wanted in ("genetic", begun) else why_not(settings)
+    return dataclasses.replace(settings, method="genetic" if refused else wanted), refused
+
+
+def _ascend(session: Session, settings: SearchConfig, begun: float) -> Trail:
+    """Make the steps that follow derivatives, those that the study lacks, in at most half of the time that there is."""
+    until = math.inf if settings.max_hours is None else begun + 1800.0 * settings.max_hours
+    made = bool(Trail.of(session.study.directory).steps)
+
+    def opened() -> AbstractContextManager[Climber]:
+        return climber(session, settings, begun=made)
+
+    return ascend(session.study, settings.gradient_steps, opened, session.progress, until=until)
 
 
 def _sizes(mix: TaskMix, settings: SearchConfig) -> dict[str, int | None]:
@@ -179,9 +220,13 @@ def _say_cost(
     n_tokens = sum(score.n_tokens for score in scores) / n_tasks
     seconds = sum(score.seconds for score in scores) / n_tasks / times
     on_each = " on each worker" if workers.executor == "ray" and workers.n_workers is None else ""
-    takes = duration(n_evaluations * seconds / 3600.0)
+    steps, of_steps, before = settings.gradient_steps if settings.ascends else 0, 0.0, ""
+    if steps:
+        of_steps = steps * seconds_of_step(session, scores)
+        before = f"{steps} steps of gradients, {steps * tokens_of_step(session, scores):,} tokens, and "
+    takes = duration((n_evaluations * seconds + of_steps) / 3600.0)
     progress.line(
-        f"about {n_evaluations} evaluations of {n_tokens:.0f} tokens: about {takes} "
+        f"about {before}{n_evaluations} evaluations of {n_tokens:.0f} tokens: about {takes} "
         f"at {n_tokens / max(seconds, 1e-9):.0f} tokens/s{on_each}; results go to {directory}"
     )
     if (workers.n_workers or 1) > optimizer.lag:

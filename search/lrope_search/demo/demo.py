@@ -116,6 +116,7 @@ _EMBEDDED = _Demo(
     path=embedded,
     task=KeyValueConfig(keys=120, probes=60, identifiers="word", answer_prefix=""),
     settings=SearchConfig(
+        method="genetic",
         max_evaluations=160,
         search_contexts=8,
         racing_fraction=0.5,
@@ -135,6 +136,7 @@ _GEMMA = _Demo(
     path=gemma,
     task=KeyValueConfig(keys=40, probes=11, identifiers="number", answer_prefix=' "'),
     settings=SearchConfig(
+        method="genetic",
         max_evaluations=48,
         search_contexts=6,
         racing_fraction=0.5,

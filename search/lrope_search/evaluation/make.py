@@ -16,6 +16,7 @@ from ..tasks.mix import mixed
 from ..tasks.settings import TaskConfig, TaskMix, Tasks
 from ..tasks.task import Task
 from .divergence import LONG_TOKENS, SHORT_TOKENS, Guard, GuardTexts, read_texts, write_texts
+from .encoding import Encoding
 from .evaluator import SCORINGS, Facts, TeacherForcedEvaluator
 from .generation import Generation
 from .lead import Lead
@@ -129,6 +130,11 @@ def kept_computing(config: Any) -> tuple[int | None, str | None]:
 def find_out(evaluator: TeacherForcedEvaluator) -> Facts:
     """Return what the evaluator of an `EvaluatorSpec` knows; runs in its worker."""
     return evaluator.facts()
+
+
+def encode(split: str, index: int, evaluator: TeacherForcedEvaluator) -> Encoding:
+    """Return a context in tokens; runs in a worker."""
+    return evaluator.encoding(split, index)
 
 
 def use_threads(n_threads: int, evaluator: TeacherForcedEvaluator) -> None:

@@ -28,7 +28,7 @@ class AscentConfig:
         low: The least logarithm of a factor.
         high: The largest.
         max_divergence: What the KL divergence may be, in nats a token.
-        price_rate: How fast the price of divergence, in nats of gain for each of divergence, rises with what is above.
+        reserve: The share of it that the ascent leaves: its texts are not all that a guard looks at.
     """
 
     steps: int = 20
@@ -40,16 +40,19 @@ class AscentConfig:
     low: float = -0.7
     high: float = 0.9
     max_divergence: float = 0.1
-    price_rate: float = 5.0
+    reserve: float = 0.2
 
 
 class Ascent:
     """Climbs from ``start``, step by step; the same gradients give the same way.
 
+    Divergence is measured on one of several texts at a time. The last of each text foretell, by their derivatives,
+    their mean after a step; where that is above the limit, the step is the one that would end at the limit.
+
     Attributes:
         at: Where it stands: logarithms, of any shape. Not to be changed.
         step: Gradients told so far.
-        price: Of divergence, at present.
+        price: Of divergence at the last step: how much gain was left for each nat of it.
     """
 
     def __init__(self, start: Values, config: AscentConfig | None = None) -> None:
@@ -59,6 +62,7 @@ class Ascent:
         self.price = 0.0
         self._mean = np.zeros_like(self.at)
         self._square = np.zeros_like(self.at)
+        self._texts: dict[int, tuple[float, Values, Values]] = {}  # divergence, its derivatives, and where
 
     @property
     def done(self) -> bool:
@@ -70,33 +74,61 @@ class Ascent:
         """Which values have run to a bound."""
         return (self.at <= self.config.low) | (self.at >= self.config.high)
 
-    def tell(self, gradient: Values, divergence: float = 0.0, divergence_gradient: Values | None = None) -> None:
-        """Take the derivatives of the gain, and of the divergence if that is to be limited, at `at`; move there.
+    def tell(
+        self, gradient: Values, divergence: float = 0.0, divergence_gradient: Values | None = None, text: int = 0
+    ) -> None:
+        """Take the derivatives of the gain, and the divergence of a text if that is to be limited, at `at`; move there.
 
         Raises:
             LropeError: a derivative is not a number; nothing has moved.
         """
         c = self.config
-        total = np.asarray(gradient, np.float64)
-        price = self.price
-        if divergence_gradient is not None:
-            price = max(0.0, price + c.price_rate * (divergence / c.max_divergence - 1.0))
-            total = total - price * np.asarray(divergence_gradient, np.float64)
-        if not np.isfinite(total).all():
+        gradient = np.asarray(gradient, np.float64)
+        told = [gradient] if divergence_gradient is None else [gradient, divergence_gradient, np.array(divergence)]
+        if not all(np.isfinite(values).all() for values in told):
             raise LropeError(f"step {self.step + 1} of the gradient ascent: a derivative is not a number")
-        self.price = price
-        self._mean = c.beta1 * self._mean + (1.0 - c.beta1) * total
-        self._square = c.beta2 * self._square + (1.0 - c.beta2) * total**2
+        if divergence_gradient is not None:
+            self._texts[text] = (float(divergence), self._rising(float(divergence), divergence_gradient), self.at)
+        self._mean = c.beta1 * self._mean + (1.0 - c.beta1) * gradient
+        self._square = c.beta2 * self._square + (1.0 - c.beta2) * gradient**2
         size = c.first + (c.last - c.first) * self.step / max(1, c.steps - 1)
         self.step += 1
         mean = self._mean / (1.0 - c.beta1**self.step)
-        spread = np.sqrt(self._square / (1.0 - c.beta2**self.step))
-        self.at = np.clip(self.at + size * mean / (spread + c.epsilon), c.low, c.high)
+        rate = size / (np.sqrt(self._square / (1.0 - c.beta2**self.step)) + c.epsilon)
+        self.at = np.clip(self.at + self._limited(mean, rate, size), c.low, c.high)
+
+    def _rising(self, divergence: float, slope: Values) -> Values:
+        """Return the divergence's derivatives, not less than those of one that rises with the square from 0 to here.
+
+        Coherent derivatives leave out fast pairs, which harm ordinary text too.
+        """
+        missing = 2.0 * divergence - float((slope * self.at).sum())
+        square = float((self.at**2).sum())
+        return np.asarray(slope, np.float64) + (max(0.0, missing) / square * self.at if square else 0.0)
+
+    def _limited(self, mean: Values, rate: Values, size: float) -> Values:
+        """Return the step along ``mean`` whose foretold divergence is within the limit."""
+        move = np.clip(rate * mean, -size, size)
+        self.price = 0.0
+        if not self._texts:
+            return move
+        slope = np.mean([slope for _, slope, _ in self._texts.values()], axis=0)
+        now = np.mean([value + ((self.at - at) * slope).sum() for value, slope, at in self._texts.values()])
+        most = self.config.max_divergence * (1.0 - self.config.reserve)
+        for metric in (rate, np.full_like(rate, size)):  # the second where the first may not go as far as it would
+            above = now + (slope * move).sum() - most
+            if above > 0.0 and slope.any():
+                price = float(above / (metric * slope**2).sum())
+                self.price = self.price or price
+                move = np.clip(move - price * metric * slope, -size, size)
+        return move
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` takes, for JSON."""
         arrays = {"at": self.at, "mean": self._mean, "square": self._square}
-        return {"step": self.step, "price": self.price} | {name: values.tolist() for name, values in arrays.items()}
+        texts = [[text, value, slope.tolist(), at.tolist()] for text, (value, slope, at) in self._texts.items()]
+        kept = {name: values.tolist() for name, values in arrays.items()}
+        return {"step": self.step, "price": self.price, "texts": texts} | kept
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where another stood, exactly.
@@ -107,9 +139,15 @@ class Ascent:
         try:
             arrays = [np.array(state[name], np.float64) for name in ("at", "mean", "square")]
             step, price = int(state["step"]), float(state["price"])
+            texts = {
+                int(text): (float(value), np.array(slope, np.float64), np.array(at, np.float64))
+                for text, value, slope, at in state["texts"]
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise LropeError(f"the kept state of the gradient ascent is damaged ({error})") from error
-        if any(values.shape != self.at.shape for values in arrays):
+        if any(
+            values.shape != self.at.shape for values in (*arrays, *(x for text in texts.values() for x in text[1:]))
+        ):
             raise LropeError(f"the kept state of the gradient ascent is not of {self.at.shape} values")
         self.at, self._mean, self._square = arrays
-        self.step, self.price = step, price
+        self.step, self.price, self._texts = step, price, texts

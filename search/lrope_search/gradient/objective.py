@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from lrope_gguf.errors import LropeError
 
@@ -24,6 +25,10 @@ from .weights import Weights
 
 Values = NDArray[np.float64]
 Tensor = Any
+
+DIVERGENCE_NUMBERS = 1 << 24
+"""The most probabilities that are compared on a text: 64 MB in float32, kept of each text."""
+_TEXTS_KEPT = 8
 
 
 class ReplayDisagreesError(LropeError):
@@ -41,6 +46,8 @@ class Gradient(NamedTuple):
     """By scales of queries, shape (layers, heads)."""
     probes: tuple[ProbeScore, ...] = ()
     """What the value is the mean of, if questions; depths are left at 0."""
+    n_tokens: int = 0
+    """Computed: three for each that is differentiated, else one."""
 
 
 class Objective:
@@ -83,6 +90,18 @@ class Objective:
         if self._capture is not None:
             self._capture.close()
 
+    @property
+    def n_layer(self) -> int:
+        """Number of layers of the model, of which each has a factor."""
+        return self._model.n_layer
+
+    def check_graph(self) -> None:
+        """Raise `LropeError` if the graph has no RoPE, or an operation that is not known; computes nothing."""
+        n = 8
+        part = np.zeros(n, np.int32), np.arange(n), np.zeros(n, np.int64), np.ones(n, np.bool_), np.ones(n, np.int64)
+        if not self._replay(self._graph(part)).heads.kv:
+            raise LropeError(f"{self._model.path}: no layer of this model rotates; no gradients")
+
     def heads(self, encoding: Encoding) -> Heads:
         """Return which variables there are."""
         return Heads.of(self._graph(_part(encoding)))
@@ -109,22 +128,30 @@ class Objective:
             value = means.mean()
         wrong = torch.bincount(owner, (~scored.hit).double())
         probes = zip(means.tolist(), (wrong == 0).tolist(), strict=True)
-        return self._gradient(value, variables, differentiate, tuple(ProbeScore(0.0, *probe) for probe in probes))
+        scores = tuple(ProbeScore(0.0, *probe) for probe in probes)
+        return self._gradient(value, variables, differentiate, scores, encoding.n_tokens)
 
     def divergence(self, text: Tokens, factors: Values, scales: Values | None = None) -> Gradient:
-        """Return the KL divergence from the model as it is, a token, on ``text``, and its derivatives."""
+        """Return the KL divergence from the model as it is, a token, on ``text``, and its derivatives.
+
+        Of a large vocabulary it is that of fewer tokens, evenly spaced: `DIVERGENCE_NUMBERS`.
+        """
         n = len(text)
-        part = np.asarray(text), np.arange(n), np.zeros(n, np.int64), np.ones(n, np.bool_), np.ones(n, np.int64)
-        graph = self._graph(part)
+        rows = np.zeros(n, np.bool_)
+        rows[np.linspace(0, n - 1, min(n, max(1, DIVERGENCE_NUMBERS // self._model.n_vocab))).astype(int)] = True
+        graph = self._graph((np.asarray(text), np.arange(n), np.zeros(n, np.int64), rows, np.ones(n, np.int64)))
         replay = self._replay(graph)
         key = np.asarray(text, np.int32).tobytes()
         if key not in self._base:
+            while len(self._base) >= _TEXTS_KEPT:
+                del self._base[next(iter(self._base))]
             with torch.no_grad():
                 self._base[key] = torch.log_softmax(replay(self._variables(graph, np.zeros_like(factors), None)), -1)
-        base = self._base[key]
         variables = self._variables(graph, factors, scales)
-        log_p = torch.log_softmax(replay(variables), -1)
-        return self._gradient((base.exp() * (base - log_p)).sum(-1).mean(), variables, True, ())
+        value = functional.kl_div(
+            torch.log_softmax(replay(variables), -1), self._base[key], reduction="batchmean", log_target=True
+        )
+        return self._gradient(value, variables, True, (), n)
 
     def _variables(self, graph: Graph, factors: Values, scales: Values | None) -> Variables:
         zeros = Variables.zeros(graph, dtype=self._weights.dtype, device=self._weights.device)
@@ -135,12 +162,12 @@ class Objective:
         return zeros
 
     def _gradient(
-        self, value: Tensor, variables: Variables, differentiate: bool, probes: tuple[ProbeScore, ...]
+        self, value: Tensor, variables: Variables, differentiate: bool, probes: tuple[ProbeScore, ...], n: int
     ) -> Gradient:
         if differentiate:
             value.backward()
         factors, scales = (_derivative(tensor, differentiate) for tensor in (variables.factors, variables.scales))
-        return Gradient(float(value.detach()), factors, scales, probes)
+        return Gradient(float(value.detach()), factors, scales, probes, 3 * n if differentiate else n)
 
     def _graph(self, part: Part) -> Graph:
         """Capture a batch, in a context that has room for it."""

@@ -26,6 +26,9 @@ class Weights:
         dtype: Of torch, in which the weights are kept.
         device: Of torch.
 
+    Attributes:
+        n_bytes_of_files: What the files take.
+
     Raises:
         LropeError: a file that cannot be read, or a type of numbers that nobody here can read.
     """
@@ -33,7 +36,9 @@ class Weights:
     def __init__(self, path: Path | str, *, dtype: Any = torch.float32, device: Any = "cpu") -> None:
         self._path, self.dtype, self.device = Path(path), dtype, torch.device(device)
         try:
-            self._tensors = {t.name: t for shard in _shards(self._path) for t in GGUFReader(shard).tensors}
+            shards = _shards(self._path)
+            self._tensors = {t.name: t for shard in shards for t in GGUFReader(shard).tensors}
+            self.n_bytes_of_files = sum(shard.stat().st_size for shard in shards)
         except (OSError, ValueError, KeyError) as error:
             raise LropeError(f"{path}: its weights cannot be read ({error})") from error
         self._values: dict[str, Tensor] = {}

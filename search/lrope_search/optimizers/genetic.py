@@ -45,6 +45,8 @@ class GeneticAlgorithm:
     what follows. Beside a curve, half of all proposals are
     curves alone: where the gain is smooth, children that move everything learn the curve at half the pace.
 
+    What something better has found is only refined: ``nearby``.
+
     Parents are the ``parents`` best of all told. The defaults are made for 50 to 400 evaluations.
 
     Args:
@@ -62,10 +64,13 @@ class GeneticAlgorithm:
         own_layers: Layers that keep a coordinate after the scan, in a `LayerSpace`.
         max_retries: Births tried in place of one that repeats an earlier candidate (all factors equal to 1e-3)
             before the algorithm counts as converged.
+        nearby: Begin with good genomes of a `LayerSpace` without a curve, and let all layers vary: no scan, and the end
+            where `_IDLE` times ``lag`` scores in a row bring nothing better.
     """
 
     _ALPHA = 0.3  # how far blend crossover reaches beyond the parents
     _WIDTHS = (0.2, 6.0)  # narrowest and widest mutation, in units of `width`
+    _IDLE = 3
     _RANDOM = 0.1  # share of proposals without parents
     _ROUNDS, _ELITE = 2, 10  # rounds of proposals, and how many of one round are the parents of the next
     _REFIT = 5  # scores after which the surrogate's lengths are looked at again
@@ -87,9 +92,10 @@ class GeneticAlgorithm:
         tolerance: float = 1e-4,
         own_layers: int = 8,
         max_retries: int = 50,
+        nearby: bool = False,
     ) -> None:
         self.lag = lag
-        self._space = space
+        self._space, self._nearby = space, nearby
         self._ledger = Ledger(space)
         self._mu, self._width, self._crossover, self._proposals = parents, width, crossover, proposals
         self._tolerance, self._max_retries = tolerance, max_retries
@@ -104,7 +110,9 @@ class GeneticAlgorithm:
             own = np.zeros(space.size - curve.size)
             self._queue += [(np.concatenate([genome, own]), origin) for genome, origin in first]
         self._stage: ScanStage | None = None
-        if isinstance(space, LayerSpace):
+        if isinstance(space, LayerSpace) and nearby:
+            self._among = list(range(len(space.layers)))
+        elif isinstance(space, LayerSpace):
             self._stage = ScanStage(space, self._queue, self._ledger, width=width, own_layers=own_layers)
             self._queue = deque()
         self._told: list[tuple[Candidate, Score]] = []  # best first
@@ -113,6 +121,8 @@ class GeneticAlgorithm:
         self._surrogate = self._fresh_surrogate()
         self._fitted = 0  # scores when its lengths were last looked at
         self._hopeless = 0  # births in a row of which little was expected
+        self._reached: Score = (0, -math.inf)
+        self._idle = 0  # scores in a row that were no better
         self._converged = False
 
     @property
@@ -140,7 +150,7 @@ class GeneticAlgorithm:
             self._look_at_the_scan(self._stage)
             if candidate is not None or not self._stage.done:
                 return candidate
-        if self._hopeless < 2 * self.lag:
+        if self._hopeless < 2 * self.lag and not (self._nearby and self._idle >= self._IDLE * self.lag):
             for _ in range(self._max_retries):
                 candidate = self._ledger.issue(*self._next())
                 if candidate is not None:
@@ -156,6 +166,12 @@ class GeneticAlgorithm:
         """
         self._ledger.settle(candidate, score)
         self._told = sorted([*self._told, (candidate, score)], key=rank)
+        contexts, fitness = score
+        better = contexts > self._reached[0] or fitness > self._reached[1] + self._tolerance
+        if contexts >= self._reached[0] and better:
+            self._reached, self._idle = score, 0
+        else:
+            self._idle += 1
         if self._stage is not None:
             self._stage.tell(candidate, score)
             self._look_at_the_scan(self._stage)
@@ -315,7 +331,7 @@ class GeneticAlgorithm:
             mutated[:, : space.n_curve] = bent & (rng.random((n, space.n_curve)) < rng.uniform(0.5, 1.0, (n, 1)))
             mutated[:, space.n_curve :] &= ~bent
         genomes += width * space.scale * mutated * rng.standard_normal((n, size))
-        back = active & (rng.random((n, size)) < 0.1)  # a layer that does nothing should be 1
+        back = active & (rng.random((n, size)) < (1.0 / size if self._nearby else 0.1))  # what does nothing should be 1
         genomes = np.where(back, base, genomes)
         origins = np.where(crossed[:, 0], "crossover", "mutation")
         for i in range(int(self._RANDOM * n)):

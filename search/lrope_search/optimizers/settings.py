@@ -44,11 +44,11 @@ class OptimizerConfig(Settings):
         """The optimizer's name."""
         return self.section
 
-    def make(self, space: CurveSpace | LayerSpace, start: Sequence[Start] | None, seed: int) -> Optimizer:
+    def make(self, space: CurveSpace | LayerSpace, start: Sequence[Start] | None, seed: int, **more: Any) -> Optimizer:
         """Return the optimizer, fresh: over ``space``, with what it begins with."""
         own = {one.name: getattr(self, one.name) for one in self.settings() if one.name != "scan"}
         given = {name: value for name, value in own.items() if value is not None}
-        optimizer: Optimizer = self.algorithm(space, start, seed=seed, **given)
+        optimizer: Optimizer = self.algorithm(space, start, seed=seed, **given, **more)
         return optimizer
 
 

@@ -129,6 +129,8 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
         n, whole = len(study.trials), [t for t in study.trials if t.contexts >= study.search_contexts]
         best = max((t.fitness for t in whole), default=-math.inf)
         reached = f"the best reached {best:+.4f}" if math.isfinite(best) else "none with a finite score"
+        if study.ascent:
+            yield "ascent", "The steps of gradients", f"{words.ascent_words(study)}."
         if study.scan:
             yield "scan", "The layer scan", f"{words.scan_words(study)} Whiskers: two standard errors of each."
         yield "fitness", "Fitness over evaluations", (

@@ -56,6 +56,7 @@ def draw_pictures(study: StudySummary) -> dict[str, Picture]:
     wanted: dict[str, tuple[bool, Callable[[Figure, StudySummary], None]]] = {
         "factors": (study.factors is not None, _factors),
         "accuracy": (study.table is not None, lambda figure, study: _draw_table(figure, study.table)),
+        "ascent": (bool(study.ascent), _ascent),
         "scan": (bool(study.scan), _scan),
         "fitness": (bool(study.trials), _fitness),
         "population": (bool(study.trials), _population),
@@ -174,6 +175,20 @@ def _whiskers(axes: Axes, look: dict[str, Any], x: NDArray[np.float64], rows: ND
     mean, low, high = rows.T
     errors = np.maximum([mean - low, high - mean], 0.0)
     axes.errorbar(x, mean, yerr=errors, markersize=4, elinewidth=1, capsize=2, **look)
+
+
+def _ascent(figure: Figure, study: StudySummary) -> None:
+    """Log-probability by task and KL over the steps."""
+    panels = figure.subplots(2, 1, sharex=True)
+    steps = range(1, len(study.ascent) + 1)
+    for order, name in enumerate(study.ascent[-1].gains):
+        values = [step.gains.get(name, math.nan) for step in study.ascent]
+        panels[0].plot(steps, values, "o-", color=ORDER[-1 - order % len(ORDER)], label=name, markersize=4)
+    panels[1].plot(steps, [step.divergence for step in study.ascent], "o-", color=COLOURS["uniform"], markersize=4)
+    panels[0].set_ylabel("log-probability, nats")
+    panels[1].set_ylabel("KL, nats a token")
+    panels[1].set_xlabel("step")
+    _legend_above(panels[0], 4)
 
 
 def _scan(figure: Figure, study: StudySummary) -> None:

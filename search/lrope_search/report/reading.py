@@ -19,6 +19,7 @@ from ..results.objective import Objective
 from ..results.summary import Scores, StudySummary, Trial, intended_confidence, number, of_split, section
 from ..results.table import depth_table
 from ..scores import ContextScore, DivergenceScore, Evaluation, Factors, Job
+from ..study.ascend import Trail
 from ..study.store import Study, holds_search, parse_evaluations
 
 
@@ -80,8 +81,10 @@ def read_study(directory: Path) -> StudySummary:
     }
     gains = Objective(tuple(of_base.values()), *how).of_all(whole)
     front = Front.of_scores(gains, divergences, number(settings.get("max_kl"), math.inf))
-    stage = _searched(best) if findings is None else findings.search
-    return summaries.summarise(directory, config, best, evaluations, trials, scales, findings, stage, table, front)
+    stage, ascent = _searched(best) if findings is None else findings.search, Trail.of(directory).points()
+    return summaries.summarise(
+        directory, config, best, evaluations, trials, scales, findings, stage, table, front, ascent
+    )
 
 
 def _of_sides(

@@ -33,6 +33,8 @@ def summary_lines(study: StudySummary) -> Sequence[str]:
         if stage is not None
     ]
     lines += [f"{f'KL, {name}':<11} {value:.4g} nats a token on ordinary text" for name, value in study.guard.items()]
+    if study.ascent:
+        lines.append(f"gradients   {ascent_words(study)}")
     if study.scan:
         lines.append(f"layer scan  {scan_words(study)}")
     if study.costs:
@@ -45,6 +47,16 @@ def summary_lines(study: StudySummary) -> Sequence[str]:
         if study.table_split != "test":
             lines += ["(on the search contexts, on which candidates were chosen: no evidence of a gain)"]
     return [*lines, "", printable(study.verdict)]
+
+
+def ascent_words(study: StudySummary) -> str:
+    """The steps that followed derivatives in words: where the first and the last began."""
+    first, last = study.ascent[0], study.ascent[-1]
+    each = ", ".join(f"{name} from {first.gains.get(name, math.nan):.3f} to {g:.3f}" for name, g in last.gains.items())
+    return (
+        f"{count(len(study.ascent), 'step')}, log-probability of {each}, on contexts of their own; "
+        f"KL {last.divergence:.3g} at the last"
+    )
 
 
 def scan_words(study: StudySummary) -> str:

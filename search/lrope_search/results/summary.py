@@ -79,6 +79,19 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class AscentStep:
+    """A step that followed derivatives: log-probability of answers by task and KL divergence where it began, in nats.
+
+    Both on contexts and text of its own; and what it took.
+    """
+
+    gains: Mapping[str, float]
+    divergence: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StudySummary:
     """A study, finished or not: what text, JSON, page and MLflow show.
 
@@ -96,6 +109,7 @@ class StudySummary:
         guard: divergence from the base model on ordinary text, in nats per token, by length of the text.
         front: gain against that divergence, of all candidates of which both are known.
         costs: by phase, those that took place.
+        ascent: the steps that followed derivatives, before there were candidates.
     """
 
     directory: Path
@@ -114,6 +128,7 @@ class StudySummary:
     guard: dict[str, float]
     front: Front
     costs: tuple[Cost, ...]
+    ascent: tuple[AscentStep, ...] = ()
 
     @property
     def uniform(self) -> Uniform | None:
@@ -180,6 +195,7 @@ def summarise(
     searched: Stage | None,
     table: DepthTable | None,
     front: Front,
+    ascent: Sequence[AscentStep] = (),
 ) -> StudySummary:
     """Summarise a study; arguments as in `StudySummary`.
 
@@ -206,7 +222,8 @@ def summarise(
         scan=_scan(trials, scores, scales),
         guard=divergences_by_length(guard),
         front=front,
-        costs=_costs(evaluations),
+        costs=_costs(evaluations, ascent),
+        ascent=tuple(ascent),
     )
 
 
@@ -251,14 +268,16 @@ def task_weights(config: Mapping[str, Any]) -> dict[str, float]:
     return {name: weight if weight > 0.0 else 1.0 for name, weight in weights.items()}
 
 
-def _costs(evaluations: Mapping[Job, Evaluation]) -> tuple[Cost, ...]:
+def _costs(evaluations: Mapping[Job, Evaluation], ascent: Sequence[AscentStep]) -> tuple[Cost, ...]:
     phases: dict[str, list[Evaluation]] = {}
     for job, score in evaluations.items():
         which = f"search, {'further contexts' if job.index else 'first context'}"
         phases.setdefault(which if job.split == "search" else job.split, []).append(score)
     known = ("search, first context", "search, further contexts", "validation", "test", "guard")
     order = [*(phase for phase in known if phase in phases), *sorted(phases.keys() - {*known})]
-    return tuple(
+    tokens, seconds = sum(step.tokens for step in ascent), math.fsum(step.seconds for step in ascent)
+    steps = (Cost(f"gradients, {len(ascent)} steps", 0, tokens, seconds),) if ascent else ()
+    return steps + tuple(
         Cost(phase, len(scores), sum(s.n_tokens for s in scores), math.fsum(s.seconds for s in scores))
         for phase, scores in ((phase, phases[phase]) for phase in order)
     )

@@ -12,6 +12,7 @@ from ..results.findings import Findings, GuardFinding, Stage, Verdict
 from ..results.front import Front
 from ..results.summary import StudySummary, Trial, summarise
 from ..results.table import depth_table
+from .ascend import Trail
 from .state import Run
 
 
@@ -90,5 +91,6 @@ def conclude(run: Run, stopped_by: str) -> SearchOutcome:
         findings.search,
         table,
         choice.front if guarded else Front((), run.settings.max_kl),
+        Trail.of(run.study.directory).points(),
     )
     return SearchOutcome(summary, winner, choice.uniform, tuple(run.ranking), stopped_by)

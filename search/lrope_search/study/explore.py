@@ -14,7 +14,7 @@ from ..results.intervals import finite
 from ..results.objective import Objective
 from ..results.variation import typical, variation_text
 from ..scores import Factors
-from .plan import planned_evaluations
+from .plan import most_candidates, planned_evaluations
 from .racing import Race
 from .scheduler import Urgency
 from .state import Run
@@ -128,7 +128,7 @@ class Exploration:
         if run.pipeline.n_fresh and (improved or len(run.ranking) >= self._line_due):
             self._line_due = len(run.ranking) + _LINE_EVERY
             run.progress.line(
-                f"{len(run.ranking)}/{run.settings.max_evaluations} candidates, {text} ({best.origin}), "
+                f"{len(run.ranking)}/{most_candidates(run.settings)} candidates, {text} ({best.origin}), "
                 f"{run.progress.status()}"
             )
 
@@ -137,7 +137,7 @@ class Exploration:
         run = self._run
         planned = planned_evaluations(run.settings, guard=bool(run.guard_contexts), n_tasks=run.n_tasks)
         begun = sum(contexts for _, (contexts, _) in run.ranking)
-        left = max(run.settings.max_evaluations - len(run.ranking), 0)
+        left = max(most_candidates(run.settings) - len(run.ranking), 0)
         search = run.settings.n_contexts("search") + begun + math.ceil(left * begun / len(run.ranking))
         return search + sum(n for split, n in planned.items() if split != "search")
 

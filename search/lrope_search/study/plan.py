@@ -6,15 +6,21 @@ from collections.abc import Sequence
 
 from ..optimizers.make import make_algorithm
 from ..optimizers.protocol import Optimizer
+from ..scores import Factors
 from .settings import SearchConfig
 
 NEARER = (0.75, 0.5)
 """Parts of the best gain on search contexts; the candidates nearest to the base model that reach one are validated too
 where a guard looks at KL divergence, for a choice between gain and that."""
 
+N_PROPOSALS = 5
+"""Of derivatives, at most; see `study.ascend.proposals`."""
 
-def make_optimizer(settings: SearchConfig, n_layer: int, layers: Sequence[int] | None = None) -> Optimizer:
-    """Return the optimizer of these settings, fresh; see `make_algorithm`."""
+
+def make_optimizer(
+    settings: SearchConfig, n_layer: int, layers: Sequence[int] | None = None, proposals: Sequence[Factors] = ()
+) -> Optimizer:
+    """Return the optimizer of these settings, fresh; ``proposals`` are those of derivatives. See `make_algorithm`."""
     return make_algorithm(
         settings.optimizer,
         n_layer,
@@ -25,7 +31,15 @@ def make_optimizer(settings: SearchConfig, n_layer: int, layers: Sequence[int] |
         bounds=settings.bounds,
         uniform_factors=settings.uniform_factors,
         curves=[settings.started(start) for start in settings.start],
+        proposals=proposals,
+        alone=settings.method == "gradient",
     )
+
+
+def most_candidates(settings: SearchConfig) -> int:
+    """Return how many candidates there will be at most, where derivatives propose some."""
+    few = 1 + len(settings.uniform_factors) + len(settings.start) + N_PROPOSALS
+    return min(settings.max_evaluations, few) if settings.method == "gradient" else settings.max_evaluations
 
 
 def planned_evaluations(settings: SearchConfig, *, guard: bool = False, n_tasks: int = 1) -> dict[str, int]:
@@ -34,9 +48,9 @@ def planned_evaluations(settings: SearchConfig, *, guard: bool = False, n_tasks:
     With a ``guard``, it looks at every finalist, and `NEARER` adds some.
     """
     sides = 2 + bool(settings.uniform_factors)
-    finalists = min(settings.finalists, settings.max_evaluations - 1)
-    validated = finalists + sides - 2 + (len(NEARER) if guard else 0)
-    candidates = settings.racing(n_tasks).expected_evaluations(settings.max_evaluations - 1)
+    others = most_candidates(settings) - 1
+    validated = min(settings.finalists, others) + sides - 2 + (len(NEARER) if guard else 0)
+    candidates = settings.racing(n_tasks).expected_evaluations(others)
     planned = {
         "search": settings.n_contexts("search") + candidates,
         "validation": (1 + validated) * settings.n_contexts("validation"),

@@ -28,13 +28,14 @@ class Progress:
         self._stream = None if quiet else stream or sys.stderr
         self._bar: tqdm[Never] | None = None
         self._total = self._done = self._fresh = 0
-        self._start = time.monotonic()
+        self._start, self._unit = time.monotonic(), "evaluation"
 
-    def start(self, total: int) -> None:
-        """Begin, with ``total`` evaluations planned."""
-        self._total, self._start = total, time.monotonic()
+    def start(self, total: int, unit: str = "evaluation") -> None:
+        """Begin, with ``total`` evaluations planned, or what else ``unit`` says."""
+        self._total, self._start, self._unit = total, time.monotonic(), unit
+        self._done = self._fresh = 0
         if self._stream is not None and self._stream.isatty():
-            self._bar = tqdm(total=total, unit="eval", file=self._stream, smoothing=0, dynamic_ncols=True)
+            self._bar = tqdm(total=total, unit=unit[:4], file=self._stream, smoothing=0, dynamic_ncols=True)
 
     def expect(self, total: int) -> None:
         """Change the number of evaluations planned."""
@@ -70,7 +71,7 @@ class Progress:
 
     def status(self) -> str:
         """Return how far it is, how fast, and how long it will take, in words."""
-        text = f"{self._done}/{self._total} evaluations"
+        text = f"{self._done}/{self._total} {self._unit}s"
         elapsed = time.monotonic() - self._start
         if self._fresh and elapsed > 0.0:
             left = (self._total - self._done) * elapsed / self._fresh

@@ -9,7 +9,7 @@ from ..optimizers.protocol import Optimizer
 from ..workers.protocol import Executor
 from .conclude import SearchOutcome, conclude
 from .explore import Exploration
-from .plan import make_optimizer, planned_evaluations
+from .plan import make_optimizer, most_candidates, planned_evaluations
 from .progress import Progress
 from .scheduler import Urgency
 from .settings import SearchConfig
@@ -29,6 +29,8 @@ def run_search(
     guard_contexts: int = 0,
     rope: Mapping[str, Any] | None = None,
     test_size: int | None = None,
+    ascent: Mapping[str, Any] | None = None,
+    begun: float | None = None,
 ) -> SearchOutcome:
     """Search for a curve that beats the base model, and measure its gain honestly.
 
@@ -53,17 +55,20 @@ def run_search(
         rope: How the base model rotates (`RopeScaling.json`), for ``best.json``.
         guard_contexts: 1 if the evaluator can measure the `divergence` from the base model, 0 if not.
         test_size: Test contexts that the task has, which `Looks` shares out; None: as many as wanted.
+        ascent: What went before, for ``best.json`` (`Trail.summary`).
+        begun: When (`time.monotonic`), for ``max_hours``; None: now.
 
     Raises:
         LropeError: the base model's log-probabilities are not finite, an evaluation failed, or the study cannot be
             written.
     """
     algorithm = algorithm or make_optimizer(settings, executor.n_layer)
-    run = Run(executor, study, settings, progress, architecture, block_count, guard_contexts, rope, test_size)
+    more = rope, test_size, ascent, begun
+    run = Run(executor, study, settings, progress, architecture, block_count, guard_contexts, *more)
     planned = planned_evaluations(settings, guard=bool(guard_contexts), n_tasks=run.n_tasks)
     progress.start(sum(planned.values()))
     parts = ", ".join(f"{n} {split}" for split, n in planned.items())
-    progress.line(f"up to {settings.max_evaluations} candidates: about {parts} evaluations of one context each")
+    progress.line(f"up to {most_candidates(settings)} candidates: about {parts} evaluations of one context each")
     try:
         study.begin_candidates()
         run.pipeline.want(run.jobs(run.identity, "search"), order=-1)

@@ -19,6 +19,10 @@ ControlPoints: TypeAlias = tuple[Point, ...]
 Start: TypeAlias = ControlPoints | tuple[float, ...]
 """What a search may begin with: the control points of a curve, or a factor for each layer."""
 
+METHODS = ("both", "gradient", "genetic")
+"""What proposes candidates: derivatives, a genetic search (or the other algorithm that was asked for), or that after
+these."""
+
 _AS_NEEDED = "chosen to detect a useful gain, by the questions per context"
 _MANY = 8
 """Search contexts of a task from which on racing pays (research/algorithms.md)."""
@@ -46,8 +50,13 @@ class SearchConfig(Settings):
         120, "candidates to try; give more to continue a finished study", metavar="N", least=1, option=True
     )
     max_hours: float | None = setting(
-        None, "start no new candidate after this many hours", metavar="H", above=0.0, unset="no limit", option=True
+        None, "start no new candidate after this many hours", metavar="H", above=0.0, unset="no limit"
     )
+    method: str | None = setting(
+        None, "gradient: follow derivatives of the answers' probability; genetic: try; both: first the one, then the "
+        "other", metavar="NAME", choices=METHODS, unset="both where torch is installed, else genetic", option=True,
+    )  # fmt: skip
+    gradient_steps: int = setting(20, "steps that follow derivatives", metavar="N", least=1)
     search_contexts: int | None = setting(
         None, "contexts to compare candidates on", metavar="N", least=1, unset=_AS_NEEDED
     )
@@ -108,6 +117,11 @@ class SearchConfig(Settings):
         """The optimizer's settings."""
         assert isinstance(self.algorithm, OptimizerConfig)  # a name became one when these settings were made
         return self.algorithm
+
+    @property
+    def ascends(self) -> bool:
+        """Whether derivatives propose candidates; only if it is settled that they can."""
+        return self.method in ("both", "gradient")
 
     def n_contexts(self, split: str) -> int:
         """Return the contexts of ``split``; if they are None still, those of a long context (`settled`)."""
@@ -183,10 +197,12 @@ class SearchConfig(Settings):
         """Return what a study is bound to, as ``config.json`` holds it.
 
         Without ``max_evaluations`` and ``max_hours``, which only say how far to go: a study may be continued with more
-        of either. Without ``guard_text``, of which the study notes the content.
+        of either. Without ``guard_text``, of which the study notes the content. A genetic search is what a study was
+        before there was a choice.
         """
         bound = self.to_json()
-        for name in ("max_evaluations", "max_hours", "guard_text"):
+        unbound = ("max_evaluations", "max_hours", "guard_text")
+        for name in unbound if self.ascends else (*unbound, "method", "gradient_steps"):
             bound.pop(name, None)
         return bound
 
@@ -211,4 +227,4 @@ class SearchConfig(Settings):
         others = [name for name in ("lag", "population", "parents") if name not in own]
         shared = {name: item for name, item in value.items() if name not in (*own, *others, "algorithm")}
         chosen = kind(**{name: item for name, item in value.items() if name in own})
-        return super().from_json(shared | {"algorithm": chosen})
+        return super().from_json({"method": "genetic"} | shared | {"algorithm": chosen})

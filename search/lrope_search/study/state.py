@@ -66,12 +66,14 @@ class Run:
         guard_contexts: int,
         rope: Mapping[str, Any] | None = None,
         test_size: int | None = None,
+        ascent: Mapping[str, Any] | None = None,
+        begun: float | None = None,
     ) -> None:
         self.study, self.settings, self.progress = study, settings, progress
         self.architecture, self.block_count = architecture, block_count or executor.n_layer
-        self.guard_contexts, self.rope = guard_contexts, rope
+        self.guard_contexts, self.rope, self.ascent = guard_contexts, rope, ascent
         self.weights = task_weights(study.config)
-        self.start = time.monotonic()
+        self.start = time.monotonic() if begun is None else begun
         self.identity: Factors = (1.0,) * executor.n_layer
         self.pipeline = Pipeline(executor, study, progress)
         self.ranking: list[tuple[Candidate, Score]] = []
@@ -244,14 +246,15 @@ class Run:
 
     def document(self, best: Candidate, results: dict[str, Any]) -> CurveFile:
         """Return the curve file of ``best``: no times in it, so that a resumed search writes the same bytes."""
-        rope = {} if self.rope is None else {"rope": self.rope}
+        more = {"rope": self.rope, "gradient": self.ascent}
+        known = {name: value for name, value in more.items() if value is not None}
         return CurveFile(
             control_points=best.control_points,
             layer_factors=best.factors,
             bounds=self.settings.bounds,
             architecture=self.architecture,
             block_count=self.block_count,
-            provenance={"config": self.study.config, **rope, "results": results},
+            provenance={"config": self.study.config, **known, "results": results},
         )
 
     def _kept_scales(self) -> dict[str, float] | None:

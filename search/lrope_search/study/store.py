@@ -8,10 +8,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
@@ -19,6 +19,8 @@ from lrope_gguf.files import atomic_write_text, write_all, write_error
 
 from ..optimizers.protocol import Candidate, Score
 from ..scores import GUARD, ContextScore, DivergenceScore, Evaluation, Job, ProbeScore
+
+T = TypeVar("T")
 
 _KEPT = "what was recorded is kept: the same command resumes"
 
@@ -227,23 +229,68 @@ def parse_evaluations(data: bytes, path: Path) -> tuple[list[tuple[Job, Evaluati
     A last line that is torn is left out. Raises `LropeError`: another line is damaged; ``path`` stands for the file in
     the message.
     """
+    return _whole_lines(data, path, _parse, "delete that line (its evaluation is then made again) or ")
+
+
+def _whole_lines(data: bytes, path: Path, parse: Callable[[bytes], T], advice: str = "") -> tuple[list[T], int]:
     lines = data.splitlines(keepends=True)
-    results: list[tuple[Job, Evaluation]] = []
+    results: list[T] = []
     end = 0
     for number, line in enumerate(lines, start=1):
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("torn")
-            results.append(_parse(line))
+            results.append(parse(line))
         except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):
-                raise LropeError(
-                    f"{path}: line {number} is damaged; delete that line (its evaluation is then made again) "
-                    "or choose another study directory"
-                ) from None
+                raise LropeError(f"{path}: line {number} is damaged; {advice}choose another study directory") from None
         else:
             end += len(line)
     return results, end
+
+
+class Journal:
+    """A file of JSON objects in a study, a line each, on disk before `append` returns; a torn last line is dropped.
+
+    Args:
+        path: Of the file, which need not exist yet.
+
+    Raises:
+        LropeError: it cannot be read, or another line than the last is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            data = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise LropeError(f"{path}: cannot be read ({error.strerror}); choose another study directory") from None
+        self.records, self._end = _whole_lines(data, path, _object)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add an object. Raises `LropeError`: it could not be written, as on a full disk."""
+        line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                file.truncate(self._end)
+                try:
+                    write_all(file, line)
+                    os.fsync(file.fileno())
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        file.truncate(self._end)
+                    raise
+        except OSError as error:
+            raise write_error(self._path, error, _KEPT) from None
+        self._end += len(line)
+        self.records.append(json.loads(line))
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("no object")
+    return record
 
 
 def _line(job: Job, score: Evaluation) -> bytes:

@@ -1,0 +1,237 @@
+"""The ascent as a search drives it: step by step, several tasks at once, with a limited divergence.
+
+Nothing here needs torch until `open_objective` is entered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrope_gguf.errors import LropeError
+
+from ..evaluation.batch import Tokens
+from ..evaluation.encoding import Encoding
+from ..evaluation.make import open_model
+from ..evaluation.settings import ModelConfig
+from ..machine import free_memory, physical_cores
+from .ascent import Ascent, AscentConfig, Values
+
+if TYPE_CHECKING:
+    from .objective import Gradient, Objective
+
+_NEEDED = {"torch": (2, 5), "gguf": (0, 17)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the ascent: where it was measured, what was found there, and the state after it."""
+
+    number: int
+    """From 1."""
+    log_factors: tuple[float, ...]
+    """At which it was measured, one a layer."""
+    gains: Mapping[str, float]
+    """Mean log-probability of the answers there by task, in nats."""
+    divergence: float
+    """Of the step's text, in nats a token."""
+    price: float
+    """Of divergence: how much of the gain the step left for each nat of it."""
+    n_tokens: int
+    """Computed: three for a forward and backward, one for a forward alone."""
+    seconds: float
+    state: Mapping[str, Any]
+    """What `Climb.restore` takes, for JSON."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Step:
+        """Return what `to_json` gave.
+
+        Raises:
+            LropeError: it is something else.
+        """
+        try:
+            return cls(**{**value, "log_factors": tuple(map(float, value["log_factors"]))})
+        except (KeyError, TypeError, ValueError) as error:
+            raise LropeError(f"a kept step of the gradient ascent is damaged ({error})") from error
+
+
+class Climb:
+    """Gradient ascent on one factor a layer, of several tasks at once.
+
+    What rises is the mean over tasks, by ``weights``, of their mean log-probability divided by their scale.
+
+    Args:
+        objective: The model.
+        encodings: Of each task its context for step 1, 2 ...
+        names: Of the tasks.
+        weights: Of the tasks, as the user gave them.
+        scales: Of the tasks, in nats: how far apart their questions lie (`task_scales`), of a single task too: it makes
+            the sizes of steps fit any task.
+        texts: On which divergence is limited, one a step in turn.
+        layers: Whose factors move.
+        config: Sizes of steps, bounds, and the limit.
+        start: Factors of all layers; None: 1.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        encodings: Sequence[Callable[[int], Encoding]],
+        *,
+        names: Sequence[str],
+        weights: Sequence[float],
+        scales: Sequence[float],
+        texts: Sequence[Tokens],
+        layers: Sequence[int],
+        config: AscentConfig,
+        start: Sequence[float] | None = None,
+    ) -> None:
+        self._objective, self._encodings, self._texts = objective, tuple(encodings), tuple(texts)
+        self._names, self._scales = tuple(names), tuple(scales)
+        self._shares = tuple(weight / sum(weights) for weight in weights)
+        self._layers, self._n_layer = list(layers), objective.n_layer
+        if not self._layers:
+            raise LropeError("no layer has a factor that moves; no gradients")
+        self._start = np.zeros(self._n_layer) if start is None else np.log(np.asarray(start, np.float64))
+        self._ascent = Ascent(self._start[self._layers], config)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are made."""
+        return self._ascent.done
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Where it stands, of all layers, rounded to 1e-4."""
+        return tuple(np.round(np.exp(self._at()), 4).tolist())
+
+    @property
+    def at_bound(self) -> tuple[int, ...]:
+        """Layers whose factor has run to a bound."""
+        return tuple(np.array(self._layers)[self._ascent.at_bound].tolist())
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on after the step that left this state.
+
+        Raises:
+            LropeError: it is no such state.
+        """
+        self._ascent.restore(state)
+
+    def step(self) -> Step:
+        """Measure where it stands, and move.
+
+        Raises:
+            LropeError: a derivative is not a number, or there is no memory; nothing has moved.
+        """
+        begin, number, at = time.perf_counter(), self._ascent.step + 1, self._at()
+        try:
+            found = [self._objective.answers(encode(number), at[:, None]) for encode in self._encodings]
+            apart = self._divergence(number, at)
+        except (RuntimeError, MemoryError) as error:  # torch has no other for memory of the CPU
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise LropeError(f"step {number} of the gradient ascent cannot be computed: {reason}") from error
+        total = sum(
+            share / scale * one.factors.sum(1)
+            for share, scale, one in zip(self._shares, self._scales, found, strict=True)
+        )
+        total = np.asarray(total)[self._layers]
+        if apart is None:
+            self._ascent.tell(total)
+        else:
+            self._ascent.tell(total, apart.value, apart.factors.sum(1)[self._layers], number % len(self._texts))
+        return Step(
+            number=number,
+            log_factors=tuple(at.tolist()),
+            gains={name: one.value for name, one in zip(self._names, found, strict=True)},
+            divergence=0.0 if apart is None else apart.value,
+            price=self._ascent.price,
+            n_tokens=sum(one.n_tokens for one in found) + (0 if apart is None else apart.n_tokens),
+            seconds=time.perf_counter() - begin,
+            state=self._ascent.state(),
+        )
+
+    def _at(self) -> Values:
+        """Logarithms of all layers' factors."""
+        at = self._start.copy()
+        at[self._layers] = self._ascent.at
+        return at
+
+    def _divergence(self, number: int, at: Values) -> Gradient | None:
+        """Of the step's text; None where it is 0 by definition, or nothing limits it."""
+        if not self._texts or not at.any():
+            return None
+        return self._objective.divergence(self._texts[number % len(self._texts)], at[:, None])
+
+
+def conflicts(gradients: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Return the cosines between tasks' derivatives, shape (tasks, tasks): below 0, what helps one harms the other."""
+    rows = np.array([np.ravel(gradient) for gradient in gradients.values()])
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    cosines: NDArray[np.float64] = rows @ rows.T
+    return cosines
+
+
+@contextmanager
+def open_objective(config: ModelConfig, *, device: str | None = None) -> Iterator[Objective]:
+    """Load a model in llama.cpp, on the CPU, and its weights in torch.
+
+    Args:
+        config: The model and how it is run; its threads are torch's too.
+        device: Of torch; None: a GPU that torch has, else the CPU.
+
+    Raises:
+        LropeError: torch or gguf is missing or too old, the weights would not fit into memory (said before they are
+            loaded), or the graph has no RoPE or an operation that is not known.
+    """
+    check_installed()
+    import torch
+
+    from .objective import Objective
+    from .weights import Weights
+
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cpu":
+        torch.set_num_threads(config.n_threads or physical_cores())
+    weights = Weights(config.path, device=where)
+    _check_fits(Path(config.path), weights.n_bytes if where.type == "cpu" else 0, weights.n_bytes_of_files)
+    with open_model(replace(config, n_gpu_layers=0)) as model, Objective(model, weights) as objective:
+        objective.check_graph()
+        yield objective
+
+
+def check_installed() -> None:
+    """Raise `LropeError` if a package that gradients need is missing or too old."""
+    for name, least in _NEEDED.items():
+        wanted = f"{name} {'.'.join(map(str, least))}"
+        try:
+            __import__(name)
+            have = version(name)
+        except (ImportError, PackageNotFoundError):
+            raise LropeError(f"gradients need {wanted}: pip install 'lrope-gguf[gradient]'") from None
+        if tuple(int(part) for part in have.split(".")[:2]) < least:
+            raise LropeError(f"gradients need {wanted}, this is {have}: pip install 'lrope-gguf[gradient]'")
+
+
+def _check_fits(path: Path, in_torch: int, in_llama_cpp: int) -> None:
+    """Refuse weights that would not fit, from the header alone."""
+    free, needed = free_memory(), in_torch + in_llama_cpp
+    if free is not None and needed > free:
+        most = free * in_llama_cpp / needed
+        raise LropeError(
+            f"{path}: gradients need {needed / 1e9:.1f} GB for its weights, {free / 1e9:.1f} GB are free; a file of "
+            f"{most / 1e9:.1f} GB would fit"
+        )

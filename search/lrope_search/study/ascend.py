@@ -1,0 +1,213 @@
+"""The stage of a search that follows derivatives: its steps, kept one by one, and what they propose."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lrope_gguf.errors import LropeError
+
+from ..results.summary import AscentStep
+from ..scores import Factors
+from .plan import N_PROPOSALS
+from .progress import Progress
+from .store import Journal, Study
+
+NAME = "ascent.jsonl"
+
+
+class Measured(Protocol):
+    """What a step found: a `Step` of the room of derivatives."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for JSON: ``number``, ``gains``, ``divergence``, ``n_tokens``, ``seconds``, ``state`` and more."""
+
+
+class Climber(Protocol):
+    """What makes the steps: a `Climb`."""
+
+    @property
+    def done(self) -> bool:
+        """Whether all are made."""
+
+    @property
+    def factors(self) -> Factors:
+        """Where it stands."""
+
+    @property
+    def at_bound(self) -> tuple[int, ...]:
+        """Layers at a bound."""
+
+    def step(self) -> Measured:
+        """Make one. Raises `LropeError`: it cannot."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on after the step that left this state."""
+
+
+@dataclass(frozen=True)
+class Trail:
+    """The steps of a study.
+
+    Attributes:
+        steps: What each found, and in ``factors`` where it led.
+        ended: Why there are no more of them, if that is not that all were made.
+    """
+
+    steps: tuple[Mapping[str, Any], ...]
+    ended: str | None
+
+    @classmethod
+    def of(cls, directory: Path) -> Trail:
+        """Return what the study in ``directory`` keeps. Raises `LropeError`: the file is damaged."""
+        return cls._read(Journal(directory / NAME), directory)
+
+    @classmethod
+    def _read(cls, journal: Journal, directory: Path) -> Trail:
+        records = journal.records
+        ended = next((str(record["ended"]) for record in records if "ended" in record), None)
+        steps = tuple(record for record in records if "ended" not in record)
+        for number, step in enumerate(steps, start=1):
+            if step.get("number") != number or not _sound(step):
+                raise LropeError(
+                    f"{directory / NAME}: step {number} is damaged; delete the file (all steps are then made again) "
+                    "or choose another study directory"
+                )
+        return cls(steps, ended)
+
+    def proposals(self, bounds: tuple[float, float]) -> list[Factors]:
+        """Return factors worth trying: on the way, at its end, the mean of its end, and half of it, the end first.
+
+        The last steps go back and forth, which a mean takes out. Half the way (of logarithms) costs a quarter of the
+        divergence and keeps most of the gain.
+        """
+        path = [tuple(map(float, step["factors"])) for step in self.steps]
+        if not path:
+            return []
+        n = len(path)
+        last = path[-max(2, n // 5) :]
+        mean = tuple(math.exp(math.fsum(map(math.log, of_layer)) / len(last)) for of_layer in zip(*last, strict=True))
+        found = [
+            path[-1],
+            mean,
+            path[max(0, round(2 * n / 3) - 1)],
+            tuple(map(math.sqrt, path[-1])),
+            path[max(0, round(n / 3) - 1)],
+        ]
+        assert len(found) == N_PROPOSALS
+        low, high = bounds
+        rounded = [tuple(min(max(round(factor, 4), low), high) for factor in factors) for factors in found]
+        return [factors for factors in dict.fromkeys(rounded) if any(factor != 1.0 for factor in factors)]
+
+    def points(self) -> tuple[AscentStep, ...]:
+        """Return the steps as a report shows them."""
+        return tuple(
+            AscentStep(dict(step["gains"]), step["divergence"], step["n_tokens"], step["seconds"])
+            for step in self.steps
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Return what ``best.json`` says of it."""
+        tokens = sum(step["n_tokens"] for step in self.steps)
+        return {"steps": len(self.steps), "tokens": tokens} | ({} if self.ended is None else {"ended": self.ended})
+
+
+def _sound(step: Mapping[str, Any]) -> bool:
+    try:
+        factors, numbers = step["factors"], [step["divergence"], step["n_tokens"], step["seconds"], *_gains(step)]
+        return bool(factors) and all(0.0 < s < math.inf for s in factors) and all(map(math.isfinite, numbers))
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def _gains(step: Mapping[str, Any]) -> Sequence[float]:
+    return list(step["gains"].values())
+
+
+def ascend(
+    study: Study,
+    n_steps: int,
+    opened: Callable[[], AbstractContextManager[Climber]],
+    progress: Progress,
+    *,
+    until: float = math.inf,
+) -> Trail:
+    """Make the steps that the study lacks, each on disk before the next begins.
+
+    What goes wrong in them ends them, for good, and no search: that is one line, and kept. The climber is not opened
+    where nothing is left to do.
+
+    Args:
+        study: Keeps them, in ``ascent.jsonl``.
+        n_steps: In all.
+        opened: Opens the climber.
+        progress: Shows each.
+        until: Begin no step after this time (`time.monotonic`); a later call then makes the rest.
+
+    Raises:
+        LropeError: the study cannot be read or written.
+    """
+    journal = Journal(study.directory / NAME)
+    trail = Trail._read(journal, study.directory)
+    if trail.ended is None and len(trail.steps) < n_steps:
+        try:
+            with closing(_steps(opened, trail, n_steps, until, progress)) as records:
+                for record in records:
+                    journal.append(record)
+                    if "ended" not in record:
+                        progress.advance()
+                        _say(journal.records, progress)
+        except KeyboardInterrupt:
+            progress.line(f"stopped after {len(journal.records)} of {n_steps} steps; the same command resumes")
+            raise
+        finally:
+            progress.close()
+        trail = Trail._read(journal, study.directory)
+    if trail.ended is not None:
+        after = f"after {len(trail.steps)} steps: " if trail.steps else ""
+        progress.line(f"without {'further ' if after else ''}gradients: {after}{trail.ended}")
+    elif trail.steps and not trail.proposals((0.0, math.inf)):
+        progress.line("gradients moved no factor; the search goes on without them")
+    return trail
+
+
+def _steps(
+    opened: Callable[[], AbstractContextManager[Climber]], trail: Trail, n_steps: int, until: float, progress: Progress
+) -> Generator[dict[str, Any], None, None]:
+    """Yield what is to be kept of each step that is left, or why there is none."""
+    try:
+        with opened() as climb:
+            progress.start(n_steps, "step")
+            for _ in trail.steps:
+                progress.advance(replayed=True)
+            if trail.steps:
+                climb.restore(trail.steps[-1]["state"])
+            for _ in range(len(trail.steps), n_steps):
+                if climb.done or time.monotonic() > until:
+                    break
+                step = climb.step().to_json() | {"factors": climb.factors}
+                if not _sound(step):
+                    raise LropeError(f"step {step['number']} found something else than numbers")
+                yield step
+            if climb.at_bound:
+                layers = ", ".join(map(str, climb.at_bound))
+                progress.line(
+                    f"gradients moved layers {layers} to the bounds; wider ones may find more: --set bounds=LOW,HIGH"
+                )
+    except LropeError as error:
+        yield {"ended": str(error)}
+    except MemoryError:
+        yield {"ended": "memory ran out"}
+
+
+def _say(steps: Sequence[Mapping[str, Any]], progress: Progress) -> None:
+    """Say what the last step found, and how far it is."""
+    last, tokens = steps[-1], sum(step["n_tokens"] for step in steps)
+    each = ", ".join(f"{name} {value:.3f}" for name, value in last["gains"].items())
+    progress.best(each)
+    progress.line(f"{progress.status()}: log-probability {each}, KL {last['divergence']:.3g}, {tokens:,} tokens")
