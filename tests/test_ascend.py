@@ -122,6 +122,7 @@ def test_what_it_proposes_is_tried_and_refined(tmp_path: Path) -> None:
     first = ["identity", *["uniform"] * 4, *["gradient"] * 5]
     assert origins(tmp_path / "alone") == first == origins(tmp_path / "both")[:10]
     assert set(origins(tmp_path / "both")[10:]) <= {"crossover", "mutation", "random"}
+    assert [score[0] for candidate, score in outcome.candidates if candidate.origin == "gradient"] == [3] * 5
     assert alone.winner is not None and alone.winner.origin == "gradient" and alone.verdict.recommended
     assert outcome.candidates[0][1] >= alone.candidates[0][1]
     best = json.loads((tmp_path / "both" / "best.json").read_text())["provenance"]
@@ -170,7 +171,8 @@ def test_what_goes_wrong_is_a_line_and_the_search_goes_on(name: str, tmp_path: P
     assert len([line for line in lines if line.startswith(said)]) == 1
     assert len(Trail.of(tmp_path / "a").steps) == n_steps and ("gradient" in origins(tmp_path / "a")) == (n_steps > 0)
     best = (tmp_path / "a" / "best.json").read_bytes()
-    run(tmp_path / "a")  # it stays so
+    _, lines = run(tmp_path / "a")  # it stays so
+    assert any(line.endswith(f"; to try them again, delete {tmp_path}/a/{NAME}") for line in lines)
     assert (tmp_path / "a" / "best.json").read_bytes() == best
     if not n_steps:  # then it is the search that there was before
         run(tmp_path / "b", LropeError("none"), replace(SETTINGS, method="genetic"))
