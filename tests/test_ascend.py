@@ -22,7 +22,7 @@ from support.synthetic import Landscape
 from support.tiny_models import write_readable
 
 from lrope_gguf.errors import LropeError
-from lrope_search import ModelConfig, SearchConfig, TaskMix, climbing, launch, optimizer_config, search, task_config
+from lrope_search import ModelConfig, SearchConfig, TaskMix, climbing, launch, search, task_config
 from lrope_search.report.reading import read_study
 from lrope_search.report.text import summary_lines
 from lrope_search.study.ascend import NAME, Climber, Trail, ascend
@@ -122,6 +122,7 @@ def test_what_it_proposes_is_tried_and_refined(tmp_path: Path) -> None:
     first = ["identity", *["uniform"] * 4, *["gradient"] * 5]
     assert origins(tmp_path / "alone") == first == origins(tmp_path / "both")[:10]
     assert set(origins(tmp_path / "both")[10:]) <= {"crossover", "mutation", "random"}
+    assert [score[0] for candidate, score in outcome.candidates if candidate.origin == "gradient"] == [3] * 5
     assert alone.winner is not None and alone.winner.origin == "gradient" and alone.verdict.recommended
     assert outcome.candidates[0][1] >= alone.candidates[0][1]
     best = json.loads((tmp_path / "both" / "best.json").read_text())["provenance"]
@@ -170,7 +171,8 @@ def test_what_goes_wrong_is_a_line_and_the_search_goes_on(name: str, tmp_path: P
     assert len([line for line in lines if line.startswith(said)]) == 1
     assert len(Trail.of(tmp_path / "a").steps) == n_steps and ("gradient" in origins(tmp_path / "a")) == (n_steps > 0)
     best = (tmp_path / "a" / "best.json").read_bytes()
-    run(tmp_path / "a")  # it stays so
+    _, lines = run(tmp_path / "a")  # it stays so
+    assert any(line.endswith(f"; to try them again, delete {tmp_path}/a/{NAME}") for line in lines)
     assert (tmp_path / "a" / "best.json").read_bytes() == best
     if not n_steps:  # then it is the search that there was before
         run(tmp_path / "b", LropeError("none"), replace(SETTINGS, method="genetic"))
@@ -269,16 +271,39 @@ def test_a_search_by_gradients_gains_and_resumes_after_a_kill(tmp_path: Path) ->
     assert (tmp_path / "b.json").read_bytes() == (tmp_path / "a.json").read_bytes()
 
 
+TINY = SearchConfig(max_evaluations=12, search_contexts=2, validation_contexts=2, test_contexts=4, gradient_steps=2)
+
+
 @pytest.mark.native
 @pytest.mark.gradient
-def test_tasks_are_held_against_each_other_before_the_first_step(tmp_path: Path) -> None:
+def test_without_torch_it_is_the_search_that_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    model, lines = ModelConfig(str(write_readable(tmp_path / "m.gguf")), n_threads=1), list[str]()
+    for method in (None, "genetic"):
+        settings, task = replace(TINY, method=method), task_config("kv", keys=6, probes=3)
+        search(model, task, settings, tmp_path / f"{method}", progress=lines.append)
+    for name in ("best.json", "config.json", "candidates.jsonl"):
+        assert (tmp_path / "None" / name).read_bytes() == (tmp_path / "genetic" / name).read_bytes()
+    assert [line for line in lines if "gradient" in line] == [
+        "without gradients: gradients need torch 2.5: pip install 'lrope-gguf[gradient]'"
+    ]
+
+
+@pytest.mark.native
+@pytest.mark.gradient
+def test_before_the_first_step_tasks_and_the_replay_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torch")
     path = write_readable(tmp_path / "m.gguf")
     tasks = [(task_config("kv", keys=6, probes=3), 1.0), (task_config("multikey", keys=6, probes=3), 2.0)]
-    settings = SearchConfig(method="gradient", gradient_steps=2, search_contexts=2, validation_contexts=2,
-                            test_contexts=4, algorithm=optimizer_config("ga"))  # fmt: skip
     lines: list[str] = []
+    settings = replace(TINY, method="gradient")
     search(ModelConfig(str(path), n_threads=1), tasks, settings, tmp_path / "s", progress=lines.append)
     rows = [line.split() for line in lines if line.split()[0] in ("kv", "multikey")]
     assert [row[1 + i] for i, row in enumerate(rows)] == ["+1.00", "+1.00"] and rows[0][2] == rows[1][1]
     assert set(Trail.of(tmp_path / "s").steps[0]["gains"]) == {"kv", "multikey"}
+    monkeypatch.setattr("lrope_search.gradient.objective.SPREAD_WITHIN", 0.0)
+    search(ModelConfig(str(path), n_threads=1), tasks, settings, tmp_path / "t", progress=lines.append)
+    assert len([line for line in lines if line.startswith("without gradients: the replay of the model's graph")]) == 1
+    assert Trail.of(tmp_path / "t").steps == () and "gradient" not in origins(tmp_path / "t")

@@ -68,6 +68,9 @@ Evaluation: TypeAlias = ContextScore | DivergenceScore
 LAYER_SCAN = "layer scan"
 """Origin of the candidates that move a single layer, or a single group of layers."""
 
+PROPOSED = "gradient"
+"""Origin of the candidates that derivatives have led to."""
+
 GUARD = "guard"
 """The split of jobs that score no questions: the guard keeps a curve from harming ordinary text."""
 

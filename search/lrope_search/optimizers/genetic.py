@@ -70,7 +70,7 @@ class GeneticAlgorithm:
 
     _ALPHA = 0.3  # how far blend crossover reaches beyond the parents
     _WIDTHS = (0.2, 6.0)  # narrowest and widest mutation, in units of `width`
-    _IDLE = 3
+    _IDLE = 3  # times the lag: tries in vain after which refining ends
     _RANDOM = 0.1  # share of proposals without parents
     _ROUNDS, _ELITE = 2, 10  # rounds of proposals, and how many of one round are the parents of the next
     _REFIT = 5  # scores after which the surrogate's lengths are looked at again

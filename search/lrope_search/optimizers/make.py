@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 
-from ..scores import Factors
+from ..scores import PROPOSED, Factors
 from .generational import Generational, Generations
 from .genetic import GeneticConfig
 from .layers import LayerSpace
@@ -47,7 +47,7 @@ def make_algorithm(
     if proposals:
         space = LayerSpace(n_layer, own, bounds=bounds)
         first = space.known_good(uniform_factors, curves)
-        first += [(space.encode(factors), "gradient") for factors in proposals]
+        first += [(space.encode(factors), PROPOSED) for factors in proposals]
         if alone:
             return Generational(space, _once(first), lag=len(first))
         nearby = {"nearby": True} if isinstance(config, GeneticConfig) else {}

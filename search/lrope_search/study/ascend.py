@@ -154,6 +154,7 @@ def ascend(
     """
     journal = Journal(study.directory / NAME)
     trail = Trail._read(journal, study.directory)
+    again = "" if trail.ended is None else f"; to try them again, delete {study.directory / NAME}"
     if trail.ended is None and len(trail.steps) < n_steps:
         try:
             with closing(_steps(opened, trail, n_steps, until, progress)) as records:
@@ -170,7 +171,7 @@ def ascend(
         trail = Trail._read(journal, study.directory)
     if trail.ended is not None:
         after = f"after {len(trail.steps)} steps: " if trail.steps else ""
-        progress.line(f"without {'further ' if after else ''}gradients: {after}{trail.ended}")
+        progress.line(f"without {'further ' if after else ''}gradients: {after}{trail.ended}{again}")
     elif trail.steps and not trail.proposals((0.0, math.inf)):
         progress.line("gradients moved no factor; the search goes on without them")
     return trail

@@ -13,7 +13,7 @@ from ..optimizers.protocol import Candidate, Optimizer, rank
 from ..results.intervals import finite
 from ..results.objective import Objective
 from ..results.variation import typical, variation_text
-from ..scores import Factors
+from ..scores import PROPOSED, Factors
 from .plan import most_candidates, planned_evaluations
 from .racing import Race
 from .scheduler import Urgency
@@ -54,7 +54,8 @@ class Exploration:
                 elif (candidate := algorithm.ask()) is not None:
                     asked.append(candidate)
                     pending.append(candidate)
-                    see(candidate, race.enter(candidate.id))
+                    spared = candidate.origin == PROPOSED  # few, and those near 1 have their use if the best diverge
+                    see(candidate, race.enter(candidate.id, spared=spared))
                 elif pending:
                     break
                 else:

@@ -53,11 +53,14 @@ class Race:
         self._fraction = racing.fraction
         self._waiting: list[deque[int]] = [deque() for _ in self._stops]  # ids on each rung, in order
         self._window: list[deque[float]] = [deque(maxlen=racing.window) for _ in self._stops]
+        self._spared: set[int] = set()
         self.scores: dict[int, Score] = {}
 
-    def enter(self, candidate: int) -> range:
-        """Let the next id in and return the contexts that it is to see."""
+    def enter(self, candidate: int, *, spared: bool = False) -> range:
+        """Let the next id in and return the contexts that it is to see first; who is ``spared`` sees all in the end."""
         self._waiting[0].append(candidate)
+        if spared:
+            self._spared.add(candidate)
         return range(self._stops[0])
 
     def advance(self, fitness: Callable[[int, int], float | None]) -> Iterator[tuple[int, range]]:
@@ -71,7 +74,8 @@ class Race:
                 candidate = waiting.popleft()
                 window.append(value)
                 better = sum(other > value for other in window)
-                goes_on = better < math.ceil(self._fraction * len(window)) and value > -math.inf
+                good = better < math.ceil(self._fraction * len(window)) or candidate in self._spared
+                goes_on = good and value > -math.inf
                 if stop == self._stops[-1] or not goes_on:
                     self.scores[candidate] = (stop, value)
                 else:

@@ -53,8 +53,9 @@ class SearchConfig(Settings):
         None, "start no new candidate after this many hours", metavar="H", above=0.0, unset="no limit"
     )
     method: str | None = setting(
-        None, "gradient: follow derivatives of the answers' probability; genetic: try; both: first the one, then the "
-        "other", metavar="NAME", choices=METHODS, unset="both where torch is installed, else genetic", option=True,
+        None, "what proposes factors: derivatives of the answers' probability (gradient), trial and selection "
+        "(genetic), or first the one and then the other (both)", metavar="NAME", choices=METHODS, option=True,
+        unset="both where torch is installed, else genetic",
     )  # fmt: skip
     gradient_steps: int = setting(20, "steps that follow derivatives", metavar="N", least=1)
     search_contexts: int | None = setting(
