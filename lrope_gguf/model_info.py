@@ -110,10 +110,7 @@ class ModelInfo:
         return tuple(i for i, window in enumerate(self.windows) if window is None or window >= n_tokens)
 
     def uniform(self, factor: float) -> tuple[float, ...]:
-        """`factor` for the `whole_context_layers`, 1 for the others: what a search calls a uniform factor.
-
-        Raises `LropeError`: the header does not tell which layers these are, or there is none.
-        """
+        """`factor` for the `whole_context_layers`, else 1. Raises `LropeError`: there are none, or unknown ones."""
         ask = "give one factor per layer with --factors"
         if self.windows_error is not None:
             raise LropeError(f"{self.path}: {self.windows_error}; {ask}")

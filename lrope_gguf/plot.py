@@ -95,10 +95,7 @@ def rendered(figure: Figure, kind: str) -> bytes:
 
 
 def picture_kind(path: str | os.PathLike[str]) -> str:
-    """``png`` or ``svg``, as the end of the name of a picture that is to be drawn says.
-
-    Raises `LropeError`: where the name ends otherwise, its directory does not exist, or matplotlib is missing.
-    """
+    """``png`` or ``svg``, by the end of a name. Raises `LropeError`: another end, no directory, or no matplotlib."""
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise LropeError(f"{path}: give the picture a name that ends in .png or .svg")

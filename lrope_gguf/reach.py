@@ -45,10 +45,7 @@ def has_rope(gguf: GGUFFile, architecture: str, block_count: int | None) -> bool
 
 
 def windows(gguf: GGUFFile, architecture: str, n_layer: int) -> tuple[int | None, ...]:
-    """Return the sliding window of each layer in tokens, None where a layer sees the whole context.
-
-    An architecture that is not known here counts as one without windows, unless its file says which layers have one.
-    """
+    """Return each layer's sliding window in tokens; None: it sees all, as where neither file nor architecture tells."""
     window = gguf.integer(f"{architecture}.attention.sliding_window")
     if window is None:
         window = _DEFAULT_WINDOWS.get(architecture, 0)

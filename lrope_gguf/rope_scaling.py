@@ -315,10 +315,7 @@ class Recipe:
 
 
 def recipe(scaling: Scaling, values: Values, architecture: str, path: Path) -> Recipe:
-    """What a scaling other than `none` comes to for the model with these values.
-
-    Raises `LropeError`: the model says not enough or cannot have it, or the factor does not reach that far.
-    """
+    """What a scaling but `none` comes to for the model with these values. Raises `LropeError`: it cannot have it."""
     kind, factor, length = scaling.kind, scaling.factor, scaling.context_length
     trained = _length(values, f"{architecture}.{CONTEXT}", path)
     if trained is None:

@@ -114,10 +114,7 @@ class ModelConfig(Settings):
             raise self.wrong(f"out of range; give a number {above}, or leave it out", name)
 
     def llama_options(self) -> dict[str, Any]:
-        """Return what llama.cpp's context is told beside its defaults, by the names of its options; mostly nothing.
-
-        Two settings that come to the same return the same: ``rope_scale`` becomes ``rope_freq_scale``.
-        """
+        """Return llama.cpp's options unlike its defaults, by its names; ``rope_scale`` becomes ``rope_freq_scale``."""
         scale = self.rope_freq_scale if self.rope_scale is None else 1.0 / self.rope_scale
         values = {name: scale if name == "rope_freq_scale" else getattr(self, name) for name in _UNSET}
         options: dict[str, Any] = {} if self.rope_scaling is None else {"rope_scaling": self.rope_scaling}
