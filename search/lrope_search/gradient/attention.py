@@ -97,18 +97,22 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         nearby: Nearby | None,
     ) -> Tensor:
         n_kv, n_heads = len(k), len(q)
-        q = q.reshape(n_kv, n_heads // n_kv, *q.shape[1:])
+        q = q.reshape(n_kv, n_heads // n_kv, *q.shape[1:]) * how.scale
         out = q.new_empty(*q.shape[:3], v.shape[2])
         norm = q.new_empty(q.shape[:3])
         for block in mask.blocks(q.dtype):
             s, _ = _scores(q, k, block, how)
-            top = torch.logsumexp(s, -1)
+            top = s.amax(-1)
             if sinks is not None:
-                top = torch.logaddexp(top, sinks.reshape(n_kv, -1, 1))
+                top = torch.maximum(top, sinks.reshape(n_kv, -1, 1))
             top = top.clamp_min(torch.finfo(top.dtype).min)  # a query that sees nothing
-            p = torch.exp(s - top[..., None])
-            out[:, :, block.queries] = _product(p, v[:, block.keys])
-            norm[:, :, block.queries] = top
+            p = s.sub_(top[..., None]).exp_()
+            total = p.sum(-1)
+            if sinks is not None:
+                total += torch.exp(sinks.reshape(n_kv, -1, 1) - top)
+            total = total.clamp_min(torch.finfo(top.dtype).tiny)
+            out[:, :, block.queries] = _product(p, v[:, block.keys]) / total[..., None]
+            norm[:, :, block.queries] = top + total.log()
         ctx.save_for_backward(q, k, v, out, norm, log_factor)
         ctx.mask, ctx.how, ctx.nearby = mask, how, nearby
         return out.reshape(n_heads, *out.shape[2:])
@@ -126,13 +130,12 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         for block in ctx.mask.blocks(q.dtype):
             rows, keys = block.queries, block.keys
             s, capped = _scores(q, k, block, how)
-            p = torch.exp(s - norm[:, :, rows, None])
+            p = s.sub_(norm[:, :, rows, None]).exp_()
             d = do[:, :, rows]
             ds = _product(d, v[:, keys].transpose(1, 2)).sub_(inner[:, :, rows, None]).mul_(p)
             if capped is not None:
                 ds.mul_(1.0 - (capped / how.cap).square_())
-            ds.mul_(how.scale)
-            dq[:, :, rows] = _product(ds, k[:, keys])
+            dq[:, :, rows] = _product(ds, k[:, keys]).mul_(how.scale)
             flat, flat_p = ds.flatten(1, 2).transpose(1, 2), p.flatten(1, 2).transpose(1, 2)
             _add(dk, keys, flat @ q[:, :, rows].flatten(1, 2))
             _add(dv, keys, flat_p @ d.flatten(1, 2))
@@ -157,8 +160,8 @@ def _add(total: Tensor, keys: Any, part: Tensor) -> None:
 
 
 def _scores(q: Tensor, k: Tensor, block: Block, how: Scores) -> tuple[Tensor, Tensor | None]:
-    """Return the scores of a block, and what they were before the mask if they are capped."""
-    s = _product(q[:, :, block.queries], k[:, block.keys].transpose(1, 2)).mul_(how.scale)
+    """Return the scores of a block of scaled queries, and what they were before the mask if they are capped."""
+    s = _product(q[:, :, block.queries], k[:, block.keys].transpose(1, 2))
     capped = None
     if how.cap:
         s = capped = torch.tanh(s / how.cap) * how.cap
@@ -166,7 +169,7 @@ def _scores(q: Tensor, k: Tensor, block: Block, how: Scores) -> tuple[Tensor, Te
         slopes = torch.tensor(how.slopes(s.shape[0] * s.shape[1]), dtype=s.dtype, device=s.device)
         bias = block.mask * slopes.reshape(*s.shape[:2], 1, 1)
         return s + torch.where(block.mask == -math.inf, block.mask, bias), capped
-    return s + block.mask, capped
+    return (s.add_(block.mask) if capped is None else s + block.mask), capped
 
 
 def _turn_nearby(turned: Tensor, ds: Tensor, q: Tensor, k: Tensor, block: Block, nearby: Nearby) -> None:

@@ -208,9 +208,24 @@ def open_objective(config: ModelConfig, *, device: str | None = None) -> Iterato
         torch.set_num_threads(config.n_threads or physical_cores())
     weights = Weights(config.path, device=where)
     _check_fits(Path(config.path), weights.n_bytes if where.type == "cpu" else 0, weights.n_bytes_of_files)
-    with open_model(replace(config, n_gpu_layers=0)) as model, Objective(model, weights) as objective:
-        objective.check_graph()
-        yield objective
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if fast_products(where) else before)
+    try:
+        with open_model(replace(config, n_gpu_layers=0)) as model, Objective(model, weights) as objective:
+            objective.check_graph()
+            yield objective
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def fast_products(device: Any) -> bool:
+    """Whether products of operands rounded to bfloat16 (on a GPU: TF32) are the faster ones there."""
+    if device.type == "cuda":
+        return True
+    import torch
+
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("amx_bf16", False))
 
 
 def check_installed() -> None:

@@ -153,6 +153,15 @@ class Objective:
         )
         return self._gradient(value, variables, True, (), n)
 
+    def n_bytes(self, text: Tokens) -> tuple[int, int, int]:
+        """Return, without computing it, what a text takes: each layer computed again, all kept, and the inputs."""
+        n = len(text)
+        last = np.arange(n) == n - 1
+        graph = self._graph((text, np.arange(n), np.zeros(n, np.int64), last, np.ones(n, np.int64)))
+        again, kept = (Replay(graph, self._weights, remat=remat).n_bytes for remat in (True, False))
+        inputs = {source for node in graph.nodes for source in node.sources if source is not None}
+        return again, kept, sum(node.data.nbytes for node in inputs if node.data is not None)
+
     def _variables(self, graph: Graph, factors: Values, scales: Values | None) -> Variables:
         zeros = Variables.zeros(graph, dtype=self._weights.dtype, device=self._weights.device)
         with torch.no_grad():
@@ -193,9 +202,14 @@ class Objective:
         self._room_for(replay.n_bytes)
         return replay
 
+    def _free(self) -> int | None:
+        """Bytes that torch may still take."""
+        device = self._weights.device
+        return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
+
     def _room_for(self, activations: int) -> None:
-        """Refuse what would not fit into this machine's memory; of a device, torch says so itself."""
-        free = free_memory() if self._weights.device.type == "cpu" else None
+        """Refuse what would not fit into memory."""
+        free = self._free()
         needed = self._weights.n_bytes_missing + activations
         if free is not None and needed > free:
             raise LropeError(

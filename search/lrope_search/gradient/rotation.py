@@ -153,10 +153,18 @@ def _grouped(x: Tensor, n_kv: int) -> Tensor:
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, n_kv: int) -> Tensor:
     """Rotate ``x`` (batch, tokens, heads, d) by the angles of cos and sin (tokens, KV heads, pairs)."""
     cos, sin = cos[:, :, None], sin[:, :, None]
-    y = _grouped(x, n_kv).clone()
-    a, b = y[..., pairs.first], y[..., pairs.second]
-    y[..., pairs.first], y[..., pairs.second] = a * cos - b * sin, a * sin + b * cos
+    x_of = _grouped(x, n_kv)
+    y = x_of.clone()
+    first, second = _steps(pairs.first), _steps(pairs.second)
+    a, b = x_of[..., first], x_of[..., second]
+    y[..., first], y[..., second] = a * cos - b * sin, a * sin + b * cos
     return y.reshape(x.shape)
+
+
+def _steps(indices: Tensor) -> slice:
+    """Evenly spaced indices as a slice, which is read in place."""
+    first, last, n = int(indices[0]), int(indices[-1]), len(indices)
+    return slice(first, last + 1, (last - first) // max(1, n - 1) or 1)
 
 
 def rotate(x: Tensor, log_factor: Tensor, positions: Tensor, pairs: Pairs, everywhere: Tensor) -> Tensor:

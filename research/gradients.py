@@ -1,0 +1,229 @@
+"""What derivatives by factors cost, how exact they are, what tasks want of each other, and what an ascent finds.
+
+    python research/gradients.py cost MODEL [task and model options as of search]
+    python research/gradients.py memory MODEL --tokens 8192 32768
+    python research/gradients.py limits MODEL --study DIR [task and model options]
+    python research/gradients.py conflicts MODEL --tasks kv:keys=240,identifiers=word vt:lines=40 ... [model options]
+    python research/gradients.py ascend MODEL --output FILE [--guard STUDY] [task and model options]
+
+`cost` holds processor seconds of gradients against llama.cpp's own prefill of the same context, and coarse products
+against exact ones. `memory` reads graphs and computes nothing. `limits` holds derivatives with different limits of
+coherence against the layer scan of a kept study. `ascend` goes on where FILE ends; `lrope-gguf eval --factors` judges
+what it prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from options import add_model_options, add_task_options, dispatch, head, model_of, row, task_of, tasks_of
+from scipy.stats import spearmanr
+
+from lrope_search import TaskConfig
+from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
+from lrope_search.evaluation.make import kept_guard_texts, open_model, task_for
+from lrope_search.evaluation.model import Model
+from lrope_search.gradient.ascent import AscentConfig
+from lrope_search.gradient.climb import Climb, Step, conflicts, fast_products
+from lrope_search.gradient.objective import Objective
+from lrope_search.gradient.rotation import Coherence
+from lrope_search.gradient.weights import Weights
+from lrope_search.results.objective import task_scales
+from lrope_search.scores import LAYER_SCAN
+from lrope_search.study.store import Study
+
+LIMITS = (0.25, 0.5, 1.0, 2.0, 4.0, None)
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def opened(args: argparse.Namespace) -> Iterator[tuple[Model, Weights]]:
+    """The model on the CPU, in llama.cpp and in torch."""
+    args.n_gpu_layers = 0
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("medium" if fast_products(CPU) else "highest")
+    with open_model(model_of(args)) as model:
+        yield model, Weights(model.path)
+
+
+def evaluator_of(model: Model, config: TaskConfig) -> TeacherForcedEvaluator:
+    return TeacherForcedEvaluator(model, task_for(model, config), answer_prefix=config.answer_prefix)
+
+
+class Stopwatch:
+    """Processor and wall-clock seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._begin = os.times()
+
+    def __str__(self) -> str:
+        now, begin = os.times(), self._begin
+        return f"{now.user + now.system - begin.user - begin.system:.1f} ({now.elapsed - begin.elapsed:.1f})"
+
+
+def cost(args: argparse.Namespace) -> None:
+    with opened(args) as (model, weights):
+        evaluator = evaluator_of(model, task_of(args))
+        encoding = evaluator.encoding("search", 0)
+        zeros = np.zeros((model.n_layer, 1))
+        print(f"{encoding.n_tokens} tokens, {torch.get_num_threads()} threads; processor (wall-clock) seconds\n")
+        print(head("computed", "seconds", "value, nats", "cosine with exact products", "length"))
+        evaluator.evaluate((1.0,) * model.n_layer, "search", 0)
+        watch = Stopwatch()
+        value = evaluator.evaluate((1.0,) * model.n_layer, "search", 0).log_probability
+        print(row(["llama.cpp's prefill", watch, f"{value:.3f}", "", ""]), flush=True)
+        exact = None
+        for products in ("highest", "medium") if fast_products(CPU) else ("highest",):
+            torch.set_float32_matmul_precision(products)
+            for name, remat, differentiate in (
+                ("forward", False, False),
+                ("forward and backward", False, True),
+                ("the same, each layer again", True, True),
+            ):
+                with Objective(model, weights, remat=remat) as objective:
+                    if exact is None:
+                        objective.answers(encoding, zeros, differentiate=False)  # dequantizes
+                        exact = zeros[:, 0]
+                    watch = Stopwatch()
+                    found = objective.answers(encoding, zeros, differentiate=differentiate)
+                seconds, slope = str(watch), found.factors.sum(1)
+                exact = slope if differentiate and not exact.any() else exact
+                compared = (
+                    [f"{cosine(slope, exact):.4f}", f"{np.linalg.norm(slope):.3f}"] if differentiate else ["", ""]
+                )
+                print(row([f"{name}, products {products}", seconds, f"{found.value:.3f}", *compared]), flush=True)
+
+
+def cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def memory(args: argparse.Namespace) -> None:
+    with opened(args) as (model, weights):
+        print(f"weights {weights.n_bytes / 1e9:.2f} GB\n")
+        print(head("tokens", "each layer again, GB", "all kept, GB", "inputs, GB"))
+        for n in args.tokens:
+            with Objective(model, weights) as objective:
+                again, kept, inputs = (size / 1e9 for size in objective.n_bytes(np.zeros(n, np.int32)))
+            print(row([n, f"{again:.1f}", f"{kept:.1f}", f"{inputs:.2f}"]), flush=True)
+
+
+def limits(args: argparse.Namespace) -> None:
+    candidates = map(json.loads, (args.study / "candidates.jsonl").read_text("utf-8").splitlines())
+    moves = []
+    for candidate in candidates:
+        if candidate["origin"] == LAYER_SCAN:
+            log = np.log(candidate["factors"])
+            layer = int(abs(log).argmax())
+            moves.append((layer, log[layer], candidate["fitness"]))
+    layers, by, gain = (np.array(column) for column in zip(*moves, strict=True))
+    print(head("limit, wavelengths", "rank correlation", f"right signs of {(abs(gain) > 0.1).sum()}", "mean size"))
+    with opened(args) as (model, weights):
+        encoding = evaluator_of(model, task_of(args)).encoding("search", 0)
+        for limit in LIMITS:
+            with Objective(model, weights, coherence=Coherence(limit)) as objective:
+                slope = objective.answers(encoding, np.zeros((model.n_layer, 1))).factors.sum(1)
+            foretold = slope[layers.astype(int)] * by
+            right = int((foretold * gain > 0.0)[abs(gain) > 0.1].sum())
+            size = f"{abs(slope).mean():.2f}"
+            print(row([limit, f"{spearmanr(foretold, gain).statistic:.2f}", right, size]), flush=True)
+
+
+def conflicting(args: argparse.Namespace) -> None:
+    configs = tasks_of(args)
+    gradients = {}
+    with opened(args) as (model, weights), Objective(model, weights) as objective:
+        for name, config in configs.items():
+            evaluator = evaluator_of(model, config)
+            found = [
+                objective.answers(evaluator.encoding("search", i), np.zeros((model.n_layer, 1)))
+                for i in range(args.contexts)
+            ]
+            gradients[name] = np.mean([one.factors.sum(1) for one in found], axis=0)
+            halves = [np.mean([one.factors.sum(1) for one in found[i::2]], axis=0) for i in (0, 1)]
+            alike = f"{cosine(*halves):.2f}" if args.contexts > 1 else "one context"
+            value, length = np.mean([one.value for one in found]), np.linalg.norm(gradients[name])
+            print(f"{name}: {value:.3f} nats, length {length:.3f}, cosine of the halves {alike}", flush=True)
+    print("\n" + head("", *configs))
+    for name, cosines in zip(configs, conflicts(gradients), strict=True):
+        print(row([name, *(f"{one:+.2f}" for one in cosines)]))
+
+
+def ascend(args: argparse.Namespace) -> None:
+    kept = args.output.read_text("utf-8").splitlines() if args.output.exists() else []
+    steps = [Step.from_json(json.loads(line)) for line in kept]
+    values = {name: getattr(args, name) for name in asdict(AscentConfig()) if getattr(args, name) is not None}
+    guard = kept_guard_texts(Study.kept(args.guard, "guard"), args.guard) if args.guard else None
+    with opened(args) as (model, weights), Objective(model, weights) as objective:
+        evaluator = evaluator_of(model, task_of(args))
+        base = evaluator.evaluate((1.0,) * model.n_layer, "search", 0)
+        climb = Climb(
+            objective,
+            [lambda number: evaluator.encoding("search", args.first_context + number - 1)],
+            names=["task"],
+            weights=[1.0],
+            scales=[*task_scales([base]).values()],
+            texts=[np.array(text, np.int32) for text in guard.short] if guard else [],
+            layers=range(model.n_layer),
+            config=AscentConfig(**values),
+        )
+        if steps:
+            climb.restore(steps[-1].state)
+        while not climb.done:
+            watch = Stopwatch()
+            steps.append(climb.step())
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(steps[-1].to_json()) + "\n")
+            one = steps[-1]
+            print(
+                f"step {one.number}: {one.gains['task']:.3f} nats, KL {one.divergence:.4f}, {one.n_tokens} tokens, "
+                f"{watch} s",
+                flush=True,
+            )
+        print(f"{sum(one.n_tokens for one in steps)} tokens, {sum(one.seconds for one in steps):.0f} s")
+        print("the last:", ",".join(f"{factor:.4f}" for factor in climb.factors))
+        places = [np.array(one.log_factors) for one in steps[len(steps) - args.mean + 1 :]]
+        mean = np.exp(np.mean([*places, np.log(climb.factors)], axis=0))
+        print(f"mean of the last {args.mean}:", ",".join(f"{factor:.4f}" for factor in mean))
+
+
+COMMANDS = {"cost": cost, "memory": memory, "limits": limits, "conflicts": conflicting, "ascend": ascend}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in COMMANDS:
+        command = commands.add_parser(name)
+        command.add_argument("model")
+        add_model_options(command)
+        if name != "memory":
+            add_task_options(command, several=name == "conflicts")
+        if name == "memory":
+            command.add_argument("--tokens", metavar="N", type=int, nargs="+", default=[8192, 32768])
+        elif name == "limits":
+            command.add_argument("--study", metavar="DIR", type=Path, required=True)
+        elif name == "conflicts":
+            command.add_argument("--contexts", metavar="N", type=int, default=2, help="of each task (%(default)s)")
+        elif name == "ascend":
+            command.add_argument("--output", metavar="FILE", type=Path, required=True, help="JSON lines, a step each")
+            command.add_argument("--guard", metavar="DIR", type=Path, help="a study whose texts limit divergence")
+            command.add_argument("--first-context", metavar="N", type=int, default=0, help="of the split search")
+            command.add_argument("--mean", metavar="N", type=int, default=4, help="of how many iterates (%(default)s)")
+            for option, value in asdict(AscentConfig()).items():
+                command.add_argument(f"--{option.replace('_', '-')}", metavar="X", type=type(value))
+    dispatch(parser, COMMANDS)
+
+
+if __name__ == "__main__":
+    main()
