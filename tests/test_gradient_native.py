@@ -31,7 +31,7 @@ from lrope_search.gradient.replay import Replay, Variables, answers  # noqa: E40
 from lrope_search.gradient.rotation import Coherence  # noqa: E402
 from lrope_search.gradient.weights import Weights  # noqa: E402
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.gradient]
 EMBEDDED = Path(__file__).parent.parent / "models" / "lrope-kv.gguf"
 EXACT = Coherence(None)
 N = 200

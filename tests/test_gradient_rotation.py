@@ -13,6 +13,8 @@ torch = pytest.importorskip("torch")
 from lrope_search.gradient.attention import Mask, Nearby, Scores, attention  # noqa: E402
 from lrope_search.gradient.rotation import Coherence, Pairs, rotate  # noqa: E402
 
+pytestmark = pytest.mark.gradient
+
 N_KV, GROUP, HEAD = 2, 3, 8
 BASE = 400.0  # wavelengths from 6 to 600 positions
 Array = NDArray[np.float64]
