@@ -83,8 +83,8 @@ def cost(args: argparse.Namespace) -> None:
         value = evaluator.evaluate((1.0,) * model.n_layer, "search", 0).log_probability
         print(row(["llama.cpp's prefill", watch, f"{value:.3f}", "", ""]), flush=True)
         exact = None
-        for products in ("highest", "medium") if fast_products(CPU) else ("highest",):
-            torch.set_float32_matmul_precision(products)
+        for products in ("exact", "coarse") if fast_products(CPU) else ("exact",):
+            torch.set_float32_matmul_precision({"exact": "highest", "coarse": "medium"}[products])
             for name, remat, differentiate in (
                 ("forward", False, False),
                 ("forward and backward", False, True),
@@ -101,7 +101,7 @@ def cost(args: argparse.Namespace) -> None:
                 compared = (
                     [f"{cosine(slope, exact):.4f}", f"{np.linalg.norm(slope):.3f}"] if differentiate else ["", ""]
                 )
-                print(row([f"{name}, products {products}", seconds, f"{found.value:.3f}", *compared]), flush=True)
+                print(row([f"{name}, {products} products", seconds, f"{found.value:.3f}", *compared]), flush=True)
 
 
 def cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
@@ -115,7 +115,7 @@ def memory(args: argparse.Namespace) -> None:
         for n in args.tokens:
             with Objective(model, weights) as objective:
                 again, kept, inputs = (size / 1e9 for size in objective.n_bytes(np.zeros(n, np.int32)))
-            print(row([n, f"{again:.1f}", f"{kept:.1f}", f"{inputs:.2f}"]), flush=True)
+            print(row([n, f"{again:.2f}", f"{kept:.2f}", f"{inputs:.2f}"]), flush=True)
 
 
 def limits(args: argparse.Namespace) -> None:
@@ -150,8 +150,8 @@ def conflicting(args: argparse.Namespace) -> None:
                 for i in range(args.contexts)
             ]
             gradients[name] = np.mean([one.factors.sum(1) for one in found], axis=0)
-            halves = [np.mean([one.factors.sum(1) for one in found[i::2]], axis=0) for i in (0, 1)]
-            alike = f"{cosine(*halves):.2f}" if args.contexts > 1 else "one context"
+            halves = [np.mean([one.factors.sum(1) for one in found[i::2]], axis=0) for i in (0, 1) if i < len(found)]
+            alike = f"{cosine(*halves):.2f}" if len(halves) > 1 else "one context"
             value, length = np.mean([one.value for one in found]), np.linalg.norm(gradients[name])
             print(f"{name}: {value:.3f} nats, length {length:.3f}, cosine of the halves {alike}", flush=True)
     print("\n" + head("", *configs))
@@ -192,7 +192,7 @@ def ascend(args: argparse.Namespace) -> None:
             )
         print(f"{sum(one.n_tokens for one in steps)} tokens, {sum(one.seconds for one in steps):.0f} s")
         print("the last:", ",".join(f"{factor:.4f}" for factor in climb.factors))
-        places = [np.array(one.log_factors) for one in steps[len(steps) - args.mean + 1 :]]
+        places = [np.array(one.log_factors) for one in steps[max(0, len(steps) - args.mean + 1) :]]
         mean = np.exp(np.mean([*places, np.log(climb.factors)], axis=0))
         print(f"mean of the last {args.mean}:", ",".join(f"{factor:.4f}" for factor in mean))
 

@@ -246,7 +246,8 @@ def test_a_climb_gains_and_goes_on_where_it_was_killed(asked: tuple[TeacherForce
             steps.append(Step.from_json(json.loads(json.dumps(climb.step().to_json()))))
         assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6]
         assert steps[0].divergence == 0.0 < steps[-1].divergence
-        assert steps[1].n_tokens == 3 * (evaluator.n_tokens("search", 2) + 64)
+        assert steps[1].n_tokens == 3 * (evaluator.n_tokens("search", 2) + 64) + 64
+        assert steps[2].n_tokens == 3 * (evaluator.n_tokens("search", 3) + 64)
         again = climb_of(asked, objective)
         again.restore(steps[3].state)
         while not again.done:

@@ -159,7 +159,7 @@ class Climb:
             gains={name: one.value for name, one in zip(self._names, found, strict=True)},
             divergence=0.0 if apart is None else apart.value,
             price=self._ascent.price,
-            n_tokens=sum(one.n_tokens for one in found) + (0 if apart is None else apart.n_tokens),
+            n_tokens=sum(one.n_tokens for one in found) + self._n_of_divergence(number, apart),
             seconds=time.perf_counter() - begin,
             state=self._ascent.state(),
         )
@@ -169,6 +169,13 @@ class Climb:
         at = self._start.copy()
         at[self._layers] = self._ascent.at
         return at
+
+    def _n_of_divergence(self, number: int, apart: Gradient | None) -> int:
+        """Tokens of the step's text, of the base model too where it is the text's first; the same after a kill."""
+        if apart is None:
+            return 0
+        first = number - (0 if self._start.any() else 1) <= len(self._texts)
+        return apart.n_tokens + (len(self._texts[number % len(self._texts)]) if first else 0)
 
     def _divergence(self, number: int, at: Values) -> Gradient | None:
         """Of the step's text; None where it is 0 by definition, or nothing limits it."""

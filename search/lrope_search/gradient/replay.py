@@ -96,8 +96,23 @@ class Answers(NamedTuple):
 
 def answers(logits: Tensor, gold: Tensor) -> Answers:
     """Score the tokens ``gold``, shape (rows,), by logits of shape (rows, n_vocab)."""
-    log_p = torch.log_softmax(logits, -1).gather(1, gold[:, None]).squeeze(1)
-    return Answers(log_p, logits.argmax(-1) == gold)
+    return Answers(_LogP.apply(logits, gold), logits.argmax(-1) == gold)
+
+
+class _LogP(torch.autograd.Function):  # type: ignore[misc]
+    """Log-probabilities of one token a row; rows of a large vocabulary are held twice, not five times."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, gold: Tensor) -> Tensor:
+        total = torch.cat([part.logsumexp(-1) for part in logits.split(64)])
+        ctx.save_for_backward(logits, gold, total)
+        return logits.gather(1, gold[:, None]).squeeze(1) - total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, gold, total = ctx.saved_tensors
+        grad = (logits - total[:, None]).exp_().mul_(-grads[0][:, None])
+        return grad.scatter_add_(1, gold[:, None], grads[0][:, None]), None
 
 
 class _Rope(NamedTuple):
@@ -474,13 +489,16 @@ def _segments(graph: Graph) -> tuple[_Segment, ...]:
 
 
 def _kept_numbers(graph: Graph, segments: tuple[_Segment, ...]) -> int:
-    """Numbers held at once: all that is computed, or what one segment computes and what passes between them."""
+    """Numbers held at once: all that is computed, or what one segment computes and what passes between them.
+
+    On the way back what a segment computes has a derivative beside it, and so have the logits.
+    """
 
     def computed(nodes: Iterable[Node]) -> int:
         return sum(math.prod(node.shape) for node in nodes if node.op not in VIEWS)
 
     blocks = 4 * BLOCK_NUMBERS
     if not segments:
-        return computed(graph.nodes) + blocks
+        return computed(graph.nodes) + math.prod(graph.output.shape) + blocks
     passed = sum(math.prod(owner.shape) for segment in segments for owner in segment.writes)
-    return max(computed(segment.nodes) for segment in segments) + passed + blocks
+    return 2 * max(computed(segment.nodes) for segment in segments) + passed + blocks
