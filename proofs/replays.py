@@ -1,4 +1,4 @@
-"""Prints which architectures' graphs the gradients' replay computes as llama.cpp does: gradients.py [NAME ...].
+"""Prints which architectures' graphs the gradients' replay computes as llama.cpp does: replays.py [NAME ...].
 
 Each is a tiny random model of the architecture tests. Needs torch and the patched library.
 """
