@@ -57,7 +57,8 @@ def on_a_terminal(command: Sequence[str | Path], stream: str, columns: int, **op
 
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen(command, **{"stdout": subprocess.DEVNULL, stream: terminal}, **options)
+    options |= {"stdout": subprocess.DEVNULL, stream: terminal}
+    process = subprocess.Popen(command, **options)
     os.close(terminal)
     shown = b""
     with contextlib.suppress(OSError):  # the end of a terminal
