@@ -1,6 +1,7 @@
-# GCC 12 tells its optimizer that _tile_loadconfig reads 8 bytes, where it reads 64, and drops the others (amxtileintrin.h).
-# A ggml that was built so ends with "Illegal instruction" at the first product with a quantized weight, on a processor with AMX.
-# Where the compiler does that, ggml's kernels for AMX are left out; those for AVX-512 take their place.
+# GCC 12 tells its optimizer that _tile_loadconfig reads 8 bytes, where it reads 64, and drops the stores of the others
+# (amxtileintrin.h). A ggml that was built so ends with "Illegal instruction" at the first product with a quantized weight,
+# on a processor with AMX. There ggml's kernels for AMX are compiled with all stores kept; where that does not help either,
+# they are left out, and those for AVX-512 take their place.
 #
 # Included before llama.cpp's targets are made, those of our build and those of the stock one that tests compare with.
 
@@ -13,8 +14,7 @@ endif()
 
 include(CheckCXXSourceRuns)
 
-set(CMAKE_REQUIRED_FLAGS "-O3 -march=native")
-check_cxx_source_runs([[
+set(LROPE_AMX_PROGRAM [[
 #ifdef __AMX_INT8__
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -38,16 +38,34 @@ int main() {
 #else
 int main() { return 0; }
 #endif
-]] LROPE_AMX_WORKS)
+]])
+
+set(LROPE_KEEP_STORES -fno-dse -fno-tree-dse)
+
+set(CMAKE_REQUIRED_FLAGS "-O3 -march=native")
+check_cxx_source_runs("${LROPE_AMX_PROGRAM}" LROPE_AMX_WORKS)
+if (NOT LROPE_AMX_WORKS)
+    string(JOIN " " CMAKE_REQUIRED_FLAGS ${CMAKE_REQUIRED_FLAGS} ${LROPE_KEEP_STORES})
+    check_cxx_source_runs("${LROPE_AMX_PROGRAM}" LROPE_AMX_WORKS_WITH_STORES)
+endif()
 unset(CMAKE_REQUIRED_FLAGS)
 
-function(lrope_leave_out_amx)
-    if (TARGET ggml-cpu)
+function(lrope_mend_amx)
+    if (NOT TARGET ggml-cpu)
+        return()
+    endif()
+    if (LROPE_AMX_WORKS_WITH_STORES)
+        get_target_property(sources ggml-cpu SOURCES)
+        list(FILTER sources INCLUDE REGEX "/amx/.*\\.cpp$")
+        get_target_property(folder ggml-cpu SOURCE_DIR)
+        list(TRANSFORM sources PREPEND "${folder}/")
+        set_property(SOURCE ${sources} TARGET_DIRECTORY ggml-cpu APPEND PROPERTY COMPILE_OPTIONS ${LROPE_KEEP_STORES})
+    else()
         target_compile_options(ggml-cpu PRIVATE -U__AMX_INT8__)
     endif()
 endfunction()
 
 if (NOT LROPE_AMX_WORKS)
-    message(STATUS "this compiler would break ggml's kernels for AMX: they are left out")
-    cmake_language(DEFER DIRECTORY "${CMAKE_SOURCE_DIR}" CALL lrope_leave_out_amx)
+    message(STATUS "this compiler would break ggml's kernels for AMX: they are compiled with care, or left out")
+    cmake_language(DEFER DIRECTORY "${CMAKE_SOURCE_DIR}" CALL lrope_mend_amx)
 endif()
