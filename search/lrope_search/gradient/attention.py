@@ -173,22 +173,39 @@ def _scores(q: Tensor, k: Tensor, block: Block, how: Scores) -> tuple[Tensor, Te
 
 
 def _turn_nearby(turned: Tensor, ds: Tensor, q: Tensor, k: Tensor, block: Block, nearby: Nearby) -> None:
-    """Add to (KV heads, pairs) how the scores change with the angle between query and key, times their distance."""
+    """Add to (KV heads, pairs) how the scores change with the angle between query and key, times their distance.
+
+    Keys that a band has within its distance of every query of the block need no mask. They are taken in rings, from one
+    band's distance to the next, each for the pairs of all bands that reach it: so the scores are read once.
+    """
     of_queries, of_keys = nearby.of_queries[block.queries], nearby.of_keys[block.keys]
     places = torch.arange(len(nearby.of_keys), device=k.device)[block.keys]
-    seen = (block.mask > -math.inf).any(0)
-    for band in nearby.bands:
-        close = seen & (of_keys >= of_queries.min() - band.distance) & (of_keys <= of_queries.max() + band.distance)
-        columns = _run(torch.nonzero(close).squeeze(1))
-        distance = (of_queries[:, None] - of_keys[columns]).to(q.dtype)
-        distance = distance.masked_fill_(distance.abs() > band.distance, 0.0)
-        first, second = nearby.pairs.first[band.members], nearby.pairs.second[band.members]
-        near = k[:, _run(places[columns])]
-        weight = ds[..., columns] * distance
-        both = _product(weight, near[..., torch.cat((second, first))])
-        n = len(first)
-        turn = q[..., first] * both[..., :n] - q[..., second] * both[..., n:]
-        turned[:, band.members] += turn.sum((1, 2), dtype=torch.float64)
+    low, high = of_queries.min(), of_queries.max()
+    centre = (low + high) // 2
+    from_centre = (of_queries - centre).to(q.dtype)[:, None]
+    to_centre = (centre - of_keys).to(q.dtype)[:, None]
+
+    def add(members: Tensor, weight: Tensor, columns: Any, centred: bool) -> None:
+        first, second = nearby.pairs.first[members], nearby.pairs.second[members]
+        near = k[:, _run(places[columns])][..., torch.cat((second, first))]
+        both = _product(weight, torch.cat((near, near * to_centre[columns]), -1) if centred else near)
+        if centred:
+            both = both[..., : 2 * len(first)] * from_centre + both[..., 2 * len(first) :]
+        turn = q[..., first] * both[..., : len(first)] - q[..., second] * both[..., len(first) :]
+        turned[:, members] += turn.sum((1, 2), dtype=torch.float64)
+
+    inside = torch.zeros_like(of_keys, dtype=torch.bool)
+    for i, band in enumerate(nearby.bands):  # from the shortest distance on
+        within = (of_keys >= high - band.distance) & (of_keys <= low + band.distance)
+        ring = _run(torch.nonzero(within & ~inside).squeeze(1))
+        if _any(ring):
+            add(torch.cat([wider.members for wider in nearby.bands[i:]]), ds[..., ring], ring, True)
+        inside = within
+        close = (of_keys >= low - band.distance) & (of_keys <= high + band.distance)
+        edge = _run(torch.nonzero(close & ~within).squeeze(1))
+        if _any(edge):
+            distance = (of_queries[:, None] - of_keys[edge]).to(q.dtype)
+            add(band.members, ds[..., edge] * distance.masked_fill_(distance.abs() > band.distance, 0.0), edge, False)
 
 
 def _run(indices: Tensor) -> Any:
@@ -197,6 +214,10 @@ def _run(indices: Tensor) -> Any:
         return indices
     first, last = int(indices[0]), int(indices[-1])
     return slice(first, last + 1) if last - first == len(indices) - 1 else indices
+
+
+def _any(columns: Any) -> bool:
+    return isinstance(columns, slice) or len(columns) > 0
 
 
 def attention(
