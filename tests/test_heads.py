@@ -22,6 +22,9 @@ from lrope_gguf.curve import Rows
 from lrope_gguf.gguf_file import GGUFFile
 from lrope_gguf.layout import array_keys
 from lrope_gguf.metadata import plan_write
+from lrope_search.commands.evaluate import _sides
+from lrope_search.commands.search import starting_with
+from lrope_search.study.settings import SearchConfig
 
 KEYS = array_keys("llama")
 COUNTS = {"llama.attention.head_count": 4, "llama.attention.head_count_kv": [2, 1, 0, 2]}
@@ -270,3 +273,19 @@ def test_a_preset_needs_a_name_for_the_curve(model: Path, tmp_path: Path) -> Non
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     assert done.returncode == 1 and not (tmp_path / "p.ini").exists()
     assert done.stderr == "lrope-gguf: --curve -: an entry names the file of its query_scales; give a file\n"
+
+
+def test_eval_takes_the_file_and_says_what_it_leaves_out(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curve = tmp_path / "best.json"
+    for layers, wanted in ((None, (1.0,) * LAYERS), ((1.0, 1.25, 2.0, 1.0), (1.0, 1.25, 2.0, 1.0))):
+        CurveFile(layer_factors=layers, **BOTH).save(curve)
+        assert _sides(read_model(model), [str(curve)], None, alone=True) == {"curve": wanted}
+        assert "its head_factors and query_scales are not set here" in capsys.readouterr().err
+
+
+def test_a_search_begins_with_factors_of_layers_only(tmp_path: Path) -> None:
+    CurveFile(query_scales=QUERY_SCALES).save(tmp_path / "best.json")
+    with pytest.raises(LropeError, match=r"--start .*best.json: has no factors of layers to begin with; give a curve"):
+        starting_with([str(tmp_path / "best.json")], SearchConfig())
