@@ -293,31 +293,19 @@ class Model:
 
         The memory must be empty. Raises as `set_factors`, and `LropeError` where the library cannot do it.
         """
-        self._set_of_heads("query scales", "llama_set_query_scales", self._heads[0], rows)
-
-    def set_head_factors(self, rows: Sequence[Sequence[float]] | None) -> None:
-        """Let KV head ``k`` of layer ``l``, and its queries, rotate by ``position / rows[l][k]``; else as above."""
-        self._set_of_heads("head factors", "llama_set_rope_head_factors", self._heads[1], rows)
-
-    def _set_of_heads(
-        self, what: str, name: str, counts: Sequence[int], rows: Sequence[Sequence[float]] | None
-    ) -> None:
-        function = getattr(self._llama, name, None)
+        function = getattr(self._llama, "llama_set_query_scales", None)
         if function is None:
-            raise LropeError(f"{what}: this llama.cpp has no {name}; use one with all of lrope-gguf's patches")
-        values = np.ones(sum(counts), np.float32)  # those of a multi-token-prediction head stay 1
-        if rows is not None:
-            if [len(row) for row in rows] != list(counts[: self.n_layer]):
-                shape = " ".join(str(n) for n in counts[: self.n_layer])
-                raise LropeError(f"{what}: not one a head; {self.path} has, layer by layer, {shape} of them")
-            flat = [value for row in rows for value in row]
-            values[: len(flat)] = flat
+            raise LropeError("query scales: this llama.cpp lacks their patch; use the library that lrope-gguf builds")
+        if rows is not None and tuple(map(len, rows)) != self.n_head:
+            shape = " ".join(map(str, self.n_head))
+            raise LropeError(f"query scales: not one a head; {self.path} has, layer by layer, {shape} heads")
+        flat = [scale for row in rows or () for scale in row]
+        values = np.ones(sum(self._heads[0]), np.float32)  # those of a multi-token-prediction head stay so
+        values[: len(flat)] = flat
         log.clear()
-        data = None if rows is None else pointer(values, ctypes.c_float)
-        code = function(self._context, data, 0 if rows is None else values.size)
-        if code:
+        if code := function(self._context, None if rows is None else pointer(values, ctypes.c_float), values.size):
             kind = FactorsRefusedError if code == _REFUSED else LropeError
-            raise kind(f"{what}: refused by llama.cpp: {log.reason()}; change them")
+            raise kind(f"query scales: refused by llama.cpp: {log.reason()}; change them")
 
     def rope_layers(self, n_tokens: int) -> tuple[int, ...]:
         """Return the layers whose factor matters over the whole of a text of ``n_tokens`` tokens. Needs a context.
