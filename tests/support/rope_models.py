@@ -11,7 +11,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from support.gguf_fixtures import add_key, finish
 from support.rope_reference import Array, Config, Reference, Rope
@@ -95,8 +95,8 @@ class TinyModel:
             result[name] = value.astype(np.float32)
         return result | self.tensors
 
-    def reference(self, factors: Sequence[float] | None = None) -> Reference:
-        return Reference(self.config, self.weights(), factors)
+    def reference(self, factors: Sequence[float] | None = None, scales: ArrayLike | None = None) -> Reference:
+        return Reference(self.config, self.weights(), factors, scales)
 
     def write(self, path: Path, factors: list[float] | None = None, weights: Weights | None = None) -> Path:
         c = self.config

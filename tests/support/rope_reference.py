@@ -136,11 +136,14 @@ class Reference:
     """
 
     def __init__(
-        self, config: Config, weights: dict[str, NDArray[np.float32]], factors: Sequence[float] | None = None
-    ) -> None:
+        self, config: Config, weights: dict[str, NDArray[np.float32]], factors: Sequence[float] | None = None,
+        scales: ArrayLike | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.weights = {name: value.astype(np.float64) for name, value in weights.items()}
         self.factors = factors or [1.0] * config.n_layer
+        # of the attention logits, shape (layers, heads)
+        self.scales = np.ones((config.n_layer, config.n_head)) if scales is None else np.asarray(scales, np.float64)
         self.positions = np.empty((0, 4))
         # where a cached key stands besides its position, see `divide`
         self._astray = np.empty((0, 4))
@@ -227,7 +230,7 @@ class Reference:
         q = rope.rotate(q, here / s).swapaxes(0, 1)
         keys = np.repeat(rope.rotate(self._keys[il], (there + self._astray) / s), group, axis=1).swapaxes(0, 1)
         values = np.repeat(self._values[il], group, axis=1).swapaxes(0, 1)
-        score = q @ keys.swapaxes(1, 2) / np.sqrt(c.head_dim)
+        score = q @ keys.swapaxes(1, 2) / np.sqrt(c.head_dim) * self.scales[il][:, None, None]
         score = np.where(self._visible(here, there, c.windows[il]), score, -np.inf)
         p = np.exp(score - score.max(axis=-1, keepdims=True))
         out = (p / p.sum(axis=-1, keepdims=True) @ values).swapaxes(0, 1)
