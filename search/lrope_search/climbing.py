@@ -73,7 +73,7 @@ def climber(session: Session, settings: SearchConfig, *, begun: bool) -> Iterato
     start = None
     if settings.start:
         first = settings.started(settings.start[0])
-        start = first if isinstance(first, tuple) else first.factors(session.n_layer).tolist()
+        start = first if isinstance(first, tuple) else tuple(first.factors(session.n_layer).tolist())
     assert facts.guard_texts is not None  # a search's evaluators have a guard
     with open_objective(session.model) as objective:
         if not begun:

@@ -2,11 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 Factors: TypeAlias = tuple[float, ...]
 """One positive float a layer: layer ``l`` rotates by ``position / factors[l]``; 1 changes nothing."""
+
+Rows: TypeAlias = tuple[tuple[float, ...], ...]
+"""One positive float for each head of each layer; a layer without attention has none."""
+
+SCALES = ("layers", "heads", "queries", "both")
+"""What may be scaled: positions of layers, positions of KV heads, queries of heads, or the last two together."""
+
+
+class Tuned(Factors):
+    """Factors of layers with what heads have of their own; equal only to those with the same of both.
+
+    Attributes:
+        head_factors: Of KV heads, in place of their layer's; None: none have their own.
+        query_scales: What the attention logits of each head are multiplied with; None: 1.
+    """
+
+    head_factors: Rows | None
+    query_scales: Rows | None
+
+    def __new__(
+        cls, factors: Iterable[float], head_factors: Rows | None = None, query_scales: Rows | None = None
+    ) -> Tuned:
+        """Join them."""
+        self = super().__new__(cls, factors)
+        self.head_factors, self.query_scales = head_factors, query_scales
+        return self
+
+    def __getnewargs__(self) -> tuple[Factors, Rows | None, Rows | None]:
+        """Return what `__new__` takes, for pickle."""
+        return tuple(self), self.head_factors, self.query_scales
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all three are the same."""
+        return isinstance(other, Tuned) and self.__getnewargs__() == other.__getnewargs__()
+
+    def __ne__(self, other: object) -> bool:
+        """Whether they are not (a tuple's own would not ask `__eq__`)."""
+        return not self == other
+
+    def __hash__(self) -> int:
+        """Return a number that is the same for equals."""
+        return hash(self.__getnewargs__())
 
 
 @dataclass(frozen=True)
