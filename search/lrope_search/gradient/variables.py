@@ -113,7 +113,7 @@ class Moving:
 
     def factors(self, vector: Values) -> Factors:
         """Return what those make of a model, rounded to 1e-4."""
-        rounded: list[Values] = [np.round(np.exp(values), 4) for values in self.at(vector)]
+        rounded: list[Values] = [np.exp(values).round(4) for values in self.at(vector)]
         positions, queries = rounded
         if not (self._of_heads or self._of_queries):
             return tuple(positions[:, 0].tolist())
