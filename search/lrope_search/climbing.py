@@ -93,6 +93,7 @@ def climber(session: Session, settings: SearchConfig, *, begun: bool) -> Iterato
                 max_divergence=settings.max_kl,
             ),
             start=start,
+            scale=settings.scale,
         )
 
 

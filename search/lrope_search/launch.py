@@ -22,7 +22,7 @@ from .report.page import write_report
 from .results.summary import StudySummary, section
 from .results.variation import components
 from .sample import SPLITS
-from .scores import Job
+from .scores import SCALES, Job
 from .session import Session, Show, open_session
 from .study.ascend import Climber, Trail, ascend
 from .study.conclude import SearchOutcome
@@ -133,7 +133,7 @@ def _run(
         if len(layers) < session.n_layer:
             session.progress.line(f"{len(layers)} of {session.n_layer} layers rotate over the whole context")
         if refused is not None:
-            session.progress.line(f"without gradients: {refused}")
+            session.progress.line(refused)
         optimizer = make_optimizer(settled, session.n_layer, layers)
         _say_cost(session, settled, optimizer, directory, workers or WorkersConfig())
         if dry_run:
@@ -144,7 +144,7 @@ def _run(
         if settled.ascends:
             trail = _ascend(session, settled, begun)
             proposals = trail.proposals(settled.bounds)
-            settled = settled if proposals else dataclasses.replace(settled, method="genetic")
+            settled = settled if proposals else dataclasses.replace(settled, method="genetic", scale=SCALES[0])
             optimizer = make_optimizer(settled, session.n_layer, layers, proposals)
         outcome = run_search(
             session.executor(),
@@ -167,12 +167,23 @@ def _run(
 def _with_method(settings: SearchConfig, kept: Any) -> tuple[SearchConfig, str | None]:
     """Return the settings with a method: what was asked for, else the study's, else the best that there is here.
 
-    And why that is the genetic one, if derivatives would have been better. A study that was begun with them goes on.
+    And why that is another one. A study that was begun with derivatives goes on with them.
+
+    Raises `LropeError`: heads are to be scaled, which only derivatives can.
     """
     begun = None if kept is None else section(kept, "search").get("method", "genetic")
     wanted = settings.method or begun or ("both" if settings.optimizer.name == "ga" else "genetic")
+    of_heads = settings.scale != SCALES[0]
+    if of_heads and wanted == "genetic":
+        raise LropeError(f"--set scale={settings.scale}: only derivatives scale heads; give --method gradient")
     refused = None if wanted in ("genetic", begun) else why_not(settings)
-    return dataclasses.replace(settings, method="genetic" if refused else wanted), refused
+    if of_heads and refused:
+        raise LropeError(f"--set scale={settings.scale}: needs derivatives: {refused}")
+    if of_heads:
+        told = "no genetic search, which knows factors of layers alone" if settings.method == "both" else None
+        return dataclasses.replace(settings, method="gradient"), told
+    told = refused and f"without gradients: {refused}"
+    return dataclasses.replace(settings, method="genetic" if refused else wanted), told
 
 
 def _ascend(session: Session, settings: SearchConfig, begun: float) -> Trail:

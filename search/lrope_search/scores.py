@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
+
+from lrope_gguf.curve import ROWS, Rows
 
 Factors: TypeAlias = tuple[float, ...]
 """One positive float a layer: layer ``l`` rotates by ``position / factors[l]``; 1 changes nothing."""
-
-Rows: TypeAlias = tuple[tuple[float, ...], ...]
-"""One positive float for each head of each layer; a layer without attention has none."""
 
 SCALES = ("layers", "heads", "queries", "both")
 """What may be scaled: positions of layers, positions of KV heads, queries of heads, or the last two together."""
@@ -50,6 +51,45 @@ class Tuned(Factors):
     def __hash__(self) -> int:
         """Return a number that is the same for equals."""
         return hash(self.__getnewargs__())
+
+
+def rows_of(factors: Factors) -> dict[str, Rows]:
+    """Return what heads have of their own, by its name in a curve file."""
+    return {name: rows for name in ROWS if (rows := getattr(factors, name, None)) is not None}
+
+
+def tuned(factors: Iterable[float], rows: Mapping[str, Rows | None]) -> Factors:
+    """Return factors of layers, with those of `ROWS` that there are."""
+    there = {name: tuple(map(tuple, of_heads)) for name in ROWS if (of_heads := rows.get(name)) is not None}
+    return Tuned(factors, **there) if there else tuple(factors)
+
+
+def read_factors(record: Mapping[str, Any]) -> Factors:
+    """Return the factors of a line of a study. Raises `ValueError` or another: they are damaged."""
+    factors = tuned(map(float, record["factors"]), record)
+    if not all(0.0 < value < math.inf for value in numbers_of(factors)):
+        raise ValueError("factors")
+    return factors
+
+
+def numbers_of(factors: Factors) -> list[float]:
+    """Return all numbers, of layers and of heads."""
+    return [*factors, *(value for rows in rows_of(factors).values() for row in rows for value in row)]
+
+
+def with_numbers(factors: Factors, numbers: Iterable[float]) -> Factors:
+    """Return factors of the same shape with other numbers, in the order of `numbers_of`."""
+    left = iter(numbers)
+    of_layers = tuple(itertools.islice(left, len(factors)))
+    rows = {
+        name: tuple(tuple(itertools.islice(left, len(row))) for row in rows) for name, rows in rows_of(factors).items()
+    }
+    return tuned(of_layers, rows)
+
+
+def n_changed(factors: Factors) -> int:
+    """Return how many of them are not 1."""
+    return sum(value != 1.0 for value in numbers_of(factors))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lrope_gguf.curve import Rows
 from lrope_gguf.errors import LropeError
 
-from ..scores import Factors, Rows, Tuned
+from ..scores import Factors, Tuned
 
 Values = NDArray[np.float64]
 

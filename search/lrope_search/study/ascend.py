@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from lrope_gguf.errors import LropeError
 
 from ..results.summary import AscentStep
-from ..scores import Factors
-from .plan import N_PROPOSALS
+from ..scores import Factors, n_changed, numbers_of, read_factors, rows_of, tuned, with_numbers
+from .plan import N_PROPOSALS, PRUNED
 from .progress import Progress
 from .store import Journal, Study
 
@@ -84,25 +84,28 @@ class Trail:
         """Return factors worth trying: on the way, at its end, the mean of its end, and half of it, the end first.
 
         The last steps go back and forth, which a mean takes out. Half the way (of logarithms) costs a quarter of the
-        divergence and keeps most of the gain.
+        divergence and keeps most of the gain. Where heads have their own, also the end with those alone that it moves
+        most (`PRUNED`): what few heads carry harms less.
         """
-        path = [tuple(map(float, step["factors"])) for step in self.steps]
+        path = [read_factors(step) for step in self.steps]
         if not path:
             return []
-        n = len(path)
-        last = path[-max(2, n // 5) :]
-        mean = tuple(math.exp(math.fsum(map(math.log, of_layer)) / len(last)) for of_layer in zip(*last, strict=True))
+        n, end = len(path), path[-1]
+        logs = [[math.log(value) for value in numbers_of(factors)] for factors in path[-max(2, n // 5) :]]
+        mean = [math.exp(math.fsum(of_one) / len(logs)) for of_one in zip(*logs, strict=True)]
         found = [
-            path[-1],
-            mean,
+            end,
+            with_numbers(end, mean),
             path[max(0, round(2 * n / 3) - 1)],
-            tuple(map(math.sqrt, path[-1])),
+            with_numbers(end, map(math.sqrt, numbers_of(end))),
             path[max(0, round(n / 3) - 1)],
         ]
         assert len(found) == N_PROPOSALS
-        low, high = bounds
-        rounded = [tuple(min(max(round(factor, 4), low), high) for factor in factors) for factors in found]
-        return [factors for factors in dict.fromkeys(rounded) if any(factor != 1.0 for factor in factors)]
+        if rows_of(end):
+            found += [pruned(end, share) for share in PRUNED]
+        rounded = [with_numbers(factors, (round(value, 4) for value in numbers_of(factors))) for factors in found]
+        within = dict.fromkeys(_within(factors, bounds) for factors in rounded)
+        return [factors for factors in within if n_changed(factors)]
 
     def points(self) -> tuple[AscentStep, ...]:
         """Return the steps as a report shows them."""
@@ -117,11 +120,28 @@ class Trail:
         return {"steps": len(self.steps), "tokens": tokens} | ({} if self.ended is None else {"ended": self.ended})
 
 
+def _within(factors: Factors, bounds: tuple[float, float]) -> Factors:
+    """Return factors of layers and of KV heads within bounds, which are not for query scales."""
+    low, high = bounds
+    clipped = with_numbers(factors, (min(max(value, low), high) for value in numbers_of(factors)))
+    queries = {name: rows for name, rows in rows_of(factors).items() if name == "query_scales"}
+    return tuned(clipped, rows_of(clipped) | queries)
+
+
+def pruned(factors: Factors, share: float) -> Factors:
+    """Return factors with this share of its changed numbers, those farthest from 1, and 1 for all others."""
+    logs = [abs(math.log(value)) for value in numbers_of(factors)]
+    least = sorted(logs, reverse=True)[max(1, round(share * n_changed(factors))) - 1]
+    return with_numbers(
+        factors, (value if log >= least else 1.0 for value, log in zip(numbers_of(factors), logs, strict=True))
+    )
+
+
 def _sound(step: Mapping[str, Any]) -> bool:
     try:
-        factors, numbers = step["factors"], [step["divergence"], step["n_tokens"], step["seconds"], *_gains(step)]
-        return bool(factors) and all(0.0 < s < math.inf for s in factors) and all(map(math.isfinite, numbers))
-    except (KeyError, TypeError, AttributeError):
+        numbers = [step["divergence"], step["n_tokens"], step["seconds"], *_gains(step)]
+        return bool(read_factors(step)) and all(map(math.isfinite, numbers))
+    except (KeyError, TypeError, ValueError, AttributeError):
         return False
 
 
@@ -191,7 +211,7 @@ def _steps(
             for _ in range(len(trail.steps), n_steps):
                 if climb.done or time.monotonic() > until:
                     break
-                step = climb.step().to_json() | {"factors": climb.factors}
+                step = climb.step().to_json() | {"factors": climb.factors, **rows_of(climb.factors)}
                 if not _sound(step):
                     raise LropeError(f"step {step['number']} found something else than numbers")
                 yield step

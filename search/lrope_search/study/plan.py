@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..optimizers.make import make_algorithm
 from ..optimizers.protocol import Optimizer
-from ..scores import Factors
+from ..scores import SCALES, Factors
 from .settings import SearchConfig
 
 NEARER = (0.75, 0.5)
@@ -15,6 +15,9 @@ where a guard looks at KL divergence, for a choice between gain and that."""
 
 N_PROPOSALS = 5
 """Of derivatives, at most; see `study.ascend.proposals`."""
+
+PRUNED = (0.5, 0.25, 0.125)
+"""Shares of the heads that move which are tried alone."""
 
 
 def make_optimizer(
@@ -39,6 +42,7 @@ def make_optimizer(
 def most_candidates(settings: SearchConfig) -> int:
     """Return how many candidates there will be at most, where derivatives propose some."""
     few = 1 + len(settings.uniform_factors) + len(settings.start) + N_PROPOSALS
+    few += 0 if settings.scale == SCALES[0] else len(PRUNED)
     return min(settings.max_evaluations, few) if settings.method == "gradient" else settings.max_evaluations
 
 

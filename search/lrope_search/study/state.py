@@ -15,7 +15,7 @@ from ..results.findings import Look, Uniform
 from ..results.front import Front
 from ..results.objective import Objective, task_scales, unit_of
 from ..results.summary import task_weights
-from ..scores import GUARD, ContextScore, DivergenceScore, Factors, Job
+from ..scores import GUARD, ContextScore, DivergenceScore, Factors, Job, numbers_of, rows_of
 from ..workers.protocol import Executor
 from .looks import Looks
 from .plan import NEARER
@@ -154,7 +154,7 @@ class Run:
         better = self.better_than_base()
 
         def distance(item: tuple[Candidate, float]) -> float:
-            return math.fsum(math.log(factor) ** 2 for factor in item[0].factors)
+            return math.fsum(math.log(value) ** 2 for value in numbers_of(item[0].factors))
 
         reached = [[item for item in better if item[1] >= level * better[0][1]] for level in levels if better]
         return list(dict.fromkeys(min(items, key=distance)[0] for items in reached))
@@ -248,9 +248,11 @@ class Run:
         """Return the curve file of ``best``: no times in it, so that a resumed search writes the same bytes."""
         more = {"rope": self.rope, "gradient": self.ascent}
         known = {name: value for name, value in more.items() if value is not None}
+        rows: Any = rows_of(best.factors)
         return CurveFile(
             control_points=best.control_points,
-            layer_factors=best.factors,
+            layer_factors=None if rows and set(best.factors) == {1.0} else tuple(best.factors),
+            **rows,
             bounds=self.settings.bounds,
             architecture=self.architecture,
             block_count=self.block_count,

@@ -18,7 +18,7 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.files import atomic_write_text, write_all, write_error
 
 from ..optimizers.protocol import Candidate, Score
-from ..scores import GUARD, ContextScore, DivergenceScore, Evaluation, Job, ProbeScore
+from ..scores import GUARD, ContextScore, DivergenceScore, Evaluation, Job, ProbeScore, read_factors, rows_of
 
 T = TypeVar("T")
 
@@ -142,6 +142,7 @@ class Study:
             "origin": candidate.origin,
             "control_points": candidate.control_points,
             "factors": candidate.factors,
+            **rows_of(candidate.factors),
             "contexts": contexts,
             "fitness": _encode(fitness),
         }
@@ -296,6 +297,7 @@ def _object(line: bytes) -> dict[str, Any]:
 def _line(job: Job, score: Evaluation) -> bytes:
     record = {
         "factors": job.factors,
+        **rows_of(job.factors),
         "split": job.split,
         "index": job.index,
         "n_tokens": score.n_tokens,
@@ -328,7 +330,7 @@ def _encode(value: float) -> float | str:
 
 def _parse(line: bytes) -> tuple[Job, Evaluation]:
     record = json.loads(line)
-    job = Job(tuple(float(s) for s in record["factors"]), str(record["split"]), int(record["index"]))
+    job = Job(read_factors(record), str(record["split"]), int(record["index"]))
     probes = tuple(ProbeScore(float(d), float(lp), bool(correct)) for d, lp, correct in record["probes"])
     n_tokens, seconds = int(record["n_tokens"]), float(record["seconds"])
     score: Evaluation = ContextScore(job.split, job.index, probes, n_tokens, seconds, str(record.get("task", "")))
@@ -336,8 +338,7 @@ def _parse(line: bytes) -> tuple[Job, Evaluation]:
         short, long = sorted(probes, key=lambda probe: probe.depth)
         score = DivergenceScore(-short.log_probability, -long.log_probability, n_tokens, seconds)
     sound = (
-        all(0.0 < factor < math.inf for factor in job.factors)
-        and probes
+        probes
         and all(0.0 <= probe.depth <= 1.0 for probe in probes)
         and min(job.index, n_tokens, seconds) >= 0
         and seconds < math.inf
