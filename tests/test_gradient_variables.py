@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import pickle
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lrope_gguf.errors import LropeError
-from lrope_search.gradient.variables import Moving, logarithms
+from lrope_search.gradient.variables import Heads, Moving, logarithms
 from lrope_search.scores import Tuned
 
 # four layers: of 2 KV heads and 4 heads, of 1 and 2, without attention, and one that attends without rotating
-HEADS = SimpleNamespace(kv={0: 2, 1: 1}, queries={0: 4, 1: 2, 3: 3}, keys={0: 2, 1: 1, 3: 1})
+HEADS = Heads(kv={0: 2, 1: 1}, queries={0: 4, 1: 2, 3: 3}, n_head_kv=(2, 1, 0, 1), n_head=(4, 2, 0, 3))
 ONES = (1.0,) * 4
 MOVED = {"layers": 2, "heads": 3, "queries": 9, "both": 12}
 
@@ -64,7 +63,7 @@ def test_what_is_kept_beside_what_moves() -> None:
 def test_what_cannot_move_is_said() -> None:
     with pytest.raises(LropeError, match="no layer has a factor that moves"):
         Moving("layers", [], HEADS, ONES)
-    fused = SimpleNamespace(kv={0: 1}, queries={}, keys={})
+    fused = Heads(kv={0: 1}, queries={}, n_head_kv=(4,) * 4, n_head=(4,) * 4)
     with pytest.raises(LropeError, match=r"layer 0 does not rotate its heads one by one; scale layers or queries"):
         Moving("heads", [0], fused, ONES)
     with pytest.raises(LropeError, match=r"query_scales: rows of \[4, 2\] numbers; this model wants \[4, 2, 0, 3\]"):

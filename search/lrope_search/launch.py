@@ -7,6 +7,7 @@ import math
 import os
 import time
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from lrope_gguf.model_info import ModelInfo, read_model
 from .climbing import climber, seconds_of_step, tokens_of_step, why_not
 from .cost import duration, precision
 from .evaluation.evaluator import Facts
+from .evaluation.make import check_factors
 from .evaluation.settings import ModelConfig
 from .optimizers.protocol import Optimizer
 from .report.page import write_report
 from .results.summary import StudySummary, section
 from .results.variation import components
 from .sample import SPLITS
-from .scores import SCALES, Job
+from .scores import SCALES, Factors, Job, tuned
 from .session import Session, Show, open_session
 from .study.ascend import Climber, Trail, ascend
 from .study.conclude import SearchOutcome
@@ -117,6 +119,8 @@ def _run(
         nonlocal settings, refused
         _layers(info, facts)
         settings, refused = _with_method(settings, kept)
+        if settings.scale != SCALES[0]:
+            first.ask(partial(check_factors, [_neutral(info, settings.scale)]))
         return {"search": settle(facts).identity(), "guard": guard}
 
     with open_session(
@@ -162,6 +166,27 @@ def _run(
         )
         session.progress.line(_report(outcome.summary))
         return outcome
+
+
+def _neutral(info: ModelInfo, scale: str) -> Factors:
+    """Return factors that change nothing, of all that a search of this scale may change.
+
+    Raises `LropeError`: the file does not tell how many heads there are, or they can have none of their own.
+    """
+    n_layer = info.n_layer or 0
+    wanted = {"head_factors": info.n_head_kv, "query_scales": info.n_head}
+    names = [
+        name
+        for name, scales in (("head_factors", ("heads", "both")), ("query_scales", ("queries", "both")))
+        if scale in scales
+    ]
+    rows = {name: tuple((1.0,) * n for n in (wanted[name] or ())[:n_layer]) for name in names}
+    try:
+        return tuned(
+            (1.0,) * n_layer, {name: info.shaped_rows(name, of_heads)[:n_layer] for name, of_heads in rows.items()}
+        )
+    except LropeError as error:
+        raise LropeError(f"--set scale={scale}: {error}") from None
 
 
 def _with_method(settings: SearchConfig, kept: Any) -> tuple[SearchConfig, str | None]:

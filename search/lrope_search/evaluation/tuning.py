@@ -30,7 +30,7 @@ class Tuner:
             FactorsRefusedError: see `Model.set_factors`.
             LropeError: see there; the library cannot set what heads have of their own, or refuses it.
         """
-        model.set_factors(factors)
+        model.set_factors(tuple(factors))
         of_heads = self._neutral | rows_of(factors)
         for name in ROWS:
             if name in of_heads or name in self._used:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from lrope_gguf.errors import LropeError
+from lrope_gguf.model_info import read_model
 
 from ..evaluation.batch import MAX_SEQUENCES, Part, Tokens
 from ..evaluation.encoding import Encoding
@@ -19,8 +20,9 @@ from ..evaluation.model import Model
 from ..machine import free_memory
 from ..scores import ContextScore, ProbeScore
 from .capture import Capture, Graph
-from .replay import Heads, Replay, Variables, answers
+from .replay import Replay, Variables, answers
 from .rotation import Coherence
+from .variables import Heads
 from .weights import Weights
 
 Values = NDArray[np.float64]
@@ -106,7 +108,10 @@ class Objective:
         heads = self._replay(self._graph(part)).heads
         if not heads.kv:
             raise LropeError(f"{self._model.path}: no layer of this model rotates; no gradients")
-        return heads
+        info, layers = read_model(self._model.path), range(self._model.n_layer)
+        n_head_kv = info.n_head_kv or [heads.keys.get(layer, heads.kv.get(layer, 0)) for layer in layers]
+        n_head = info.n_head or [heads.queries.get(layer, 0) for layer in layers]
+        return Heads(heads.kv, heads.queries, n_head_kv[: len(layers)], n_head[: len(layers)])
 
     def answers(
         self, encoding: Encoding, factors: Values, scales: Values | None = None, *, differentiate: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +16,21 @@ from ..scores import Factors, Tuned
 Values = NDArray[np.float64]
 
 
-class Heads(Protocol):
-    """What there is to move, by layer: the `Heads` of a graph."""
+@dataclass(frozen=True)
+class Heads:
+    """What there is to move.
 
-    @property
-    def kv(self) -> Mapping[int, int]:
-        """KV heads, of the layers that rotate."""
+    Attributes:
+        kv: KV heads by layer, of the layers that rotate.
+        queries: Heads by layer, of the layers whose queries may be scaled.
+        n_head_kv: Numbers in the row of each layer's KV heads, whether it attends or not.
+        n_head: And of its heads.
+    """
 
-    @property
-    def queries(self) -> Mapping[int, int]:
-        """Heads, of the layers whose queries may be scaled."""
-
-    @property
-    def keys(self) -> Mapping[int, int]:
-        """KV heads of those."""
+    kv: Mapping[int, int]
+    queries: Mapping[int, int]
+    n_head_kv: Sequence[int]
+    n_head: Sequence[int]
 
 
 def logarithms(factors: Factors, heads: Heads) -> tuple[Values, Values]:
@@ -43,19 +44,18 @@ def logarithms(factors: Factors, heads: Heads) -> tuple[Values, Values]:
     tuned = factors if isinstance(factors, Tuned) else Tuned(factors)
     positions = np.log(np.array(factors))[:, None]
     if tuned.head_factors is not None:
-        positions = _padded("head_factors", tuned.head_factors, heads.keys, heads.kv, len(factors))
+        positions = _padded("head_factors", tuned.head_factors, heads.n_head_kv, heads.kv)
     if tuned.query_scales is None:
         return positions, np.zeros((len(factors), max(heads.queries.values(), default=1)))
-    return positions, _padded("query_scales", tuned.query_scales, heads.queries, heads.queries, len(factors))
+    return positions, _padded("query_scales", tuned.query_scales, heads.n_head, heads.queries)
 
 
-def _padded(name: str, rows: Rows, sizes: Mapping[int, int], moved: Mapping[int, int], n_layer: int) -> Values:
-    wanted = [sizes.get(layer, 0) for layer in range(n_layer)]
-    if [*map(len, rows)] != wanted:
-        raise LropeError(f"{name}: rows of {[*map(len, rows)]} numbers; this model wants {wanted}")
-    values = np.zeros((n_layer, max([*moved.values(), *sizes.values()])))
-    for layer in moved.keys() & sizes.keys():
-        values[layer, : sizes[layer]] = np.log(rows[layer])
+def _padded(name: str, rows: Rows, sizes: Sequence[int], moved: Mapping[int, int]) -> Values:
+    if [*map(len, rows)] != [*sizes]:
+        raise LropeError(f"{name}: rows of {[*map(len, rows)]} numbers; this model wants {[*sizes]}")
+    values = np.zeros((len(sizes), max(moved.values())))
+    for layer, n in moved.items():
+        values[layer, : min(n, sizes[layer])] = np.log(rows[layer][:n])
     return values
 
 
@@ -83,9 +83,9 @@ class Moving:
         of_positions, of_queries = np.zeros(self._positions.shape, np.bool_), np.zeros(self._queries.shape, np.bool_)
         if self._of_heads:
             for layer in layers:
-                if heads.keys.get(layer) != heads.kv.get(layer):
+                if heads.n_head_kv[layer] != heads.kv.get(layer):
                     raise LropeError(f"layer {layer} does not rotate its heads one by one; scale layers or queries")
-            width = np.arange(max([*heads.kv.values(), *heads.keys.values()]))
+            width = np.arange(max(heads.kv.values()))
             there = np.array([width < heads.kv.get(layer, 0) for layer in range(len(start))])
             self._positions = np.where(there, self._positions, 0.0)
             of_positions = np.zeros(self._positions.shape, np.bool_)
@@ -118,8 +118,8 @@ class Moving:
         positions, queries = rounded
         if not (self._of_heads or self._of_queries):
             return tuple(positions[:, 0].tolist())
-        head_factors = _rows(positions, self._heads.keys) if self._of_heads else self._start.head_factors
-        query_scales = _rows(queries, self._heads.queries) if self._of_queries else self._start.query_scales
+        head_factors = _rows(positions, self._heads.n_head_kv) if self._of_heads else self._start.head_factors
+        query_scales = _rows(queries, self._heads.n_head) if self._of_queries else self._start.query_scales
         return Tuned(self._start, head_factors, query_scales)
 
     def layers_of(self, which: NDArray[np.bool_]) -> tuple[int, ...]:
@@ -131,5 +131,5 @@ class Moving:
         return np.concatenate([positions[self._masks[0]], queries[self._masks[1]]])
 
 
-def _rows(values: Values, sizes: Mapping[int, int]) -> Rows:
-    return tuple(tuple(row[: sizes.get(layer, 0)].tolist()) for layer, row in enumerate(values))
+def _rows(values: Values, sizes: Sequence[int]) -> Rows:
+    return tuple((*row[:n].tolist(), *(1.0,) * (n - len(row))) for row, n in zip(values, sizes, strict=True))

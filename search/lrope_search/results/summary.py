@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lrope_gguf.curve import CurveFile, Point
+from lrope_gguf.curve import CurveFile, Point, Rows
 
-from ..scores import LAYER_SCAN, ContextScore, DivergenceScore, Evaluation, Factors, Job, tuned
+from ..scores import LAYER_SCAN, ContextScore, DivergenceScore, Evaluation, Factors, Job, rows_of, tuned
 from .findings import Findings, Stage, Uniform
 from .front import Front, divergences_by_length
 from .intervals import finite
@@ -136,6 +136,11 @@ class StudySummary:
         return None if self.findings is None else self.findings.uniform
 
     @property
+    def rows(self) -> dict[str, Rows]:
+        """What heads have of their own in the best, by its name in a curve file."""
+        return {} if self.factors is None else rows_of(self.factors)
+
+    @property
     def finished(self) -> bool:
         """Whether the search has ended with a verdict."""
         return self.findings is not None
@@ -164,7 +169,7 @@ class StudySummary:
             "candidates": len(self.trials),
             "accuracy": None if self.table is None else {"split": self.table_split, **self.table.json()},
             "kl": self.guard,
-            "front": self.front.json(),
+            "front": self.front.json(self.factors if self.finished else None),
             "cost": [cost.json() for cost in (*self.costs, self.total)],
         }
 

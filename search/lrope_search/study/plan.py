@@ -13,6 +13,9 @@ NEARER = (0.75, 0.5)
 """Parts of the best gain on search contexts; the candidates nearest to the base model that reach one are validated too
 where a guard looks at KL divergence, for a choice between gain and that."""
 
+SPARSE = (0.9, 0.75)
+"""As `NEARER`, of the candidates that change the fewest numbers, where heads have their own."""
+
 N_PROPOSALS = 5
 """Of derivatives, at most; see `study.ascend.proposals`."""
 
@@ -49,11 +52,12 @@ def most_candidates(settings: SearchConfig) -> int:
 def planned_evaluations(settings: SearchConfig, *, guard: bool = False, n_tasks: int = 1) -> dict[str, int]:
     """Return about how many context evaluations (one prefill each) the search takes, by split.
 
-    With a ``guard``, it looks at every finalist, and `NEARER` adds some.
+    With a ``guard``, it looks at every finalist, and `NEARER` adds some; so does `SPARSE`.
     """
     sides = 2 + bool(settings.uniform_factors)
     others = most_candidates(settings) - 1
     validated = min(settings.finalists, others) + sides - 2 + (len(NEARER) if guard else 0)
+    validated += 0 if settings.scale == SCALES[0] else len(SPARSE)
     candidates = settings.racing(n_tasks).expected_evaluations(others)
     planned = {
         "search": settings.n_contexts("search") + candidates,

@@ -60,8 +60,8 @@ class SearchConfig(Settings):
     )  # fmt: skip
     gradient_steps: int = setting(20, "steps that follow derivatives", metavar="N", least=1)
     scale: str = setting(
-        SCALES[0], "what these scale: positions of layers, of KV heads (heads), queries of heads (queries), or the last "
-        "two (both); all but the first without a genetic search", choices=SCALES,
+        SCALES[0], "what these scale: positions of layers, of KV heads (heads), queries of heads (queries), or the "
+        "last two (both); all but the first without a genetic search", choices=SCALES,
     )  # fmt: skip
     search_contexts: int | None = setting(
         None, "contexts to compare candidates on", metavar="N", least=1, unset=_AS_NEEDED
