@@ -68,8 +68,6 @@ def climber(session: Session, settings: SearchConfig, *, begun: bool) -> Iterato
     scores = [session.score(Job(base, "search", i)) for i in range(settings.n_contexts("search"))]
     scales = task_scales(scores)
     n_tasks, names = len(mix.parts), [config.name for config in mix.tasks]
-    if n_tasks > 1:
-        session.study.keep("objective", {"scales": scales})
     start = None
     if settings.start:
         first = settings.started(settings.start[0])
