@@ -116,8 +116,13 @@ class Trail:
 
     def summary(self) -> dict[str, Any]:
         """Return what ``best.json`` says of it."""
-        tokens = sum(step["n_tokens"] for step in self.steps)
-        return {"steps": len(self.steps), "tokens": tokens} | ({} if self.ended is None else {"ended": self.ended})
+        found: dict[str, Any] = {"steps": len(self.steps), "tokens": self.n_tokens}
+        return found | ({} if self.ended is None else {"ended": self.ended})
+
+    @property
+    def n_tokens(self) -> int:
+        """Computed by all steps."""
+        return sum(step["n_tokens"] for step in self.steps)
 
 
 def _within(factors: Factors, bounds: tuple[float, float]) -> Factors:
@@ -176,13 +181,15 @@ def ascend(
     trail = Trail._read(journal, study.directory)
     again = "" if trail.ended is None else f"; to try them again, delete {study.directory / NAME}"
     if trail.ended is None and len(trail.steps) < n_steps:
+        n_tokens = trail.n_tokens
         try:
             with closing(_steps(opened, trail, n_steps, until, progress)) as records:
                 for record in records:
                     journal.append(record)
                     if "ended" not in record:
                         progress.advance()
-                        _say(journal.records, progress)
+                        n_tokens += record["n_tokens"]
+                        _say(record, n_tokens, progress)
         except KeyboardInterrupt:
             progress.line(f"stopped after {len(journal.records)} of {n_steps} steps; the same command resumes")
             raise
@@ -226,9 +233,8 @@ def _steps(
         yield {"ended": "memory ran out"}
 
 
-def _say(steps: Sequence[Mapping[str, Any]], progress: Progress) -> None:
-    """Say what the last step found, and how far it is."""
-    last, tokens = steps[-1], sum(step["n_tokens"] for step in steps)
-    each = ", ".join(f"{name} {value:.3f}" for name, value in last["gains"].items())
+def _say(step: Mapping[str, Any], n_tokens: int, progress: Progress) -> None:
+    """Say what the last step found, and how far it is: by all of them, ``n_tokens``."""
+    each = ", ".join(f"{name} {value:.3f}" for name, value in step["gains"].items())
     progress.best(each)
-    progress.line(f"{progress.status()}: log-probability {each}, KL {last['divergence']:.3g}, {tokens:,} tokens")
+    progress.line(f"{progress.status()}: log-probability {each}, KL {step['divergence']:.3g}, {n_tokens:,} tokens")
