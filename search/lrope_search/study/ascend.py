@@ -16,7 +16,7 @@ from ..results.summary import AscentStep
 from ..scores import Factors, n_changed, numbers_of, read_factors, rows_of, tuned, with_numbers
 from .plan import N_PROPOSALS, PRUNED
 from .progress import Progress
-from .store import Journal, Study
+from .store import Journal, Study, json_object
 
 NAME = "ascent.jsonl"
 
@@ -65,10 +65,10 @@ class Trail:
     @classmethod
     def of(cls, directory: Path) -> Trail:
         """Return what the study in ``directory`` keeps. Raises `LropeError`: the file is damaged."""
-        return cls._read(Journal(directory / NAME), directory)
+        return cls._read(Journal(directory / NAME, json_object), directory)
 
     @classmethod
-    def _read(cls, journal: Journal, directory: Path) -> Trail:
+    def _read(cls, journal: Journal[dict[str, Any]], directory: Path) -> Trail:
         records = journal.records
         ended = next((str(record["ended"]) for record in records if "ended" in record), None)
         steps = tuple(record for record in records if "ended" not in record)
@@ -177,7 +177,7 @@ def ascend(
     Raises:
         LropeError: the study cannot be read or written.
     """
-    journal = Journal(study.directory / NAME)
+    journal = Journal(study.directory / NAME, json_object)
     trail = Trail._read(journal, study.directory)
     again = "" if trail.ended is None else f"; to try them again, delete {study.directory / NAME}"
     if trail.ended is None and len(trail.steps) < n_steps:
