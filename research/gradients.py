@@ -4,12 +4,15 @@
     python research/gradients.py memory MODEL --tokens 8192 32768
     python research/gradients.py limits MODEL --study DIR [task and model options]
     python research/gradients.py conflicts MODEL --tasks kv:keys=240,identifiers=word vt:lines=40 ... [model options]
-    python research/gradients.py ascend MODEL --output FILE [--guard STUDY] [task and model options]
+    python research/gradients.py ascend MODEL --output FILE [--scale both] [--curve FILE] [--guard STUDY] [task options]
+    python research/gradients.py gains MODEL --curve FILE ... --contexts 16 [--guard STUDY] [task and model options]
 
 `cost` holds processor seconds of gradients against llama.cpp's own prefill of the same context, and coarse products
 against exact ones. `memory` reads graphs and computes nothing. `limits` holds derivatives with different limits of
-coherence against the layer scan of a kept study. `ascend` goes on where FILE ends; `lrope-gguf eval --factors` judges
-what it prints.
+coherence against the layer scan of a kept study. `ascend` goes on where FILE ends, and writes what it has found as a
+curve file; `gains` judges such files, of heads too, by the replay: on contexts that no search has seen, by task, with
+intervals, and their divergence on a study's texts. Both take several tasks as `conflicts` does; an ascent divides each
+by its spread.
 """
 
 from __future__ import annotations
@@ -19,16 +22,23 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from options import add_model_options, add_task_options, dispatch, head, model_of, row, task_of, tasks_of
+from options import add_model_options, add_task_options, dispatch, gain_text, head, model_of, row, task_of, tasks_of
 from scipy.stats import spearmanr
 
+from lrope_gguf.curve import FORMAT, VERSION
+from lrope_gguf.errors import LropeError
 from lrope_search import TaskConfig
+from lrope_search.evaluation.batch import Tokens
+from lrope_search.evaluation.encoding import Encoding
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.make import kept_guard_texts, open_model, task_for
 from lrope_search.evaluation.model import Model
@@ -36,9 +46,12 @@ from lrope_search.gradient.ascent import AscentConfig
 from lrope_search.gradient.climb import Climb, Step, conflicts, fast_products
 from lrope_search.gradient.objective import Objective
 from lrope_search.gradient.rotation import Coherence
+from lrope_search.gradient.variables import logarithms
 from lrope_search.gradient.weights import Weights
+from lrope_search.results.comparison import compare
 from lrope_search.results.objective import task_scales
-from lrope_search.scores import LAYER_SCAN
+from lrope_search.sample import SPLITS
+from lrope_search.scores import LAYER_SCAN, SCALES, ContextScore, Factors, Tuned
 from lrope_search.study.store import Study
 
 LIMITS = (0.25, 0.5, 1.0, 2.0, 4.0, None)
@@ -163,19 +176,24 @@ def ascend(args: argparse.Namespace) -> None:
     kept = args.output.read_text("utf-8").splitlines() if args.output.exists() else []
     steps = [Step.from_json(json.loads(line)) for line in kept]
     values = {name: getattr(args, name) for name in asdict(AscentConfig()) if getattr(args, name) is not None}
-    guard = kept_guard_texts(Study.kept(args.guard, "guard"), args.guard) if args.guard else None
+    texts = texts_of(args.guard)
     with opened(args) as (model, weights), Objective(model, weights) as objective:
-        evaluator = evaluator_of(model, task_of(args))
-        base = evaluator.evaluate((1.0,) * model.n_layer, "search", 0)
+        one, encodings = (1.0,) * model.n_layer, []
+        scales: list[float] = []
+        for config in tasks_of(args).values():
+            evaluator = evaluator_of(model, config)
+            scales += task_scales([evaluator.evaluate(one, "search", 0)]).values()
+            encodings.append(partial(encoding_of, evaluator, args.first_context - 1))
         climb = Climb(
             objective,
-            [lambda number: evaluator.encoding("search", args.first_context + number - 1)],
-            names=["task"],
-            weights=[1.0],
-            scales=[*task_scales([base]).values()],
-            texts=[np.array(text, np.int32) for text in guard.short] if guard else [],
+            encodings,
+            names=[*tasks_of(args)],
+            weights=args.weights or [1.0] * len(scales),
+            scales=scales,
+            texts=texts,
             layers=range(model.n_layer),
             config=AscentConfig(**values),
+            scale=args.scale,
         )
         if steps:
             climb.restore(steps[-1].state)
@@ -184,20 +202,107 @@ def ascend(args: argparse.Namespace) -> None:
             steps.append(climb.step())
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(steps[-1].to_json()) + "\n")
-            one = steps[-1]
+            step = steps[-1]
+            found = ", ".join(f"{name} {value:.3f}" for name, value in step.gains.items())
             print(
-                f"step {one.number}: {one.gains['task']:.3f} nats, KL {one.divergence:.4f}, {one.n_tokens} tokens, "
-                f"{watch} s",
+                f"step {step.number}: {found} nats, KL {step.divergence:.4f}, {step.n_tokens} tokens, {watch} s",
                 flush=True,
             )
-        print(f"{sum(one.n_tokens for one in steps)} tokens, {sum(one.seconds for one in steps):.0f} s")
-        print("the last:", ",".join(f"{factor:.4f}" for factor in climb.factors))
-        places = [np.array(one.log_factors) for one in steps[max(0, len(steps) - args.mean + 1) :]]
-        mean = np.exp(np.mean([*places, np.log(climb.factors)], axis=0))
-        print(f"mean of the last {args.mean}:", ",".join(f"{factor:.4f}" for factor in mean))
+            write_curve(args.curve, climb.factors)
+        print(f"{sum(step.n_tokens for step in steps)} tokens, {sum(step.seconds for step in steps):.0f} s")
+        write_curve(args.curve, climb.factors)
+        for name, factors in (
+            ("the last", climb.factors),
+            (f"mean of the last {args.mean}", climb.mean([step.state for step in steps[-args.mean :]])),
+        ):
+            for key, rows in rows_of(factors).items():
+                flat = rows if key == "layer_factors" else chain.from_iterable(rows)
+                print(
+                    f"{name}{'' if args.scale == 'layers' else ', ' + key}:", ",".join(f"{value:.4f}" for value in flat)
+                )
 
 
-COMMANDS = {"cost": cost, "memory": memory, "limits": limits, "conflicts": conflicting, "ascend": ascend}
+def encoding_of(evaluator: TeacherForcedEvaluator, before: int, number: int) -> Encoding:
+    return evaluator.encoding("search", before + number)
+
+
+def texts_of(study: Path | None) -> list[Tokens]:
+    guard = kept_guard_texts(Study.kept(study, "guard"), study) if study else None
+    return [np.array(text, np.int32) for text in guard.short] if guard else []
+
+
+def rows_of(factors: Factors) -> dict[str, Any]:
+    """What a curve file has of them."""
+    if not isinstance(factors, Tuned):
+        return {"layer_factors": factors}
+    rows = {"head_factors": factors.head_factors, "query_scales": factors.query_scales}
+    return {key: values for key, values in rows.items() if values is not None}
+
+
+def write_curve(path: Path | None, factors: Factors) -> None:
+    if path is not None:
+        path.write_text(json.dumps({"format": FORMAT, "version": VERSION} | rows_of(factors)) + "\n", "utf-8")
+
+
+def read_curve(path: Path, n_layer: int) -> Factors:
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        rows = [
+            None if kept.get(key) is None else tuple(map(tuple, kept[key])) for key in ("head_factors", "query_scales")
+        ]
+        return Tuned(kept.get("layer_factors") or (1.0,) * n_layer, *rows)
+    except (OSError, ValueError, TypeError) as error:
+        raise LropeError(f"{path}: {error}; give what --curve of ascend wrote") from error
+
+
+def gains(args: argparse.Namespace) -> None:
+    texts, configs = texts_of(args.guard), tasks_of(args)
+    with opened(args) as (model, weights), Objective(model, weights) as objective:
+        heads = objective.heads()
+        sides = {str(path): logarithms(read_curve(path, model.n_layer), heads) for path in args.curve}
+        base = logarithms((1.0,) * model.n_layer, heads)
+        print(head("", "task", "base, nats", "right, %", "gain, nats", "gain, points"))
+        for name, config in configs.items():
+            evaluator = evaluator_of(model, config)
+            encodings = [evaluator.encoding(args.split, args.first_context + i) for i in range(args.contexts)]
+            before = scored(objective, encodings, base, args)
+            for side, at in sides.items():
+                found = compare(before, scored(objective, encodings, at, args))
+                nats = np.mean([score.log_probability for score in before])
+                points, value = found.accuracy_gain, found.log_probability_gain
+                of_base = f"{nats:.3f}", f"{100.0 * found.base_accuracy:.1f}"
+                print(
+                    row(
+                        [
+                            side,
+                            name,
+                            *of_base,
+                            gain_text(value, found.enough, 1.0, 3),
+                            gain_text(points, found.enough, 100.0, 1),
+                        ]
+                    ),
+                    flush=True,
+                )
+        for side, at in sides.items() if texts else ():
+            apart = [objective.divergence(text, *at, differentiate=False).value for text in texts]
+            print(f"{side}: KL {np.mean(apart):.4f} on {len(texts)} texts", flush=True)
+
+
+def scored(
+    objective: Objective, encodings: list[Encoding], at: tuple[NDArray[np.float64], ...], args: argparse.Namespace
+) -> list[ContextScore]:
+    """What the replay makes of contexts, with depths."""
+    scores = []
+    for i, encoding in enumerate(encodings):
+        found = objective.answers(encoding, *at, differentiate=False)
+        probes = tuple(replace(p, depth=depth) for p, depth in zip(found.probes, encoding.depths, strict=True))
+        scores.append(ContextScore(args.split, args.first_context + i, probes, found.n_tokens, 0.0))
+    return scores
+
+
+COMMANDS = {
+    "cost": cost, "memory": memory, "limits": limits, "conflicts": conflicting, "ascend": ascend, "gains": gains,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -208,7 +313,7 @@ def main() -> None:
         command.add_argument("model")
         add_model_options(command)
         if name != "memory":
-            add_task_options(command, several=name == "conflicts")
+            add_task_options(command, several=name in ("conflicts", "ascend", "gains"))
         if name == "memory":
             command.add_argument("--tokens", metavar="N", type=int, nargs="+", default=[8192, 32768])
         elif name == "limits":
@@ -220,8 +325,19 @@ def main() -> None:
             command.add_argument("--guard", metavar="DIR", type=Path, help="a study whose texts limit divergence")
             command.add_argument("--first-context", metavar="N", type=int, default=0, help="of the split search")
             command.add_argument("--mean", metavar="N", type=int, default=4, help="of how many iterates (%(default)s)")
+            command.add_argument("--scale", choices=SCALES, default="layers", help="what moves (%(default)s)")
+            command.add_argument("--curve", metavar="FILE", type=Path, help="what the last step led to")
+            command.add_argument("--weights", metavar="W", type=float, nargs="+", help="of --tasks (1 each)")
             for option, value in asdict(AscentConfig()).items():
                 command.add_argument(f"--{option.replace('_', '-')}", metavar="X", type=type(value))
+        elif name == "gains":
+            command.add_argument("--curve", metavar="FILE", type=Path, nargs="+", required=True)
+            command.add_argument("--split", choices=SPLITS, default="test")
+            command.add_argument("--contexts", metavar="N", type=int, default=16, help="of each task (%(default)s)")
+            command.add_argument("--first-context", metavar="N", type=int, default=0)
+            command.add_argument(
+                "--guard", metavar="DIR", type=Path, help="a study on whose texts divergence is measured"
+            )
     dispatch(parser, COMMANDS)
 
 

@@ -46,8 +46,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_task_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Declare the task, or several; what is one's own stands behind its name then (`tasks_of`)."""
     if several:
-        parser.add_argument("--tasks", metavar="TASK[:OPTION=VALUE,...]", nargs="+", required=True,
-                            help=f"of {', '.join(TASKS)}, such as vt:lines=60,probes=2")  # fmt: skip
+        parser.add_argument("--tasks", metavar="TASK[:OPTION=VALUE,...]", nargs="+", default=["kv"],
+                            help=f"of {', '.join(TASKS)}, such as vt:lines=60,probes=2 (%(default)s)")  # fmt: skip
     else:
         parser.add_argument("--task", choices=list(TASKS), default="kv")
     parser.add_argument("--identifiers", choices=list(IDENTIFIERS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,8 +155,9 @@ def test_derivatives_of_architectures_are_finite_differences(name: str, tmp_path
     with made(FIXTURES[name], tmp_path) as fixture:
         graph = capture(fixture.handle, flash=name != "plm")
         replay = Replay(graph, FixtureWeights(fixture), coherence=EXACT)
-        direction = torch.from_numpy(np.random.default_rng(2).normal(size=(graph.n_layer, 1)))
         variables = Variables.zeros(graph, dtype=torch.float64)
+        rng = np.random.default_rng(2)
+        by_heads = [torch.from_numpy(rng.normal(size=v.shape)) for v in (variables.factors, variables.scales)]
         weight = torch.from_numpy(np.random.default_rng(3).normal(size=graph.output.shape[2:]))
 
         def weighted(at: Variables) -> Any:
@@ -164,13 +166,56 @@ def test_derivatives_of_architectures_are_finite_differences(name: str, tmp_path
 
         weighted(variables).backward()
         step = 1e-5
+        for which, moved in enumerate((variables.factors, variables.scales)):
+            if moved.grad is None:
+                assert which and not replay.heads.queries  # attention is several operations
+                continue
+            at = [variables.factors.detach(), variables.scales.detach()]
+            sides = []
+            with torch.no_grad():
+                for sign in (step, -step):
+                    at[which] = moved + sign * by_heads[which]
+                    sides.append(float(weighted(Variables(*at))))
+            slope = float((moved.grad * by_heads[which]).sum())
+            assert slope == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=1e-3)
+            assert slope
+
+
+class Folded:
+    """Weights whose queries come scaled out of their product: rows of ``attn_q`` and its bias."""
+
+    def __init__(self, weights: FixtureWeights, log_scales: NDArray[np.float64]) -> None:
+        self._weights, self._scales = weights, torch.from_numpy(np.exp(log_scales))
+        self.dtype, self.device, self.activation_block = weights.dtype, weights.device, weights.activation_block
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._weights[name]
+        found = re.fullmatch(r"blk\.(\d+)\.attn_q\.(weight|bias)", name)
+        if found is None:
+            return value
+        axis = 2 if found[2] == "weight" else 3
+        scales = self._scales[int(found[1])].repeat_interleave(value.shape[axis] // self._scales.shape[1])
+        return value * (scales[:, None] if axis == 2 else scales)
+
+
+# a plain one, soft caps (whose queries must be large), and biases with sinks and windows
+@pytest.mark.parametrize(("name", "size"), [("llama", 10.0), ("gemma2", 1e3), ("gpt-oss", 10.0)])
+def test_query_scales_are_those_of_rows_of_the_projection(name: str, size: float, tmp_path: Path) -> None:
+    with made(FIXTURES[name], tmp_path) as fixture:
+        graph, weights = capture(fixture.handle), FixtureWeights(fixture)
+        variables = Variables.zeros(graph, dtype=torch.float64)
+        scales = np.random.default_rng(4).normal(0.0, 0.4, variables.scales.shape)
+        zeros = Variables.zeros(graph, dtype=torch.float64)
         with torch.no_grad():
-            sides = [
-                float(weighted(Variables(variables.factors + s * direction, variables.scales))) for s in (step, -step)
-            ]
-        assert float((variables.factors.grad * direction).sum()) == pytest.approx(
-            (sides[0] - sides[1]) / (2 * step), rel=1e-3
-        )
+            variables.scales.copy_(torch.from_numpy(scales))
+            large = np.full(scales.shape, math.log(size))
+            wanted = Replay(graph, Folded(weights, large + scales))(zeros)
+            got, plain = (Replay(graph, Folded(weights, large))(at) for at in (variables, zeros))
+        usual = wanted.abs() < 1e30
+        assert (got - wanted)[usual].abs().max() < 1e-6 * (plain - wanted)[usual].abs().max()
 
 
 def test_an_unknown_operation_is_named(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from support.tiny_models import write_readable
 from lrope_gguf.cli import main
 from lrope_gguf.errors import LropeError
 from lrope_search import SearchConfig, task_config
-from lrope_search.scores import GUARD, ContextScore, DivergenceScore, Job, ProbeScore
+from lrope_search.scores import GUARD, ContextScore, DivergenceScore, Job, ProbeScore, Tuned
 from lrope_search.study import store as study_module
 from lrope_search.study.store import Study
 
@@ -44,9 +44,11 @@ def filled(directory: Path, n: int = 3) -> Path:
     st.lists(st.tuples(st.floats(0, 1), st.floats(), st.booleans()), min_size=1, max_size=4),
 )
 def test_floats_come_back_exactly(factors: list[float], probes: list[tuple[float, float, bool]]) -> None:
-    job = Job(tuple(factors), "test", 3)
+    rows = (tuple(factors), (), tuple(reversed(factors)))
+    heads = [tuple(factors), Tuned(factors, rows), Tuned(factors, None, rows), Tuned(factors, rows, rows[::-1])]
+    job = Job(heads[len(probes) % 4], "test", 3)
     score = ContextScore("test", 3, tuple(ProbeScore(*p) for p in probes), 7, 0.1)
-    line = study_module._line(job, score)
+    line = study_module.json_line(study_module._record(job, score))
     assert line.count(b"\n") == 1
     json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert repr(study_module._parse(line)) == repr((job, score))
@@ -62,7 +64,7 @@ def test_a_divergence_is_written_as_it_always_was(long: float) -> None:
         '{"factors":[1.0,1.25],"split":"guard","index":0,"n_tokens":6144,"seconds":18.5,'
         f'"probes":[[0.0,-0.010119496138908321,true],[1.0,{minus},{correct}]]}}\n'
     )
-    assert study_module._line(job, score) == line.encode()
+    assert study_module.json_line(study_module._record(job, score)) == line.encode()
     assert study_module._parse(line.encode()) == (job, score)
 
 
@@ -83,7 +85,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, cut: int) -> None:
 
 NONSENSE = [
     result_line.replace(old, new)
-    for result_line in [study_module._line(*result(1))]
+    for result_line in [study_module.json_line(study_module._record(*result(1)))]
     for old, new in [(b"[[0.0,", b"[[7.0,"), (b'"factors":[1.0', b'"factors":[-1.0'), (b'"index":1', b'"index":-1'),
                      (b'"seconds":0.25', b'"seconds":1e999')]
 ] + [b'{"factors":[1.0],"split":"search","index":0,"n_tokens":1,"seconds":0.1,"probes":[]}']  # fmt: skip

@@ -48,3 +48,25 @@ def test_an_ascent_goes_on_where_it_ended(
     got = run(monkeypatch, capsys, *args, cut)
     assert got[-2:] == wanted[-2:]
     assert [json.loads(line)["number"] for line in cut.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("scale", ["heads", "both"])
+def test_an_ascent_of_heads_is_judged(
+    scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, curve = ["--tasks", "kv:keys=120", "kv:keys=100", *TASK[2:]], tmp_path / "curve.json"
+    args = ["ascend", MODEL, *task, "--steps", 3, "--scale", scale, "--output", tmp_path / "steps", "--curve", curve]
+    wanted = run(monkeypatch, capsys, *args, "--weights", 1, 2)
+    kept = json.loads(curve.read_text())
+    assert kept.keys() - {"format", "version"} == (
+        {"head_factors"} if scale == "heads" else {"head_factors", "query_scales"}
+    )
+    assert [*map(len, kept["head_factors"])] == [2] * 4
+    steps = (tmp_path / "steps").read_text().splitlines(keepends=True)
+    (tmp_path / "steps").write_text("".join(steps[:2]))
+    assert run(monkeypatch, capsys, *args, "--weights", 1, 2)[-2:] == wanted[-2:]
+    (tmp_path / "none.json").write_text(json.dumps({"query_scales": None}))
+    judged = run(monkeypatch, capsys, "gains", MODEL, *task, "--curve", curve, tmp_path / "none.json", "--contexts", 2)
+    rows = [[cell.strip() for cell in line.split("|")[2:6]] for line in judged[2:]]
+    assert [row[0] for row in rows] == ["kv:keys=120", "kv:keys=120", "kv:keys=100", "kv:keys=100"]
+    assert [row[3] for row in rows[1::2]] == ["+0.000"] * 2 != [row[3][:6] for row in rows[::2]]

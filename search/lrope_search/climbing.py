@@ -68,12 +68,10 @@ def climber(session: Session, settings: SearchConfig, *, begun: bool) -> Iterato
     scores = [session.score(Job(base, "search", i)) for i in range(settings.n_contexts("search"))]
     scales = task_scales(scores)
     n_tasks, names = len(mix.parts), [config.name for config in mix.tasks]
-    if n_tasks > 1:
-        session.study.keep("objective", {"scales": scales})
     start = None
     if settings.start:
         first = settings.started(settings.start[0])
-        start = first if isinstance(first, tuple) else first.factors(session.n_layer).tolist()
+        start = first if isinstance(first, tuple) else tuple(first.factors(session.n_layer).tolist())
     assert facts.guard_texts is not None  # a search's evaluators have a guard
     with open_objective(session.model) as objective:
         if not begun:
@@ -93,6 +91,7 @@ def climber(session: Session, settings: SearchConfig, *, begun: bool) -> Iterato
                 max_divergence=settings.max_kl,
             ),
             start=start,
+            scale=settings.scale,
         )
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from lrope_gguf.model_info import ModelInfo, read_model
 from .climbing import climber, seconds_of_step, tokens_of_step, why_not
 from .cost import duration, precision
 from .evaluation.evaluator import Facts
+from .evaluation.make import check_factors
 from .evaluation.settings import ModelConfig
 from .optimizers.protocol import Optimizer
 from .report.page import write_report
 from .results.summary import StudySummary, section
 from .results.variation import components
 from .sample import SPLITS
-from .scores import Job
+from .scores import SCALES, Factors, Job, tuned
 from .session import Session, Show, open_session
 from .study.ascend import Climber, Trail, ascend
 from .study.conclude import SearchOutcome
@@ -117,6 +119,8 @@ def _run(
         nonlocal settings, refused
         _layers(info, facts)
         settings, refused = _with_method(settings, kept)
+        if settings.scale != SCALES[0]:
+            first.ask(partial(check_factors, [_neutral(info, settings.scale)]))
         return {"search": settle(facts).identity(), "guard": guard}
 
     with open_session(
@@ -133,7 +137,7 @@ def _run(
         if len(layers) < session.n_layer:
             session.progress.line(f"{len(layers)} of {session.n_layer} layers rotate over the whole context")
         if refused is not None:
-            session.progress.line(f"without gradients: {refused}")
+            session.progress.line(refused)
         optimizer = make_optimizer(settled, session.n_layer, layers)
         _say_cost(session, settled, optimizer, directory, workers or WorkersConfig())
         if dry_run:
@@ -144,7 +148,7 @@ def _run(
         if settled.ascends:
             trail = _ascend(session, settled, begun)
             proposals = trail.proposals(settled.bounds)
-            settled = settled if proposals else dataclasses.replace(settled, method="genetic")
+            settled = settled if proposals else dataclasses.replace(settled, method="genetic", scale=SCALES[0])
             optimizer = make_optimizer(settled, session.n_layer, layers, proposals)
         outcome = run_search(
             session.executor(),
@@ -164,15 +168,47 @@ def _run(
         return outcome
 
 
+def _neutral(info: ModelInfo, scale: str) -> Factors:
+    """Return factors that change nothing, of all that a search of this scale may change.
+
+    Raises `LropeError`: the file does not tell how many heads there are, or they can have none of their own.
+    """
+    n_layer = info.n_layer or 0
+    wanted = {"head_factors": info.n_head_kv, "query_scales": info.n_head}
+    names = [
+        name
+        for name, scales in (("head_factors", ("heads", "both")), ("query_scales", ("queries", "both")))
+        if scale in scales
+    ]
+    rows = {name: tuple((1.0,) * n for n in (wanted[name] or ())[:n_layer]) for name in names}
+    try:
+        return tuned(
+            (1.0,) * n_layer, {name: info.shaped_rows(name, of_heads)[:n_layer] for name, of_heads in rows.items()}
+        )
+    except LropeError as error:
+        raise LropeError(f"--set scale={scale}: {error}") from None
+
+
 def _with_method(settings: SearchConfig, kept: Any) -> tuple[SearchConfig, str | None]:
     """Return the settings with a method: what was asked for, else the study's, else the best that there is here.
 
-    And why that is the genetic one, if derivatives would have been better. A study that was begun with them goes on.
+    And why that is another one. A study that was begun with derivatives goes on with them.
+
+    Raises `LropeError`: heads are to be scaled, which only derivatives can.
     """
     begun = None if kept is None else section(kept, "search").get("method", "genetic")
     wanted = settings.method or begun or ("both" if settings.optimizer.name == "ga" else "genetic")
+    of_heads = settings.scale != SCALES[0]
+    if of_heads and wanted == "genetic":
+        raise LropeError(f"--set scale={settings.scale}: only derivatives scale heads; give --method gradient")
     refused = None if wanted in ("genetic", begun) else why_not(settings)
-    return dataclasses.replace(settings, method="genetic" if refused else wanted), refused
+    if of_heads and refused:
+        raise LropeError(f"--set scale={settings.scale}: needs derivatives: {refused}")
+    if of_heads:
+        told = "no genetic search, which knows factors of layers alone" if settings.method == "both" else None
+        return dataclasses.replace(settings, method="gradient"), told
+    told = refused and f"without gradients: {refused}"
+    return dataclasses.replace(settings, method="genetic" if refused else wanted), told
 
 
 def _ascend(session: Session, settings: SearchConfig, begun: float) -> Trail:

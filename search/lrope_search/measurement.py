@@ -18,7 +18,7 @@ from .evaluation.make import check_factors, write_job
 from .evaluation.settings import ModelConfig
 from .results.comparison import Comparison, compare
 from .results.table import DepthTable, depth_table, gains_words
-from .scores import ContextScore, Factors, Job
+from .scores import ContextScore, Factors, Job, rows_of
 from .session import Show, open_session
 from .study.progress import Progress
 from .study.store import Study
@@ -59,6 +59,7 @@ class Measurement:
         document = {
             "task": self.asked,
             "factors": self.sides,
+            **({"heads": heads} if (heads := {n: rows for n, f in self.sides.items() if (rows := rows_of(f))}) else {}),
             **self.table.json(),
             **({"beside": {name: one.to_json() for name, one in self.beside.items()}} if self.beside else {}),
             "tokens": self.n_tokens,

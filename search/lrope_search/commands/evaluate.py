@@ -15,7 +15,7 @@ from lrope_gguf.files import check_output
 from lrope_gguf.text import say
 
 from ..evaluation.settings import ModelConfig
-from ..scores import Factors
+from ..scores import Factors, tuned
 from ..workers.settings import WorkersConfig
 from . import options
 from .options import POSITIVE, Gathered, RunConfig, SettingsCommand, config_options, option, options_of, task_options
@@ -98,16 +98,14 @@ def _sides(info: ModelInfo, curves: Sequence[str], factors: Factors | None, *, a
         name = "curve" if len(curves) == 1 else f"curve {Path(curve).stem if curve.endswith('.json') else curve}"
         if name in sides:
             raise LropeError(f"--curve {curve}: {name} is given already; give files of different names")
-        document, found = curve_for(curve, info)
-        if document.rows:
-            has = f"its {' and '.join(document.rows)} are not set here, only factors of layers"
-            say(f"lrope-gguf: note: {curve}: {has}; write them to a copy of the model, and measure that", err=True)
-        sides[name] = (1.0,) * (info.n_layer or 0) if found is None else found
+        document, of_layers = curve_for(curve, info)
+        sides[name] = tuned(of_layers or (1.0,) * (info.n_layer or 0), document.rows)
     if factors is not None:
         try:
             sides["given"] = info.shaped(factors)  # "factors" is another key of the JSON
         except LropeError as error:
             raise LropeError(f"--factors: {error}") from None
-    if alone and not curves and factors is None and info.factors is not None:
-        sides["file"] = info.factors[: info.n_layer]
+    if alone and not curves and factors is None and (info.factors is not None or info.rows):
+        kept = {name: rows[: info.n_layer] for name, rows in info.rows.items()}
+        sides["file"] = tuned((info.factors or (1.0,) * (info.n_layer or 0))[: info.n_layer], kept)
     return sides

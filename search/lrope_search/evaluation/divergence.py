@@ -21,6 +21,7 @@ from ..scores import DivergenceScore, Factors
 from .batch import Tokens
 from .logits import RowWorkers, kl_divergences
 from .model import FactorsRefusedError, Model
+from .tuning import Tuner
 
 SHORT_TOKENS = 256
 LONG_TOKENS = 2048
@@ -127,7 +128,7 @@ class Guard:
     """
 
     def __init__(self, model: Model, texts: GuardTexts) -> None:
-        self._model, self.texts = model, texts
+        self._model, self.texts, self._tune = model, texts, Tuner(model.path)
         self._workers = RowWorkers(model.n_threads)
         short = [np.array(text, np.int32) for text in texts.short]
         long = np.array(texts.long, np.int32)
@@ -149,7 +150,7 @@ class Guard:
             for side, of_side in ((base, (1.0,) * self._model.n_layer), (curve, factors)):
                 side.reserve(self.n_cells, self.n_seq)
                 try:
-                    side.set_factors(of_side)
+                    self._tune(side, of_side)
                 except FactorsRefusedError:
                     return DivergenceScore(math.inf, math.inf, 0, time.perf_counter() - begin)
             short, long = (self._diverge(base, curve, texts, rows) for texts, rows in self._texts)

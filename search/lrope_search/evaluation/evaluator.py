@@ -24,6 +24,7 @@ from .memory import MemoryNeeded, memory_needed
 from .model import FactorsRefusedError, Model
 from .parallel import Rates
 from .sample_answer import Sample
+from .tuning import Tuner
 
 KEPT_BYTES = 32 << 20
 """Of contexts in tokens that an evaluator keeps: to make one takes as long as many an evaluation."""
@@ -100,7 +101,7 @@ class TeacherForcedEvaluator:
         ``scoring``: None is the faster one here; they agree but for rounding. ``leads``: what the base model writes
         before a value, a task each; None: it is let write. Raises `LropeError`: the library cannot score on the device.
         """
-        self._model = model
+        self._model, self._tune = model, Tuner(model.path)
         self.scoring = scoring or default_scoring(model)
         if self.scoring == "device" and not model.can_score:
             raise LropeError(
@@ -184,7 +185,7 @@ class TeacherForcedEvaluator:
         """Raise `LropeError` if llama.cpp refuses ``factors``, which `evaluate` would only score as the worst."""
         self._prefilled = None
         self._model.clear()
-        self._model.set_factors(factors)
+        self._tune(self._model, factors)
 
     def evaluate(self, factors: Factors, split: str, index: int) -> ContextScore:
         """Score context ``index`` of ``split`` under ``factors``.
@@ -271,7 +272,7 @@ class TeacherForcedEvaluator:
         if encoding.n_cells > self._model.n_ctx or encoding.n_seq > self._n_seq:
             self._reserve(max(encoding.n_cells, self._n_cells), max(encoding.n_seq, self._n_seq))
         self._model.clear()
-        self._model.set_factors(factors)
+        self._tune(self._model, factors)
 
     def _reserve(self, n_cells: int, n_seq: int) -> None:
         """Make room for contexts that need so much, and a tenth more: identifiers differ in their tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ class AscentConfig:
         epsilon: Derivatives below this move a factor little.
         low: The least logarithm of a factor.
         high: The largest.
+        query_step: How large steps of a query scale are, of those of a factor.
+        query_bound: The largest logarithm of a query scale; the least is as far below 0.
         max_divergence: What the KL divergence may be, in nats a token.
         reserve: The share of it that the ascent leaves: its texts are not all that a guard looks at.
     """
@@ -39,12 +42,16 @@ class AscentConfig:
     epsilon: float = 0.025
     low: float = -0.7
     high: float = 0.9
+    query_step: float = 0.6
+    query_bound: float = math.log(2.0)
     max_divergence: float = 0.1
     reserve: float = 0.2
 
 
 class Ascent:
     """Climbs from ``start``, step by step; the same gradients give the same way.
+
+    ``queries``: which values are of query scales, of the shape of ``start``; None: none, all are of factors.
 
     Divergence is measured on one of several texts at a time. The last of each text foretell, by their derivatives,
     their mean after a step; where that is above the limit, the step is the one that would end at the limit.
@@ -55,9 +62,14 @@ class Ascent:
         price: Of divergence at the last step: how much gain was left for each nat of it.
     """
 
-    def __init__(self, start: Values, config: AscentConfig | None = None) -> None:
-        self.config = config or AscentConfig()
-        self.at = np.clip(np.asarray(start, np.float64), self.config.low, self.config.high)
+    def __init__(
+        self, start: Values, config: AscentConfig | None = None, queries: NDArray[np.bool_] | None = None
+    ) -> None:
+        self.config = c = config or AscentConfig()
+        which = np.zeros(np.shape(start), np.bool_) if queries is None else queries
+        self._low, self._high = np.where(which, -c.query_bound, c.low), np.where(which, c.query_bound, c.high)
+        self._share = np.where(which, c.query_step, 1.0)
+        self.at = np.clip(np.asarray(start, np.float64), self._low, self._high)
         self.step = 0
         self.price = 0.0
         self._mean = np.zeros_like(self.at)
@@ -72,7 +84,7 @@ class Ascent:
     @property
     def at_bound(self) -> NDArray[np.bool_]:
         """Which values have run to a bound."""
-        return (self.at <= self.config.low) | (self.at >= self.config.high)
+        return (self.at <= self._low) | (self.at >= self._high)
 
     def tell(
         self, gradient: Values, divergence: float = 0.0, divergence_gradient: Values | None = None, text: int = 0
@@ -91,11 +103,11 @@ class Ascent:
             self._texts[text] = (float(divergence), self._rising(float(divergence), divergence_gradient), self.at)
         self._mean = c.beta1 * self._mean + (1.0 - c.beta1) * gradient
         self._square = c.beta2 * self._square + (1.0 - c.beta2) * gradient**2
-        size = c.first + (c.last - c.first) * self.step / max(1, c.steps - 1)
+        size = self._share * (c.first + (c.last - c.first) * self.step / max(1, c.steps - 1))
         self.step += 1
         mean = self._mean / (1.0 - c.beta1**self.step)
         rate = size / (np.sqrt(self._square / (1.0 - c.beta2**self.step)) + c.epsilon)
-        self.at = np.clip(self.at + self._limited(mean, rate, size), c.low, c.high)
+        self.at = np.clip(self.at + self._limited(mean, rate, size), self._low, self._high)
 
     def _rising(self, divergence: float, slope: Values) -> Values:
         """Return the divergence's derivatives, not less than those of one that rises with the square from 0 to here.
@@ -106,7 +118,7 @@ class Ascent:
         square = float((self.at**2).sum())
         return np.asarray(slope, np.float64) + (max(0.0, missing) / square * self.at if square else 0.0)
 
-    def _limited(self, mean: Values, rate: Values, size: float) -> Values:
+    def _limited(self, mean: Values, rate: Values, size: Values) -> Values:
         """Return the step along ``mean`` whose foretold divergence is within the limit."""
         move = np.clip(rate * mean, -size, size)
         self.price = 0.0
@@ -115,7 +127,7 @@ class Ascent:
         slope = np.mean([slope for _, slope, _ in self._texts.values()], axis=0)
         now = np.mean([value + ((self.at - at) * slope).sum() for value, slope, at in self._texts.values()])
         most = self.config.max_divergence * (1.0 - self.config.reserve)
-        for metric in (rate, np.full_like(rate, size)):  # the second where the first may not go as far as it would
+        for metric in (rate, size):  # the second where the first may not go as far as it would
             above = now + (slope * move).sum() - most
             if above > 0.0 and slope.any():
                 price = float(above / (metric * slope**2).sum())

@@ -23,7 +23,9 @@ from ..evaluation.encoding import Encoding
 from ..evaluation.make import open_model
 from ..evaluation.settings import ModelConfig
 from ..machine import free_memory, physical_cores
+from ..scores import Factors
 from .ascent import Ascent, AscentConfig, Values
+from .variables import Moving
 
 if TYPE_CHECKING:
     from .objective import Gradient, Objective
@@ -38,7 +40,7 @@ class Step:
     number: int
     """From 1."""
     log_factors: tuple[float, ...]
-    """At which it was measured, one a layer."""
+    """At which it was measured, one a layer; none where heads have their own (the state before has them)."""
     gains: Mapping[str, float]
     """Mean log-probability of the answers there by task, in nats."""
     divergence: float
@@ -69,7 +71,7 @@ class Step:
 
 
 class Climb:
-    """Gradient ascent on one factor a layer, of several tasks at once.
+    """Gradient ascent of several tasks at once, on one factor a layer or on what heads have of their own.
 
     What rises is the mean over tasks, by ``weights``, of their mean log-probability divided by their scale.
 
@@ -81,9 +83,13 @@ class Climb:
         scales: Of the tasks, in nats: how far apart their questions lie (`task_scales`), of a single task too: it makes
             the sizes of steps fit any task.
         texts: On which divergence is limited, one a step in turn.
-        layers: Whose factors move.
+        layers: Whose factors move; queries may be scaled in all.
         config: Sizes of steps, bounds, and the limit.
         start: Factors of all layers; None: 1.
+        scale: What moves: one of `SCALES`.
+
+    Raises:
+        LropeError: nothing does, or heads of a layer cannot be told apart.
     """
 
     def __init__(
@@ -97,16 +103,17 @@ class Climb:
         texts: Sequence[Tokens],
         layers: Sequence[int],
         config: AscentConfig,
-        start: Sequence[float] | None = None,
+        start: Factors | None = None,
+        scale: str = "layers",
     ) -> None:
         self._objective, self._encodings, self._texts = objective, tuple(encodings), tuple(texts)
         self._names, self._scales = tuple(names), tuple(scales)
         self._shares = tuple(weight / sum(weights) for weight in weights)
-        self._layers, self._n_layer = list(layers), objective.n_layer
-        if not self._layers:
-            raise LropeError("no layer has a factor that moves; no gradients")
-        self._start = np.zeros(self._n_layer) if start is None else np.log(np.asarray(start, np.float64))
-        self._ascent = Ascent(self._start[self._layers], config)
+        start = (1.0,) * objective.n_layer if start is None else start
+        self._moving = Moving(scale, layers, objective.heads(), start)
+        self._of_layers = scale == "layers"
+        self._from_base = not any(values.any() for values in self._moving.at(self._moving.start))
+        self._ascent = Ascent(self._moving.start, config, self._moving.queries)
 
     @property
     def done(self) -> bool:
@@ -114,14 +121,18 @@ class Climb:
         return self._ascent.done
 
     @property
-    def factors(self) -> tuple[float, ...]:
+    def factors(self) -> Factors:
         """Where it stands, of all layers, rounded to 1e-4."""
-        return tuple(np.round(np.exp(self._at()), 4).tolist())
+        return self._moving.factors(self._ascent.at)
+
+    def mean(self, states: Sequence[Mapping[str, Any]]) -> Factors:
+        """Return the mean of where it stood in these states (of logarithms), of all layers, rounded to 1e-4."""
+        return self._moving.factors(np.mean([state["at"] for state in states], axis=0))
 
     @property
     def at_bound(self) -> tuple[int, ...]:
-        """Layers whose factor has run to a bound."""
-        return tuple(np.array(self._layers)[self._ascent.at_bound].tolist())
+        """Layers of which something has run to a bound."""
+        return self._moving.layers_of(self._ascent.at_bound)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on after the step that left this state.
@@ -137,25 +148,29 @@ class Climb:
         Raises:
             LropeError: a derivative is not a number, or there is no memory; nothing has moved.
         """
-        begin, number, at = time.perf_counter(), self._ascent.step + 1, self._at()
+        begin, number = time.perf_counter(), self._ascent.step + 1
+        at = self._moving.at(self._ascent.at)
         try:
-            found = [self._objective.answers(encode(number), at[:, None]) for encode in self._encodings]
+            found = [self._objective.answers(encode(number), *at) for encode in self._encodings]
             apart = self._divergence(number, at)
         except (RuntimeError, MemoryError) as error:  # torch has no other for memory of the CPU
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise LropeError(f"step {number} of the gradient ascent cannot be computed: {reason}") from error
-        total = sum(
-            share / scale * one.factors.sum(1)
-            for share, scale, one in zip(self._shares, self._scales, found, strict=True)
+        slope = self._moving.slope
+        total = np.asarray(
+            sum(
+                share / scale * slope(one.factors, one.scales)
+                for share, scale, one in zip(self._shares, self._scales, found, strict=True)
+            )
         )
-        total = np.asarray(total)[self._layers]
         if apart is None:
             self._ascent.tell(total)
         else:
-            self._ascent.tell(total, apart.value, apart.factors.sum(1)[self._layers], number % len(self._texts))
+            text = number % len(self._texts)
+            self._ascent.tell(total, apart.value, slope(apart.factors, apart.scales), text)
         return Step(
             number=number,
-            log_factors=tuple(at.tolist()),
+            log_factors=tuple(at[0][:, 0].tolist()) if self._of_layers else (),
             gains={name: one.value for name, one in zip(self._names, found, strict=True)},
             divergence=0.0 if apart is None else apart.value,
             price=self._ascent.price,
@@ -164,24 +179,18 @@ class Climb:
             state=self._ascent.state(),
         )
 
-    def _at(self) -> Values:
-        """Logarithms of all layers' factors."""
-        at = self._start.copy()
-        at[self._layers] = self._ascent.at
-        return at
-
     def _n_of_divergence(self, number: int, apart: Gradient | None) -> int:
         """Tokens of the step's text, of the base model too where it is the text's first; the same after a kill."""
         if apart is None:
             return 0
-        first = number - (0 if self._start.any() else 1) <= len(self._texts)
+        first = number - (1 if self._from_base else 0) <= len(self._texts)
         return apart.n_tokens + (len(self._texts[number % len(self._texts)]) if first else 0)
 
-    def _divergence(self, number: int, at: Values) -> Gradient | None:
+    def _divergence(self, number: int, at: tuple[Values, Values]) -> Gradient | None:
         """Of the step's text; None where it is 0 by definition, or nothing limits it."""
-        if not self._texts or not at.any():
+        if not self._texts or not any(values.any() for values in at):
             return None
-        return self._objective.divergence(self._texts[number % len(self._texts)], at[:, None])
+        return self._objective.divergence(self._texts[number % len(self._texts)], *at)
 
 
 def conflicts(gradients: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -219,7 +228,7 @@ def open_objective(config: ModelConfig, *, device: str | None = None) -> Iterato
     torch.set_float32_matmul_precision("medium" if fast_products(where) else before)
     try:
         with open_model(replace(config, n_gpu_layers=0)) as model, Objective(model, weights) as objective:
-            objective.check_graph()
+            objective.heads()
             yield objective
     finally:
         torch.set_float32_matmul_precision(before)

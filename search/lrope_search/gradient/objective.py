@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from lrope_gguf.errors import LropeError
+from lrope_gguf.model_info import read_model
 
 from ..evaluation.batch import MAX_SEQUENCES, Part, Tokens
 from ..evaluation.encoding import Encoding
@@ -19,8 +20,9 @@ from ..evaluation.model import Model
 from ..machine import free_memory
 from ..scores import ContextScore, ProbeScore
 from .capture import Capture, Graph
-from .replay import Heads, Replay, Variables, answers
+from .replay import Replay, Variables, answers
 from .rotation import Coherence
+from .variables import Heads
 from .weights import Weights
 
 Values = NDArray[np.float64]
@@ -95,16 +97,21 @@ class Objective:
         """Number of layers of the model, of which each has a factor."""
         return self._model.n_layer
 
-    def check_graph(self) -> None:
-        """Raise `LropeError` if the graph has no RoPE, or an operation that is not known; computes nothing."""
+    def heads(self) -> Heads:
+        """Return which variables there are; computes nothing.
+
+        Raises:
+            LropeError: the graph has no RoPE, or an operation that is not known.
+        """
         n = 8
         part = np.zeros(n, np.int32), np.arange(n), np.zeros(n, np.int64), np.ones(n, np.bool_), np.ones(n, np.int64)
-        if not self._replay(self._graph(part)).heads.kv:
+        heads = self._replay(self._graph(part)).heads
+        if not heads.kv:
             raise LropeError(f"{self._model.path}: no layer of this model rotates; no gradients")
-
-    def heads(self, encoding: Encoding) -> Heads:
-        """Return which variables there are."""
-        return Heads.of(self._graph(_part(encoding)))
+        info, layers = read_model(self._model.path), range(self._model.n_layer)
+        n_head_kv = info.n_head_kv or [heads.keys.get(layer, heads.kv.get(layer, 0)) for layer in layers]
+        n_head = info.n_head or [heads.queries.get(layer, 0) for layer in layers]
+        return Heads(heads.kv, heads.queries, n_head_kv[: len(layers)], n_head[: len(layers)])
 
     def answers(
         self, encoding: Encoding, factors: Values, scales: Values | None = None, *, differentiate: bool = True
@@ -131,10 +138,12 @@ class Objective:
         scores = tuple(ProbeScore(0.0, *probe) for probe in probes)
         return self._gradient(value, variables, differentiate, scores, encoding.n_tokens)
 
-    def divergence(self, text: Tokens, factors: Values, scales: Values | None = None) -> Gradient:
+    def divergence(
+        self, text: Tokens, factors: Values, scales: Values | None = None, *, differentiate: bool = True
+    ) -> Gradient:
         """Return the KL divergence from the model as it is, a token, on ``text``, and its derivatives.
 
-        Of a large vocabulary it is that of fewer tokens, evenly spaced: `DIVERGENCE_NUMBERS`.
+        As `answers` takes them. Of a large vocabulary it is that of fewer tokens, evenly spaced: `DIVERGENCE_NUMBERS`.
         """
         n = len(text)
         rows = np.zeros(n, np.bool_)
@@ -148,10 +157,10 @@ class Objective:
             with torch.no_grad():
                 self._base[key] = torch.log_softmax(replay(self._variables(graph, np.zeros_like(factors), None)), -1)
         variables = self._variables(graph, factors, scales)
-        value = functional.kl_div(
-            torch.log_softmax(replay(variables), -1), self._base[key], reduction="batchmean", log_target=True
-        )
-        return self._gradient(value, variables, True, (), n)
+        with torch.set_grad_enabled(differentiate):
+            log_p = torch.log_softmax(replay(variables), -1)
+            value = functional.kl_div(log_p, self._base[key], reduction="batchmean", log_target=True)
+        return self._gradient(value, variables, differentiate, (), n)
 
     def n_bytes(self, text: Tokens) -> tuple[int, int, int]:
         """Return, without computing it, what a text takes: each layer computed again, all kept, and the inputs."""

@@ -56,6 +56,8 @@ class Heads(NamedTuple):
     """KV heads, of the layers that rotate."""
     queries: Mapping[int, int]
     """Of the layers whose attention is one operation."""
+    keys: Mapping[int, int]
+    """KV heads of those, whether they rotate or not."""
 
     @classmethod
     def of(cls, graph: Graph) -> Heads:
@@ -64,7 +66,9 @@ class Heads(NamedTuple):
         for i, layer in graph.layers.items():
             n = graph.nodes[i].shape[2]
             kv[layer] = min(n, kv.get(layer, n))
-        return cls(kv, {layer: node.shape[2] for node, layer in _fused_attention(graph).items()})
+        fused = _fused_attention(graph).items()
+        keys = {layer: node.sources[1].shape[1] for node, layer in fused if node.sources[1] is not None}
+        return cls(kv, {layer: node.shape[2] for node, layer in fused}, keys)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Variables:
     @classmethod
     def zeros(cls, graph: Graph, *, dtype: Any = torch.float32, device: Any = "cpu") -> Variables:
         """Return those of the model as it is, ready for derivatives."""
-        kv, queries = (max(counts.values(), default=1) for counts in Heads.of(graph))
+        kv, queries, _ = (max(counts.values(), default=1) for counts in Heads.of(graph))
         return cls(
             *(torch.zeros(graph.n_layer, n, dtype=dtype, device=device, requires_grad=True) for n in (kv, queries))
         )

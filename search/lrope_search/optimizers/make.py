@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 
-from ..scores import PROPOSED, Factors
+from ..scores import PROPOSED, Factors, rows_of
 from .generational import Generational, Generations
 from .genetic import GeneticConfig
 from .layers import LayerSpace
+from .listed import Listed
 from .protocol import Optimizer
 from .scan import ScanFirst
 from .settings import UNIFORM_FACTORS, BaselineConfig, OptimizerConfig
@@ -38,8 +39,8 @@ def make_algorithm(
     ``layers``: those that may have factors of their own; None: all. ``uniform_factors``: uniform scalings to begin
     with, those out of bounds left out. ``curves``: further curves, or factors of all layers, to begin with.
     ``proposals``: factors that derivatives have found, which are begun with too: then own factors alone are searched,
-    by small steps and without a scan; or, ``alone``, nothing further. Raises `ValueError`: a curve that no candidate
-    could be.
+    by small steps and without a scan; or, ``alone`` or where heads have their own, nothing further. Raises
+    `ValueError`: a curve that no candidate could be.
     """
     curve = CurveSpace(n_layer, degree=degree, bounds=bounds)
     space: CurveSpace | LayerSpace = curve
@@ -47,6 +48,9 @@ def make_algorithm(
     if proposals:
         space = LayerSpace(n_layer, own, bounds=bounds)
         first = space.known_good(uniform_factors, curves)
+        if any(map(rows_of, proposals)):
+            listed = [(*space.express(space.repair(genome)), origin) for genome, origin in first]
+            return Listed([*listed, *((None, factors, PROPOSED) for factors in proposals)])
         first += [(space.encode(factors), PROPOSED) for factors in proposals]
         if alone:
             return Generational(space, _once(first), lag=len(first))

@@ -18,7 +18,7 @@ from ..results.intervals import Interval
 from ..results.summary import StudySummary
 from . import text as words
 from .pictures import Picture, draw_pictures, drawn
-from .text import LONG, about, cost_words, count, duration, flat, limit_words, shows_front
+from .text import LONG, about, cost_words, count, duration, flat, limit_words, shows_front, shows_layers
 
 NAME = "report.html"
 _MOST_ROWS = 200
@@ -107,7 +107,9 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
         low, high = min(study.factors), max(study.factors)
         place = f"lowest {low:.4g} in layer {study.factors.index(low)}, highest {high:.4g} in layer "
         text = f"Factors of the best curve: {place}{study.factors.index(high)}; 1 (dashed) changes nothing."
-        if low == high == 1.0:
+        if study.rows:
+            text = f"{'; '.join(words.rows_words(name, rows) for name, rows in study.rows.items())}. A dot is a head."
+        elif low == high == 1.0:
             text = "The base model is the best so far: all factors are 1."
         yield "factors", "Factors over the layers", text
     table = study.table
@@ -142,7 +144,8 @@ def _captions(study: StudySummary) -> Iterator[tuple[str, str, str]]:
         shown = len(drawn(study.trials))
         which = "Every candidate" if shown == n else f"{shown} of {n} candidates, evenly chosen"
         said = f"{which}, coloured by when it was tried, and the best curve."
-        yield "population", "The population over time", said
+        if shows_layers(study):
+            yield "population", "The population over time", said
     if shows_front(study):
         front, found = study.front, "none of them better than the base model"
         if front.best:

@@ -19,7 +19,7 @@ from lrope_gguf.text import printable
 from ..results.front import FrontPoint
 from ..results.summary import StudySummary, Trial
 from ..results.table import DepthTable
-from .text import shows_front, time_unit
+from .text import shows_front, shows_layers, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def draw_pictures(study: StudySummary) -> dict[str, Picture]:
         "ascent": (bool(study.ascent), _ascent),
         "scan": (bool(study.scan), _scan),
         "fitness": (bool(study.trials), _fitness),
-        "population": (bool(study.trials), _population),
+        "population": (bool(study.trials) and shows_layers(study), _population),
         "front": (shows_front(study), _front),
         "cost": (bool(study.costs), _cost),
     }
@@ -105,6 +105,9 @@ def _themed(svg: str) -> str:
 def _factors(figure: Figure, study: StudySummary) -> None:
     axes = figure.add_subplot()
     assert study.best is not None and study.factors is not None
+    if study.rows:
+        _heads(axes, study)
+        return
     uniform = study.uniform
     labels: Any = {"curve_label": "Bézier curve", "factors_label": "factors"}
     also = () if uniform is None else (uniform.factor,)
@@ -115,6 +118,25 @@ def _factors(figure: Figure, study: StudySummary) -> None:
         axes.step(range(len(uniform.factors)), uniform.factors, where="mid", color=COLOURS["uniform"], linewidth=1.4,
                   label=uniform.name)  # fmt: skip
     _legend_above(axes, 4)
+
+
+def _heads(axes: Axes, study: StudySummary) -> None:
+    """A dot a head, beside each other in their layer."""
+    axes.axhline(1, color=COLOURS["base"], linewidth=1, linestyle="--", zorder=1)
+    names = {"head_factors": ("curve", "factors of KV heads"), "query_scales": ("ink", "query scales of heads")}
+    for name, rows in study.rows.items():
+        places = [
+            (layer + (i + 1) / (len(row) + 1) - 0.5, value)
+            for layer, row in enumerate(rows)
+            for i, value in enumerate(row)
+        ]
+        colour, label = names[name]
+        axes.plot(
+            *zip(*places, strict=True), color=COLOURS[colour], linestyle="none", marker="o", markersize=3, label=label
+        )
+    layer_axis(axes, len(study.factors or ()))
+    axes.set_ylabel("factor")
+    _legend_above(axes, 2)
 
 
 def plot_table(path: str | os.PathLike[str], table: DepthTable, *, title: str = "") -> None:

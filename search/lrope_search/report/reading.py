@@ -18,7 +18,7 @@ from ..results.front import Front
 from ..results.objective import Objective
 from ..results.summary import Scores, StudySummary, Trial, intended_confidence, number, of_split, section
 from ..results.table import depth_table
-from ..scores import ContextScore, DivergenceScore, Evaluation, Factors, Job
+from ..scores import ContextScore, DivergenceScore, Evaluation, Factors, Job, read_factors
 from ..study.ascend import Trail
 from ..study.store import Study, holds_search, parse_evaluations
 
@@ -53,7 +53,7 @@ def read_study(directory: Path) -> StudySummary:
     if trials is None:
         trials = _trials_from(searched, base, Objective(tuple(searched.get(base, {}).values()), *how))
     results = {} if best is None else section(best.provenance, "results")
-    factors = None if best is None else best.layer_factors
+    factors = None if best is None else summaries.factors_of(best, n_layer or 0)
     findings = None if factors is None else Findings.from_json(results, factors, intended_confidence(config))
     if findings is not None and findings.uniform is not None and not findings.uniform.factors:
         findings = replace(findings, uniform=_uniform(findings.uniform, tested, trials))
@@ -202,9 +202,9 @@ def _trials(directory: Path, n_layer: int | None) -> tuple[Trial, ...] | None:
 
 
 def _trial(record: dict[str, Any], n_layer: int | None) -> Trial:
-    factors = tuple(float(s) for s in record["factors"])
+    factors = read_factors(record)
     points = record.get("control_points")
-    if len(factors) != (n_layer or len(factors)) or not all(math.isfinite(s) for s in factors):
+    if len(factors) != (n_layer or len(factors)):
         raise ValueError("factors")
     curve = None if points is None else tuple((float(x), float(y)) for x, y in points)
     contexts, fitness = int(record["contexts"]), math.nan if record["fitness"] is None else float(record["fitness"])

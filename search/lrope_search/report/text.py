@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lrope_gguf.curve import Rows
 from lrope_gguf.text import printable, sparkline
 
 from ..results.summary import Cost, StudySummary
@@ -20,9 +21,10 @@ LONG = 300
 def summary_lines(study: StudySummary) -> Sequence[str]:
     """The report as text for a terminal."""
     lines = [f"model       {model_name(study)}", f"study       {about(study)}"]
-    if study.factors is not None:
+    if study.factors is not None and shows_layers(study):
         low, high = min(study.factors), max(study.factors)
         lines.append(f"factors     {sparkline(study.factors)} from {low:.4g} to {high:.4g}")
+    lines += [f"{'heads':<11} {rows_words(name, rows)}" for name, rows in study.rows.items()]
     if study.best is not None and study.best.control_points is not None:
         points = ", ".join(f"({x:.3g}, {y:.4g})" for x, y in study.best.control_points)
         lines.append(f"curve       control points {points}")
@@ -47,6 +49,19 @@ def summary_lines(study: StudySummary) -> Sequence[str]:
         if study.table_split != "test":
             lines += ["(on the search contexts, on which candidates were chosen: no evidence of a gain)"]
     return [*lines, "", printable(study.verdict)]
+
+
+def shows_layers(study: StudySummary) -> bool:
+    """Whether factors of layers say anything: not where heads alone have some."""
+    return not study.rows or set(study.factors or ()) != {1.0}
+
+
+def rows_words(name: str, rows: Rows) -> str:
+    """What heads have of their own in words."""
+    values = [value for row in rows for value in row]
+    of_heads = {"head_factors": "factors of KV heads", "query_scales": "query scales of heads"}[name]
+    changed = sum(value != 1.0 for value in values)
+    return f"{len(values)} {of_heads} from {min(values):.4g} to {max(values):.4g}; {changed} differ from 1"
 
 
 def ascent_words(study: StudySummary) -> str:

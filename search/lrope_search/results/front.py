@@ -76,16 +76,17 @@ class Front:
         over = [point for point in self.points if point.gain > least and not point.kl <= self.limit]
         return tuple(sorted(over, key=lambda point: -point.gain))
 
-    def json(self) -> list[dict[str, Any]]:
-        """Return the points without their factors, finite numbers only."""
+    def json(self, chosen: Factors | None = None) -> list[dict[str, Any]]:
+        """Return the points without their factors, finite numbers only; ``chosen``: whose; None: those of `choice`."""
         best, choice = self.best, self.choice
+        chosen = choice.factors if chosen is None and choice is not None else chosen
         return [
             {
                 "gain": finite(point.gain),
                 "short": finite(point.short),
                 "long": finite(point.long),
                 "front": point in best,
-                "chosen": point == choice,
+                "chosen": point.factors == chosen,
             }
             for point in self.points
         ]

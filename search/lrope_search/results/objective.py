@@ -48,6 +48,21 @@ class Objective:
         means = {task: math.fsum(of_task) / len(of_task) for task, of_task in differences.items()}
         return math.fsum(weights[task] * means[task] for task in means) / math.fsum(weights.values())
 
+    def lead(self, one: Sequence[ContextScore], other: Sequence[ContextScore]) -> tuple[float, float]:
+        """Return how much fitter ``one`` is than ``other`` on the same contexts, and the standard error of that.
+
+        Contexts are what varies; the error is infinite where a task has a single one.
+        """
+        differences: dict[str, list[float]] = {}
+        for a, b in zip(one, other, strict=True):
+            difference = (self._weighted(a) - self._weighted(b)) / self._scales.get(a.task, 1.0)
+            differences.setdefault(a.task, []).append(difference)
+        weights = np.array([self._weights.get(task, 1.0) for task in differences])
+        means = np.array([np.mean(of_task) for of_task in differences.values()])
+        variances = np.array([np.var(d, ddof=1) / len(d) if len(d) > 1 else math.inf for d in differences.values()])
+        shares = weights / weights.sum()
+        return float(shares @ means), math.sqrt(float(shares**2 @ variances))
+
     def of_all(self, scores: Mapping[K, Sequence[ContextScore]]) -> dict[K, float]:
         """Return the fitness of each."""
         return {key: self.fitness(of_key) for key, of_key in scores.items()}

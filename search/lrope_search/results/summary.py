@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lrope_gguf.curve import CurveFile, Point
+from lrope_gguf.curve import CurveFile, Point, Rows
 
-from ..scores import LAYER_SCAN, ContextScore, DivergenceScore, Evaluation, Factors, Job
+from ..scores import LAYER_SCAN, ContextScore, DivergenceScore, Evaluation, Factors, Job, rows_of, tuned
 from .findings import Findings, Stage, Uniform
 from .front import Front, divergences_by_length
 from .intervals import finite
@@ -136,6 +136,11 @@ class StudySummary:
         return None if self.findings is None else self.findings.uniform
 
     @property
+    def rows(self) -> dict[str, Rows]:
+        """What heads have of their own in the best, by its name in a curve file."""
+        return {} if self.factors is None else rows_of(self.factors)
+
+    @property
     def finished(self) -> bool:
         """Whether the search has ended with a verdict."""
         return self.findings is not None
@@ -164,7 +169,7 @@ class StudySummary:
             "candidates": len(self.trials),
             "accuracy": None if self.table is None else {"split": self.table_split, **self.table.json()},
             "kl": self.guard,
-            "front": self.front.json(),
+            "front": self.front.json(self.factors if self.finished else None),
             "cost": [cost.json() for cost in (*self.costs, self.total)],
         }
 
@@ -202,7 +207,8 @@ def summarise(
     ``config`` may be any JSON object. ``best`` has the factors that were evaluated, and in its provenance the results.
     ``scales`` are what fitness was scaled by (`task_scales`) where there are several tasks.
     """
-    settings, factors = section(config, "search"), None if best is None else best.layer_factors
+    settings, n_layer = section(config, "search"), next((len(job.factors) for job in evaluations), 0)
+    factors = None if best is None else factors_of(best, n_layer)
     scores = of_split(evaluations, "search")
     seen = max((len(contexts) for contexts in scores.values()), default=0)
     guard = [s for job, s in evaluations.items() if isinstance(s, DivergenceScore) and job.factors == factors]
@@ -225,6 +231,11 @@ def summarise(
         costs=_costs(evaluations, ascent),
         ascent=tuple(ascent),
     )
+
+
+def factors_of(best: CurveFile, n_layer: int) -> Factors:
+    """Return what was evaluated of a curve file's document, which lists the factors of layers if any is not 1."""
+    return tuned(best.layer_factors or (1.0,) * n_layer, best.rows)
 
 
 def of_split(evaluations: Mapping[Job, Evaluation], split: str) -> Scores:

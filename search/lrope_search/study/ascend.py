@@ -13,10 +13,10 @@ from typing import Any, Protocol
 from lrope_gguf.errors import LropeError
 
 from ..results.summary import AscentStep
-from ..scores import Factors
-from .plan import N_PROPOSALS
+from ..scores import Factors, n_changed, numbers_of, read_factors, rows_of, tuned, with_numbers
+from .plan import N_PROPOSALS, PRUNED
 from .progress import Progress
-from .store import Journal, Study
+from .store import Journal, Study, json_object
 
 NAME = "ascent.jsonl"
 
@@ -65,10 +65,10 @@ class Trail:
     @classmethod
     def of(cls, directory: Path) -> Trail:
         """Return what the study in ``directory`` keeps. Raises `LropeError`: the file is damaged."""
-        return cls._read(Journal(directory / NAME), directory)
+        return cls._read(Journal(directory / NAME, json_object), directory)
 
     @classmethod
-    def _read(cls, journal: Journal, directory: Path) -> Trail:
+    def _read(cls, journal: Journal[dict[str, Any]], directory: Path) -> Trail:
         records = journal.records
         ended = next((str(record["ended"]) for record in records if "ended" in record), None)
         steps = tuple(record for record in records if "ended" not in record)
@@ -84,25 +84,28 @@ class Trail:
         """Return factors worth trying: on the way, at its end, the mean of its end, and half of it, the end first.
 
         The last steps go back and forth, which a mean takes out. Half the way (of logarithms) costs a quarter of the
-        divergence and keeps most of the gain.
+        divergence and keeps most of the gain. Where heads have their own, also the end with those alone that it moves
+        most (`PRUNED`): what few heads carry harms less.
         """
-        path = [tuple(map(float, step["factors"])) for step in self.steps]
+        path = [read_factors(step) for step in self.steps]
         if not path:
             return []
-        n = len(path)
-        last = path[-max(2, n // 5) :]
-        mean = tuple(math.exp(math.fsum(map(math.log, of_layer)) / len(last)) for of_layer in zip(*last, strict=True))
+        n, end = len(path), path[-1]
+        logs = [[math.log(value) for value in numbers_of(factors)] for factors in path[-max(2, n // 5) :]]
+        mean = [math.exp(math.fsum(of_one) / len(logs)) for of_one in zip(*logs, strict=True)]
         found = [
-            path[-1],
-            mean,
+            end,
+            with_numbers(end, mean),
             path[max(0, round(2 * n / 3) - 1)],
-            tuple(map(math.sqrt, path[-1])),
+            with_numbers(end, map(math.sqrt, numbers_of(end))),
             path[max(0, round(n / 3) - 1)],
         ]
         assert len(found) == N_PROPOSALS
-        low, high = bounds
-        rounded = [tuple(min(max(round(factor, 4), low), high) for factor in factors) for factors in found]
-        return [factors for factors in dict.fromkeys(rounded) if any(factor != 1.0 for factor in factors)]
+        if rows_of(end):
+            found += [pruned(end, share) for share in PRUNED]
+        rounded = [with_numbers(factors, (round(value, 4) for value in numbers_of(factors))) for factors in found]
+        within = dict.fromkeys(_within(factors, bounds) for factors in rounded)
+        return [factors for factors in within if n_changed(factors)]
 
     def points(self) -> tuple[AscentStep, ...]:
         """Return the steps as a report shows them."""
@@ -113,15 +116,37 @@ class Trail:
 
     def summary(self) -> dict[str, Any]:
         """Return what ``best.json`` says of it."""
-        tokens = sum(step["n_tokens"] for step in self.steps)
-        return {"steps": len(self.steps), "tokens": tokens} | ({} if self.ended is None else {"ended": self.ended})
+        found: dict[str, Any] = {"steps": len(self.steps), "tokens": self.n_tokens}
+        return found | ({} if self.ended is None else {"ended": self.ended})
+
+    @property
+    def n_tokens(self) -> int:
+        """Computed by all steps."""
+        return sum(step["n_tokens"] for step in self.steps)
+
+
+def _within(factors: Factors, bounds: tuple[float, float]) -> Factors:
+    """Return factors of layers and of KV heads within bounds, which are not for query scales."""
+    low, high = bounds
+    clipped = with_numbers(factors, (min(max(value, low), high) for value in numbers_of(factors)))
+    queries = {name: rows for name, rows in rows_of(factors).items() if name == "query_scales"}
+    return tuned(clipped, rows_of(clipped) | queries)
+
+
+def pruned(factors: Factors, share: float) -> Factors:
+    """Return factors with this share of its changed numbers, those farthest from 1, and 1 for all others."""
+    logs = [abs(math.log(value)) for value in numbers_of(factors)]
+    least = sorted(logs, reverse=True)[max(1, round(share * n_changed(factors))) - 1]
+    return with_numbers(
+        factors, (value if log >= least else 1.0 for value, log in zip(numbers_of(factors), logs, strict=True))
+    )
 
 
 def _sound(step: Mapping[str, Any]) -> bool:
     try:
-        factors, numbers = step["factors"], [step["divergence"], step["n_tokens"], step["seconds"], *_gains(step)]
-        return bool(factors) and all(0.0 < s < math.inf for s in factors) and all(map(math.isfinite, numbers))
-    except (KeyError, TypeError, AttributeError):
+        numbers = [step["divergence"], step["n_tokens"], step["seconds"], *_gains(step)]
+        return bool(read_factors(step)) and all(map(math.isfinite, numbers))
+    except (KeyError, TypeError, ValueError, AttributeError):
         return False
 
 
@@ -152,17 +177,19 @@ def ascend(
     Raises:
         LropeError: the study cannot be read or written.
     """
-    journal = Journal(study.directory / NAME)
+    journal = Journal(study.directory / NAME, json_object)
     trail = Trail._read(journal, study.directory)
     again = "" if trail.ended is None else f"; to try them again, delete {study.directory / NAME}"
     if trail.ended is None and len(trail.steps) < n_steps:
+        n_tokens = trail.n_tokens
         try:
             with closing(_steps(opened, trail, n_steps, until, progress)) as records:
                 for record in records:
                     journal.append(record)
                     if "ended" not in record:
                         progress.advance()
-                        _say(journal.records, progress)
+                        n_tokens += record["n_tokens"]
+                        _say(record, n_tokens, progress)
         except KeyboardInterrupt:
             progress.line(f"stopped after {len(journal.records)} of {n_steps} steps; the same command resumes")
             raise
@@ -191,7 +218,7 @@ def _steps(
             for _ in range(len(trail.steps), n_steps):
                 if climb.done or time.monotonic() > until:
                     break
-                step = climb.step().to_json() | {"factors": climb.factors}
+                step = climb.step().to_json() | {"factors": climb.factors, **rows_of(climb.factors)}
                 if not _sound(step):
                     raise LropeError(f"step {step['number']} found something else than numbers")
                 yield step
@@ -206,9 +233,8 @@ def _steps(
         yield {"ended": "memory ran out"}
 
 
-def _say(steps: Sequence[Mapping[str, Any]], progress: Progress) -> None:
-    """Say what the last step found, and how far it is."""
-    last, tokens = steps[-1], sum(step["n_tokens"] for step in steps)
-    each = ", ".join(f"{name} {value:.3f}" for name, value in last["gains"].items())
+def _say(step: Mapping[str, Any], n_tokens: int, progress: Progress) -> None:
+    """Say what the last step found, and how far it is: by all of them, ``n_tokens``."""
+    each = ", ".join(f"{name} {value:.3f}" for name, value in step["gains"].items())
     progress.best(each)
-    progress.line(f"{progress.status()}: log-probability {each}, KL {last['divergence']:.3g}, {tokens:,} tokens")
+    progress.line(f"{progress.status()}: log-probability {each}, KL {step['divergence']:.3g}, {n_tokens:,} tokens")

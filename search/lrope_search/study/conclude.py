@@ -53,7 +53,7 @@ class SearchOutcome:
 def conclude(run: Run, stopped_by: str) -> SearchOutcome:
     """Choose on validation and by the guard, measure on test, write down what was found."""
     choice = run.choose()
-    winner, point, guarded = choice.winner, choice.front.choice, bool(run.guard_contexts)
+    winner, point, guarded = choice.winner, choice.point, bool(run.guard_contexts)
     best, uniform = winner or run.base, choice.uniform_side
     named = {"base": run.base, "" if uniform is None else uniform.name: choice.uniform, "curve": winner}
     sides = run.test({name: side for name, side in named.items() if side is not None})

@@ -12,6 +12,7 @@ from lrope_gguf.rope_scaling import MAX_FACTOR
 
 from ..optimizers.settings import LAG, OPTIMIZERS, PARAMETRIZATIONS, UNIFORM_FACTORS, OptimizerConfig, optimizer_config
 from ..sample import SPLITS, default_contexts, default_probes
+from ..scores import SCALES
 from ..settings import SettingError, Settings, setting
 from .racing import Racing
 
@@ -58,6 +59,10 @@ class SearchConfig(Settings):
         unset="both where torch is installed, else genetic",
     )  # fmt: skip
     gradient_steps: int = setting(20, "steps that follow derivatives", metavar="N", least=1)
+    scale: str = setting(
+        SCALES[0], "what these scale: positions of layers, of KV heads (heads), queries of heads (queries), or the "
+        "last two (both); all but the first without a genetic search", choices=SCALES,
+    )  # fmt: skip
     search_contexts: int | None = setting(
         None, "contexts to compare candidates on", metavar="N", least=1, unset=_AS_NEEDED
     )
@@ -198,14 +203,14 @@ class SearchConfig(Settings):
         """Return what a study is bound to, as ``config.json`` holds it.
 
         Without ``max_evaluations`` and ``max_hours``, which only say how far to go: a study may be continued with more
-        of either. Without ``guard_text``, of which the study notes the content. A genetic search is what a study was
-        before there was a choice.
+        of either. Without ``guard_text``, of which the study notes the content. A genetic search, of layers, is what a
+        study was before there was a choice.
         """
         bound = self.to_json()
-        unbound = ("max_evaluations", "max_hours", "guard_text")
-        for name in unbound if self.ascends else (*unbound, "method", "gradient_steps"):
-            bound.pop(name, None)
-        return bound
+        unbound = ["max_evaluations", "max_hours", "guard_text"]
+        unbound += [] if self.ascends else ["method", "gradient_steps"]
+        unbound += ["scale"] if self.scale == SCALES[0] else []
+        return {name: value for name, value in bound.items() if name not in unbound}
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as a JSON object, those of the optimizer among them.

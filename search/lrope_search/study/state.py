@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ from lrope_gguf.curve import Curve, CurveFile
 
 from ..optimizers.protocol import Candidate, Score
 from ..results.findings import Look, Uniform
-from ..results.front import Front
+from ..results.front import Front, FrontPoint
 from ..results.objective import Objective, task_scales, unit_of
 from ..results.summary import task_weights
-from ..scores import GUARD, ContextScore, DivergenceScore, Factors, Job
+from ..scores import GUARD, ContextScore, DivergenceScore, Factors, Job, n_changed, numbers_of, rows_of
 from ..workers.protocol import Executor
 from .looks import Looks
-from .plan import NEARER
+from .plan import NEARER, SPARSE
 from .progress import Progress
 from .scheduler import Pipeline, Urgency
 from .settings import SearchConfig
@@ -35,11 +35,18 @@ def uniform_factor(candidate: Candidate) -> float | None:
     return moved.pop() if len(moved) == 1 and (whole or candidate.origin == "uniform") else None
 
 
+def _distance(factors: Factors) -> float:
+    """Return how far factors are from the base model: a small change moves a model by about the logarithms' squares."""
+    return math.fsum(math.log(value) ** 2 for value in numbers_of(factors))
+
+
 @dataclass(frozen=True)
 class Choice:
     """What validation and guard say: the winner, if any, and gain against KL; beside it the best uniform factor."""
 
     winner: Candidate | None
+    point: FrontPoint | None
+    """The winner's."""
     front: Front
     uniform: Candidate | None
     uniform_side: Uniform | None
@@ -137,34 +144,31 @@ class Run:
     def finalists(self, levels: Sequence[float] = ()) -> tuple[list[Candidate], Candidate | None]:
         """Return who goes on to validation as it stands, best first, and the best uniform factor among them.
 
-        ``levels``: with those that are `nearest` to the base model at these.
+        ``levels``: with those that are `nearest` to the base model at these. Where heads have their own, with those
+        that change the fewest (`SPARSE`).
         """
         useful = (c for c, (_, fitness) in self.ranking if fitness > -math.inf)
         uniform = next((c for c in useful if uniform_factor(c) is not None), None)
         finalists = [c for c, _ in self.better_than_base()][: self.settings.finalists]
         if uniform is not None and uniform not in finalists:
             finalists.append(uniform)
+        if finalists and rows_of(finalists[0].factors):
+            finalists += self.nearest(SPARSE, n_changed)
         return list(dict.fromkeys([*finalists, *self.nearest(levels)])), uniform
 
-    def nearest(self, levels: Sequence[float]) -> list[Candidate]:
-        """Return, for each part of the best gain by search, the candidate nearest to the base model that reaches it.
-
-        Near are small factors' logarithms: a small change moves a model by about their squares.
-        """
+    def nearest(self, levels: Sequence[float], distance: Callable[[Factors], float] = _distance) -> list[Candidate]:
+        """Return, for each part of the best gain by search, the candidate nearest to the base model that reaches it."""
         better = self.better_than_base()
-
-        def distance(item: tuple[Candidate, float]) -> float:
-            return math.fsum(math.log(factor) ** 2 for factor in item[0].factors)
-
         reached = [[item for item in better if item[1] >= level * better[0][1]] for level in levels if better]
-        return list(dict.fromkeys(min(items, key=distance)[0] for items in reached))
+        return list(dict.fromkeys(min(items, key=lambda item: distance(item[0].factors))[0] for items in reached))
 
     def choose(self) -> Choice:
         """Validate, look at ordinary text, and choose the best that the guard lets pass, if it beats the base model.
 
         Beside the finalists, a guard looks at the candidates nearest to the base model that reach a good part of the
         best one's gain: where the best exceed the limit, one of them takes their place. Where these do too, nearer ones
-        still are asked.
+        still are asked. Where heads have their own, the best is the one that changes the fewest numbers of all that are
+        within a standard error of it.
         """
         finalists, uniform = self.finalists(NEARER if self.guard_contexts else ())
         self._announce(finalists, uniform)
@@ -184,7 +188,22 @@ class Run:
                 f"{point.kl:.3g} nats per token, is above --max-kl {front.limit:g}"
             )
         side = None if uniform is None else Uniform(uniform_factor(uniform) or 1.0, uniform.factors)
-        return Choice(None if front.choice is None else candidates[front.choice.factors], front, uniform, side)
+        chosen = self._sparsest(front)
+        return Choice(None if chosen is None else candidates[chosen.factors], chosen, front, uniform, side)
+
+    def _sparsest(self, front: Front) -> FrontPoint | None:
+        best = front.choice
+        if best is None or not rows_of(best.factors):
+            return best
+        objective = self.objective(self.all_of(self.identity, "validation"))
+        scores = self.all_of(best.factors, "validation")
+
+        def as_good(point: FrontPoint) -> bool:
+            lead, error = objective.lead(scores, self.all_of(point.factors, "validation"))
+            return math.isfinite(error) and lead <= error
+
+        passed = [point for point in front.points if point.gain > 0.0 and point.kl <= front.limit]
+        return min((p for p in passed if p == best or as_good(p)), key=lambda p: (n_changed(p.factors), -p.gain))
 
     def _expect(self, n_validated: int, uniform: Candidate | None) -> None:
         """Say how many evaluations it will be in all."""
@@ -248,9 +267,11 @@ class Run:
         """Return the curve file of ``best``: no times in it, so that a resumed search writes the same bytes."""
         more = {"rope": self.rope, "gradient": self.ascent}
         known = {name: value for name, value in more.items() if value is not None}
+        rows: Any = rows_of(best.factors)
         return CurveFile(
             control_points=best.control_points,
-            layer_factors=best.factors,
+            layer_factors=None if rows and set(best.factors) == {1.0} else tuple(best.factors),
+            **rows,
             bounds=self.settings.bounds,
             architecture=self.architecture,
             block_count=self.block_count,

@@ -11,17 +11,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import atomic_write_text, write_all, write_error
 
 from ..optimizers.protocol import Candidate, Score
-from ..scores import GUARD, ContextScore, DivergenceScore, Evaluation, Job, ProbeScore
+from ..scores import GUARD, ContextScore, DivergenceScore, Evaluation, Job, ProbeScore, read_factors, rows_of
 
 T = TypeVar("T")
 
+_ADVICE = "delete that line (its evaluation is then made again) or "
 _KEPT = "what was recorded is kept: the same command resumes"
 
 
@@ -50,7 +51,6 @@ class Study:
         self._results: dict[Job, Evaluation] = {}
         # of programs whose version is another one than when the study was begun: that one and this
         self.changed_versions: dict[str, tuple[Any, Any]] = {}
-        self._end = 0  # length of what is whole in evaluations.jsonl
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -59,12 +59,13 @@ class Study:
         try:
             self._acquire()
             self._check_config()
-            self._evaluations = (self.directory / "evaluations.jsonl").open("a+b", buffering=0)
-            try:
-                self._read_evaluations()
-            except BaseException:
-                self._evaluations.close()
-                raise
+            self._evaluations = Journal(self.directory / "evaluations.jsonl", _parse, _ADVICE)
+            if self._evaluations.torn:
+                self._evaluations.append()
+                line = len(self._evaluations.records) + 1
+                self.log(f"dropped the torn last line of evaluations.jsonl (line {line})")
+            for job, score in self._evaluations.records:
+                self._results.setdefault(job, score)
         except OSError as error:
             os.close(self._lock)
             raise write_error(self.directory, error, _KEPT) from None
@@ -82,8 +83,7 @@ class Study:
         return len(self._results)
 
     def close(self) -> None:
-        """Close the files and let others use the directory."""
-        self._evaluations.close()
+        """Let others use the directory."""
         os.close(self._lock)
 
     @property
@@ -100,14 +100,7 @@ class Study:
 
         Raises `LropeError`: it could not be written, as on a full disk.
         """
-        try:
-            write_all(self._evaluations, _line(job, score))
-            os.fsync(self._evaluations.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._evaluations.truncate(self._end)
-            raise write_error(self.directory / "evaluations.jsonl", error, _KEPT) from None
-        self._end = self._evaluations.tell()
+        self._evaluations.append(_record(job, score))
         self._results[job] = score
 
     @staticmethod
@@ -142,10 +135,11 @@ class Study:
             "origin": candidate.origin,
             "control_points": candidate.control_points,
             "factors": candidate.factors,
+            **rows_of(candidate.factors),
             "contexts": contexts,
             "fitness": _encode(fitness),
         }
-        self._write_candidates("a", json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
+        self._write_candidates("a", json_line(record).decode())
 
     def _write_candidates(self, mode: str, text: str) -> None:
         path = self.directory / "candidates.jsonl"
@@ -202,18 +196,6 @@ class Study:
                 "use the same settings or choose another study directory"
             )
 
-    def _read_evaluations(self) -> None:
-        path = self.directory / "evaluations.jsonl"
-        self._evaluations.seek(0)
-        data = self._evaluations.read()
-        results, self._end = parse_evaluations(data, path)
-        if self._end < len(data):
-            self._evaluations.truncate(self._end)
-            os.fsync(self._evaluations.fileno())
-            self.log(f"dropped the torn last line of evaluations.jsonl (line {len(results) + 1})")
-        for job, score in results:
-            self._results.setdefault(job, score)
-
 
 def holds_search(config: Any) -> bool:
     """Return whether a directory's ``config.json`` is of a search, and not of what `measure` keeps.
@@ -229,7 +211,7 @@ def parse_evaluations(data: bytes, path: Path) -> tuple[list[tuple[Job, Evaluati
     A last line that is torn is left out. Raises `LropeError`: another line is damaged; ``path`` stands for the file in
     the message.
     """
-    return _whole_lines(data, path, _parse, "delete that line (its evaluation is then made again) or ")
+    return _whole_lines(data, path, _parse, _ADVICE)
 
 
 def _whole_lines(data: bytes, path: Path, parse: Callable[[bytes], T], advice: str = "") -> tuple[list[T], int]:
@@ -249,32 +231,52 @@ def _whole_lines(data: bytes, path: Path, parse: Callable[[bytes], T], advice: s
     return results, end
 
 
-class Journal:
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """Return a JSON object as a line."""
+    return json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """Return the JSON object of a line. Raises `ValueError`: it is something else."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("no object")
+    return record
+
+
+class Journal(Generic[T]):
     """A file of JSON objects in a study, a line each, on disk before `append` returns; a torn last line is dropped.
 
     Args:
         path: Of the file, which need not exist yet.
+        parse: Makes a record of a line.
+        advice: What else to do where another line is damaged.
+
+    Attributes:
+        records: Of all lines.
+        torn: Whether there was a torn last line.
 
     Raises:
         LropeError: it cannot be read, or another line than the last is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, parse: Callable[[bytes], T], advice: str = "") -> None:
+        self._path, self._parse = path, parse
         try:
             data = path.read_bytes() if path.exists() else b""
         except OSError as error:
             raise LropeError(f"{path}: cannot be read ({error.strerror}); choose another study directory") from None
-        self.records, self._end = _whole_lines(data, path, _object)
+        self.records, self._end = _whole_lines(data, path, parse, advice)
+        self.torn = self._end < len(data)
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add an object. Raises `LropeError`: it could not be written, as on a full disk."""
-        line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Add objects; without any, drop what is torn. Raises `LropeError`: the file could not be written."""
+        lines = [json_line(record) for record in records]
         try:
             with self._path.open("ab", buffering=0) as file:
                 file.truncate(self._end)
                 try:
-                    write_all(file, line)
+                    write_all(file, b"".join(lines))
                     os.fsync(file.fileno())
                 except OSError:
                     with contextlib.suppress(OSError):
@@ -282,20 +284,14 @@ class Journal:
                     raise
         except OSError as error:
             raise write_error(self._path, error, _KEPT) from None
-        self._end += len(line)
-        self.records.append(json.loads(line))
+        self._end += sum(map(len, lines))
+        self.records += map(self._parse, lines)
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError("no object")
-    return record
-
-
-def _line(job: Job, score: Evaluation) -> bytes:
-    record = {
+def _record(job: Job, score: Evaluation) -> dict[str, Any]:
+    record: dict[str, Any] = {
         "factors": job.factors,
+        **rows_of(job.factors),
         "split": job.split,
         "index": job.index,
         "n_tokens": score.n_tokens,
@@ -304,7 +300,7 @@ def _line(job: Job, score: Evaluation) -> bytes:
     }
     if isinstance(score, ContextScore) and score.task:
         record["task"] = score.task
-    return json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    return record
 
 
 def _probes(score: Evaluation) -> Iterator[tuple[float, float, float]]:
@@ -328,7 +324,7 @@ def _encode(value: float) -> float | str:
 
 def _parse(line: bytes) -> tuple[Job, Evaluation]:
     record = json.loads(line)
-    job = Job(tuple(float(s) for s in record["factors"]), str(record["split"]), int(record["index"]))
+    job = Job(read_factors(record), str(record["split"]), int(record["index"]))
     probes = tuple(ProbeScore(float(d), float(lp), bool(correct)) for d, lp, correct in record["probes"])
     n_tokens, seconds = int(record["n_tokens"]), float(record["seconds"])
     score: Evaluation = ContextScore(job.split, job.index, probes, n_tokens, seconds, str(record.get("task", "")))
@@ -336,8 +332,7 @@ def _parse(line: bytes) -> tuple[Job, Evaluation]:
         short, long = sorted(probes, key=lambda probe: probe.depth)
         score = DivergenceScore(-short.log_probability, -long.log_probability, n_tokens, seconds)
     sound = (
-        all(0.0 < factor < math.inf for factor in job.factors)
-        and probes
+        probes
         and all(0.0 <= probe.depth <= 1.0 for probe in probes)
         and min(job.index, n_tokens, seconds) >= 0
         and seconds < math.inf
