@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrope_gguf.errors import LropeError
+from lrope_gguf.folded import Folded, folded_of
 from lrope_gguf.gguf_file import ARRAY, FLOAT32, GGUFFile
 from lrope_gguf.layout import CURVE_KEY, ORIGINAL_KEY, PAGE, Base, factors_key
 from lrope_gguf.reach import has_rope, windows
@@ -46,6 +47,8 @@ class ModelInfo:
         factors: `s_l` of all `block_count` layers, float32 values; None where absent or not usable.
         factors_error: why a stored array is not usable, as a sentence's end.
         curve_json: the curve's document as stored, without its padding.
+        folded: query scales that are folded into the tensors; None where none are.
+        folded_error: what is wrong with what is stored of them, as a sentence's end.
         shards: number of files of a split model, of which this is the first; 1 for a whole one.
     """
 
@@ -75,6 +78,8 @@ class ModelInfo:
     factors: tuple[float, ...] | None
     factors_error: str | None
     curve_json: str | None
+    folded: Folded | None
+    folded_error: str | None
     shards: int
 
     @property
@@ -194,6 +199,7 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
     factors, factors_error = _stored_factors(gguf, factors_key(str(architecture)), block_count)
     curve = gguf.text(CURVE_KEY, _MAX_CURVE_BYTES)
     rope_before, context_length_before, scaling_error = _before(gguf)
+    folded, folded_error = _folded(gguf)
     return ModelInfo(
         path=gguf.path,
         file_size=gguf.size,
@@ -221,6 +227,8 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         factors=factors,
         factors_error=factors_error,
         curve_json=None if curve is None else curve.rstrip(" "),
+        folded=folded,
+        folded_error=folded_error,
         shards=shards,
     )
 
@@ -243,6 +251,16 @@ def _before(gguf: GGUFFile) -> tuple[RopeScaling | None, int | None, str | None]
     except LropeError as error:
         return None, None, str(error).removeprefix(f"{gguf.path}: ")
     return RopeScaling.of(base.values, base.architecture), base.values.integer(base.key("context_length")), None
+
+
+def _folded(gguf: GGUFFile) -> tuple[Folded | None, str | None]:
+    """What is folded, and why it cannot be taken out, as far as the header of this file tells."""
+    try:
+        folded = folded_of(gguf)
+    except LropeError as error:
+        return None, str(error).removeprefix(f"{gguf.path}: ")
+    name = None if folded is None else folded.changed(gguf)
+    return folded, None if name is None else f"{name} has another type now"
 
 
 def _shards(gguf: GGUFFile) -> int:

@@ -1,4 +1,4 @@
-"""`lrope-gguf remove`: take the layer factors and a written RoPE scaling out of a model's metadata."""
+"""`lrope-gguf remove`: take layer factors, a written RoPE scaling and folded query scales out of a model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ _NOTHING = "has no layer factors and no scaling that write has added"
 @model_argument
 @output_options
 def command(model: str, output: str | None, dry_run: bool, quiet: bool) -> None:
-    """Take the layer factors and a written RoPE scaling out of MODEL: the original again."""
+    """Take layer factors, a written RoPE scaling and folded query scales out of MODEL: the original again."""
     if dry_run:
         plan = plan_remove(model, output)
         removed = [f"  remove {key}" for key in plan.removed]
         restored = [f"  {change_line(change)}" for change in plan.changes]
+        if plan.folding is not None:
+            restored += [f"  restore {made.name}" for file in plan.folding.made for made in file]
         lines = [plan_line(plan), *([*removed, *restored] or [f"  remove nothing: it {_NOTHING}"])]
         report(plan.notes, [] if quiet else lines)
         return
@@ -35,7 +37,12 @@ def _done(result: WriteResult, info: ModelInfo) -> str:
     if result.how == "unchanged":
         return f"{result.path}: {_NOTHING}; unchanged"
     scaled = info.rope_before is not None or info.rope_dynamic_factor is not None
-    had = {"layer factors": info.curve_json is not None or not scaled, "RoPE scaling": scaled}
+    folded = info.folded is not None
+    had = {
+        "layer factors": info.curve_json is not None or not (scaled or folded),
+        "RoPE scaling": scaled,
+        "query scales": folded,
+    }
     shared = f", {whole_file(result)}" if result.bytes_shared else ""
     what = " and ".join(name for name, there in had.items() if there)
     return f"{result.path}: written without {what} ({result.bytes_written} bytes{shared})"

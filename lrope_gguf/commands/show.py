@@ -29,6 +29,10 @@ _LEAST = 40
 _CELL = 20
 _PROVENANCE_LINES = 40
 _ROUNDING = 2.0**-23
+_COPIES = (
+    "llama-quantize keeps these scales, which are in the weights, but remove cannot take them out of its copy; "
+    "gguf-split and gguf-new-metadata keep all"
+)
 
 
 @click.command("show")
@@ -95,6 +99,8 @@ def _lines(
         ("RoPE base", None if info.rope_freq_base is None else f"{info.rope_freq_base:.10g}"),
         ("RoPE scaling", _scaling(info)),
         ("layer factors", _factors_line(info, width)),
+        ("query scales", _folded_line(info)),
+        ("  copies", None if info.folded is None else _COPIES),
         ("curve", _curve_line(document, curve_error, agreement)),
     ]
     if document is not None and document.provenance is not None:
@@ -189,6 +195,20 @@ def _factors_line(info: ModelInfo, width: int | None) -> str | None:
     return f"{line}  {shortest(low)} to {shortest(high)}{others}"
 
 
+def _folded_line(info: ModelInfo) -> str | None:
+    if info.folded is None:
+        return None if info.folded_error is None else f"folded, but which is unknown: {info.folded_error}"
+    scales = [q for row in info.folded.scales for q in row]
+    layers = sum(any(q != 1 for q in row) for row in info.folded.scales)
+    moved = sum(q != 1 for q in scales)
+    return (
+        f"{shortest(min(scales))} to {shortest(max(scales))}, in {moved} of {len(scales)} heads and {layers} of "
+        f"{len(info.folded.scales)} layers other than 1; folded into the weights by {info.folded.by} from "
+        f"{info.folded.source}, "
+        + ("remove takes them out" if info.folded_error is None else f"for good: {info.folded_error}")
+    )
+
+
 def _curve_line(document: CurveFile | None, error: str | None, agreement: bool | None) -> str | None:
     if error is not None:
         return f"not readable: {error}"
@@ -256,6 +276,11 @@ def _json(
 ) -> dict[str, Any]:
     fields = asdict(info)
     del fields["curve_json"], fields["has_rope"], fields["rope"]
+    if info.folded is not None:
+        tensors = [kept.name for kept in info.folded.tensors]
+        scales = [[shortest(q) for q in row] for row in info.folded.scales]
+        told = {"by": info.folded.by, "source": info.folded.source}
+        fields["folded"] = {**told, "query_scales": scales, "tensors": tensors}
     return _numbers(fields) | {
         "path": str(info.path),
         "n_layer": info.n_layer,

@@ -1,4 +1,4 @@
-"""`lrope-gguf write`: store layer factors and a RoPE scaling in a model's metadata."""
+"""`lrope-gguf write`: store layer factors and a RoPE scaling in a model's metadata, fold query scales into it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,7 @@ from lrope_gguf.commands.progress import CopyProgress
 from lrope_gguf.curve import CurveFile, resolved, source_name
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
+from lrope_gguf.folded import query_scales
 from lrope_gguf.layout import CURVE_KEY, factors_key
 from lrope_gguf.metadata import WritePlan, WriteResult, plan_scaling, plan_write, storable_factors, write_factors
 from lrope_gguf.model_info import ModelInfo, read_model
@@ -23,6 +24,9 @@ from lrope_gguf.rescale import KeyChange
 from lrope_gguf.rope_scaling import KINDS, Recipe, RopeScaling, Scaling, differences, shortest
 from lrope_gguf.stores import model_name, reference
 from lrope_gguf.text import command_line, printable, say
+
+if TYPE_CHECKING:  # NumPy, which takes long to load
+    from lrope_gguf.fold import Folding, Wanted
 
 _TYPE = re.compile(r"[a-z0-9_]{1,16}")
 
@@ -42,6 +46,9 @@ _TYPE = re.compile(r"[a-z0-9_]{1,16}")
               "model's own; with dynamic, the model's own)")  # fmt: skip
 @click.option("--yarn-orig-ctx", type=int, metavar="N",
               help="tokens that MODEL was trained on (default: what its file says)")  # fmt: skip
+@click.option("--fold", is_flag=True, help="fold the query scales of --curve into MODEL's weights, so that every "
+              "runtime serves them")  # fmt: skip
+@click.option("--replace", "refold", is_flag=True, help="with --fold, take out those that are folded already")
 @output_options
 @click.option("--mapped-ok", is_flag=True, help="change MODEL in place even while a running program has it mapped")
 @click.option("--preset", type=FILE, metavar="INI", help="leave MODEL unchanged; write an entry with its factors and "
@@ -56,6 +63,8 @@ def command(
     rope_scale: float | None,
     context_length: int | None,
     yarn_orig_ctx: int | None,
+    fold: bool,
+    refold: bool,
     output: str | None,
     dry_run: bool,
     quiet: bool,
@@ -63,13 +72,19 @@ def command(
     preset: str | None,
     preset_name: str | None,
 ) -> None:
-    """Store layer factors, a RoPE scaling or both in MODEL."""
+    """Store layer factors, a RoPE scaling or both in MODEL, or fold query scales into it."""
     exactly_one(required=rope_scaling is None, curve=curve, factors=factors, uniform=uniform)
     given = {"--rope-scale": rope_scale, "--context-length": context_length, "--yarn-orig-ctx": yarn_orig_ctx}
     for option, value in given.items():
         if value is not None and rope_scaling is None:
             raise click.UsageError(f"argument {option}: needs --rope-scaling")
     scaling = None if rope_scaling is None else Scaling(rope_scaling, rope_scale, context_length, yarn_orig_ctx)
+    if fold and curve is None:
+        raise click.UsageError("argument --fold: needs --curve FILE")
+    if refold and not fold:
+        raise click.UsageError("argument --replace: needs --fold")
+    if preset is not None and fold:
+        raise click.UsageError("argument --preset: not allowed with argument --fold")
     if preset is not None and output is not None:
         raise click.UsageError("argument --preset: not allowed with argument --output")
     if preset_name is not None and preset is None:
@@ -78,12 +93,14 @@ def command(
     rope, recipe = (info.rope, None) if scaling is None else plan_scaling(model, scaling)
     if preset is not None and scaling is not None and recipe is None:
         rope = replace(rope, scaling="none")  # as an option it goes before what the file says
-    curve_json = None
+    curve_json = wanted = None
     served = _Served()
     if curve is not None:
         if output is not None:
             check_output("--output", output, {"--curve": curve})
         document, factors = curve_for(curve, info)
+        if fold:
+            wanted = _wanted(document, source_name(resolved(curve)), refold)
         curve_json = document.dumps(compact=True)
         served = _served(document, info, rope, scaling is not None)
     elif uniform is not None:
@@ -97,7 +114,8 @@ def command(
     if rope_scaling == "none" and (own := rope.words()) != "none":  # it is the model's own
         kept = f"keeps its own RoPE scaling ({own}); --rope-scaling none removes only what write has added"
         notes.append(f"{info.path}: {kept}")
-    how: dict[str, Any] = {"curve_json": curve_json, "scaling": scaling, "output": output, "mapped_ok": mapped_ok}
+    how: dict[str, Any] = {"curve_json": curve_json, "scaling": scaling, "fold": wanted}
+    how |= {"output": output, "mapped_ok": mapped_ok}
     if dry_run:
         plan = plan_write(model, factors, **how)
         report((*notes, *plan.notes), [] if quiet else _plan_lines(plan, info, factors is None, uniform))
@@ -112,6 +130,8 @@ def command(
     said = [f"{result.path}: {done}"]
     if result.factors:
         said.append(_factors(result.factors, info, uniform))
+    if result.folding is not None:
+        said.append(_folded(result.folding))
     if scaling is not None:
         said.append(f"RoPE scaling {rope.words().replace('; ', ', ')}")
     said.append(f"next: {command_line(['llama-server', '-m', str(result.path), *served.options])}")
@@ -261,7 +281,32 @@ def _plan_lines(plan: WritePlan, info: ModelInfo, keeps_factors: bool, uniform: 
     ):
         kept = keeps_factors or plan.how == "unchanged" or (name == key and info.factors == plan.factors)
         lines.append(f"  {'keep' if kept else 'replace' if had else 'add'} {name}: {what}")
+    if plan.folding is not None:
+        changes.append(f"  {_folded(plan.folding)}")
     return lines + changes
+
+
+def _wanted(document: CurveFile, source: str, refold: bool) -> Wanted:
+    """The query scales of a curve file, to be folded. Raises `LropeError`: it has none, or they are no numbers."""
+    from lrope_gguf.fold import Wanted
+
+    rows = query_scales(document)
+    if rows is None:
+        raise LropeError(f"{source}: has no query_scales to fold; give a curve that has them, or leave out --fold")
+    return Wanted(rows, source, refold)
+
+
+def _folded(folding: Folding) -> str:
+    """What was folded, and how well, in words."""
+    if folding.folded is None:
+        return ""
+    scales = [q for row in folding.folded.scales for q in row]
+    rounding, n = folding.rounding, len(folding.folded.tensors)
+    coarse = f" ({rounding.coarse} of {rounding.scales} subnormal ones by more)" if rounding.coarse else ""
+    return (
+        f"query scales from {shortest(min(scales))} to {shortest(max(scales))} folded into {n} tensors, rounded by at "
+        f"most {rounding.worst:.1e} of a block's scale{coarse}"
+    )
 
 
 def change_line(change: KeyChange) -> str:
