@@ -179,7 +179,7 @@ class Packer:
     def add(self, corrections: NDArray[np.int32]) -> None:
         """Add the next ones."""
         flat = corrections.ravel()
-        far = np.abs(flat) > 1
+        far = (flat < -1) | (flat > 1)
         self._codes.append(np.where(far, 3, flat % 3).astype(np.uint8))
         self._far.append(flat[far])
 

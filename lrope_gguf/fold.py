@@ -221,7 +221,7 @@ def fold(models: Sequence[GGUFFile], info: ModelInfo, wanted: Wanted) -> Folding
         if any(q != 1 for q in row):
             targets |= _of_layer(models, info, found, layer, row)
     if not targets:
-        raise LropeError(f"{wanted.source}: all its query scales are 1, so there is nothing to fold")
+        raise LropeError(f"{wanted.source}: all its query scales are 1, so there is nothing to fold; give others")
     changes = {} if old is None else {change.queries.name: change for change in _undone(models, found, old)}
     for name, queries in targets.items():
         before = changes.get(name, _Change(queries))
