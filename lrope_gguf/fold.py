@@ -347,16 +347,18 @@ def _of_layer(
     fused = weight == "attn_qkv.weight"
     heads, n = n_head, n_rows
     if normed:
-        n = math.prod(found[here["attn_q_norm.weight"]][1].dims)
-        if n == size or (n != n_head * size and n * n_head in (n_rows, n_rows // 2)):  # with gates between the queries
+        dims = found[here["attn_q_norm.weight"]][1].dims
+        n = math.prod(dims)
+        of_heads = math.prod(dims[1:]) == n_head or n == n_head * size or (n == n_rows and not fused)
+        if n_head == 1 or not of_heads:
+            if n != size and n * n_head not in (n_rows, n_rows // 2):  # half of them where gates lie between
+                raise _unknown(path, here["attn_q_norm.weight"])
             if len({*row}) > 1:
                 raise LropeError(
                     f"{path}: layer {layer} normalizes its queries after attn_q and has one weight for all heads, so "
                     f"scales that differ between its heads cannot be folded; {_RUNTIME}"
                 )
             heads = 1
-        elif n != n_head * size and (fused or n != n_rows):
-            raise _unknown(path, here["attn_q_norm.weight"])
         names = ["attn_q_norm.weight", "attn_q_norm.bias"]
     else:
         names = [weight, "attn_q.bias", "attn_qkv.bias"]
