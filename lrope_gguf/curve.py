@@ -1,4 +1,4 @@
-"""Layer factors as a Bézier curve over the layers, and the file that holds one.
+"""Layer factors as a Bézier curve over the layers, and the file that holds one, and what heads have of their own.
 
 Layer `l` of `L` stands at `x = l / (L - 1)`; its factor is the curve's `y` there. With `x_0 = 0`, `x_n = 1` and `x`
 non-decreasing, `dx/dt = n * sum (x_{i+1} - x_i) B_{i,n-1}(t)` is positive inside (0, 1), so that each x has one t.
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Point = tuple[float, float]
 Number = TypeVar("Number", bound=Any)
 """A float, or float64 arrays whose shapes broadcast."""
+Rows = tuple[tuple[float, ...], ...]
+"""A number a head, a row a layer; a layer without heads has an empty row."""
 
 FORMAT = "lrope-curve"
 VERSION = 1
@@ -33,6 +35,11 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_CONTAINERS = 1 << 16
 MAX_POINTS = 64
+MAX_FACTOR = 1024
+"""The largest factor of a layer or head, and 1 over the smallest: LLAMA_ROPE_LAYER_FACTOR_MAX of the patch."""
+ROWS = {"head_factors": MAX_FACTOR, "query_scales": 16}
+"""What a model may have for each of its KV heads or heads, and the largest number of it; the smallest is 1 over it."""
+_OF_A_HEAD = {"head_factors": "factor of KV head", "query_scales": "query scale of head"}
 _BISECTIONS = 54  # t is then as near as float64 can tell
 _LIGHT = 1 << 14  # control points, squared, times layers: about 0.05 s without NumPy, which takes longer to load
 AGREEMENT = 1e-5
@@ -108,6 +115,22 @@ def _sequence(value: Any, what: str) -> list[Any]:
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
         raise LropeError(f"{what} is {type(value).__name__}, not a list; give a list")
     return list(value)
+
+
+def head_rows(value: Any, name: str) -> Rows:
+    """`value` as rows of `ROWS[name]`. Raises `LropeError`: it is no list of lists of numbers within the limits."""
+    most, rows = ROWS[name], []
+    for layer, row in enumerate(_sequence(value, name)):
+        numbers = []
+        for head, number in enumerate(_sequence(row, f"{name} of layer {layer}")):
+            what = f"the {_OF_A_HEAD[name]} {head} in layer {layer}"
+            numbers.append(positive(number, what))
+            if not 1 / most <= numbers[-1] <= most:
+                raise LropeError(f"{what} is {numbers[-1]:g}, beyond 1/{most} to {most}; give one in that range")
+        rows.append(tuple(numbers))
+    if not any(rows):
+        raise LropeError(f"{name} has no numbers; give a list a layer, with a number a head")
+    return tuple(rows)
 
 
 def _bounds(value: Any) -> tuple[float, float]:
@@ -191,7 +214,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class CurveFile:
-    """The document of a curve file (`best.json`): a curve, or a list of factors, and where it comes from.
+    """The document of a curve file (`best.json`): a curve or a list of factors, numbers of heads, and their origin.
 
     Attributes:
         control_points: fit any number of layers; None where only `layer_factors` are given.
@@ -201,6 +224,8 @@ class CurveFile:
         block_count: that model's number of layers.
         provenance: free JSON: task, scores, seed, versions, the model's fingerprint.
         extra: keys that this version does not know, kept as they are.
+        head_factors: one factor per KV head, a row a layer; they go before those of the layers.
+        query_scales: one factor of the attention logits per head, a row a layer.
     """
 
     control_points: tuple[Point, ...] | None = None
@@ -210,10 +235,17 @@ class CurveFile:
     provenance: Any = None
     bounds: tuple[float, float] = DEFAULT_BOUNDS
     extra: dict[str, Any] = field(default_factory=dict)
+    head_factors: Rows | None = None
+    query_scales: Rows | None = None
 
     def __post_init__(self) -> None:
-        if self.control_points is None and self.layer_factors is None:
-            raise LropeError("it has neither control_points nor layer_factors; give one of them")
+        if all(getattr(self, name) is None for name in ("control_points", "layer_factors", *ROWS)):
+            raise LropeError(
+                "it has neither control_points nor layer_factors, head_factors or query_scales; give one of them"
+            )
+        for name in ROWS:
+            if (rows := getattr(self, name)) is not None:
+                object.__setattr__(self, name, head_rows(rows, name))
         object.__setattr__(self, "bounds", _bounds(self.bounds))
         if self.control_points is not None:
             object.__setattr__(self, "control_points", _control_points(self.control_points, self.bounds))
@@ -233,6 +265,11 @@ class CurveFile:
     def curve(self) -> Curve | None:
         """The curve of `control_points`."""
         return None if self.control_points is None else Curve(self.control_points, self.bounds)
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """Those of `ROWS` that it has."""
+        return {name: rows for name in ROWS if (rows := getattr(self, name)) is not None}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CurveFile:
@@ -267,7 +304,7 @@ class CurveFile:
             version = document.pop("version", None)
             if version != VERSION or isinstance(version, bool):
                 raise LropeError(f"its version is {version!r}, this program reads {VERSION}; upgrade lrope-gguf")
-            names = ("control_points", "layer_factors", "architecture", "block_count", "provenance", "bounds")
+            names = ("control_points", "layer_factors", *ROWS, "architecture", "block_count", "provenance", "bounds")
             known = {name: document.pop(name) for name in names if name in document}
             if known.get("bounds", ...) is None:
                 del known["bounds"]
@@ -296,7 +333,7 @@ class CurveFile:
         if self.control_points is not None:
             document["control_points"] = self.control_points
             document["bounds"] = self.bounds
-        for name in ("layer_factors", "architecture", "block_count", "provenance"):
+        for name in ("layer_factors", *ROWS, "architecture", "block_count", "provenance"):
             if getattr(self, name) is not None:
                 document[name] = getattr(self, name)
         return document | self.extra

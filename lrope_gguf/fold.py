@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrope_gguf.blocks import LAYOUTS, Corrections, Floats, Layout, Packer, Rounding, Scales
+from lrope_gguf.curve import Rows, head_rows
 from lrope_gguf.errors import LropeError
-from lrope_gguf.folded import HIGHEST, LOWEST, Folded, Kept, Rows, damaged, folded_of
+from lrope_gguf.folded import Folded, Kept, damaged, folded_of
 from lrope_gguf.gguf_file import GGUFFile, Tensor
 from lrope_gguf.layout import BEFORE_KEY, Made
 from lrope_gguf.model_info import ModelInfo
@@ -274,15 +275,6 @@ def _folding(models: Sequence[GGUFFile], changes: Iterable[_Change], folded: Fol
     return Folding(made, folded.dumps(), b64encode(b"".join(packed)), rounding, folded)
 
 
-def heads_of(gguf: GGUFFile, architecture: str, n_layer: int) -> tuple[int, ...] | None:
-    """Query heads of each layer, 0 where it has no attention; None where the header does not say."""
-    heads = _per_layer(gguf, f"{architecture}.attention.head_count", n_layer)
-    if heads is None:
-        return None
-    keys = _per_layer(gguf, f"{architecture}.attention.head_count_kv", n_layer) or heads
-    return tuple(n if k else 0 for n, k in zip(heads, keys, strict=True))
-
-
 def _fitting(info: ModelInfo, gguf: GGUFFile, wanted: Wanted) -> Rows:
     """The scales as float32, checked, for the layers that they have."""
     architecture = str(info.architecture)
@@ -296,27 +288,12 @@ def _fitting(info: ModelInfo, gguf: GGUFFile, wanted: Wanted) -> Rows:
             f"{info.path}: limits its queries ({architecture}.attention.clamp_kqv), so scales cannot be folded; "
             f"{_RUNTIME}"
         )
-    heads = heads_of(gguf, architecture, info.block_count or 0)
-    if heads is None or not heads:
-        raise LropeError(f"{info.path}: does not say how many heads its layers have; give a whole model")
-    if len(wanted.scales) not in (info.n_layer, info.block_count):
-        raise LropeError(
-            f"{wanted.source}: has query_scales for {len(wanted.scales)} layers, but {info.path} has {info.n_layer}; "
-            "give a curve made for it"
-        )
-    for layer, row in enumerate(wanted.scales):
-        if len(row) != heads[layer]:
-            raise LropeError(
-                f"{wanted.source}: has {len(row)} query_scales for layer {layer}, but {info.path} has {heads[layer]} "
-                "heads there; give a curve made for it"
-            )
-        for head, q in enumerate(row):
-            if not LOWEST <= q <= HIGHEST:
-                raise LropeError(
-                    f"{wanted.source}: the query scale of head {head} of layer {layer} is {q:g}; give one from 1/16 to "
-                    "16"
-                )
-    return tuple(tuple(map(single, row)) for row in wanted.scales)
+    try:
+        scales = info.shaped_rows("query_scales", head_rows(wanted.scales, "query_scales"))
+    except LropeError as error:
+        text = str(error)
+        raise LropeError(text if text.startswith(f"{info.path}: ") else f"{wanted.source}: {text}") from None
+    return tuple(tuple(map(single, row)) for row in scales)
 
 
 def _found(models: Sequence[GGUFFile]) -> Found:
@@ -337,13 +314,13 @@ def _of_layer(
     path, n_head = info.path, len(row)
     weight = next((name for name in ("attn_q_b.weight", "attn_q.weight", "attn_qkv.weight") if name in here), None)
     normed = "attn_q_norm.weight" in here
-    if weight is None or (info.architecture in _NORMED and not normed):
+    n_kv = (info.n_head_kv or ())[layer]
+    if weight is None or not n_kv or (info.architecture in _NORMED and not normed):
         raise LropeError(
-            f"{path}: layer {layer} has no attention that scales could be folded into, or the file that holds it is "
-            "missing; give its query scales as 1"
+            f"{path}: layer {layer} has no attention that scales could be folded into; give 1 for its heads"
         )
     n_rows = math.prod(found[here[weight]][1].dims[1:])
-    size, keys, values = _sizes(models[0], info, n_head, layer)
+    size, keys, values = _sizes(models[0], info, n_head, n_kv)
     fused = weight == "attn_qkv.weight"
     heads, n = n_head, n_rows
     if normed:
@@ -370,20 +347,13 @@ def _of_layer(
     return {name: _queries(models, found, name, layer, heads, None if normed else n) for name in places}
 
 
-def _sizes(gguf: GGUFFile, info: ModelInfo, n_head: int, layer: int) -> tuple[int, int, int]:
+def _sizes(gguf: GGUFFile, info: ModelInfo, n_head: int, n_kv: int) -> tuple[int, int, int]:
     """Rows of a head's queries, of all keys and of all values of a layer, as the header says them."""
     of = f"{info.architecture}.attention"
     embedding = gguf.integer(f"{info.architecture}.embedding_length") or 0
     key = gguf.integer(f"{of}.key_length") or embedding // n_head
     value = gguf.integer(f"{of}.value_length") or embedding // n_head
-    n_kv = _per_layer(gguf, f"{of}.head_count_kv", info.block_count or 0) or (n_head,) * (layer + 1)
-    return key, n_kv[layer] * key, n_kv[layer] * value
-
-
-def _per_layer(gguf: GGUFFile, key: str, n_layer: int) -> tuple[int, ...] | None:
-    """An integer a layer, from one number or an array."""
-    value = gguf.integer(key)
-    return gguf.integers(key, n_layer) if value is None else (value,) * n_layer
+    return key, n_kv * key, n_kv * value
 
 
 def _queries(models: Sequence[GGUFFile], found: Found, name: str, layer: int, heads: int, n: int | None) -> _Queries:

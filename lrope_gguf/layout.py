@@ -33,7 +33,7 @@ _MAX_STORED = 1 << 22
 _MAX_AT = 1 << 16
 _HEX = re.compile("(?:[0-9a-f]{2})*")
 PAGE = 4096
-_MAX_ENTRY = 1 << 16
+_MAX_ENTRY = (1 << 19) + PAGE  # of heads: 2**17 numbers
 _SLACK = 1024
 _MAX_ROOM = 1 << 22
 
@@ -58,6 +58,15 @@ Contents = Sequence[bytes | tuple[int, int] | Made]
 def factors_key(architecture: str) -> str:
     """The key of the layer factors' array."""
     return f"{architecture}.rope.scaling.layer_factors"
+
+
+def array_keys(architecture: str) -> dict[str, str]:
+    """The keys of our arrays by their names in a curve file, in the order in which they are written."""
+    return {
+        "layer_factors": factors_key(architecture),
+        "head_factors": f"{architecture}.rope.scaling.head_factors",
+        "query_scales": f"{architecture}.attention.query_scales",
+    }
 
 
 class Kept(NamedTuple):
@@ -169,7 +178,7 @@ class Base:
         self.gguf = gguf
         self.architecture = str(gguf.text("general.architecture"))
         self.originals = originals_of(gguf)
-        names = {factors_key(self.architecture), CURVE_KEY, ORIGINAL_KEY, self.key(DYNAMIC)}
+        names = {*array_keys(self.architecture).values(), CURVE_KEY, ORIGINAL_KEY, self.key(DYNAMIC)}
         names.update(map(self.key, self.originals.written), () if folded else (FOLDED_KEY, BEFORE_KEY))
         self.ours = {key: entry for key, entry in gguf.entries.items() if key in names}
         self.keys: list[tuple[str, Entry | bytes]] = [
@@ -197,7 +206,7 @@ class Base:
     @property
     def scaling(self) -> list[str]:
         """Our keys that say how RoPE is scaled, in the file's order."""
-        others = (factors_key(self.architecture), CURVE_KEY, ORIGINAL_KEY, FOLDED_KEY, BEFORE_KEY)
+        others = (*array_keys(self.architecture).values(), CURVE_KEY, ORIGINAL_KEY, FOLDED_KEY, BEFORE_KEY)
         return [key for key in self.ours if key not in others]
 
     def pieces(self, added: int = 0, without: Collection[str] = ()) -> Pieces:
@@ -293,6 +302,17 @@ def parts_in_place(base: Base, block: Block) -> tuple[int, list[Part]] | None:
         else:
             return start, parts
     return None
+
+
+def in_one_page(block: Block, start: int, parts: Collection[Part], old: bytes) -> bool:
+    """Whether all values that differ from `old`, the bytes from `start` on, lie in one page of the file."""
+    values, at, pages = {part.key for part in block.values}, 0, set[int]()
+    for part in parts:
+        if part.key in values:
+            changed = (i for i, byte in enumerate(part.data) if byte != old[at + i])
+            pages.update((start + at + i) // PAGE for i in changed)
+        at += len(part.data)
+    return len(pages) < 2
 
 
 def pieces_of(base: Base, parts: Collection[Part] = (), without: Collection[str] = ()) -> Pieces:

@@ -1,10 +1,9 @@
-"""Layer factors and RoPE scaling in a GGUF file's metadata: written and removed, every other byte kept.
+"""Factors, query scales and RoPE scaling in a GGUF file's metadata: written and removed, every other byte kept.
 
-Query scales that are folded (`fold`) are the exception: they change the queries' tensors, in all files of a model.
-
-`{architecture}.rope.scaling.layer_factors` is an array of `{architecture}.block_count` float32 that the patched
-llama.cpp reads, and `lrope.curve` the curve file's JSON. `rope_scaling` says which keys a scaling takes, `layout` where
-all our keys stand and what they replaced, `rescale` what a new scaling changes, `model_info` what a header says.
+`layout.array_keys` names the arrays of float32 that the patched llama.cpp reads: a number for each layer, KV head or
+head, layer after layer. `lrope.curve` is the curve file's JSON. `rope_scaling` says which keys a scaling takes,
+`layout` where all our keys stand and what they replaced, `rescale` what a new scaling changes, `model_info` what a
+header says. `fold` alone changes more: the tensors that make queries, in all files of a model.
 """
 
 from __future__ import annotations
@@ -12,15 +11,16 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from io import FileIO
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lrope_gguf import files, layout
-from lrope_gguf.curve import MAX_BYTES, CurveFile, positive
+from lrope_gguf.curve import MAX_BYTES, ROWS, CurveFile, Rows, head_rows, positive
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import append_range, can_share_blocks, free_bytes, locked, mapped_by, replacing, write_all
 from lrope_gguf.folded import folded_of
@@ -35,14 +35,14 @@ from lrope_gguf.layout import (
     Made,
     Part,
     Pieces,
-    factors_key,
+    array_keys,
     pieces_of,
 )
 from lrope_gguf.model_info import SHARD, ModelInfo, has_long_factors, info_of
 from lrope_gguf.model_info import read_factors as read_factors
 from lrope_gguf.model_info import read_model as read_model
 from lrope_gguf.rescale import KeyChange, Rescaled, rescaled, restored
-from lrope_gguf.rope_scaling import Recipe, RopeScaling, Scaling, long_factors_error, shortest, single
+from lrope_gguf.rope_scaling import Recipe, RopeScaling, Scaling, long_factors_error, shortest, shortest_rows, single
 from lrope_gguf.stores import check_changeable
 
 if TYPE_CHECKING:  # NumPy, which nothing else here needs
@@ -110,6 +110,8 @@ def write_factors(
     path: str | os.PathLike[str],
     factors: Iterable[float] | None = None,
     *,
+    head_factors: Iterable[Iterable[float]] | None = None,
+    query_scales: Iterable[Iterable[float]] | None = None,
     curve_json: str | None = None,
     scaling: Scaling | None = None,
     fold: Wanted | None = None,
@@ -117,7 +119,7 @@ def write_factors(
     progress: Progress | None = None,
     mapped_ok: bool = False,
 ) -> WriteResult:
-    """Store layer factors, a RoPE scaling or both in a model, or with `output` in a copy of it; fold query scales.
+    """Store factors, query scales and a RoPE scaling, or some of them, in a model, or with `output` in a copy of it.
 
     In place where nothing is folded and the file has the same keys, room for `curve_json` and only one name; else
     through a new file that is moved over the old one when it is whole and on the disk; of a split model through one for
@@ -127,8 +129,11 @@ def write_factors(
     Args:
         path: the model; of a split one the first shard.
         factors: one positive float per layer: `n_layer` of them, or `block_count` with 1 for the layers of a
-            multi-token-prediction head. None leaves those of the file as they are.
-        curve_json: the document to store beside them; by default one that lists the factors.
+            multi-token-prediction head.
+        head_factors: of as many layers, one positive float per KV head each; they go before those of the layers.
+        query_scales: likewise one per head. Where any of these three is given, the file has no others then; where none
+            is, it keeps what it has.
+        curve_json: the document to store beside them; by default one that lists them.
         scaling: the scaling, in place of one that was written before. None leaves that of the file as it is.
         fold: query scales to fold. None leaves those that are folded as they are.
         output: where to write instead; an existing file is replaced.
@@ -141,7 +146,8 @@ def write_factors(
             it. Nothing is changed then.
     """
     with _opened(path, output, fold is not None) as models:
-        plan, change = _plan_write(models, factors, curve_json, scaling, fold, output, mapped_ok)
+        given = _Given(factors, head_factors, query_scales, curve_json, fold)
+        plan, change = _plan_write(models, given, scaling, output, mapped_ok)
         if plan.how == "rewritten":
             return _rewrite(change.files, plan, progress)
         if plan.how == "in place":
@@ -153,6 +159,8 @@ def plan_write(
     path: str | os.PathLike[str],
     factors: Iterable[float] | None = None,
     *,
+    head_factors: Iterable[Iterable[float]] | None = None,
+    query_scales: Iterable[Iterable[float]] | None = None,
     curve_json: str | None = None,
     scaling: Scaling | None = None,
     fold: Wanted | None = None,
@@ -165,7 +173,8 @@ def plan_write(
         LropeError: as `write_factors`.
     """
     with _opened(path, output, fold is not None) as models:
-        return _plan_write(models, factors, curve_json, scaling, fold, output, mapped_ok)[0]
+        given = _Given(factors, head_factors, query_scales, curve_json, fold)
+        return _plan_write(models, given, scaling, output, mapped_ok)[0]
 
 
 def plan_scaling(path: str | os.PathLike[str], scaling: Scaling) -> tuple[RopeScaling, Recipe | None]:
@@ -196,6 +205,26 @@ def storable_factors(info: ModelInfo, factors: Iterable[float], rope: RopeScalin
     shaped = info.shaped(values)
     _check_factors(info, shaped, info.rope if rope is None else rope)
     return (*map(single, shaped), *[1.0] * info.nextn_predict_layers)
+
+
+def storable_rows(info: ModelInfo, name: str, rows: Iterable[Iterable[float]], rope: RopeScaling | None = None) -> Rows:
+    """Numbers of heads (`name` of `ROWS`) as `write_factors` would store them, a row a block: float32.
+
+    Args and raises: as `storable_factors`; query scales need no RoPE.
+    """
+    if name == "head_factors":
+        _check_rotates(info)
+    else:
+        _check_own(info)
+    try:
+        values = head_rows(rows, name)
+    except LropeError as error:
+        raise LropeError(f"{info.path}: {error}") from None
+    shaped = info.shaped_rows(name, values)
+    if name == "head_factors":
+        for layer, row in enumerate(shaped):
+            _check_factors(info, row, info.rope if rope is None else rope, f"of layer {layer}, KV head")
+    return tuple(tuple(map(single, row)) for row in shaped)
 
 
 def remove_factors(
@@ -315,29 +344,51 @@ class _Change:
     old: bytes = b""
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What `write_factors` is given to store besides a scaling."""
+
+    factors: Iterable[float] | None
+    head_factors: Iterable[Iterable[float]] | None
+    query_scales: Iterable[Iterable[float]] | None
+    curve_json: str | None
+    fold: Wanted | None
+
+    @property
+    def rows(self) -> dict[str, Iterable[Iterable[float]]]:
+        """Those of `ROWS` that are given."""
+        return {name: rows for name in ROWS if (rows := getattr(self, name)) is not None}
+
+
 def _plan_write(
     models: Sequence[GGUFFile],
-    factors: Iterable[float] | None,
-    curve_json: str | None,
+    given: _Given,
     scaling: Scaling | None,
-    fold: Wanted | None,
     output: str | os.PathLike[str] | None,
     mapped_ok: bool,
 ) -> tuple[WritePlan, _Change]:
     gguf = models[0]
     path, info = gguf.path, info_of(gguf)
-    if factors is None and scaling is None and fold is None:
+    fold, keeps = given.fold, given.factors is None and not given.rows
+    if keeps and scaling is None and fold is None:
         raise LropeError(f"{path}: nothing to write; give factors or a scaling")
-    _check_rotates(info, fold is None or factors is not None or scaling is not None)
+    if scaling is not None or (keeps and fold is None):
+        _check_rotates(info)
+    _check_own(info)
+    if given.query_scales is not None and FOLDED_KEY in gguf.entries:
+        raise LropeError(f"{path}: has query scales folded into it; take them out with lrope-gguf remove first")
     base = Base(gguf, folded=fold is None)
     scaled = _rescaled(base, scaling)
-    if factors is None:
+    if keeps:
         stored = info.factors or ()
         _check_factors(info, stored, scaled.rope)
-        parts, text = _as_they_are(base)
+        for layer, row in enumerate(info.head_factors or ()):
+            _check_factors(info, row, scaled.rope, f"of layer {layer}, KV head")
+        parts, text = _as_they_are(base, None if fold is None else "query_scales")
     else:
-        stored = storable_factors(info, factors, scaled.rope)
-        parts, text = _factor_parts(base, info, stored, curve_json)
+        stored = () if given.factors is None else storable_factors(info, given.factors, scaled.rope)
+        rows = {name: storable_rows(info, name, rows, scaled.rope) for name, rows in given.rows.items()}
+        parts, text = _array_parts(base, info, stored, rows, given.curve_json)
     block = _block(base, parts, text, scaled)
     without = {base.key(kept.name) for kept in (scaled.originals or base.originals).replaced}
     target = _target(info, output)
@@ -350,7 +401,7 @@ def _plan_write(
         old = gguf.read(start, start + len(new))
         if old == new:
             return WritePlan(path, "unchanged", 0, stored, None, changes=scaled.changes), _Change()
-        if os.fstat(gguf.file.fileno()).st_nlink == 1:
+        if os.fstat(gguf.file.fileno()).st_nlink == 1 and layout.in_one_page(block, *fitting, old):
             first = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
             last = next(i for i in range(len(new), 0, -1) if old[i - 1] != new[i - 1])
             _check_permission(path)
@@ -378,28 +429,38 @@ def _plan_write(
     return replace(plan, changes=scaled.changes, folding=folding), _Change(files_[::-1])
 
 
-def _factor_parts(
-    base: Base, info: ModelInfo, stored: tuple[float, ...], curve_json: str | None
+def _array_parts(
+    base: Base, info: ModelInfo, stored: tuple[float, ...], rows: Mapping[str, Rows], curve_json: str | None
 ) -> tuple[tuple[Part, ...], bytes | None]:
-    """The array's entry, and the curve's document."""
+    """The arrays' entries, and the curve's document."""
     if curve_json is None:
-        document = CurveFile(layer_factors=tuple(map(shortest, stored)), architecture=info.architecture)
+        listed: dict[str, Any] = {name: shortest_rows(of_heads) for name, of_heads in rows.items()}
+        factors = tuple(map(shortest, stored)) or None
+        document = CurveFile(layer_factors=factors, architecture=info.architecture, **listed)
     else:
         document = CurveFile.loads(curve_json, "curve_json")
     text = document.dumps(compact=True).encode()
     if len(text) > MAX_BYTES:
         raise LropeError(f"{info.path}: the curve's document is larger than 1 MiB; shorten its provenance")
-    key, order = factors_key(base.architecture), base.gguf.order
-    array = struct.pack(f"{order}IIQ{len(stored)}f", ARRAY, FLOAT32, len(stored), *stored)
-    return (Part(key, string(order, key.encode(errors="surrogateescape")) + array),), text
+    order, parts = base.gguf.order, []
+    flat = {"layer_factors": stored, **{name: tuple(chain(*of_heads)) for name, of_heads in rows.items()}}
+    for name, key in array_keys(base.architecture).items():
+        if values := flat.get(name):
+            array = struct.pack(f"{order}IIQ{len(values)}f", ARRAY, FLOAT32, len(values), *values)
+            parts.append(Part(key, string(order, key.encode(errors="surrogateescape")) + array))
+    return tuple(parts), text
 
 
-def _as_they_are(base: Base) -> tuple[tuple[Part, ...], bytes | None]:
-    """The entry of the factors that the file has, and the curve's document; empty and None where there is none."""
-    key, gguf = factors_key(base.architecture), base.gguf
-    parts = (base.part(key),) if key in base.ours else ()
+def _as_they_are(base: Base, without: str | None = None) -> tuple[tuple[Part, ...], bytes | None]:
+    """The entries of the arrays that the file has, and the curve's document; empty and None where there is none.
+
+    `without`: the array that is left out.
+    """
+    gguf = base.gguf
+    keys = [key for name, key in array_keys(base.architecture).items() if key in base.ours and name != without]
+    parts = tuple(map(base.part, keys))
     curve = base.ours.get(CURVE_KEY)
-    if curve is None:
+    if curve is None or (without is not None and not parts):
         return parts, None
     if curve.kind != STRING or curve.end - curve.value > _MAX_CURVE_BYTES:
         raise LropeError(f"{gguf.path}: {CURVE_KEY} is not a curve; write the factors again or remove them")
@@ -467,14 +528,19 @@ def _check_permission(path: Path) -> None:
         raise LropeError(f"{path}: is read-only; make it writable or give --output")
 
 
-def _check_rotates(info: ModelInfo, rope: bool = True) -> None:
-    """Refuse what is no model, and where `rope` is needed what has no RoPE of its own."""
-    if info.architecture is None:
-        raise LropeError(f"{info.path}: does not name its architecture; give a model")
-    if rope and not info.has_rope:
+def _check_rotates(info: ModelInfo) -> None:
+    """Refuse what has no RoPE of its own."""
+    if info.architecture is not None and not info.has_rope:
         raise LropeError(
             f"{info.path}: has no RoPE (architecture {info.architecture!r}): factors have no effect; give another model"
         )
+    _check_own(info)
+
+
+def _check_own(info: ModelInfo) -> None:
+    """Refuse what has no keys of its own architecture."""
+    if info.architecture is None:
+        raise LropeError(f"{info.path}: does not name its architecture; give a model")
     if info.kind == "adapter":
         raise LropeError(f"{info.path}: is a LoRA adapter; write to its base model")
 
@@ -487,11 +553,11 @@ def _rescaled(base: Base, scaling: Scaling | None) -> Rescaled:
     return result
 
 
-def _check_factors(info: ModelInfo, factors: Sequence[float], rope: RopeScaling) -> None:
+def _check_factors(info: ModelInfo, factors: Sequence[float], rope: RopeScaling, of: str = "of layer") -> None:
     """Refuse factors that the patched library refuses where the model rotates like this."""
-    for layer, value in enumerate(factors):
+    for number, value in enumerate(factors):
         if refusal := rope.refusal(value):
-            raise LropeError(f"{info.path}: the factor of layer {layer} is {value:g}, but {refusal}")
+            raise LropeError(f"{info.path}: the factor {of} {number} is {value:g}, but {refusal}")
 
 
 def _target(info: ModelInfo, output: str | os.PathLike[str] | None) -> Path | None:

@@ -7,14 +7,17 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+from lrope_gguf.curve import ROWS, Rows
 from lrope_gguf.errors import LropeError
 from lrope_gguf.folded import Folded, folded_of
 from lrope_gguf.gguf_file import ARRAY, FLOAT32, GGUFFile
-from lrope_gguf.layout import CURVE_KEY, ORIGINAL_KEY, PAGE, Base, factors_key
+from lrope_gguf.heads import head_counts, without_head_factors
+from lrope_gguf.layout import CURVE_KEY, ORIGINAL_KEY, PAGE, Base, array_keys
 from lrope_gguf.reach import has_rope, windows
 from lrope_gguf.rope_scaling import RopeScaling
 
@@ -46,6 +49,11 @@ class ModelInfo:
         scaling_error: why what stood there before is not known, as a sentence's end.
         factors: `s_l` of all `block_count` layers, float32 values; None where absent or not usable.
         factors_error: why a stored array is not usable, as a sentence's end.
+        n_head, n_head_kv: heads and KV heads of all `block_count` layers; None where the header does not tell both.
+        head_factors, query_scales: of these KV heads and heads, a row a layer, float32 values; None where absent or not
+            usable.
+        head_factors_error, query_scales_error: as `factors_error`.
+        without_head_factors: why KV heads can have no factors of their own, as a sentence's end.
         curve_json: the curve's document as stored, without its padding.
         folded: query scales that are folded into the tensors; None where none are.
         folded_error: what is wrong with what is stored of them, as a sentence's end.
@@ -77,6 +85,13 @@ class ModelInfo:
     scaling_error: str | None
     factors: tuple[float, ...] | None
     factors_error: str | None
+    n_head: tuple[int, ...] | None
+    n_head_kv: tuple[int, ...] | None
+    head_factors: Rows | None
+    head_factors_error: str | None
+    query_scales: Rows | None
+    query_scales_error: str | None
+    without_head_factors: str | None
     curve_json: str | None
     folded: Folded | None
     folded_error: str | None
@@ -86,6 +101,16 @@ class ModelInfo:
     def n_layer(self) -> int | None:
         """The layers that a curve shapes: all but those of a multi-token-prediction head."""
         return None if self.block_count is None else self.block_count - self.nextn_predict_layers
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """Those of `ROWS` that it has."""
+        return {name: rows for name in ROWS if (rows := getattr(self, name)) is not None}
+
+    def error_of(self, name: str) -> str | None:
+        """Why the stored array of this name in a curve file is not usable, as a sentence's end."""
+        error: str | None = getattr(self, f"{name.removeprefix('layer_')}_error")
+        return error
 
     def shaped(self, factors: Sequence[float]) -> tuple[float, ...]:
         """The factors of `n_layer` layers, of a list that gives these or, with 1 for the head's, `block_count`.
@@ -107,6 +132,36 @@ class ModelInfo:
                     f"{self.path}: layer {layer} belongs to a multi-token-prediction head and must keep factor 1"
                 )
         return tuple(factors[:n_layer])
+
+    def shaped_rows(self, name: str, rows: Rows) -> Rows:
+        """The rows of `ROWS[name]` of all `block_count` layers, of as many rows or of those of `n_layer` layers.
+
+        Raises `LropeError`: another number of rows, or of numbers in one; another number than 1 for the layers of a
+        multi-token-prediction head; heads that the header does not tell; or KV heads that can have no factors.
+        """
+        if name == "head_factors" and self.without_head_factors is not None:
+            raise LropeError(f"{self.path}: {self.without_head_factors}")
+        n_head, what = (self.n_head, "heads") if name == "query_scales" else (self.n_head_kv, "KV heads")
+        if n_head is None:
+            key = f"{self.architecture}.attention.head_count"
+            raise LropeError(f"{self.path}: has no {key} (the number of heads) for each layer; give a whole model")
+        n_layer = self.n_layer or 0
+        if len(rows) not in (n_layer, len(n_head)):
+            raise LropeError(
+                f"{self.path}: {len(rows)} lists of {name} for a model of {n_layer} layers; give one per layer"
+            )
+        rows = (*rows, *((1.0,) * n for n in n_head[len(rows) :]))
+        for layer, (row, n) in enumerate(zip(rows, n_head, strict=True)):
+            if len(row) != n:
+                raise LropeError(
+                    f"{self.path}: {name} of layer {layer} has {len(row)} numbers, but that layer has {n} {what}; give "
+                    "one for each"
+                )
+            if layer >= n_layer and set(row) - {1.0}:
+                raise LropeError(
+                    f"{self.path}: layer {layer} belongs to a multi-token-prediction head and must keep 1 in all {what}"
+                )
+        return rows
 
     @property
     def whole_context_layers(self) -> tuple[int, ...]:
@@ -196,7 +251,11 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
     n_layer = block_count - nextn if block_count else 0
     of_layers = windows(gguf, str(architecture), n_layer)
     factor = real("rope.scaling.factor")
-    factors, factors_error = _stored_factors(gguf, factors_key(str(architecture)), block_count)
+    keys = array_keys(str(architecture))
+    factors, factors_error = _stored_factors(gguf, keys["layer_factors"], block_count)
+    n_head, n_head_kv = head_counts(gguf, str(architecture), block_count or 0) or (None, None)
+    head_factors, head_factors_error = _stored_rows(gguf, keys, "head_factors", n_head_kv)
+    query_scales, query_scales_error = _stored_rows(gguf, keys, "query_scales", n_head)
     curve = gguf.text(CURVE_KEY, _MAX_CURVE_BYTES)
     rope_before, context_length_before, scaling_error = _before(gguf)
     folded, folded_error = _folded(gguf)
@@ -226,6 +285,13 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         scaling_error=scaling_error,
         factors=factors,
         factors_error=factors_error,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        head_factors=head_factors,
+        head_factors_error=head_factors_error,
+        query_scales=query_scales,
+        query_scales_error=query_scales_error,
+        without_head_factors=without_head_factors(gguf, str(architecture)),
         curve_json=None if curve is None else curve.rstrip(" "),
         folded=folded,
         folded_error=folded_error,
@@ -299,15 +365,37 @@ def _in_a_shard(gguf: GGUFFile, shards: int, holds: Callable[[GGUFFile], bool], 
 
 def _stored_factors(gguf: GGUFFile, key: str, n: int | None) -> tuple[tuple[float, ...] | None, str | None]:
     """The array of `key` and None, or None and what is wrong with it; None and None where it is absent."""
+    values, error = _stored_floats(gguf, key, n, "layers")
+    for layer, value in enumerate(values or ()):
+        if not (math.isfinite(value) and value > 0):
+            return None, f"{key} is {value} in layer {layer}"
+    return values, error
+
+
+def _stored_rows(
+    gguf: GGUFFile, keys: Mapping[str, str], name: str, counts: Sequence[int] | None
+) -> tuple[Rows | None, str | None]:
+    """The same of `ROWS[name]`, in rows of as many numbers as the layers have heads."""
+    key, most = keys[name], ROWS[name]
+    values, error = _stored_floats(gguf, key, sum(counts or ()), "heads" if name == "query_scales" else "KV heads")
+    if values is None:
+        return None, error
+    numbers = iter(values)
+    rows = tuple(tuple(islice(numbers, n)) for n in counts or ())
+    for layer, row in enumerate(rows):
+        for head, value in enumerate(row):
+            if not 1 / most <= value <= most:
+                return None, f"{key} is {value} for head {head} of layer {layer}, beyond 1/{most} to {most}"
+    return rows, None
+
+
+def _stored_floats(gguf: GGUFFile, key: str, n: int | None, what: str) -> tuple[tuple[float, ...] | None, str | None]:
+    """The array of `n` float32 of `key` and None, or None and what is wrong with it; None and None without it."""
     entry = gguf.entries.get(key)
     if entry is None:
         return None, None
     if (entry.kind, entry.item) != (ARRAY, FLOAT32):
         return None, f"{key} is not an array of float32"
-    if entry.length != n:
-        return None, f"{key} has {entry.length} values for {n or 'an unknown number of'} layers"
-    values = struct.unpack(f"{gguf.order}{n}f", gguf.read(entry.value, entry.end))
-    for layer, value in enumerate(values):
-        if not (math.isfinite(value) and value > 0):
-            return None, f"{key} is {value} in layer {layer}"
-    return values, None
+    if not n or entry.length != n:
+        return None, f"{key} has {entry.length} values for {n or 'an unknown number of'} {what}"
+    return struct.unpack(f"{gguf.order}{n}f", gguf.read(entry.value, entry.end)), None

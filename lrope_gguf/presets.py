@@ -19,8 +19,16 @@ _MODEL_VARIABLES = ("MODEL", "MODEL_URL", "DOCKER_REPO", "HF_REPO", "HF_FILE")
 MODEL = frozenset((*_MODEL, *(f"LLAMA_ARG_{name}" for name in _MODEL_VARIABLES)))
 """Options that say which model, by all their names."""
 
-FACTORS = frozenset(("rope-layer-factors", "LLAMA_ARG_ROPE_LAYER_FACTORS"))
-"""Options that say which layer factors."""
+ROWS = {"head_factors": "rope-head-factors", "query_scales": "query-scales"}
+"""The options of what heads have of their own, by its name in a curve file."""
+
+FACTORS = frozenset(
+    (
+        *("rope-layer-factors", *ROWS.values()),
+        *(f"LLAMA_ARG_{name}" for name in ("ROPE_LAYER_FACTORS", "ROPE_HEAD_FACTORS", "QUERY_SCALES")),
+    )
+)
+"""Options that say which factors of layers and heads, and which query scales."""
 
 SCALING = frozenset(
     (
@@ -36,7 +44,7 @@ CONTEXT = frozenset(("c", "ctx-size", "LLAMA_ARG_CTX_SIZE"))
 OWN = MODEL | FACTORS
 """Options that an entry with factors replaces."""
 
-SERVING = re.compile(r"rope-(?!layer)|yarn-|cache-type-|ct[kv]$|LLAMA_ARG_(ROPE_(?!LAYER)|YARN_|CACHE_TYPE_)")
+SERVING = re.compile(r"rope-(?!layer|head)|yarn-|cache-type-|ct[kv]$|LLAMA_ARG_(ROPE_(?!LAYER|HEAD)|YARN_|CACHE_TYPE_)")
 """Options that decide whether factors fit: scaling, and types of the cache."""
 
 _LINES = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
@@ -87,7 +95,7 @@ def _changed(
         if re.search(r"[;#\r\n]|^[ \t]|[ \t]$", value):
             raise LropeError(
                 f"--preset {path}: {key} = {value!r} has a character that a preset cannot store (; or # or a line "
-                "break, or a space at an end); rename the model, or give a link to it"
+                "break, or a space at an end); rename that file, or give a link to it"
             )
     check_replaceable(path)
     try:

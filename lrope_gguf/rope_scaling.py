@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lrope_gguf.curve import MAX_FACTOR as MAX_FACTOR
+from lrope_gguf.curve import Rows
 from lrope_gguf.errors import LropeError
 from lrope_gguf.gguf_file import Value, Values
 
-MAX_FACTOR = 1024
-"""The largest layer factor, and 1 over the smallest: LLAMA_ROPE_LAYER_FACTOR_MAX of the patch."""
 _EXT_GAIN_MAX = 32.0  # LLAMA_ROPE_LAYER_EXT_GAIN_MAX of the patch
 MAX_SCALE = 1024
 _DYNAMIC = {"dynamic": "none", "dynamic-yarn": "yarn"}  # and the type that a file has beside the dynamic factor
@@ -65,6 +65,11 @@ def shortest(value: float) -> float:
         return value  # no float32 at all, which `write_factors` refuses
     decimals = (float(f"{value:.{digits}g}") for digits in range(1, 10))
     return next((decimal for decimal in decimals if struct.pack("<f", decimal) == wanted), value)
+
+
+def shortest_rows(rows: Rows) -> Rows:
+    """`shortest` of each number."""
+    return tuple(tuple(map(shortest, row)) for row in rows)
 
 
 @dataclass(frozen=True)

@@ -253,8 +253,7 @@ def test_normalized_queries(name: str, tmp_path: Path) -> None:
 def test_what_show_says_and_what_stands_in_the_file(tmp_path: Path) -> None:
     path = write_queries(tmp_path / "m.gguf", "Q4_K")
     curve = tmp_path / "best.json"
-    extra = {"query_scales": [list(row) for row in SCALES]}
-    CurveFile(layer_factors=(1.0, 1.5), extra=extra).save(curve)
+    CurveFile(layer_factors=(1.0, 1.5), query_scales=SCALES).save(curve)
     original = path.read_bytes()
     dry = lrope_gguf("write", path, "--curve", curve, "--fold", "--dry-run")
     assert path.read_bytes() == original and "folded into 4 tensors" in dry.stdout and not dry.returncode
@@ -266,14 +265,33 @@ def test_what_show_says_and_what_stands_in_the_file(tmp_path: Path) -> None:
     )
     assert "from best.json, remove takes them out" in said and "llama-quantize keeps these scales" in said
     shown = json.loads(lrope_gguf("show", "--json", path).stdout)["folded"]
-    assert shown["query_scales"] == extra["query_scales"] and shown["source"] == "best.json"
+    assert shown["query_scales"] == [list(row) for row in SCALES] and shown["source"] == "best.json"
     fields = GGUFReader(path).fields
     assert all(fields[key].contents().isascii() for key in ("lrope.folded", "lrope.folded.before"))
     again = lrope_gguf("write", path, "--curve", curve, "--fold")
     assert again.returncode == 1 and "has query scales folded into it already (from best.json)" in again.stderr
     assert "restore blk.0.attn_q.weight" in lrope_gguf("remove", path, "--dry-run").stdout
     gone = lrope_gguf("remove", path)
-    assert "written without layer factors and query scales" in gone.stdout and path.read_bytes() == original
+    assert "written without layer factors and folded query scales" in gone.stdout and path.read_bytes() == original
+
+
+def test_beside_scales_for_the_patched_runtime(tmp_path: Path) -> None:
+    """Never both: what is folded goes before, and is not written again."""
+    path, curve = write_queries(tmp_path / "m.gguf"), tmp_path / "best.json"
+    CurveFile(query_scales=SCALES).save(curve)
+    original, words = path.read_bytes(), ("write", path, "--curve", curve)
+    assert lrope_gguf(*words).returncode == 0 and read_model(path).query_scales is not None
+    assert lrope_gguf(*words, "--fold").returncode == 0
+    info = read_model(path)
+    assert info.query_scales is None and info.curve_json is None and info.folded is not None
+    assert "has query scales folded into it; take them out" in lrope_gguf(*words).stderr
+    assert lrope_gguf("remove", path).returncode == 0 and path.read_bytes() == original
+    CurveFile(query_scales=SCALES, head_factors=[[1.5] * HEADS] * LAYERS).save(curve)
+    assert lrope_gguf(*words, "--fold").returncode == 0
+    info = read_model(path)
+    assert info.query_scales is None and info.head_factors is not None
+    assert "agrees with the factors" in lrope_gguf("show", path).stdout
+    assert lrope_gguf("remove", path).returncode == 0 and path.read_bytes() == original
 
 
 def test_factors_beside_a_fold_are_written_in_place(tmp_path: Path) -> None:
@@ -438,15 +456,15 @@ def bad(folder: Path, **options: Any) -> Path:
 
 Q = [[1.5] * HEADS] * LAYERS
 BAD: dict[str, tuple[Callable[[Path], Path], Sequence[Sequence[float]], str]] = {
-    "too few layers": (bad, Q[:1], "best.json: has query_scales for 1 layers, but"),
-    "too few heads": (bad, [[1.5] * 3, [1.0] * 4], "has 3 query_scales for layer 0"),
-    "too high": (bad, [[17.0] * 4, [1.0] * 4], "the query scale of head 0 of layer 0 is 17; give one from 1/16 to 16"),
-    "not a number": (bad, [[float("nan")] * 4, [1.0] * 4], "is nan; give one"),
+    "too few layers": (bad, Q[:1], "1 lists of query_scales for a model of 2 layers"),
+    "too few heads": (bad, [[1.5] * 3, [1.0] * 4], "query_scales of layer 0 has 3 numbers, but that layer has 4 heads"),
+    "too high": (bad, [[17.0] * 4, [1.0] * 4], "the query scale of head 0 in layer 0 is 17, beyond 1/16 to 16"),
+    "not a number": (bad, [[float("nan")] * 4, [1.0] * 4], "best.json: the query scale of head 0 in layer 0 is NaN"),
     "nothing": (bad, [[1.0] * 4] * 2, "all its query scales are 1"),
     "no attention there": (lambda f: bad(f, layers=[0]), Q, "layer 1 has no attention"),
     "unknown": (lambda f: bad(f, architecture="llama4"), Q, "how 'llama4' makes its queries is not known"),
     "clamped": (lambda f: bad(f, keys={"llama.attention.clamp_kqv": 8.0}), Q, "limits its queries"),
-    "layer without keys": (lambda f: bad(f, heads_kv=[4, 0]), Q, "has 4 query_scales for layer 1, but"),
+    "layer without keys": (lambda f: bad(f, heads_kv=[4, 0]), Q, "layer 1 has no attention"),
     "MXFP4": (
         lambda f: write(
             f / "m.gguf",

@@ -13,9 +13,8 @@ from support import llama_direct
 from support.arch_models import FIXTURES, MLA, Fixture, LeanModel, Model, Session, library, open_model
 from support.graph_nodes import GgmlTensor
 
-from lrope_gguf import LropeError, write_factors
-from lrope_gguf.fold import _KNOWN, Wanted, heads_of
-from lrope_gguf.gguf_file import GGUFFile
+from lrope_gguf import LropeError, read_model, write_factors
+from lrope_gguf.fold import _KNOWN, Wanted
 
 pytestmark = pytest.mark.native
 
@@ -90,10 +89,10 @@ def test_logits_of_each_head(name: str, tmp_path: Path) -> None:
 def check(fixture: Fixture, path: Path, folded: Path, only_first: bool = False) -> None:
     """Fold one layer at a time: what stands before it is the same, and its logits are times the scales."""
     base = logits(fixture, path)
-    with GGUFFile(path) as gguf:
-        heads = heads_of(gguf, fixture.arch, fixture.n_layer)
-    assert heads is not None
-    tried = [layer for layer in sorted(base) if layer < fixture.n_layer and heads[layer]]
+    info = read_model(path)
+    heads, kv = info.n_head, info.n_head_kv
+    assert heads is not None and kv is not None
+    tried = [layer for layer in sorted(base) if layer < fixture.n_layer and heads[layer] and kv[layer]]
     for layer in {tried[0], tried[0 if only_first else -1]}:
         q = np.linspace(1.5, 0.75, heads[layer]).astype(np.float32)
         try:

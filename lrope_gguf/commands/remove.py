@@ -1,4 +1,4 @@
-"""`lrope-gguf remove`: take layer factors, a written RoPE scaling and folded query scales out of a model."""
+"""`lrope-gguf remove`: take factors, query scales and a written RoPE scaling out of a model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lrope_gguf.commands.write import change_line, plan_line, report, whole_file
 from lrope_gguf.metadata import WriteResult, plan_remove, remove_factors
 from lrope_gguf.model_info import ModelInfo, read_model
 
-_NOTHING = "has no layer factors and no scaling that write has added"
+_NOTHING = "has no factors, query scales or scaling that write has added"
 
 
 @click.command("remove")
 @model_argument
 @output_options
 def command(model: str, output: str | None, dry_run: bool, quiet: bool) -> None:
-    """Take layer factors, a written RoPE scaling and folded query scales out of MODEL: the original again."""
+    """Take factors, query scales and a written RoPE scaling out of MODEL: the original again."""
     if dry_run:
         plan = plan_remove(model, output)
         removed = [f"  remove {key}" for key in plan.removed]
@@ -37,12 +37,13 @@ def _done(result: WriteResult, info: ModelInfo) -> str:
     if result.how == "unchanged":
         return f"{result.path}: {_NOTHING}; unchanged"
     scaled = info.rope_before is not None or info.rope_dynamic_factor is not None
-    folded = info.folded is not None
-    had = {
-        "layer factors": info.curve_json is not None or not (scaled or folded),
-        "RoPE scaling": scaled,
-        "query scales": folded,
-    }
+    words = {"factors of KV heads": "head_factors", "query scales": "query_scales"}
+    had = [said for said, name in words.items() if name in info.rows or info.error_of(name)]
+    if info.folded is not None or info.folded_error is not None:
+        had.append("folded query scales")
+    if info.factors or info.factors_error or not (had or scaled):
+        had.insert(0, "layer factors")
     shared = f", {whole_file(result)}" if result.bytes_shared else ""
-    what = " and ".join(name for name, there in had.items() if there)
+    *others, last = [*had, *(["RoPE scaling"] if scaled else [])]
+    what = " and ".join(filter(None, (", ".join(others), last)))
     return f"{result.path}: written without {what} ({result.bytes_written} bytes{shared})"

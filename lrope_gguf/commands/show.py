@@ -1,4 +1,4 @@
-"""`lrope-gguf show`: a model's RoPE settings, layer factors and where they come from."""
+"""`lrope-gguf show`: a model's RoPE settings, its factors and query scales, and where they come from."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import click
 
 from lrope_gguf.commands.options import FILE, model_argument
-from lrope_gguf.curve import AGREEMENT, CurveFile
+from lrope_gguf.curve import AGREEMENT, CurveFile, Rows
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.layout import factors_key
 from lrope_gguf.model_info import ModelInfo, read_model
-from lrope_gguf.rope_scaling import shortest
+from lrope_gguf.rope_scaling import shortest, shortest_rows
 from lrope_gguf.text import printable, shown_in, sparkline
 
 _LABEL = 16
@@ -27,6 +27,7 @@ _BRIEF = 100
 _MOST_PARTS = 50
 _LEAST = 40
 _CELL = 20
+_OF_HEADS = {"head_factors": "head factors", "query_scales": "query scales"}
 _PROVENANCE_LINES = 40
 _ROUNDING = 2.0**-23
 _COPIES = (
@@ -40,7 +41,7 @@ _COPIES = (
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 @click.option("--plot", type=FILE, metavar="FILE", help="draw the factors over the layers, into a .png or .svg file")
 def command(model: str, as_json: bool, plot: str | None) -> None:
-    """Show RoPE settings and layer factors of MODEL."""
+    """Show RoPE settings, factors and query scales of MODEL."""
     info = read_model(model)
     document = curve_error = None
     try:
@@ -48,7 +49,7 @@ def command(model: str, as_json: bool, plot: str | None) -> None:
             document = CurveFile.loads(info.curve_json, "lrope.curve", check_agreement=False)
     except LropeError as error:
         curve_error = str(error)
-    agreement = None if document is None or info.factors is None else agrees(document, info.factors, info.n_layer)
+    agreement = None if document is None else _agreement(document, info)
     if plot is not None:
         check_output("--plot", plot, {"MODEL": model})
         _plot(plot, info, document, agreement)
@@ -63,6 +64,25 @@ def command(model: str, as_json: bool, plot: str | None) -> None:
 
         width = shutil.get_terminal_size((100, 24)).columns
     print(shown_in("\n".join(_lines(info, document, curve_error, agreement, width)), sys.stdout.encoding))
+
+
+def _agreement(document: CurveFile, info: ModelInfo) -> bool | None:
+    """Whether the document gives all that the file has of layers and heads; None where that is nothing."""
+    if info.factors is None and not info.rows:
+        return None
+    if info.factors is None:
+        same = document.layer_factors is None and document.control_points is None
+    else:
+        same = agrees(document, info.factors, info.n_layer)
+    wanted = document.rows
+    return same and wanted.keys() == info.rows.keys() and all(_same_rows(wanted[n], r) for n, r in info.rows.items())
+
+
+def _same_rows(wanted: Rows, rows: Rows) -> bool:
+    """Whether the numbers of the heads are the wanted ones within float32's rounding, and 1 in layers after these."""
+    wanted = (*wanted, *((1.0,) * len(row) for row in rows[len(wanted) :]))
+    alike = [len(a) for a in wanted] == [len(b) for b in rows]
+    return alike and all(_close(a, b, 0.0) for a, b in zip(wanted, rows, strict=True))
 
 
 def agrees(document: CurveFile, factors: Sequence[float], n_layer: int | None = None) -> bool:
@@ -99,7 +119,8 @@ def _lines(
         ("RoPE base", None if info.rope_freq_base is None else f"{info.rope_freq_base:.10g}"),
         ("RoPE scaling", _scaling(info)),
         ("layer factors", _factors_line(info, width)),
-        ("query scales", _folded_line(info)),
+        *((said, _rows_line(info, name)) for name, said in _OF_HEADS.items()),
+        ("folded scales", _folded_line(info)),
         ("  copies", None if info.folded is None else _COPIES),
         ("curve", _curve_line(document, curve_error, agreement)),
     ]
@@ -110,7 +131,9 @@ def _lines(
             rows.append(("  …", f"{more} more lines, see --json"))
     lines = [line for name, text in rows if text is not None for line in _row(printable(name), printable(text), width)]
     if info.factors is not None:
-        lines += ["", *_table(info.factors, width)]
+        lines += ["", *_table([f"{layer:5}  {shortest(s)}" for layer, s in enumerate(info.factors)], "factor", width)]
+    for name, of_heads in info.rows.items():
+        lines += ["", *_table(_picture(of_heads), _OF_HEADS[name], width)]
     return lines
 
 
@@ -124,14 +147,25 @@ def _row(name: str, text: str, width: int | None) -> list[str]:
     return lines or [first.rstrip()]
 
 
-def _table(factors: Sequence[float], width: int | None) -> list[str]:
-    """Layer and factor, in columns on a wide terminal where they are many."""
-    cells = [f"{layer:5}  {shortest(s)}" for layer, s in enumerate(factors)]
-    columns = 1 if width is None or len(cells) <= 16 else max(1, min(4, (width + 3) // (_CELL + 3)))
+def _table(cells: Sequence[str], title: str, width: int | None) -> list[str]:
+    """Layers and what they have, in columns on a wide terminal where they are many."""
+    cell = max(_CELL, *map(len, cells))
+    columns = 1 if width is None or len(cells) <= 16 else max(1, min(4, (width + 3) // (cell + 3)))
     height = -(-len(cells) // columns)
     columns = -(-len(cells) // height)
-    rows = [["layer  factor"] * columns, *(cells[row::height] for row in range(height))]
-    return ["   ".join(f"{cell:<{_CELL}}" for cell in row).rstrip() for row in rows]
+    rows = [[f"layer  {title}"] * columns, *(cells[row::height] for row in range(height))]
+    return ["   ".join(f"{text:<{cell}}" for text in row).rstrip() for row in rows]
+
+
+def _picture(rows: Rows) -> list[str]:
+    """Of each layer a block a head, from the lowest to the highest number of all, and its own lowest and highest."""
+    values = list(chain(*rows))
+    low, high, most = min(values), max(values), max(map(len, rows))
+    lines = []
+    for layer, row in enumerate(rows):
+        ends = " to ".join(f"{value:.4g}" for value in sorted({min(row), max(row)})) if row else "no heads"
+        lines.append(f"{layer:5}  {sparkline(row, low, high):<{most}}  {ends}")
+    return lines
 
 
 def _kind(info: ModelInfo) -> str | None:
@@ -184,6 +218,8 @@ def _factors_line(info: ModelInfo, width: int | None) -> str | None:
     if info.factors is None:
         if info.kind == "adapter":
             return None
+        if info.head_factors is not None:
+            return "none"
         return "none (1 in every layer)" if info.has_rope else "none, and they would have no effect"
     low, high = min(info.factors), max(info.factors)
     line = sparkline(info.factors)
@@ -192,7 +228,18 @@ def _factors_line(info: ModelInfo, width: int | None) -> str | None:
         line = " ".join(line[i : i + room] for i in range(0, len(line), room))
     moved = sum(factor != 1 for factor in info.factors)
     others = "" if moved == len(info.factors) else f", in {moved} of {len(info.factors)} layers other than 1"
-    return f"{line}  {shortest(low)} to {shortest(high)}{others}"
+    passed_over = "" if info.head_factors is None else "; the head factors go before them"
+    return f"{line}  {shortest(low)} to {shortest(high)}{others}{passed_over}"
+
+
+def _rows_line(info: ModelInfo, name: str) -> str | None:
+    if error := info.error_of(name):
+        return f"not usable: {error}; write them again or remove them"
+    values = list(chain(*info.rows.get(name, ())))
+    if not values:
+        return None
+    moved, heads = sum(value != 1 for value in values), "heads" if name == "query_scales" else "KV heads"
+    return f"{shortest(min(values))} to {shortest(max(values))}, in {moved} of {len(values)} {heads} other than 1"
 
 
 def _folded_line(info: ModelInfo) -> str | None:
@@ -215,10 +262,13 @@ def _curve_line(document: CurveFile | None, error: str | None, agreement: bool |
     if document is None:
         return None
     points = document.control_points
-    what = "a list of factors" if points is None else f"Bézier of degree {len(points) - 1}"
+    what = "" if document.layer_factors is None else "a list of factors"
+    if points is not None:
+        what = f"Bézier of degree {len(points) - 1}"
     if points is not None:
         what += f" through {points[0][1]:.4g} and {points[-1][1]:.4g}" if len(points) > 8 else " with control points "
         what += "" if len(points) > 8 else " ".join(f"({x:.3g},{y:.4g})" for x, y in points)
+    what = " and ".join(filter(None, (what, *(_OF_HEADS[name] for name in document.rows))))
     verdict = {True: "agrees with the factors", False: "DOES NOT AGREE with the factors", None: "without factors"}
     return f"{what}; {verdict[agreement]}"
 
@@ -275,12 +325,11 @@ def _json(
     info: ModelInfo, document: CurveFile | None, curve_error: str | None, agreement: bool | None
 ) -> dict[str, Any]:
     fields = asdict(info)
-    del fields["curve_json"], fields["has_rope"], fields["rope"]
+    del fields["curve_json"], fields["has_rope"], fields["rope"], fields["without_head_factors"]
     if info.folded is not None:
         tensors = [kept.name for kept in info.folded.tensors]
-        scales = [[shortest(q) for q in row] for row in info.folded.scales]
         told = {"by": info.folded.by, "source": info.folded.source}
-        fields["folded"] = {**told, "query_scales": scales, "tensors": tensors}
+        fields["folded"] = {**told, "query_scales": shortest_rows(info.folded.scales), "tensors": tensors}
     return _numbers(fields) | {
         "path": str(info.path),
         "n_layer": info.n_layer,
@@ -289,6 +338,7 @@ def _json(
         "rope_before": None if info.rope_before is None else _numbers(info.rope_before.json()),
         "factors_key": None if info.architecture is None else factors_key(info.architecture),
         "factors": None if info.factors is None else [shortest(s) for s in info.factors],
+        **{name: shortest_rows(rows) for name, rows in info.rows.items()},
         "curve": None if document is None else document.document(),
         "curve_error": curve_error,
         "curve_agrees": agreement,

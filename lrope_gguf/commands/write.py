@@ -1,27 +1,35 @@
-"""`lrope-gguf write`: store layer factors and a RoPE scaling in a model's metadata, fold query scales into it."""
+"""`lrope-gguf write`: store factors, query scales and a RoPE scaling in a model, or fold query scales into it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lrope_gguf import presets
 from lrope_gguf.commands.options import FILE, Numbers, exactly_one, model_argument, output_options
 from lrope_gguf.commands.progress import CopyProgress
-from lrope_gguf.curve import CurveFile, resolved, source_name
+from lrope_gguf.curve import CurveFile, Rows, resolved, source_name
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
-from lrope_gguf.folded import query_scales
-from lrope_gguf.layout import CURVE_KEY, factors_key
-from lrope_gguf.metadata import WritePlan, WriteResult, plan_scaling, plan_write, storable_factors, write_factors
+from lrope_gguf.layout import CURVE_KEY, array_keys
+from lrope_gguf.metadata import (
+    WritePlan,
+    WriteResult,
+    plan_scaling,
+    plan_write,
+    storable_factors,
+    storable_rows,
+    write_factors,
+)
 from lrope_gguf.model_info import ModelInfo, read_model
 from lrope_gguf.presets import CONTEXT, FACTORS, MODEL, SCALING, plan_preset, write_preset
 from lrope_gguf.rescale import KeyChange
-from lrope_gguf.rope_scaling import KINDS, Recipe, RopeScaling, Scaling, differences, shortest
+from lrope_gguf.rope_scaling import KINDS, Recipe, RopeScaling, Scaling, differences, shortest, shortest_rows
 from lrope_gguf.stores import model_name, reference
 from lrope_gguf.text import command_line, printable, say
 
@@ -72,7 +80,7 @@ def command(
     preset: str | None,
     preset_name: str | None,
 ) -> None:
-    """Store layer factors, a RoPE scaling or both in MODEL, or fold query scales into it."""
+    """Store factors of layers or heads, query scales, a RoPE scaling or all of them in MODEL."""
     exactly_one(required=rope_scaling is None, curve=curve, factors=factors, uniform=uniform)
     given = {"--rope-scale": rope_scale, "--context-length": context_length, "--yarn-orig-ctx": yarn_orig_ctx}
     for option, value in given.items():
@@ -95,19 +103,24 @@ def command(
         rope = replace(rope, scaling="none")  # as an option it goes before what the file says
     curve_json = wanted = None
     served = _Served()
+    rows: dict[str, Rows] = {}
     if curve is not None:
         if output is not None:
             check_output("--output", output, {"--curve": curve})
         document, factors = curve_for(curve, info)
+        rows = document.rows
         if fold:
             wanted = _wanted(document, source_name(resolved(curve)), refold)
+            del rows["query_scales"]
+            if factors is not None or rows:
+                document = replace(document, query_scales=None)
         curve_json = document.dumps(compact=True)
         served = _served(document, info, rope, scaling is not None)
     elif uniform is not None:
         factors = info.uniform(uniform)
     if preset is not None:
         check_output("--preset", preset, {"MODEL": model, "--curve": curve})
-        asked = _Asked(model, info, factors, scaling, recipe, rope)
+        asked = _Asked(model, info, factors, rows, curve, scaling, recipe, rope)
         report(*_preset(preset, preset_name or _preset_name(model, info), asked, served, dry_run, quiet))
         return
     notes = list(served.notes)
@@ -115,10 +128,11 @@ def command(
         kept = f"keeps its own RoPE scaling ({own}); --rope-scaling none removes only what write has added"
         notes.append(f"{info.path}: {kept}")
     how: dict[str, Any] = {"curve_json": curve_json, "scaling": scaling, "fold": wanted}
-    how |= {"output": output, "mapped_ok": mapped_ok}
+    how |= {"output": output, "mapped_ok": mapped_ok, **rows}
+    keeps = factors is None and not rows
     if dry_run:
         plan = plan_write(model, factors, **how)
-        report((*notes, *plan.notes), [] if quiet else _plan_lines(plan, info, factors is None, uniform))
+        report((*notes, *plan.notes), [] if quiet else _plan_lines(plan, info, rows, keeps, uniform))
         return
     with CopyProgress(quiet=quiet) as progress:
         result = write_factors(model, factors, progress=progress, **how)
@@ -128,8 +142,7 @@ def command(
         "unchanged": f"unchanged, {'it already has these factors' if scaling is None else 'nothing had to change'}",
     }[result.how]
     said = [f"{result.path}: {done}"]
-    if result.factors:
-        said.append(_factors(result.factors, info, uniform))
+    said += _arrays(result.factors, info.rows if keeps else rows, info, uniform).values()
     if result.folding is not None:
         said.append(_folded(result.folding))
     if scaling is not None:
@@ -145,19 +158,37 @@ class _Asked:
     model: str
     info: ModelInfo
     factors: Iterable[float] | None
+    rows: Mapping[str, Rows]
+    curve: str | None
     scaling: Scaling | None
     recipe: Recipe | None
     rope: RopeScaling
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the factors and query scales stay those of the file."""
+        return self.factors is None and not self.rows
 
     def options(self, served: _Served) -> dict[str, str]:
         """The options of the entry."""
         name = reference(self.model)
         said = {"model": str(Path(self.model).absolute())} if name is None else {"hf": name}
-        factors = self.info.factors if self.factors is None else self.factors
+        factors = self.info.factors if self.keeps else self.factors
         if factors is not None:
             stored = storable_factors(self.info, factors, self.rope)
             if self.factors is not None:
                 said["rope-layer-factors"] = ",".join(f"{shortest(factor):.9g}" for factor in stored)
+        elif not self.keeps and self.info.factors is not None:
+            said["rope-layer-factors"] = "off"
+        for name, of_heads in (self.info.rows if self.keeps else self.rows).items():
+            storable_rows(self.info, name, of_heads, self.rope)
+        for name, option in presets.ROWS.items():
+            if name in self.rows:
+                if self.curve is None or self.curve == "-":
+                    raise LropeError(f"--curve {self.curve}: an entry names the file of its {name}; give a file")
+                said[option] = str(Path(resolved(self.curve)).absolute())
+            elif not self.keeps and getattr(self.info, name) is not None:
+                said[option] = "off"
         if self.scaling is not None:
             said |= {"rope-scaling": "none"} if self.recipe is None else self.recipe.options()
         options = zip(served.options[::2], served.options[1::2], strict=True)
@@ -166,7 +197,7 @@ class _Asked:
     @property
     def replaced(self) -> frozenset[str]:
         """The options of an existing entry that the new ones replace."""
-        names = MODEL if self.factors is None else MODEL | FACTORS
+        names = MODEL if self.keeps else MODEL | FACTORS
         if self.scaling is None:
             return names
         ends = self.recipe is None or self.recipe.context_length is not None
@@ -268,41 +299,48 @@ def plan_line(plan: WritePlan) -> str:
     return f"{plan.path}: would be a new file of {plan.bytes_written} bytes, {data}"
 
 
-def _plan_lines(plan: WritePlan, info: ModelInfo, keeps_factors: bool, uniform: float | None) -> list[str]:
+def _plan_lines(
+    plan: WritePlan, info: ModelInfo, rows: Mapping[str, Rows], keeps: bool, uniform: float | None
+) -> list[str]:
     changes = [f"  {change_line(change)}" for change in plan.changes]
-    if keeps_factors and not plan.factors:
-        return [plan_line(plan), *(changes or ["  nothing: it has no scaling that write has added"])]
-    lines = [plan_line(plan)]
-    key = factors_key(info.architecture or "")
-    had_array = info.factors is not None or info.factors_error is not None
-    for name, had, what in (
-        (key, had_array, _factors(plan.factors, info, uniform)),
-        (CURVE_KEY, info.curve_json is not None, "where the factors come from"),
-    ):
-        kept = keeps_factors or plan.how == "unchanged" or (name == key and info.factors == plan.factors)
-        lines.append(f"  {'keep' if kept else 'replace' if had else 'add'} {name}: {what}")
     if plan.folding is not None:
         changes.append(f"  {_folded(plan.folding)}")
+    rows, keeps = (info.rows, True) if keeps else (rows, plan.how == "unchanged")
+    said = _arrays(plan.factors, rows, info, uniform)
+    if keeps and not said:
+        return [plan_line(plan), *(changes or ["  nothing: it has no scaling that write has added"])]
+    lines = [plan_line(plan)]
+    for name, key in array_keys(info.architecture or "").items():
+        had: Any = info.factors if name == "layer_factors" else shortest_rows(info.rows.get(name, ())) or None
+        then: Any = plan.factors if name == "layer_factors" else rows.get(name)
+        there = had is not None or info.error_of(name) is not None
+        if name in said:
+            lines.append(f"  {_action(keeps or had == then, there)} {key}: {said[name]}")
+        elif there:
+            lines.append(f"  remove {key}")
+    lines.append(f"  {_action(keeps, info.curve_json is not None)} {CURVE_KEY}: where the factors come from")
     return lines + changes
 
 
+def _action(keeps: bool, replaces: bool) -> str:
+    return "keep" if keeps else "replace" if replaces else "add"
+
+
 def _wanted(document: CurveFile, source: str, refold: bool) -> Wanted:
-    """The query scales of a curve file, to be folded. Raises `LropeError`: it has none, or they are no numbers."""
+    """The query scales of a curve file, to be folded. Raises `LropeError`: it has none."""
     from lrope_gguf.fold import Wanted
 
-    rows = query_scales(document)
-    if rows is None:
+    if document.query_scales is None:
         raise LropeError(f"{source}: has no query_scales to fold; give a curve that has them, or leave out --fold")
-    return Wanted(rows, source, refold)
+    return Wanted(document.query_scales, source, refold)
 
 
 def _folded(folding: Folding) -> str:
     """What was folded, and how well, in words."""
-    if folding.folded is None:
-        return ""
-    scales = [q for row in folding.folded.scales for q in row]
+    assert folding.folded is not None
     rounding, n = folding.rounding, len(folding.folded.tensors)
     coarse = f" ({rounding.coarse} of {rounding.scales} subnormal ones by more)" if rounding.coarse else ""
+    scales = [q for row in folding.folded.scales for q in row]
     return (
         f"query scales from {shortest(min(scales))} to {shortest(max(scales))} folded into {n} tensors, rounded by at "
         f"most {rounding.worst:.1e} of a block's scale{coarse}"
@@ -315,6 +353,18 @@ def change_line(change: KeyChange) -> str:
     return f"{change.action} {change.key}{value}" + (f" (was {change.was})" if change.was is not None else "")
 
 
+def _arrays(
+    factors: tuple[float, ...], rows: Mapping[str, Rows], info: ModelInfo, uniform: float | None
+) -> dict[str, str]:
+    """What a file has of layers and heads then, in words, by its names in a curve file."""
+    said = {"layer_factors": _factors(factors, info, uniform)} if factors else {}
+    words = {"head_factors": "factors of KV heads", "query_scales": "query scales"}
+    for name, of_heads in rows.items():
+        values = sorted(value for row in of_heads for value in row)
+        said[name] = f"{len(values)} {words[name]} from {shortest(values[0])} to {shortest(values[-1])}"
+    return said
+
+
 def _factors(factors: tuple[float, ...], info: ModelInfo, uniform: float | None) -> str:
     if uniform is None:
         return f"{len(factors)} layer factors from {shortest(min(factors))} to {shortest(max(factors))}"
@@ -324,8 +374,8 @@ def _factors(factors: tuple[float, ...], info: ModelInfo, uniform: float | None)
     return f"layer factor {uniform:g} in {moved} of {all_layers} layers, those that see the whole context"
 
 
-def curve_for(path: str | Path, info: ModelInfo) -> tuple[CurveFile, tuple[float, ...]]:
-    """The document of a curve file with its factors for a model listed, and these factors.
+def curve_for(path: str | Path, info: ModelInfo) -> tuple[CurveFile, tuple[float, ...] | None]:
+    """The document of a curve file with its factors for a model listed, and those of the layers, if it has any.
 
     Raises `LropeError`: where the file is not valid or made for another architecture or number of layers.
     """
@@ -335,12 +385,17 @@ def curve_for(path: str | Path, info: ModelInfo) -> tuple[CurveFile, tuple[float
         wanted, found = getattr(document, name), getattr(info, name)
         if None not in (wanted, found) and wanted != found:
             raise LropeError(f"{where}: is for {name} {wanted}, but {info.path} has {found}; give a curve made for it")
-    listed = document.layer_factors or ()
+    listed, factors = document.layer_factors or (), None
     try:
         if document.control_points is None and len(listed) == info.block_count:
             factors = info.shaped(listed)
-        else:
+        elif document.control_points is not None or listed:
             factors = document.factors_for(info.n_layer or 1)
     except LropeError as error:
         raise LropeError(f"{where}: {error}; give a curve made for {info.path}") from None
-    return replace(document, layer_factors=tuple(map(shortest, factors))), factors
+    known = document.rows if info.block_count is not None else {}  # of what is no model, whoever writes says it
+    try:
+        rows: Any = {name: shortest_rows(info.shaped_rows(name, rows)) for name, rows in known.items()}
+    except LropeError as error:
+        raise LropeError(f"{where}: {error}") from None
+    return replace(document, layer_factors=None if factors is None else tuple(map(shortest, factors)), **rows), factors

@@ -98,7 +98,11 @@ def _sides(info: ModelInfo, curves: Sequence[str], factors: Factors | None, *, a
         name = "curve" if len(curves) == 1 else f"curve {Path(curve).stem if curve.endswith('.json') else curve}"
         if name in sides:
             raise LropeError(f"--curve {curve}: {name} is given already; give files of different names")
-        sides[name] = curve_for(curve, info)[1]
+        document, found = curve_for(curve, info)
+        if document.rows:
+            has = f"its {' and '.join(document.rows)} are not set here, only factors of layers"
+            say(f"lrope-gguf: note: {curve}: {has}; write them to a copy of the model, and measure that", err=True)
+        sides[name] = (1.0,) * (info.n_layer or 0) if found is None else found
     if factors is not None:
         try:
             sides["given"] = info.shaped(factors)  # "factors" is another key of the JSON

@@ -158,6 +158,8 @@ def _scales(directory: Path) -> dict[str, float]:
 
 def _with_factors(directory: Path, best: CurveFile, n_layer: int) -> CurveFile:
     """The document with its factors listed, which searches once did not: they rounded the curve's like this."""
+    if best.control_points is None and best.layer_factors is None:
+        return best  # numbers of heads alone
     try:
         factors = best.factors_for(n_layer)
     except LropeError as error:
