@@ -44,6 +44,7 @@ _MAX_WORK = 1 << 24
 _HEAVY = 32
 _MAX_ALIGNMENT = 1 << 20
 _LONG = b"rope_factors_long"
+_QUERIES = re.compile(rb"blk\.[0-9]{1,4}\.attn_q[a-z_]*\.(?:weight|bias)")
 _HEAD = re.compile(rb"blk\.([0-9]{1,4})\.nextn\.eh_proj\.weight")
 
 # Items and bytes of a block by ggml type (ggml_type in ggml.h, block structs in ggml-common.h); other types are new.
@@ -68,6 +69,14 @@ class Entry(NamedTuple):
     kind: int
     item: int
     length: int
+
+
+class Tensor(NamedTuple):
+    """A tensor's type, its shape (items of a row first), and the offset of its data from `data_start`."""
+
+    kind: int
+    dims: tuple[int, ...]
+    offset: int
 
 
 class Value(NamedTuple):
@@ -169,6 +178,8 @@ class GGUFFile(Values):
         data_start: offset of the tensor data; without tensors the same as `info_end`.
         head_layers: layers with the projection that makes them a multi-token-prediction head.
         has_long_factors: whether there is a tensor of LongRoPE's factors.
+        queries: `Tensor` by name, of those that make a layer's queries (`blk.N.attn_q...`).
+        overlaps: whether tensors lie over each other, or two have a name of `queries`: llama.cpp refuses such a file.
 
     Raises:
         LropeError: where the file is missing, not GGUF, damaged or truncated; with the byte where it shows.
@@ -362,7 +373,8 @@ class GGUFFile(Values):
     def _scan_tensors(self) -> None:
         end, last, last_start = 0, b"", 0
         self.head_layers: set[int] = set()
-        self.has_long_factors = False
+        self.has_long_factors = self.overlaps = False
+        self.queries: dict[str, Tensor] = {}
         for _ in range(self.n_tensors):
             start = self._position
             length = self._u64("the length of a tensor's name")
@@ -380,6 +392,10 @@ class GGUFFile(Values):
             offset = self._u64("a tensor's offset")
             items, size = _BLOCKS.get(kind, (1, 0))
             needed = offset + math.prod(dims[1:]) * (-(-(dims[0] if dims else 1) // items) * size)
+            self.overlaps |= offset < end
+            if b".attn_q" in name and _QUERIES.fullmatch(name):
+                self.overlaps |= name.decode() in self.queries
+                self.queries[name.decode()] = Tensor(kind, tuple(dims), offset)
             if needed > end:
                 end, last, last_start = needed, name, start
         self.info_end = self.data_start = self._position

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ from lrope_gguf.rope_scaling import DYNAMIC, NAMES
 
 CURVE_KEY = "lrope.curve"
 ORIGINAL_KEY = "lrope.original"
+FOLDED_KEY = "lrope.folded"
+BEFORE_KEY = "lrope.folded.before"
 _FORMAT, _VERSION = "lrope-original", 1
 _MAX_BYTES = 1 << 15  # four of the longest strings, in hexadecimal digits
 _MAX_STORED = 1 << 22
@@ -35,8 +37,22 @@ _MAX_ENTRY = (1 << 19) + PAGE  # of heads: 2**17 numbers
 _SLACK = 1024
 _MAX_ROOM = 1 << 22
 
+
+@dataclass(frozen=True)
+class Made:
+    """New bytes in place of the old ones from `start` to `end`, in chunks; their SHA-256, and the tensor's name."""
+
+    start: int
+    end: int
+    chunks: Callable[[], Iterator[bytes]]
+    digest: str
+    name: str
+
+
 Pieces = list[bytes | tuple[int, int]]
 """A new file: bytes, and stretches of the old one as offsets of start and end."""
+Contents = Sequence[bytes | tuple[int, int] | Made]
+"""The same with stretches that are made anew."""
 
 
 def factors_key(architecture: str) -> str:
@@ -147,6 +163,7 @@ class Base:
 
     Attributes:
         gguf: the file.
+        folded: whether folded query scales are taken for the file's own, and so their keys.
         architecture: what its keys begin with.
         ours: our keys' entries, in the file's order.
         originals: what is stored of the entries that they replace.
@@ -157,12 +174,12 @@ class Base:
         LropeError: what is stored of the file before is damaged.
     """
 
-    def __init__(self, gguf: GGUFFile) -> None:
+    def __init__(self, gguf: GGUFFile, folded: bool = True) -> None:
         self.gguf = gguf
         self.architecture = str(gguf.text("general.architecture"))
         self.originals = originals_of(gguf)
         names = {*array_keys(self.architecture).values(), CURVE_KEY, ORIGINAL_KEY, self.key(DYNAMIC)}
-        names.update(map(self.key, self.originals.written))
+        names.update(map(self.key, self.originals.written), () if folded else (FOLDED_KEY, BEFORE_KEY))
         self.ours = {key: entry for key, entry in gguf.entries.items() if key in names}
         self.keys: list[tuple[str, Entry | bytes]] = [
             (key, entry) for key, entry in gguf.entries.items() if key not in names
@@ -189,7 +206,7 @@ class Base:
     @property
     def scaling(self) -> list[str]:
         """Our keys that say how RoPE is scaled, in the file's order."""
-        others = (*array_keys(self.architecture).values(), CURVE_KEY, ORIGINAL_KEY)
+        others = (*array_keys(self.architecture).values(), CURVE_KEY, ORIGINAL_KEY, FOLDED_KEY, BEFORE_KEY)
         return [key for key in self.ours if key not in others]
 
     def pieces(self, added: int = 0, without: Collection[str] = ()) -> Pieces:
@@ -310,15 +327,58 @@ def pieces_of(base: Base, parts: Collection[Part] = (), without: Collection[str]
     return [*before, (gguf.kv_end, gguf.info_end), padding, (gguf.data_start, gguf.size)]
 
 
-def length(pieces: Pieces) -> int:
+def folded_parts(order: str, record: bytes, before: bytes, unit: int) -> list[Part]:
+    """The entries of folded query scales, padded to whole units: all that follows keeps its place in the disk's blocks.
+
+    They stand before the block, as keys of the file itself, so that factors are written in place beside them.
+    """
+    first = Part(FOLDED_KEY, Value(STRING, record).entry(order, FOLDED_KEY))
+    size = len(first.data) + len(Value(STRING, before).entry(order, BEFORE_KEY))
+    before += b" " * (-size % unit)
+    return [first, Part(BEFORE_KEY, Value(STRING, before).entry(order, BEFORE_KEY))]
+
+
+def with_made(pieces: Pieces, made: Sequence[Made]) -> Contents:
+    """The same file with these stretches of the old one made anew; they are sorted and do not overlap."""
+    result: list[bytes | tuple[int, int] | Made] = []
+    for piece in pieces:
+        if not isinstance(piece, tuple):
+            result.append(piece)
+            continue
+        at, end = piece
+        for new in made:
+            if at <= new.start and new.end <= end:
+                result += [(at, new.start), new] if at < new.start else [new]
+                at = new.end
+        if at < end:
+            result.append((at, end))
+    return result
+
+
+def length(pieces: Contents) -> int:
     """Bytes of a new file."""
-    return sum(len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces)
+    return sum(map(_length, pieces))
 
 
-def keeps_blocks(pieces: Pieces, block: int) -> bool:
-    """Whether the last piece, the tensor data, keeps its place in the blocks of the disk and has a whole one."""
-    *before, last = pieces
-    if isinstance(last, bytes):
-        return False
-    start, end = last
-    return (start - length(before)) % block == 0 and start + -start % block < end
+def _length(piece: bytes | tuple[int, int] | Made) -> int:
+    if isinstance(piece, bytes):
+        return len(piece)
+    return piece.end - piece.start if isinstance(piece, Made) else piece[1] - piece[0]
+
+
+def unshared(pieces: Contents, block: int, info_end: int) -> int | None:
+    """Bytes of a new file that need new blocks of the disk, where the others of the tensor data keep theirs.
+
+    None where no whole block of the tensor data, which follows `info_end`, keeps its place.
+    """
+    place = own = 0
+    keeps = False
+    for piece in pieces:
+        size = _length(piece)
+        shared = False
+        if isinstance(piece, tuple) and piece[1] > info_end:
+            shared = (piece[0] - place) % block == 0 and piece[0] + -piece[0] % block < piece[1]
+        keeps |= shared
+        own += min(size, 2 * block) if shared else size
+        place += size
+    return own if keeps else None

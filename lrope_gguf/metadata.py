@@ -3,7 +3,7 @@
 `layout.array_keys` names the arrays of float32 that the patched llama.cpp reads: a number for each layer, KV head or
 head, layer after layer. `lrope.curve` is the curve file's JSON. `rope_scaling` says which keys a scaling takes,
 `layout` where all our keys stand and what they replaced, `rescale` what a new scaling changes, `model_info` what a
-header says.
+header says. `fold` alone changes more: the tensors that make queries, in all files of a model.
 """
 
 from __future__ import annotations
@@ -13,18 +13,31 @@ import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from io import FileIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lrope_gguf import files, layout
 from lrope_gguf.curve import MAX_BYTES, ROWS, CurveFile, Rows, head_rows, positive
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import append_range, can_share_blocks, free_bytes, locked, mapped_by, replacing, write_all
+from lrope_gguf.folded import folded_of
 from lrope_gguf.gguf_file import ARRAY, FLOAT32, STRING, GGUFFile, string
-from lrope_gguf.layout import CURVE_KEY, ORIGINAL_KEY, Base, Block, Part, Pieces, array_keys, pieces_of
+from lrope_gguf.layout import (
+    CURVE_KEY,
+    FOLDED_KEY,
+    ORIGINAL_KEY,
+    Base,
+    Block,
+    Contents,
+    Made,
+    Part,
+    Pieces,
+    array_keys,
+    pieces_of,
+)
 from lrope_gguf.model_info import SHARD, ModelInfo, has_long_factors, info_of
 from lrope_gguf.model_info import read_factors as read_factors
 from lrope_gguf.model_info import read_model as read_model
@@ -32,8 +45,12 @@ from lrope_gguf.rescale import KeyChange, Rescaled, rescaled, restored
 from lrope_gguf.rope_scaling import Recipe, RopeScaling, Scaling, long_factors_error, shortest, shortest_rows, single
 from lrope_gguf.stores import check_changeable
 
+if TYPE_CHECKING:  # NumPy, which nothing else here needs
+    from lrope_gguf.fold import Folding, Wanted
+
 _LINKS = "{path} had {links} names (hard links); only this one has the new content, the others keep the old"
 _MAX_CURVE_BYTES = 1 << 22
+_BUFFER = 1 << 20
 Progress = Callable[[int, int], None]
 
 
@@ -61,10 +78,12 @@ class WriteResult(Outcome):
     Attributes:
         bytes_shared: of a new file, the bytes that it shares with the old one on the disk instead of a copy.
         notes: what the user should know besides, such as other names that keep the old content.
+        folding: what became of query scales that were folded or taken out.
     """
 
     bytes_shared: int = 0
     notes: tuple[str, ...] = ()
+    folding: Folding | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +96,14 @@ class WritePlan(Outcome):
         notes: as in `WriteResult`.
         removed: the keys that a removal would take out, those left out that return to what they were before.
         changes: what would become of the keys of the scaling, where that is asked for.
+        folding: what would become of query scales that are folded or taken out.
     """
 
     shares: bool | None
     notes: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     changes: tuple[KeyChange, ...] = ()
+    folding: Folding | None = None
 
 
 def write_factors(
@@ -93,15 +114,17 @@ def write_factors(
     query_scales: Iterable[Iterable[float]] | None = None,
     curve_json: str | None = None,
     scaling: Scaling | None = None,
+    fold: Wanted | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     mapped_ok: bool = False,
 ) -> WriteResult:
     """Store factors, query scales and a RoPE scaling, or some of them, in a model, or with `output` in a copy of it.
 
-    In place where the file has the same keys, room for `curve_json` and only one name; else through a new file that is
-    moved over the old one when it is whole and on the disk. A symbolic link stays and its target is rewritten; of
-    several hard links only the given name gets the new file. The model is locked meanwhile.
+    In place where nothing is folded and the file has the same keys, room for `curve_json` and only one name; else
+    through a new file that is moved over the old one when it is whole and on the disk; of a split model through one for
+    each file that changes, moved when all are whole. A symbolic link stays and its target is rewritten; of several hard
+    links only the given name gets the new file. The model is locked meanwhile.
 
     Args:
         path: the model; of a split one the first shard.
@@ -112,6 +135,7 @@ def write_factors(
             is, it keeps what it has.
         curve_json: the document to store beside them; by default one that lists them.
         scaling: the scaling, in place of one that was written before. None leaves that of the file as it is.
+        fold: query scales to fold. None leaves those that are folded as they are.
         output: where to write instead; an existing file is replaced.
         progress: called while a new file is written, with the bytes that are done and those in all.
         mapped_ok: change the file in place even while a running process maps it.
@@ -121,13 +145,13 @@ def write_factors(
             cannot be read or written, another writer is at work, or the file would be changed under a process that maps
             it. Nothing is changed then.
     """
-    with _opened(path, output) as gguf:
-        given = _Given(factors, head_factors, query_scales, curve_json)
-        plan, change = _plan_write(gguf, given, scaling, output, mapped_ok)
+    with _opened(path, output, fold is not None) as models:
+        given = _Given(factors, head_factors, query_scales, curve_json, fold)
+        plan, change = _plan_write(models, given, scaling, output, mapped_ok)
         if plan.how == "rewritten":
-            return _rewrite(gguf, plan, change.pieces, progress)
+            return _rewrite(change.files, plan, progress)
         if plan.how == "in place":
-            _patch(gguf, change)
+            _patch(models[0], change)
         return WriteResult(plan.path, plan.how, plan.bytes_written, plan.factors)
 
 
@@ -139,6 +163,7 @@ def plan_write(
     query_scales: Iterable[Iterable[float]] | None = None,
     curve_json: str | None = None,
     scaling: Scaling | None = None,
+    fold: Wanted | None = None,
     output: str | os.PathLike[str] | None = None,
     mapped_ok: bool = False,
 ) -> WritePlan:
@@ -147,9 +172,9 @@ def plan_write(
     Raises:
         LropeError: as `write_factors`.
     """
-    with _opened(path, output) as gguf:
-        given = _Given(factors, head_factors, query_scales, curve_json)
-        return _plan_write(gguf, given, scaling, output, mapped_ok)[0]
+    with _opened(path, output, fold is not None) as models:
+        given = _Given(factors, head_factors, query_scales, curve_json, fold)
+        return _plan_write(models, given, scaling, output, mapped_ok)[0]
 
 
 def plan_scaling(path: str | os.PathLike[str], scaling: Scaling) -> tuple[RopeScaling, Recipe | None]:
@@ -208,20 +233,19 @@ def remove_factors(
     *,
     progress: Progress | None = None,
 ) -> WriteResult:
-    """Remove factors and scaling from a model, or from a copy of it: the inverse of `write_factors`, byte for byte.
+    """Remove all that `write_factors` has written, from a model or from a copy of it: its inverse, byte for byte.
 
     Always through a new file, which leaves a process that maps the old one alone.
 
     Raises:
-        LropeError: where a file cannot be read or written, what stood in it before is not known, or another writer is
-            at work. Nothing is changed then.
+        LropeError: where a file cannot be read or written, what stood in it before is not known, a tensor with folded
+            scales was changed since, or another writer is at work. Nothing is changed then.
     """
-    with _opened(path, output) as gguf:
-        target, base = _target(info_of(gguf), output), Base(gguf)
-        if target is None and not base.ours:
-            return WriteResult(Path(path), "unchanged", 0, ())
-        pieces = pieces_of(base)
-        return _rewrite(gguf, _plan_rewrite(gguf, target, pieces, ()), pieces, progress)
+    with _opened(path, output) as models:
+        plan, files_ = _plan_remove(models, output)
+        if plan.how == "unchanged":
+            return WriteResult(plan.path, plan.how, 0, ())
+        return _rewrite(files_, plan, progress)
 
 
 def plan_remove(path: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> WritePlan:
@@ -230,18 +254,37 @@ def plan_remove(path: str | os.PathLike[str], output: str | os.PathLike[str] | N
     Raises:
         LropeError: as `remove_factors`.
     """
-    with _opened(path, output) as gguf:
-        target, base = _target(info_of(gguf), output), Base(gguf)
-        if target is None and not base.ours:
-            return WritePlan(Path(path), "unchanged", 0, (), None)
-        back = {base.key(name) for _, name, _ in base.originals.replaced}
-        keys = tuple(key for key in base.ours if key not in back)
-        return replace(_plan_rewrite(gguf, target, pieces_of(base), ()), removed=keys, changes=restored(base))
+    with _opened(path, output) as models:
+        return _plan_remove(models, output)[0]
+
+
+def _plan_remove(
+    models: Sequence[GGUFFile], output: str | os.PathLike[str] | None
+) -> tuple[WritePlan, tuple[_File, ...]]:
+    gguf = models[0]
+    target, base = _target(info_of(gguf), output), Base(gguf, folded=False)
+    if target is None and not base.ours:
+        return WritePlan(gguf.path, "unchanged", 0, (), None), ()
+    folding = None
+    if (folded := folded_of(gguf)) is not None:
+        from lrope_gguf.fold import unfold
+
+        folding = unfold(models, folded)
+    # the first file, which says what is folded, is the last to change, so that an interrupted removal can be repeated
+    plan, files_ = _plan_rewrite(models, target, pieces_of(base), (), folding)
+    back = {base.key(name) for _, name, _ in base.originals.replaced}
+    keys = tuple(key for key in base.ours if key not in back)
+    return replace(plan, removed=keys, changes=restored(base), folding=folding), files_
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str], output: str | os.PathLike[str] | None) -> Iterator[GGUFFile]:
-    """The model, locked against other writers together with the file that is to be replaced."""
+def _opened(
+    path: str | os.PathLike[str], output: str | os.PathLike[str] | None, whole: bool | None = None
+) -> Iterator[list[GGUFFile]]:
+    """The model, locked against other writers together with the file that is to be replaced.
+
+    `whole`: with the other files of a split model; None: where something is folded into it.
+    """
     other = None
     try:
         with ExitStack() as stack:
@@ -249,19 +292,53 @@ def _opened(path: str | os.PathLike[str], output: str | os.PathLike[str] | None)
             if output is not None and not (there and Path(path).samefile(output)):
                 other = output
             stack.enter_context(locked(path, shared=other is not None))
-            gguf = stack.enter_context(GGUFFile(path))
+            models = [stack.enter_context(GGUFFile(path))]
             if other is not None:
                 stack.enter_context(locked(other))
-            yield gguf
+            if FOLDED_KEY in models[0].entries if whole is None else whole:
+                info = info_of(models[0])
+                for shard, target in _shards(info, None if other is None else _target(info, other)):
+                    stack.enter_context(locked(shard, shared=target != shard))
+                    models.append(stack.enter_context(GGUFFile(shard)))
+                    if target != shard:
+                        stack.enter_context(locked(target))
+            yield models
     except OSError as error:
         raise files.write_error(Path(path if output is None else output), error, "nothing was changed") from error
 
 
+def _shards(info: ModelInfo, target: Path | None) -> list[tuple[Path, Path]]:
+    """The other files of a split model, and where to write each. Raises `LropeError`: the name does not tell."""
+    if info.shards == 1:
+        return []
+    match = SHARD.fullmatch(info.path.name)
+    if match is None:
+        raise LropeError(
+            f"{info.path}: its name does not end in -00001-of-{info.shards:05}.gguf; give it its name again"
+        )
+    names = [f"{match[1]}-{number:05}-of-{match[3]}.gguf" for number in range(2, info.shards + 1)]
+    new = match if target is None else SHARD.fullmatch(target.name)
+    beginning = match[1] if new is None else new[1]
+    return [
+        (info.path.with_name(name), (target or info.path).with_name(f"{beginning}{name[len(match[1]) :]}"))
+        for name in names
+    ]
+
+
+@dataclass(frozen=True)
+class _File:
+    """A new file to write: from which, where, and of what."""
+
+    gguf: GGUFFile
+    path: Path
+    contents: Contents
+
+
 @dataclass(frozen=True)
 class _Change:
-    """A new file, or new bytes in place of the `old` ones from `start` on."""
+    """New files, or new bytes in place of the `old` ones from `start` on."""
 
-    pieces: Pieces = field(default_factory=list)
+    files: tuple[_File, ...] = ()
     start: int = 0
     new: bytes = b""
     old: bytes = b""
@@ -275,6 +352,7 @@ class _Given:
     head_factors: Iterable[Iterable[float]] | None
     query_scales: Iterable[Iterable[float]] | None
     curve_json: str | None
+    fold: Wanted | None
 
     @property
     def rows(self) -> dict[str, Iterable[Iterable[float]]]:
@@ -283,22 +361,30 @@ class _Given:
 
 
 def _plan_write(
-    gguf: GGUFFile, given: _Given, scaling: Scaling | None, output: str | os.PathLike[str] | None, mapped_ok: bool
+    models: Sequence[GGUFFile],
+    given: _Given,
+    scaling: Scaling | None,
+    output: str | os.PathLike[str] | None,
+    mapped_ok: bool,
 ) -> tuple[WritePlan, _Change]:
+    gguf = models[0]
     path, info = gguf.path, info_of(gguf)
-    keeps = given.factors is None and not given.rows
-    if keeps and scaling is None:
+    fold, keeps = given.fold, given.factors is None and not given.rows
+    if keeps and scaling is None and fold is None:
         raise LropeError(f"{path}: nothing to write; give factors or a scaling")
-    if keeps or scaling is not None:
+    if scaling is not None or (keeps and fold is None):
         _check_rotates(info)
-    base = Base(gguf)
+    _check_own(info)
+    if given.query_scales is not None and FOLDED_KEY in gguf.entries:
+        raise LropeError(f"{path}: has query scales folded into it; take them out with lrope-gguf remove first")
+    base = Base(gguf, folded=fold is None)
     scaled = _rescaled(base, scaling)
     if keeps:
         stored = info.factors or ()
         _check_factors(info, stored, scaled.rope)
         for layer, row in enumerate(info.head_factors or ()):
             _check_factors(info, row, scaled.rope, f"of layer {layer}, KV head")
-        parts, text = _as_they_are(base)
+        parts, text = _as_they_are(base, None if fold is None else "query_scales")
     else:
         stored = () if given.factors is None else storable_factors(info, given.factors, scaled.rope)
         rows = {name: storable_rows(info, name, rows, scaled.rope) for name, rows in given.rows.items()}
@@ -306,10 +392,10 @@ def _plan_write(
     block = _block(base, parts, text, scaled)
     without = {base.key(kept.name) for kept in (scaled.originals or base.originals).replaced}
     target = _target(info, output)
-    if target is None and not base.ours and not len(block):
+    if fold is None and target is None and not base.ours and not len(block):
         return WritePlan(path, "unchanged", 0, stored, None, changes=scaled.changes), _Change()
     same_base = scaled.originals is None or scaled.originals == base.originals
-    fitting = layout.parts_in_place(base, block) if target is None and same_base else None
+    fitting = layout.parts_in_place(base, block) if target is None and same_base and fold is None else None
     if fitting is not None:
         start, new = fitting[0], b"".join(part.data for part in fitting[1])
         old = gguf.read(start, start + len(new))
@@ -328,11 +414,19 @@ def _plan_write(
                     "memory of a running program; stop that, write a copy with --output, or allow it with --mapped-ok"
                 )
             plan = WritePlan(path, "in place", last - first, stored, None, changes=scaled.changes)
-            return plan, _Change([], start + first, new[first:last], old[first:last])
-    pieces = pieces_of(
-        base, layout.new_parts(base, block, without, files.block_size(path if target is None else target)), without
-    )
-    return replace(_plan_rewrite(gguf, target, pieces, stored), changes=scaled.changes), _Change(pieces)
+            return plan, _Change((), start + first, new[first:last], old[first:last])
+    unit = files.block_size(path if target is None else target)
+    added = layout.new_parts(base, block, without, unit)
+    folding = None
+    if fold is not None:
+        from lrope_gguf import fold as folds
+
+        folding = folds.fold(models, info, fold)
+        unit = max(layout.PAGE, gguf.alignment, unit)
+        added = [*layout.folded_parts(gguf.order, folding.record, folding.before, unit), *added]
+    plan, files_ = _plan_rewrite(models, target, pieces_of(base, added, without), stored, folding)
+    # the first file is the first to change: it says for each tensor whether a write was interrupted before its file
+    return replace(plan, changes=scaled.changes, folding=folding), _Change(files_[::-1])
 
 
 def _array_parts(
@@ -357,12 +451,16 @@ def _array_parts(
     return tuple(parts), text
 
 
-def _as_they_are(base: Base) -> tuple[tuple[Part, ...], bytes | None]:
-    """The entries of the arrays that the file has, and the curve's document; empty and None where there is none."""
+def _as_they_are(base: Base, without: str | None = None) -> tuple[tuple[Part, ...], bytes | None]:
+    """The entries of the arrays that the file has, and the curve's document; empty and None where there is none.
+
+    `without`: the array that is left out.
+    """
     gguf = base.gguf
-    parts = tuple(base.part(key) for key in array_keys(base.architecture).values() if key in base.ours)
+    keys = [key for name, key in array_keys(base.architecture).items() if key in base.ours and name != without]
+    parts = tuple(map(base.part, keys))
     curve = base.ours.get(CURVE_KEY)
-    if curve is None:
+    if curve is None or (without is not None and not parts):
         return parts, None
     if curve.kind != STRING or curve.end - curve.value > _MAX_CURVE_BYTES:
         raise LropeError(f"{gguf.path}: {CURVE_KEY} is not a curve; write the factors again or remove them")
@@ -381,26 +479,46 @@ def _block(base: Base, parts: tuple[Part, ...], text: bytes | None, scaled: Resc
     return Block(order, (*parts, *scaled.parts), tuple((key, text) for key, text in strings if text is not None))
 
 
-def _plan_rewrite(gguf: GGUFFile, target: Path | None, pieces: Pieces, factors: tuple[float, ...]) -> WritePlan:
-    path = gguf.path if target is None else target
-    size = layout.length(pieces)
-    place = Path(os.path.realpath(path))
-    _check_permission(path)
-    if not place.parent.is_dir():
-        raise LropeError(f"{path}: its directory does not exist; create it first")
-    files.check_replaceable(path)
-    if not os.access(place.parent, os.W_OK | os.X_OK):
-        raise LropeError(f"{path}: its directory is read-only; make it writable or give --output")
-    shares = layout.keeps_blocks(pieces, files.block_size(place)) and can_share_blocks(gguf.file, place.parent)
-    free = free_bytes(place.parent)
-    if free < size and not shares:
-        raise LropeError(
-            f"{path}: needs {size} bytes in its directory, {free} are free; free some space, or write "
-            "elsewhere with --output"
-        )
-    links = place.stat().st_nlink if place.exists() else 1
-    notes = (_LINKS.format(links=links, path=path),) if links > 1 else ()
-    return WritePlan(path, "rewritten", size, factors, shares, notes)
+def _plan_rewrite(
+    models: Sequence[GGUFFile], target: Path | None, pieces: Pieces, factors: tuple[float, ...], folding: Folding | None
+) -> tuple[WritePlan, tuple[_File, ...]]:
+    """New files: the first of the model, and those of the others that change or must go with a copy of it."""
+    gguf = models[0]
+    made = folding.made if folding is not None else [[]]
+    new = [_File(gguf, gguf.path if target is None else target, layout.with_made(pieces, made[0]))]
+    if len(models) > 1:
+        shards = zip(models[1:], _shards(info_of(gguf), target), made[1:], strict=True)
+        new += [
+            _File(shard, path, layout.with_made([(0, shard.size)], own))
+            for shard, (_, path), own in shards
+            if own or target is not None
+        ]
+    needed = 0
+    notes: list[str] = []
+    sharing: set[bool | None] = set()
+    for file in new:
+        place = Path(os.path.realpath(file.path))
+        _check_permission(file.path)
+        if not place.parent.is_dir():
+            raise LropeError(f"{file.path}: its directory does not exist; create it first")
+        files.check_replaceable(file.path)
+        if not os.access(place.parent, os.W_OK | os.X_OK):
+            raise LropeError(f"{file.path}: its directory is read-only; make it writable or give --output")
+        own = layout.unshared(file.contents, files.block_size(place), file.gguf.info_end)
+        shares = own is not None and can_share_blocks(file.gguf.file, place.parent)
+        needed += own if shares and own is not None else layout.length(file.contents)
+        sharing.add(shares)
+        free = free_bytes(place.parent)
+        if free < needed:
+            raise LropeError(
+                f"{file.path}: needs {needed} bytes in its directory, {free} are free; free some space, or write "
+                "elsewhere with --output"
+            )
+        links = place.stat().st_nlink if place.exists() else 1
+        notes += [_LINKS.format(links=links, path=file.path)] if links > 1 else []
+    size = sum(layout.length(file.contents) for file in new)
+    shares = False if False in sharing else None if None in sharing else True
+    return WritePlan(new[0].path, "rewritten", size, factors, shares, tuple(notes)), tuple(new)
 
 
 def _check_permission(path: Path) -> None:
@@ -488,9 +606,9 @@ def _take_back(file: FileIO, change: _Change) -> bool:
     return True
 
 
-def _rewrite(gguf: GGUFFile, plan: WritePlan, pieces: Pieces, progress: Progress | None) -> WriteResult:
-    """Write the new file that `plan` describes."""
-    shared, done = 0, 0
+def _rewrite(new: Sequence[_File], plan: WritePlan, progress: Progress | None) -> WriteResult:
+    """Write the new files, each beside its place, and when all are whole and checked put them there, the last first."""
+    shared, done, whole = 0, 0, False
     notes = list(plan.notes)
 
     def advance(count: int) -> None:
@@ -499,12 +617,42 @@ def _rewrite(gguf: GGUFFile, plan: WritePlan, pieces: Pieces, progress: Progress
         if progress is not None:
             progress(done, plan.bytes_written)
 
-    mode = stat.S_IMODE(os.fstat(gguf.file.fileno()).st_mode) & 0o777  # a new copy is as private as its model
-    with replacing(plan.path, notes, mode=mode) as file:
-        for piece in pieces:
-            if isinstance(piece, bytes):
-                write_all(file, piece)
-                advance(len(piece))
-            else:
-                shared += append_range(gguf.file, file, *piece, advance)
-    return WriteResult(plan.path, "rewritten", plan.bytes_written, plan.factors, shared, tuple(notes))
+    try:
+        with ExitStack() as stack:
+            for one in new:
+                # a new copy is as private as its model
+                mode = stat.S_IMODE(os.fstat(one.gguf.file.fileno()).st_mode) & 0o777
+                file = stack.enter_context(replacing(one.path, notes, mode=mode))
+                for piece in one.contents:
+                    if isinstance(piece, tuple):
+                        shared += append_range(one.gguf.file, file, *piece, advance)
+                        continue
+                    for data in piece.chunks() if isinstance(piece, Made) else (piece,):
+                        write_all(file, data)
+                        advance(len(data))
+                _check_made(file, one)
+            whole = True
+    except LropeError as error:
+        if whole and len(new) > 1:
+            raise LropeError(f"{error}; the model's other files may be changed, run lrope-gguf remove on it") from error
+        raise
+    return WriteResult(plan.path, "rewritten", plan.bytes_written, plan.factors, shared, tuple(notes), plan.folding)
+
+
+def _check_made(file: FileIO, new: _File) -> None:
+    """Read back what was made. Raises `LropeError`: it is not what was checked when it was planned."""
+    place = 0
+    for piece in new.contents:
+        size = layout.length([piece])
+        if isinstance(piece, Made):
+            import hashlib  # loads OpenSSL
+
+            digest = hashlib.sha256()
+            file.seek(place)
+            for at in range(0, size, _BUFFER):
+                digest.update(file.read(min(_BUFFER, size - at)))
+            if digest.hexdigest() != piece.digest:
+                raise LropeError(
+                    f"{new.path}: {piece.name} is not read back as it was written, nothing was changed; check the disk"
+                )
+        place += size

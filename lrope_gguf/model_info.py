@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lrope_gguf.curve import ROWS, Rows
 from lrope_gguf.errors import LropeError
+from lrope_gguf.folded import Folded, folded_of
 from lrope_gguf.gguf_file import ARRAY, FLOAT32, GGUFFile
 from lrope_gguf.heads import head_counts, without_head_factors
 from lrope_gguf.layout import CURVE_KEY, ORIGINAL_KEY, PAGE, Base, array_keys
@@ -54,6 +55,8 @@ class ModelInfo:
         head_factors_error, query_scales_error: as `factors_error`.
         without_head_factors: why KV heads can have no factors of their own, as a sentence's end.
         curve_json: the curve's document as stored, without its padding.
+        folded: query scales that are folded into the tensors; None where none are.
+        folded_error: what is wrong with what is stored of them, as a sentence's end.
         shards: number of files of a split model, of which this is the first; 1 for a whole one.
     """
 
@@ -90,6 +93,8 @@ class ModelInfo:
     query_scales_error: str | None
     without_head_factors: str | None
     curve_json: str | None
+    folded: Folded | None
+    folded_error: str | None
     shards: int
 
     @property
@@ -253,6 +258,7 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
     query_scales, query_scales_error = _stored_rows(gguf, keys, "query_scales", n_head)
     curve = gguf.text(CURVE_KEY, _MAX_CURVE_BYTES)
     rope_before, context_length_before, scaling_error = _before(gguf)
+    folded, folded_error = _folded(gguf)
     return ModelInfo(
         path=gguf.path,
         file_size=gguf.size,
@@ -287,6 +293,8 @@ def info_of(gguf: GGUFFile) -> ModelInfo:
         query_scales_error=query_scales_error,
         without_head_factors=without_head_factors(gguf, str(architecture)),
         curve_json=None if curve is None else curve.rstrip(" "),
+        folded=folded,
+        folded_error=folded_error,
         shards=shards,
     )
 
@@ -309,6 +317,16 @@ def _before(gguf: GGUFFile) -> tuple[RopeScaling | None, int | None, str | None]
     except LropeError as error:
         return None, None, str(error).removeprefix(f"{gguf.path}: ")
     return RopeScaling.of(base.values, base.architecture), base.values.integer(base.key("context_length")), None
+
+
+def _folded(gguf: GGUFFile) -> tuple[Folded | None, str | None]:
+    """What is folded, and why it cannot be taken out, as far as the header of this file tells."""
+    try:
+        folded = folded_of(gguf)
+    except LropeError as error:
+        return None, str(error).removeprefix(f"{gguf.path}: ")
+    name = None if folded is None else folded.changed(gguf)
+    return folded, None if name is None else f"{name} has another type now"
 
 
 def _shards(gguf: GGUFFile) -> int:

@@ -68,7 +68,7 @@ def test_killed_or_failing_at_system_calls(name: str, every: int, tmp_path: Path
 
 
 @pytest.mark.skipif(not kill_points.can_trace(), reason="processes cannot be traced here")
-@pytest.mark.parametrize("name", ["copy over another file", "longer document", "removal"])
+@pytest.mark.parametrize("name", ["copy over another file", "longer document", "removal", "folding"])
 def test_full_disk_of_any_size(name: str) -> None:
     with kill_points.small_disk() as disk:
         if disk is None:

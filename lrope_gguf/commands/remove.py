@@ -1,4 +1,4 @@
-"""`lrope-gguf remove`: take factors, query scales and a written RoPE scaling out of a model's metadata."""
+"""`lrope-gguf remove`: take factors, query scales and a written RoPE scaling out of a model."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def command(model: str, output: str | None, dry_run: bool, quiet: bool) -> None:
         plan = plan_remove(model, output)
         removed = [f"  remove {key}" for key in plan.removed]
         restored = [f"  {change_line(change)}" for change in plan.changes]
+        if plan.folding is not None:
+            restored += [f"  restore {made.name}" for file in plan.folding.made for made in file]
         lines = [plan_line(plan), *([*removed, *restored] or [f"  remove nothing: it {_NOTHING}"])]
         report(plan.notes, [] if quiet else lines)
         return
@@ -37,6 +39,8 @@ def _done(result: WriteResult, info: ModelInfo) -> str:
     scaled = info.rope_before is not None or info.rope_dynamic_factor is not None
     words = {"factors of KV heads": "head_factors", "query scales": "query_scales"}
     had = [said for said, name in words.items() if name in info.rows or info.error_of(name)]
+    if info.folded is not None or info.folded_error is not None:
+        had.append("folded query scales")
     if info.factors or info.factors_error or not (had or scaled):
         had.insert(0, "layer factors")
     shared = f", {whole_file(result)}" if result.bytes_shared else ""

@@ -30,6 +30,10 @@ _CELL = 20
 _OF_HEADS = {"head_factors": "head factors", "query_scales": "query scales"}
 _PROVENANCE_LINES = 40
 _ROUNDING = 2.0**-23
+_COPIES = (
+    "llama-quantize keeps these scales, which are in the weights, but remove cannot take them out of its copy; "
+    "gguf-split and gguf-new-metadata keep all"
+)
 
 
 @click.command("show")
@@ -116,6 +120,8 @@ def _lines(
         ("RoPE scaling", _scaling(info)),
         ("layer factors", _factors_line(info, width)),
         *((said, _rows_line(info, name)) for name, said in _OF_HEADS.items()),
+        ("folded scales", _folded_line(info)),
+        ("  copies", None if info.folded is None else _COPIES),
         ("curve", _curve_line(document, curve_error, agreement)),
     ]
     if document is not None and document.provenance is not None:
@@ -236,6 +242,20 @@ def _rows_line(info: ModelInfo, name: str) -> str | None:
     return f"{shortest(min(values))} to {shortest(max(values))}, in {moved} of {len(values)} {heads} other than 1"
 
 
+def _folded_line(info: ModelInfo) -> str | None:
+    if info.folded is None:
+        return None if info.folded_error is None else f"folded, but which is unknown: {info.folded_error}"
+    scales = [q for row in info.folded.scales for q in row]
+    layers = sum(any(q != 1 for q in row) for row in info.folded.scales)
+    moved = sum(q != 1 for q in scales)
+    return (
+        f"{shortest(min(scales))} to {shortest(max(scales))}, in {moved} of {len(scales)} heads and {layers} of "
+        f"{len(info.folded.scales)} layers other than 1; folded into the weights by {info.folded.by} from "
+        f"{info.folded.source}, "
+        + ("remove takes them out" if info.folded_error is None else f"for good: {info.folded_error}")
+    )
+
+
 def _curve_line(document: CurveFile | None, error: str | None, agreement: bool | None) -> str | None:
     if error is not None:
         return f"not readable: {error}"
@@ -306,6 +326,10 @@ def _json(
 ) -> dict[str, Any]:
     fields = asdict(info)
     del fields["curve_json"], fields["has_rope"], fields["rope"], fields["without_head_factors"]
+    if info.folded is not None:
+        tensors = [kept.name for kept in info.folded.tensors]
+        told = {"by": info.folded.by, "source": info.folded.source}
+        fields["folded"] = {**told, "query_scales": shortest_rows(info.folded.scales), "tensors": tensors}
     return _numbers(fields) | {
         "path": str(info.path),
         "n_layer": info.n_layer,

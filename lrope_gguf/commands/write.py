@@ -1,4 +1,4 @@
-"""`lrope-gguf write`: store factors, query scales and a RoPE scaling in a model's metadata."""
+"""`lrope-gguf write`: store factors, query scales and a RoPE scaling in a model, or fold query scales into it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -33,6 +33,9 @@ from lrope_gguf.rope_scaling import KINDS, Recipe, RopeScaling, Scaling, differe
 from lrope_gguf.stores import model_name, reference
 from lrope_gguf.text import command_line, printable, say
 
+if TYPE_CHECKING:  # NumPy, which takes long to load
+    from lrope_gguf.fold import Folding, Wanted
+
 _TYPE = re.compile(r"[a-z0-9_]{1,16}")
 
 
@@ -51,6 +54,9 @@ _TYPE = re.compile(r"[a-z0-9_]{1,16}")
               "model's own; with dynamic, the model's own)")  # fmt: skip
 @click.option("--yarn-orig-ctx", type=int, metavar="N",
               help="tokens that MODEL was trained on (default: what its file says)")  # fmt: skip
+@click.option("--fold", is_flag=True, help="fold the query scales of --curve into MODEL's weights, so that every "
+              "runtime serves them")  # fmt: skip
+@click.option("--replace", "refold", is_flag=True, help="with --fold, take out those that are folded already")
 @output_options
 @click.option("--mapped-ok", is_flag=True, help="change MODEL in place even while a running program has it mapped")
 @click.option("--preset", type=FILE, metavar="INI", help="leave MODEL unchanged; write an entry with its factors and "
@@ -65,6 +71,8 @@ def command(
     rope_scale: float | None,
     context_length: int | None,
     yarn_orig_ctx: int | None,
+    fold: bool,
+    refold: bool,
     output: str | None,
     dry_run: bool,
     quiet: bool,
@@ -79,6 +87,12 @@ def command(
         if value is not None and rope_scaling is None:
             raise click.UsageError(f"argument {option}: needs --rope-scaling")
     scaling = None if rope_scaling is None else Scaling(rope_scaling, rope_scale, context_length, yarn_orig_ctx)
+    if fold and curve is None:
+        raise click.UsageError("argument --fold: needs --curve FILE")
+    if refold and not fold:
+        raise click.UsageError("argument --replace: needs --fold")
+    if preset is not None and fold:
+        raise click.UsageError("argument --preset: not allowed with argument --fold")
     if preset is not None and output is not None:
         raise click.UsageError("argument --preset: not allowed with argument --output")
     if preset_name is not None and preset is None:
@@ -87,7 +101,7 @@ def command(
     rope, recipe = (info.rope, None) if scaling is None else plan_scaling(model, scaling)
     if preset is not None and scaling is not None and recipe is None:
         rope = replace(rope, scaling="none")  # as an option it goes before what the file says
-    curve_json = None
+    curve_json = wanted = None
     served = _Served()
     rows: dict[str, Rows] = {}
     if curve is not None:
@@ -95,6 +109,11 @@ def command(
             check_output("--output", output, {"--curve": curve})
         document, factors = curve_for(curve, info)
         rows = document.rows
+        if fold:
+            wanted = _wanted(document, source_name(resolved(curve)), refold)
+            del rows["query_scales"]
+            if factors is not None or rows:
+                document = replace(document, query_scales=None)
         curve_json = document.dumps(compact=True)
         served = _served(document, info, rope, scaling is not None)
     elif uniform is not None:
@@ -108,8 +127,8 @@ def command(
     if rope_scaling == "none" and (own := rope.words()) != "none":  # it is the model's own
         kept = f"keeps its own RoPE scaling ({own}); --rope-scaling none removes only what write has added"
         notes.append(f"{info.path}: {kept}")
-    how: dict[str, Any] = {"curve_json": curve_json, "scaling": scaling, "output": output, "mapped_ok": mapped_ok}
-    how |= rows
+    how: dict[str, Any] = {"curve_json": curve_json, "scaling": scaling, "fold": wanted}
+    how |= {"output": output, "mapped_ok": mapped_ok, **rows}
     keeps = factors is None and not rows
     if dry_run:
         plan = plan_write(model, factors, **how)
@@ -124,6 +143,8 @@ def command(
     }[result.how]
     said = [f"{result.path}: {done}"]
     said += _arrays(result.factors, info.rows if keeps else rows, info, uniform).values()
+    if result.folding is not None:
+        said.append(_folded(result.folding))
     if scaling is not None:
         said.append(f"RoPE scaling {rope.words().replace('; ', ', ')}")
     said.append(f"next: {command_line(['llama-server', '-m', str(result.path), *served.options])}")
@@ -282,6 +303,8 @@ def _plan_lines(
     plan: WritePlan, info: ModelInfo, rows: Mapping[str, Rows], keeps: bool, uniform: float | None
 ) -> list[str]:
     changes = [f"  {change_line(change)}" for change in plan.changes]
+    if plan.folding is not None:
+        changes.append(f"  {_folded(plan.folding)}")
     rows, keeps = (info.rows, True) if keeps else (rows, plan.how == "unchanged")
     said = _arrays(plan.factors, rows, info, uniform)
     if keeps and not said:
@@ -301,6 +324,27 @@ def _plan_lines(
 
 def _action(keeps: bool, replaces: bool) -> str:
     return "keep" if keeps else "replace" if replaces else "add"
+
+
+def _wanted(document: CurveFile, source: str, refold: bool) -> Wanted:
+    """The query scales of a curve file, to be folded. Raises `LropeError`: it has none."""
+    from lrope_gguf.fold import Wanted
+
+    if document.query_scales is None:
+        raise LropeError(f"{source}: has no query_scales to fold; give a curve that has them, or leave out --fold")
+    return Wanted(document.query_scales, source, refold)
+
+
+def _folded(folding: Folding) -> str:
+    """What was folded, and how well, in words."""
+    assert folding.folded is not None
+    rounding, n = folding.rounding, len(folding.folded.tensors)
+    coarse = f" ({rounding.coarse} of {rounding.scales} subnormal ones by more)" if rounding.coarse else ""
+    scales = [q for row in folding.folded.scales for q in row]
+    return (
+        f"query scales from {shortest(min(scales))} to {shortest(max(scales))} folded into {n} tensors, rounded by at "
+        f"most {rounding.worst:.1e} of a block's scale{coarse}"
+    )
 
 
 def change_line(change: KeyChange) -> str:

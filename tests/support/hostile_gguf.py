@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lrope_gguf import LropeError, Scaling, cli
+from lrope_gguf.fold import Wanted
 from lrope_gguf.gguf_file import ARRAY, STRING, GGUFFile
-from lrope_gguf.layout import array_keys
+from lrope_gguf.layout import BEFORE_KEY, FOLDED_KEY, array_keys
 from lrope_gguf.metadata import read_factors, read_model, remove_factors, write_factors
 
 SECONDS = 2.0
@@ -60,6 +61,7 @@ def make_seeds(folder: Path) -> list[Path]:
     # imported here: the processes of the long run make no seeds and are to stay small
     from gguf import GGUFValueType, GGUFWriter
 
+    from support.foldable import SCALES, write_queries
     from support.gguf_fixtures import header, number_pair, string, text_pair, write_model
 
     paths: list[Path] = []
@@ -103,6 +105,9 @@ def make_seeds(folder: Path) -> list[Path]:
         of_heads = write_model(path(name), big_endian=big_endian, keys=counts)
         scales = ((0.75, 1.0, 1.25, 1.5),) * 4
         write_factors(of_heads, head_factors=((1.0, 1.5), (1.25,), (), (0.9, 1.0)), query_scales=scales)
+    for name, big_endian in (("folded", False), ("folded-big-endian", True)):
+        folded = write_queries(path(name), "Q4_K", big_endian=big_endian)
+        write_factors(folded, (1.0, 1.5), fold=Wanted(SCALES, "best.json"))
     nested = struct.pack("<IIQ", ARRAY, ARRAY, 2)
     for inner in (struct.pack("<IQ", STRING, 2) + string(b"a") + string(b"bc"), struct.pack("<IQ3H", 2, 3, 1, 2, 3)):
         nested += struct.pack("<IQ", ARRAY, 1) + inner
@@ -259,10 +264,10 @@ def check(path: Path, data: bytes, *, deep: bool) -> Outcome:
         return Outcome("finding", finding="factors after remove")
     restored = plain.read_bytes()
     ours = {"lrope.curve", "lrope.original", f"{info.architecture}.rope.scaling.dynamic_factor"}
-    ours |= {*array_keys(str(info.architecture)).values()}
+    ours |= {*array_keys(str(info.architecture)).values(), FOLDED_KEY, BEFORE_KEY}
     if not ours & _keys(path) and restored != data:
         return Outcome("finding", finding="remove changes a file without factors")
-    if read_model(plain).fingerprint() != info.fingerprint():
+    if not {FOLDED_KEY, BEFORE_KEY} & _keys(path) and read_model(plain).fingerprint() != info.fingerprint():
         return Outcome("finding", finding="another fingerprint after remove")
     try:
         wanted = write_factors(path, [1.0 + layer / 8192 for layer in range(info.n_layer or 1)], output=other).factors
@@ -293,6 +298,18 @@ def check(path: Path, data: bytes, *, deep: bool) -> Outcome:
         remove_factors(other)
         if other.read_bytes() != restored:
             return Outcome("finding", finding=f"other bytes after {name} and their removal")
+    scales = tuple((1.5,) * n for n in (info.n_head or ())[: info.n_layer])
+    if any(scales):
+        try:
+            write_factors(path, fold=Wanted(scales, str(path), replace=True), output=other)
+        except LropeError as error:
+            refusal = _refusal("refused", path, data, error)
+            if refusal.finding:
+                return refusal
+        else:
+            remove_factors(other)
+            if other.read_bytes() != restored:
+                return Outcome("finding", finding="other bytes after folding and removal")
     for scaling in (Scaling("dynamic", 2.0), Scaling("yarn", 2.0)):
         try:
             write_factors(other, scaling=scaling, output=other)

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lrope_gguf import CurveFile, LropeError, Scaling, metadata, remove_factors, write_factors
+from lrope_gguf.fold import Wanted
+from support.foldable import SCALES, write_queries
 from support.gguf_fixtures import write_model
 
 TRACEME, CONT, POKEUSER, SYSCALL, SETOPTIONS, SYSCALL_INFO = 0, 7, 6, 24, 0x4200, 0x420E
@@ -120,6 +122,19 @@ def _remove(folder: Path) -> object:
     return remove_factors(folder / "m.gguf")
 
 
+def _model_of_queries(folder: Path) -> Path:
+    return write_queries(folder / "m.gguf")
+
+
+def _fold(scales: Sequence[Sequence[float]]) -> Callable[[Path], object]:
+    return _write(fold=Wanted(tuple(map(tuple, scales)), "best.json", replace=True))
+
+
+def _folded(folder: Path) -> None:
+    _model_of_queries(folder)
+    _fold(SCALES)(folder)
+
+
 # with mapped_ok: without the look at other processes, which takes a few system calls for each of them
 CASES = (
     Case("first write", _model, _write(FACTORS)),
@@ -144,6 +159,9 @@ CASES = (
         _write(**{name: tuple(row[::-1] for row in rows) for name, rows in HEADS.items()}, mapped_ok=True),
     ),
     Case("removal of numbers of heads", _model_with_heads, _remove),
+    Case("folding", _model_of_queries, _fold(SCALES)),
+    Case("other scales than those that are folded", _folded, _fold(SCALES[::-1])),
+    Case("removal of folded scales", _folded, _remove),
     Case("new copy", _model, _write(FACTORS, output="out.gguf")),
 )
 
