@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from support import arch_models, llama_direct, tiny_models
 from support.arch_models import FIXTURES, PROMPT, Graphs, LeanModel, Session, library, open_model
 from support.arch_models import Model as ArchModel
+from support.dynamic_rope import Scaling
 from support.gguf_fixtures import read_keys
 from support.graph_nodes import Node, origin, viewed
 from support.llama_direct import Context
@@ -34,6 +35,8 @@ from support.rope_models import (
     QWEN2,
     QWEN3,
     TOKENS,
+    WIDE_32,
+    WIDE_64,
     YARN,
     TinyModel,
     Weights,
@@ -127,7 +130,7 @@ def folded(model: TinyModel, scales: NDArray[np.float64]) -> Weights:
             continue
         for tensor in (t for t in (f"{name}.weight", f"{name}.bias") if t in weights):
             rows = np.ones(len(weights[tensor]))
-            rows[: N_HEAD * dim] = np.repeat(of_layer, dim)
+            rows[: len(of_layer) * dim] = np.repeat(of_layer, dim)
             weights[tensor] = (weights[tensor].T * rows).T.astype(np.float32)
     return weights
 
@@ -141,6 +144,28 @@ def test_folded_weights_compute_the_same_bits(model: TinyModel, flash: bool, tmp
         assert context.set_scales(scales.ravel().tolist()) == 0
         np.testing.assert_array_equal(context.decode(TOKENS[:40]), fold.decode(TOKENS[:40]))
         np.testing.assert_array_equal(context.decode(TOKENS[40:41]), fold.decode(TOKENS[40:41]))
+
+
+@pytest.mark.parametrize("scaling", [Scaling(32), Scaling(32, yarn=True)], ids=["ntk", "yarn"])
+def test_folded_weights_under_dynamic_scaling(scaling: Scaling, tmp_path: Path) -> None:
+    """Its levels, which turn the cached keys, are found in a graph that has the multiplications too."""
+    path, how = QWEN2.write(tmp_path / "folded.gguf", weights=folded(QWEN2, POWERS)), scaling.parameters()
+    with Context(file_of(QWEN2), **how) as context, Context(path, **how) as fold:
+        assert context.set_scales(POWERS.ravel().tolist()) == 0
+        for start in range(0, len(TOKENS), 50):
+            part = TOKENS[start : start + 50]
+            np.testing.assert_array_equal(context.decode(part), fold.decode(part))
+
+
+@pytest.mark.parametrize("model", [WIDE_32, WIDE_64], ids=by_name)
+def test_folded_weights_with_a_quantized_cache(model: TinyModel, tmp_path: Path) -> None:
+    """llama.cpp turns the queries of heads of 64 before they meet such keys."""
+    scales = POWERS[:, : model.config.n_head]
+    path = model.write(tmp_path / "folded.gguf", weights=folded(model, scales))
+    how: dict[str, Any] = {"type_kv": llama_direct.GGML_TYPE_Q8_0, "flash": True}
+    with Context(file_of(model), **how) as context, Context(path, **how) as fold:
+        assert context.set_scales(scales.ravel().tolist()) == 0
+        np.testing.assert_array_equal(context.decode(TOKENS[:40]), fold.decode(TOKENS[:40]))
 
 
 def test_an_encoder() -> None:
