@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support import llama_direct, tiny_models
-from support.arch_models import FIXTURES, Graphs, LeanModel, Session, library, open_model
+from support import arch_models, llama_direct, tiny_models
+from support.arch_models import FIXTURES, PROMPT, Graphs, LeanModel, Session, library, open_model
 from support.arch_models import Model as ArchModel
+from support.dynamic_rope import Scaling
 from support.gguf_fixtures import read_keys
 from support.graph_nodes import Node, origin, viewed
 from support.llama_direct import Context
@@ -33,6 +35,8 @@ from support.rope_models import (
     QWEN2,
     QWEN3,
     TOKENS,
+    WIDE_32,
+    WIDE_64,
     YARN,
     TinyModel,
     Weights,
@@ -126,7 +130,7 @@ def folded(model: TinyModel, scales: NDArray[np.float64]) -> Weights:
             continue
         for tensor in (t for t in (f"{name}.weight", f"{name}.bias") if t in weights):
             rows = np.ones(len(weights[tensor]))
-            rows[: N_HEAD * dim] = np.repeat(of_layer, dim)
+            rows[: len(of_layer) * dim] = np.repeat(of_layer, dim)
             weights[tensor] = (weights[tensor].T * rows).T.astype(np.float32)
     return weights
 
@@ -140,6 +144,28 @@ def test_folded_weights_compute_the_same_bits(model: TinyModel, flash: bool, tmp
         assert context.set_scales(scales.ravel().tolist()) == 0
         np.testing.assert_array_equal(context.decode(TOKENS[:40]), fold.decode(TOKENS[:40]))
         np.testing.assert_array_equal(context.decode(TOKENS[40:41]), fold.decode(TOKENS[40:41]))
+
+
+@pytest.mark.parametrize("scaling", [Scaling(32), Scaling(32, yarn=True)], ids=["ntk", "yarn"])
+def test_folded_weights_under_dynamic_scaling(scaling: Scaling, tmp_path: Path) -> None:
+    """Its levels, which turn the cached keys, are found in a graph that has the multiplications too."""
+    path, how = QWEN2.write(tmp_path / "folded.gguf", weights=folded(QWEN2, POWERS)), scaling.parameters()
+    with Context(file_of(QWEN2), **how) as context, Context(path, **how) as fold:
+        assert context.set_scales(POWERS.ravel().tolist()) == 0
+        for start in range(0, len(TOKENS), 50):
+            part = TOKENS[start : start + 50]
+            np.testing.assert_array_equal(context.decode(part), fold.decode(part))
+
+
+@pytest.mark.parametrize("model", [WIDE_32, WIDE_64], ids=by_name)
+def test_folded_weights_with_a_quantized_cache(model: TinyModel, tmp_path: Path) -> None:
+    """llama.cpp turns the queries of heads of 64 before they meet such keys."""
+    scales = POWERS[:, : model.config.n_head]
+    path = model.write(tmp_path / "folded.gguf", weights=folded(model, scales))
+    how: dict[str, Any] = {"type_kv": llama_direct.GGML_TYPE_Q8_0, "flash": True}
+    with Context(file_of(model), **how) as context, Context(path, **how) as fold:
+        assert context.set_scales(scales.ravel().tolist()) == 0
+        np.testing.assert_array_equal(context.decode(TOKENS[:40]), fold.decode(TOKENS[:40]))
 
 
 def test_an_encoder() -> None:
@@ -295,26 +321,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("architectures")
 
 
+def heads(model: ArchModel) -> list[int]:
+    return [library().raw.llama_model_n_head_layer(model.handle, il) for il in range(model.fixture.n_layer)]
+
+
+def set_scales(session: Session, scales: list[float] | None) -> str:
+    """Why they are refused, if they are; None: those of the file."""
+    array = None if scales is None else (ctypes.c_float * len(scales))(*scales)
+    with llama_direct.errors() as errors:
+        status = library().raw.llama_set_query_scales(session.handle, array, len(scales or []))
+    assert bool(status) == bool(errors)
+    return "".join(errors)
+
+
 def graphs_of(model: ArchModel, scales: list[float] | None, **extra: int) -> tuple[Graphs, str]:
     """All graphs of a fixture under these scales, or none and why they are refused."""
-    fixture = model.fixture
-    target = open_model(fixture.target, Path()) if fixture.target is not None else None
-    if target is None:
-        return _run(model, None, scales, extra)
-    with target, Session(target) as session:
-        return _run(model, session, scales, extra)
-
-
-def _run(
-    model: ArchModel, target: Session | None, scales: list[float] | None, extra: dict[str, int]
-) -> tuple[Graphs, str]:
-    with Session(model, target, **extra) as session:
-        array = None if scales is None else (ctypes.c_float * len(scales))(*scales)
-        with llama_direct.errors() as errors:
-            status = library().raw.llama_set_query_scales(session.handle, array, len(scales or []))
-        if status:
-            return {}, "".join(errors)
-        return session.run(), ""
+    with ExitStack() as stack:
+        target = None
+        if model.fixture.target is not None:
+            target = stack.enter_context(Session(stack.enter_context(open_model(model.fixture.target, Path()))))
+        session = stack.enter_context(Session(model, target, **extra))
+        refusal = set_scales(session, scales)
+        return ({} if refusal else session.run()), refusal
 
 
 def chain(node: Node) -> Iterator[Node]:
@@ -331,8 +359,8 @@ def test_every_attention_has_the_scales_of_its_layer(name: str, folder: Path) ->
     fixture = FIXTURES[name]
     flash = {"flash_attn_type": int(fixture.arch != "plm")}  # llama.cpp aborts with it
     with open_model(fixture, folder) as model:
-        n_head = [library().raw.llama_model_n_head_layer(model.handle, il) for il in range(fixture.n_layer + 1)]
-        assert n_head[-1] == 0 and max(n_head) > 0
+        n_head = heads(model)
+        assert max(n_head) > 0 == library().raw.llama_model_n_head_layer(model.handle, fixture.n_layer)
         base, _ = graphs_of(model, None, **flash)
         scaled, refusal = graphs_of(model, [2.0] * sum(n_head), **flash)
     assert (REFUSED.get(fixture.arch, "nothing") in refusal) == (fixture.arch in REFUSED)
@@ -353,6 +381,55 @@ def test_every_attention_has_the_scales_of_its_layer(name: str, folder: Path) ->
             assert leaf is not None and leaf.name == f"query_scales-{layer}"
             # its passes through the same weights are layers of their own
             assert origin(node)[0] in (None, layer) or fixture.arch == "hrm_text"
+
+
+# where `attn_q` is not all that makes the queries of attention
+NOT_FOLDED = {
+    "olmo": "its queries are clamped", "llama4": "its queries are normed without weights",
+    "hrm_text": "its passes share their weights", "bailingmoe3": "MLA: attn_q belongs to its linear attention",
+    "bailingmoe3-text": "the same", "kimi-k3": "the same", "llama-embed": "gives no logits",
+}  # fmt: skip
+
+
+def prompt_logits(model: ArchModel, scales: list[float] | None) -> NDArray[np.float32] | None:
+    lib = library()
+    with Session(model) as session:
+        if set_scales(session, scales):
+            return None
+        session.process(PROMPT)
+        n = lib.llama.llama_vocab_n_tokens(lib.llama.llama_model_get_vocab(model.handle))
+        return np.ctypeslib.as_array(lib.llama.llama_get_logits(session.handle), (PROMPT, n)).copy()
+
+
+def test_every_architecture_computes_what_its_folded_weights_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: heads of their own in the rows of `attn_q`; all heads of a layer alike where a norm follows."""
+    values = arch_models._values
+    equal, different = [], []
+    for name, fixture in FIXTURES.items():
+        from_file = not fixture.virtual or fixture.file_first
+        if from_file or fixture.target or fixture.mtp or fixture.graphs not in ("decoder", "vision"):
+            continue
+        with ArchModel(fixture) as model:
+            if not any(tensor.endswith(".attn_q.weight") for tensor in model.tensors):
+                continue
+            norm = "_norm" * any(".attn_q_norm." in tensor for tensor in model.tensors)
+            n_head = heads(model)
+            rows = [[2.0 ** ((3 * il + 2 * h * (not norm)) % 5 - 2) for h in range(n)] for il, n in enumerate(n_head)]
+            base, scaled = (prompt_logits(model, scales) for scales in (None, [s for row in rows for s in row]))
+
+        def folded(tensor: str, n: int, rows: Any = rows, norm: str = norm) -> NDArray[np.float32]:
+            match = re.fullmatch(rf"blk\.(\d+)\.attn_q{norm}\.(weight|bias)", tensor)
+            scales = rows[int(match[1])] if match else []
+            return (values(tensor, n).reshape(max(len(scales), 1), -1).T * np.float32(scales or [1])).T.ravel()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(arch_models, "_values", folded)
+            with ArchModel(fixture) as model:
+                fold = prompt_logits(model, None)
+        if scaled is not None:
+            (equal if np.array_equal(scaled, fold) and not np.array_equal(scaled, base) else different).append(name)
+    assert set(different) == NOT_FOLDED.keys()
+    assert len(equal) > 110
 
 
 # Options
@@ -468,6 +545,24 @@ def test_an_older_library_says_so_in_one_line(readable: Path, monkeypatch: pytes
         monkeypatch.delattr(model._llama, "llama_set_query_scales")
         with pytest.raises(LropeError, match=r"query scales: this llama\.cpp lacks their patch; use the library"):
             model.set_query_scales(SCALES.tolist())
+
+
+def test_a_prediction_head_keeps_1(tmp_path: Path) -> None:
+    path = write_readable(tmp_path / "m.gguf", n_head_layers=1)
+    rows = SCALES.tolist()
+    with Model(path, n_threads=1, n_gpu_layers=0) as model:
+        assert model.n_head == (N_HEAD,) * N_LAYER
+        model.reserve(64)
+        model.set_query_scales(rows)
+        out = (ctypes.c_float * (N + N_HEAD))()
+        assert library().raw.llama_get_query_scales(model._context, out, len(out)) == len(out)
+        assert list(out) == pytest.approx([*LIST, *ONES[:N_HEAD]])
+    values = []
+    for of_head in ([], [ONES[:N_HEAD]]):
+        status, text = perplexity(path, "--query-scales", str(curve(tmp_path / "curve.json", rows + of_head)))
+        assert status == 0
+        values.append(re.findall(r"\[\d+\]([0-9.]+)", text))
+    assert values[0] == values[1] != []
 
 
 def test_heads_that_differ_from_layer_to_layer(folder: Path) -> None:
