@@ -32,7 +32,7 @@ def library() -> Any:
     if not hasattr(llama_cpp._lib, "llama_set_rope_layer_factors"):
         return None
     floats = ctypes.POINTER(ctypes.c_float)
-    kinds = ("rope_layer_factors", "query_scales")
+    kinds = ("rope_layer_factors", "rope_head_factors", "query_scales")
     for name in (f"llama_{verb}_{kind}" for kind in kinds for verb in ("set", "get", "model")):
         function = getattr(llama_cpp._lib, name)
         function.argtypes = [ctypes.c_void_p, floats, ctypes.c_size_t]
@@ -252,9 +252,24 @@ class Context:
         assert self.lib._lib.llama_get_rope_layer_factors(self.context, out, n) == n
         return list(out)
 
+    def set_head_factors(self, rows: Sequence[Sequence[float]] | None) -> int:
+        flat = [factor for row in rows or [] for factor in row]
+        array = None if rows is None else (ctypes.c_float * len(flat))(*flat)
+        return int(self.lib._lib.llama_set_rope_head_factors(self.context, array, len(flat)))
+
+    def get_head_factors(self) -> list[float]:
+        n = self.lib._lib.llama_get_rope_head_factors(self.context, None, 0)
+        out = (ctypes.c_float * n)()
+        assert self.lib._lib.llama_get_rope_head_factors(self.context, out, n) == n
+        return list(out)
+
     def model_factors(self, n: int) -> list[float] | None:
         out = (ctypes.c_float * n)()
         return list(out) if self.lib._lib.llama_model_rope_layer_factors(self.model, out, n) else None
+
+    def model_head_factors(self, n: int) -> list[float] | None:
+        out = (ctypes.c_float * n)()
+        return list(out) if self.lib._lib.llama_model_rope_head_factors(self.model, out, n) else None
 
     def set_scales(self, scales: Sequence[float] | None) -> int:
         array = None if scales is None else (ctypes.c_float * len(scales))(*scales)

@@ -30,6 +30,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_set_rope_layer_factors": (ctypes.c_int32, [_FLOATS, ctypes.c_size_t]),
     "llama_get_rope_layer_factors": (ctypes.c_int32, [_FLOATS, ctypes.c_size_t]),
     "llama_model_rope_layer_factors": (ctypes.c_bool, [_FLOATS, ctypes.c_size_t]),
+    "llama_set_rope_head_factors": (ctypes.c_int32, [_FLOATS, ctypes.c_size_t]),
     "llama_rope_layers": (ctypes.c_int32, [ctypes.c_uint32, _BOOLS, ctypes.c_size_t]),
     "llama_set_query_scales": (ctypes.c_int32, [_FLOATS, ctypes.c_size_t]),
     "llama_set_score_targets": (ctypes.c_int32, [_TOKENS, ctypes.c_size_t]),

@@ -307,6 +307,25 @@ class Model:
             kind = FactorsRefusedError if code == _REFUSED else LropeError
             raise kind(f"query scales: refused by llama.cpp: {log.reason()}; change them")
 
+    def set_head_factors(self, rows: Sequence[Sequence[float]] | None) -> None:
+        """Let KV head ``k`` of layer ``l``, and its queries, rotate by ``position / rows[l][k]``; None: as in the file.
+
+        They take the place of the layers' factors, as `set_factors` takes theirs. Raises as `set_query_scales`.
+        """
+        function = getattr(self._llama, "llama_set_rope_head_factors", None)
+        if function is None:
+            raise LropeError("head factors: this llama.cpp lacks their patch; use the library that lrope-gguf builds")
+        if rows is not None and tuple(map(len, rows)) != self.n_head_kv:
+            shape = " ".join(map(str, self.n_head_kv))
+            raise LropeError(f"head factors: not one a KV head; {self.path} has, layer by layer, {shape} KV heads")
+        flat = [factor for row in rows or () for factor in row]
+        values = np.ones(sum(self._heads[1]), np.float32)  # those of a multi-token-prediction head stay so
+        values[: len(flat)] = flat
+        log.clear()
+        if code := function(self._context, None if rows is None else pointer(values, ctypes.c_float), values.size):
+            kind = FactorsRefusedError if code == _REFUSED else LropeError
+            raise kind(f"head factors: refused by llama.cpp: {log.reason()}; change them")
+
     def rope_layers(self, n_tokens: int) -> tuple[int, ...]:
         """Return the layers whose factor matters over the whole of a text of ``n_tokens`` tokens. Needs a context.
 
