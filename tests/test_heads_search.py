@@ -15,8 +15,9 @@ import pytest
 from support.synthetic import Landscape, noise
 from support.tiny_models import write_readable
 from test_ascend import SETTINGS as OF_LAYERS
-from test_ascend import STEPS, opened, origins
+from test_ascend import STEPS, TINY, opened, origins
 
+from lrope_gguf.cli import main
 from lrope_gguf.curve import CurveFile
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
@@ -285,6 +286,61 @@ def test_a_library_without_them_is_said_before_anything_is_searched(
     assert info.n_head_kv is not None and [*map(len, rows_of(both)["head_factors"])] == [*info.n_head_kv]
     with pytest.raises(LropeError, match=r"^--set scale=heads: .* uses MLA"):
         launch._neutral(replace(info, without_head_factors="uses MLA"), "heads")
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """What a library that serves heads would be told."""
+    calls: list[tuple[str, Any]] = []
+    for name in ("set_head_factors", "set_query_scales"):
+        monkeypatch.setattr(Model, name, lambda _, rows, name=name: calls.append((name, rows)), raising=False)
+    return calls
+
+
+@pytest.mark.native
+def test_a_curve_file_of_heads_is_measured(
+    tmp_path: Path, told: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, curve = write_readable(tmp_path / "m.gguf"), tmp_path / "c.json"
+    info = read_model(path)
+    assert info.n_head is not None and info.n_layer is not None
+    rows = tuple((1.5,) * n for n in info.n_head)
+    curve.write_text(json.dumps({"format": "lrope-curve", "version": 1, "query_scales": rows}))
+    command = ["eval", str(path), "--keys", "6", "--set", "kv.probes=2", "--set", "kv.identifiers=number",
+               "--contexts", "2", "--threads", "1", "--json", "--curve", str(curve)]  # fmt: skip
+    assert main([*command, "--study", str(tmp_path / "s")]) == 0
+    assert json.loads(capsys.readouterr().out)["heads"] == {"curve": {"query_scales": [*map(list, rows)]}}
+    assert ("set_query_scales", rows) in told and told[-1] in (("set_query_scales", None), ("set_query_scales", rows))
+    kept = [json.loads(line) for line in (tmp_path / "s" / "evaluations.jsonl").read_text().splitlines()]
+    assert [line.get("query_scales") for line in kept] == [None, [*map(list, rows)]] * 2
+    monkeypatch.delattr(Model, "set_query_scales")
+    assert main(command) == 1
+    assert capsys.readouterr().err.startswith("lrope-gguf: query_scales: this llama.cpp library cannot set them; use")
+
+
+@pytest.mark.native
+@pytest.mark.gradient
+@pytest.mark.parametrize("scale", ["heads", "both"])
+def test_derivatives_of_heads_are_followed_and_kept(scale: str, tmp_path: Path, told: list[tuple[str, Any]]) -> None:
+    pytest.importorskip("torch")
+    path = write_readable(tmp_path / "m.gguf")
+    model, task = ModelConfig(str(path), n_threads=1), task_config("kv", keys=6, probes=3)
+    settings = replace(TINY, method="gradient", scale=scale)
+    search(model, task, replace(settings, gradient_steps=2), tmp_path / "whole", progress=False)
+    Path(tmp_path / "cut").mkdir()
+    for name in ("config.json", "guard.json", NAME):
+        content = (tmp_path / "whole" / name).read_bytes()
+        kept = content.splitlines(keepends=True)[0] if name == NAME else content
+        (tmp_path / "cut" / name).write_bytes(kept)
+    search(model, task, replace(settings, gradient_steps=2), tmp_path / "cut", progress=False)
+    steps = [Trail.of(tmp_path / name).steps for name in ("whole", "cut")]
+    assert [step["state"] for step in steps[0]] == [step["state"] for step in steps[1]]
+    keys = {"heads": {"head_factors"}, "both": {"head_factors", "query_scales"}}[scale]
+    end = Trail.of(tmp_path / "cut").proposals((0.5, 4.0))[0]
+    assert rows_of(end).keys() == keys and n_changed(end) > 0
+    assert {f"set_{name}" for name in keys} == {name for name, _ in told}
+    names = [(tmp_path / name / "candidates.jsonl").read_bytes() for name in ("whole", "cut")]
+    assert names[0] == names[1] and b"gradient" in names[0]
 
 
 def test_tuned_is_made_of_what_a_file_has() -> None:

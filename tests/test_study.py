@@ -51,7 +51,7 @@ def test_floats_come_back_exactly(factors: list[float], probes: list[tuple[float
     line = study_module.json_line(study_module._record(job, score))
     assert line.count(b"\n") == 1
     json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    assert repr(study_module._parse(line)) == repr((job, score))
+    assert repr(study_module._parse(line)) == repr((job, score)) and study_module._parse(line)[0] == job
 
 
 @pytest.mark.parametrize("long", [0.0, 0.015413350625310624, math.inf])
