@@ -1,4 +1,4 @@
-"""Speed of `lrope-gguf show` and `write` beside the `gguf` package's scripts and `cp`, interpreter start included.
+"""Speed of `lrope-gguf show`, `write` and folding beside the `gguf` package's scripts and `cp`, all from the shell.
 
     python benchmarks/metadata_speed.py [--model MODEL] [--rounds 7] [--folder DIR]
 
@@ -28,10 +28,11 @@ from typing import NamedTuple
 
 from tables import command, cpu_model, script, spread, table
 
+from lrope_gguf import CurveFile, read_model
 from lrope_gguf.errors import LropeError
 
 PROJECT = Path(__file__).resolve().parent.parent
-LAYERS = 32
+LAYERS, HEADS, WIDTH = 32, 16, 2048
 MEGABYTES, VOCABULARY = 1100, 151_936  # the model that is made where none is given
 HEADER, COSTS = ("command", "seconds, median (range)"), ("processor, s", "peak memory, MiB")
 SLOW = 3  # rounds of what takes many seconds
@@ -224,19 +225,64 @@ def writing(model: Path, folder: Path, rounds: int) -> str:
         for name, runs in results.items()
     ]
     result = table([*HEADER, "ratio to first write", *COSTS, "goal"], rows)
+    result += "\n\n" + in_pairs(results, ((first, cp), (output, cp), (first, replace)))
+    return result if script else f"{result}\n- gguf-new-metadata: skipped, the gguf package is not installed"
+
+
+def in_pairs(results: dict[str, list[Run]], pairs: Sequence[tuple[Arm, Arm]]) -> str:
+    """Ratios of runs of the same rounds, a line a pair."""
     lines = []
-    for mine, yours in ((first, cp), (output, cp), (first, replace)):
+    for mine, yours in pairs:
         ratios = [a.seconds / b.seconds for a, b in zip(results[mine.name], results[yours.name], strict=True)]
         lines.append(
             f"- {mine.name} to {yours.name}, of the same rounds: {statistics.median(ratios):.3f} "
             f"({min(ratios):.3f} to {max(ratios):.3f})"
         )
-    result += "\n\n" + "\n".join(lines)
-    return result if script else f"{result}\n- gguf-new-metadata: skipped, the gguf package is not installed"
+    return "\n".join(lines)
+
+
+def folding(model: Path, folder: Path, rounds: int) -> str:
+    """Query scales folded and taken out, beside `cp`; where the model has heads that it can be told of."""
+    info = read_model(model)
+    if info.n_head is None:
+        return "fold: skipped, the model does not say how many heads it has"
+    plain, work, copy, folded = (folder / f"{name}.gguf" for name in ("plain", "work", "copy", "folded"))
+    fresh_copy(model, plain)
+    rng = random.Random(3)
+    curve = folder / "curve.json"
+    CurveFile(query_scales=tuple(tuple(rng.uniform(0.7, 1.4) for _ in range(n)) for n in info.n_head)).save(curve)
+    fold = ("--curve", str(curve), "--fold", "--quiet")
+    measure(ours("write", plain, *fold, "--output", folded))
+
+    def without(path: Path, source: Path = plain) -> Callable[[], None]:
+        def prepare() -> None:
+            path.unlink(missing_ok=True)
+            fresh_copy(source, work)
+
+        return prepare
+
+    cp = Arm("`cp`, fsync", copying(work, copy), without(copy))
+    output = Arm("fold, --output", ours("write", work, *fold, "--output", copy), without(copy))
+    first = Arm("fold", ours("write", work, *fold), lambda: fresh_copy(plain, work))
+    back = Arm("remove, --output", ours("remove", work, "--output", copy), without(copy, folded))
+    arms = [first, cp, output, back]
+    results = compare(arms, rounds, "fold")
+    same = subprocess.run(["cmp", "-s", plain, copy], check=False).returncode == 0
+    base = median(results[cp.name])
+    rows = []
+    for name, runs in results.items():
+        ratio = median(runs) / base
+        goal = "" if name == cp.name else verdict(ratio, 1.2)
+        rows.append([name, seconds(runs), f"{ratio:.2f}", processor(runs), peak(runs), goal])
+    result = table([*HEADER, "ratio to cp", *COSTS, "goal"], rows)
+    for path in (plain, work, copy, folded):
+        path.unlink(missing_ok=True)
+    pairs = in_pairs(results, ((first, cp), (output, cp), (back, cp)))
+    return f"{result}\n\n{pairs}\n- the last copy is {'' if same else 'NOT '}the original, byte for byte"
 
 
 def synthetic(path: Path, megabytes: int, vocabulary: int) -> None:
-    """A model of one large tensor, of data that no file system can compress or leave out, and of so many tokens."""
+    """A model of queries and one large tensor, of data that no file system can compress, and of so many tokens."""
 
     def string(data: bytes) -> bytes:
         return struct.pack("<Q", len(data)) + data
@@ -249,20 +295,27 @@ def synthetic(path: Path, megabytes: int, vocabulary: int) -> None:
         for number in range(vocabulary):
             yield f"{''.join(letters.choices('etaoinshr', k=letters.randint(1, 12)))}{number % 1000}"
 
-    items = megabytes * 1_000_000 // 4
+    queries = WIDTH * WIDTH // 32 * 18  # of a layer, as Q4_0
+    items = (megabytes * 1_000_000 - LAYERS * queries) // 4
     block = random.Random(1).randbytes(1 << 20)
+    finite = bytes(byte & 0x3B for byte in block)  # also where two of them are a float16
     with path.open("wb") as file:  # little by little: the peak memory of the commands begins with that of this process
-        file.write(b"GGUF" + struct.pack("<IQQ", 3, 1, 6))
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, LAYERS + 1, 8))
         file.write(string(b"general.architecture") + struct.pack("<I", 8) + string(b"llama"))
-        file.write(string(b"llama.block_count") + struct.pack("<II", 4, LAYERS))
+        for key, value in (("block_count", LAYERS), ("attention.head_count", HEADS), ("embedding_length", WIDTH)):
+            file.write(string(f"llama.{key}".encode()) + struct.pack("<II", 4, value))
         file.write(string(b"tokenizer.ggml.model") + struct.pack("<I", 8) + string(b"gpt2") + array("tokens", 8))
         file.writelines(string(word.encode()) for word in words())
         file.write(array("token_type", 5) + struct.pack("<i", 1) * vocabulary + array("merges", 8))
         file.writelines(string(f"{word[:1]} {word[1:]}".encode()) for word in words())
-        file.write(string(b"t") + struct.pack("<IQIQ", 1, items, 0, 0))
+        for layer in range(LAYERS):
+            name = string(f"blk.{layer}.attn_q.weight".encode())
+            file.write(name + struct.pack("<IQQIQ", 2, WIDTH, WIDTH, 2, layer * queries))
+        file.write(string(b"t") + struct.pack("<IQIQ", 1, items, 0, LAYERS * queries))
         file.write(bytes(-file.tell() % 32))
-        for start in range(0, 4 * items, len(block)):
-            file.write(block[: 4 * items - start])
+        for data, size in ((finite, LAYERS * queries), (block, 4 * items)):
+            for start in range(0, size, len(data)):
+                file.write(data[: size - start])
 
 
 # Machine
@@ -307,7 +360,8 @@ def main() -> None:
         )
         print(f"peak memory below {own_peak() >> 20} MiB, that of this process, cannot be seen\n", flush=True)
         print(f"{reading(model, args.rounds)}\n", flush=True)
-        print(writing(model, folder, args.rounds), flush=True)
+        print(f"{writing(model, folder, args.rounds)}\n", flush=True)
+        print(folding(model, folder, args.rounds), flush=True)
 
 
 if __name__ == "__main__":

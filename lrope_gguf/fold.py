@@ -11,7 +11,6 @@ import math
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from lrope_gguf.layout import BEFORE_KEY, Made
 from lrope_gguf.model_info import ModelInfo
 from lrope_gguf.rope_scaling import single
 
+_PROGRAM = "lrope-gguf"
 _CHUNK = 1 << 20
 Found = Mapping[str, tuple[int, Tensor]]
 _ORIGINAL = "get the original model again"
@@ -227,7 +227,7 @@ def fold(models: Sequence[GGUFFile], info: ModelInfo, wanted: Wanted) -> Folding
     for name, queries in targets.items():
         before = changes.get(name, _Change(queries))
         changes[name] = replace(before, queries=queries, new=scales[queries.layer])
-    return _folding(models, changes.values(), Folded(_program(), Path(wanted.source).name, scales, ()))
+    return _folding(models, changes.values(), Folded(_PROGRAM, Path(wanted.source).name, scales, ()))
 
 
 def unfold(models: Sequence[GGUFFile], folded: Folded) -> Folding:
@@ -402,10 +402,3 @@ def _changed(gguf: GGUFFile, name: str) -> LropeError:
 
 def _unknown(path: Path, name: str) -> LropeError:
     return LropeError(f"{path}: {name} has another shape than is known here, so nothing can be folded; {_RUNTIME}")
-
-
-def _program() -> str:
-    try:
-        return f"lrope-gguf {version('lrope-gguf')}"
-    except PackageNotFoundError:  # a checkout
-        return "lrope-gguf"

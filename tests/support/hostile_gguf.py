@@ -318,7 +318,7 @@ def check(path: Path, data: bytes, *, deep: bool) -> Outcome:
             if refusal.finding and not str(error).startswith("--rope-scale 2: gives "):  # which blames the option
                 return refusal
             continue
-        if read_model(other).fingerprint() != info.fingerprint():
+        if read_model(other).fingerprint() != read_model(plain).fingerprint():
             return Outcome("finding", finding="another fingerprint after a scaling")
         remove_factors(other)
         if other.read_bytes() != restored:
