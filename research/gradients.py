@@ -2,13 +2,15 @@
 
     python research/gradients.py cost MODEL [task and model options as of search]
     python research/gradients.py memory MODEL --tokens 8192 32768
+    python research/gradients.py agree MODEL --contexts 2 [task and model options]
     python research/gradients.py limits MODEL --study DIR [task and model options]
     python research/gradients.py conflicts MODEL --tasks kv:keys=240,identifiers=word vt:lines=40 ... [model options]
     python research/gradients.py ascend MODEL --output FILE [--scale both] [--curve FILE] [--guard STUDY] [task options]
     python research/gradients.py gains MODEL --curve FILE ... --contexts 16 [--guard STUDY] [task and model options]
 
 `cost` holds processor seconds of gradients against llama.cpp's own prefill of the same context, and coarse products
-against exact ones. `memory` reads graphs and computes nothing. `limits` holds derivatives with different limits of
+against exact ones. `memory` reads graphs and computes nothing. `agree` holds the replay of test contexts
+against llama.cpp's scores of them. `limits` holds derivatives with different limits of
 coherence against the layer scan of a kept study. `ascend` goes on where FILE ends, and writes what it has found as a
 curve file; `gains` judges such files, of heads too, by the replay: on contexts that no search has seen, by task, with
 intervals, and their divergence on a study's texts. Both take several tasks as `conflicts` does; an ascent divides each
@@ -129,6 +131,20 @@ def memory(args: argparse.Namespace) -> None:
             with Objective(model, weights) as objective:
                 again, kept, inputs = (size / 1e9 for size in objective.n_bytes(np.zeros(n, np.int32)))
             print(row([n, f"{again:.2f}", f"{kept:.2f}", f"{inputs:.2f}"]), flush=True)
+
+
+def agree(args: argparse.Namespace) -> None:
+    print(head("context", "llama.cpp, nats", "replay", "scatter over questions", "hits alike"))
+    with opened(args) as (model, weights), Objective(model, weights) as objective:
+        evaluator = evaluator_of(model, task_of(args))
+        for i in range(args.contexts):
+            theirs = evaluator.evaluate((1.0,) * model.n_layer, "test", i)
+            ours = objective.answers(evaluator.encoding("test", i), np.zeros((model.n_layer, 1)), differentiate=False)
+            pairs = list(zip(ours.probes, theirs.probes, strict=True))
+            scatter = np.std([a.log_probability - b.log_probability for a, b in pairs])
+            alike = np.mean([a.correct == b.correct for a, b in pairs])
+            values = f"{theirs.log_probability:.3f}", f"{ours.value:.3f}", f"{scatter:.3f}", f"{alike:.0%}"
+            print(row([f"test {i}", *values]), flush=True)
 
 
 def limits(args: argparse.Namespace) -> None:
@@ -301,8 +317,14 @@ def scored(
 
 
 COMMANDS = {
-    "cost": cost, "memory": memory, "limits": limits, "conflicts": conflicting, "ascend": ascend, "gains": gains,
-}  # fmt: skip
+    "cost": cost,
+    "memory": memory,
+    "agree": agree,
+    "limits": limits,
+    "conflicts": conflicting,
+    "ascend": ascend,
+    "gains": gains,
+}
 
 
 def main() -> None:
@@ -318,7 +340,7 @@ def main() -> None:
             command.add_argument("--tokens", metavar="N", type=int, nargs="+", default=[8192, 32768])
         elif name == "limits":
             command.add_argument("--study", metavar="DIR", type=Path, required=True)
-        elif name == "conflicts":
+        elif name in ("agree", "conflicts"):
             command.add_argument("--contexts", metavar="N", type=int, default=2, help="of each task (%(default)s)")
         elif name == "ascend":
             command.add_argument("--output", metavar="FILE", type=Path, required=True, help="JSON lines, a step each")
