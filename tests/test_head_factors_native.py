@@ -6,6 +6,7 @@ import ctypes
 import json
 import re
 import subprocess
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from support.arch_models import FIXTURES, GRAPHS, N_VOCAB, Graphs, Session, open_model
 from support.dynamic_rope import DynamicReference, Scaling, level_of
+from support.graph_nodes import Graph
 from support.llama_direct import GGML_TYPE_F16, GGML_TYPE_Q8_0, Context, RopeTrace, errors
 from support.rope_angles import check, constant, unit_pairs
 from support.rope_models import (
@@ -95,7 +97,7 @@ def test_angles_up_to_position_32000(model: TinyModel, tmp_path: Path) -> None:
                 check(ropes[il], got[:, [head]], text_positions(start, n), s, grain)
 
 
-@pytest.mark.parametrize("model", [LLAMA, GEMMA3, YARN, MROPE], ids=by_name)
+@pytest.mark.parametrize("model", [LLAMA, GEMMA3, YARN], ids=by_name)
 def test_heads_that_agree_are_a_factor_of_the_layer(model: TinyModel) -> None:
     with Context(file_of(model), model.n_ctx) as context:
         stock = context.decode(TOKENS)
@@ -326,9 +328,10 @@ def outputs(session: Session) -> tuple[Graphs, dict[str, Any]]:
 
 
 NAMES = [name for name, fixture in FIXTURES.items() if fixture.target is None]
+REFUSAL = "RoPE factors of KV heads cannot be used:"
 REASONS = (
-    "this model has no RoPE", "not for models with MLA", "not for models with M-RoPE", "rotated by M-RoPE",
-    "not for models whose attention has an indexer", "rotated in a way of its own",
+    "this model has no RoPE", "not for models with MLA", "not for models with M-RoPE", "layer 0 is rotated by M-RoPE",
+    "not for models whose attention has an indexer", "layer 0 is rotated in a way of its own",
 )  # fmt: skip
 
 
@@ -340,7 +343,7 @@ def test_every_architecture_takes_them_or_says_why(name: str, tmp_path: Path) ->
         handle = ctypes.c_void_p(session.handle)
         n = session.lib.raw.llama_get_rope_head_factors(handle, None, ctypes.c_size_t(0))
         if reason := set_heads(session, near(n, 1.3)):
-            assert any(words in reason for words in REASONS)
+            assert any(f"{REFUSAL} {words}" in reason for words in REASONS)
             assert session.run(), "it still computes"
             return
         graphs, heads = outputs(session)
@@ -350,7 +353,28 @@ def test_every_architecture_takes_them_or_says_why(name: str, tmp_path: Path) ->
     for graph in heads:
         assert np.max(np.abs(heads[graph] - layers[graph])) <= 1e-3 * np.std(layers[graph])
     for graph, nodes in graphs.items():
-        assert len(nodes.ropes()) == len(layers_graphs[graph].ropes())
+        assert extra(nodes, layers_graphs[graph]).keys() <= {"VIEW", "RESHAPE", "CONT"}
+
+
+def extra(graph: Graph, base: Graph) -> Counter[str]:
+    """The operations that one graph has more than another, which must have none more."""
+    ops, others = (Counter(node.op for node in each.nodes) for each in (graph, base))
+    assert not others - ops
+    return ops - others
+
+
+def test_what_a_layer_costs(tmp_path: Path) -> None:
+    """Views, and one copy of all positions; a copy of queries and of keys where they are parts of one product."""
+    costs = {}
+    for name in ("llama", "phi3"):
+        with open_model(FIXTURES[name], tmp_path) as model, Session(model) as session:
+            base = outputs(session)[0]
+            assert not set_heads(session, near(2 * N_LAYER, 1.3))
+            graphs = outputs(session)[0]
+            assert not set_heads(session, np.full(2 * N_LAYER, 1.3, np.float32))
+            assert not extra(outputs(session)[0]["prompt"], base["prompt"]), "heads that agree cost nothing"
+        costs[name] = [extra(graphs[which], base[which])["CONT"] for which in ("prompt", "token", "shift")]
+    assert costs == {"llama": [1, 1, 1], "phi3": [1 + 2 * N_LAYER, 1, 1]}
 
 
 def test_layers_that_share_keys_share_factors(tmp_path: Path) -> None:
@@ -389,6 +413,16 @@ def test_refusals_leave_the_factors_alone() -> None:
             assert context.set_head_factors(None) == -3
         context.clear()
         assert relative_error(context.decode(TOKENS), LLAMA.reference(HEAD_FACTORS).decode(TOKENS)) < TOLERANCE
+
+
+def test_multiple_positions_are_refused() -> None:
+    """The format has none for M-RoPE, even if heads agree; factors of 1 are none."""
+    with Context(file_of(MROPE)) as context:
+        for rows in (HEAD_FACTORS, [[1.5, 1.5]] * N_LAYER):
+            with errors() as logged:
+                assert context.set_head_factors(rows) == -2
+            assert logged == [f"set_rope_head_factors: {REFUSAL} not for models with M-RoPE\n"]
+        assert context.set_head_factors(ONES) == 0
 
 
 def with_key(values: Any, factors: list[float] | None = None) -> Path:

@@ -127,19 +127,20 @@ void llama_rope_head_load(llama_model_loader & ml, llama_model & model) {
 
 static void llama_rope_head_require(bool ok, const char * what) {
     if (!ok) {
-        throw std::runtime_error(format("RoPE factors that differ between the KV heads of a layer: %s", what));
+        throw std::runtime_error(format("RoPE factors of KV heads cannot be used: %s", what));
     }
 }
 
-// throws if the heads of a layer cannot differ
-static void llama_rope_head_check_model(const llama_model & model) {
+// throws if a model cannot have factors other than 1, or none that differ within a layer
+static void llama_rope_head_check_model(const llama_model & model, bool differ) {
     const auto & hparams = model.hparams;
 
-    llama_rope_head_require(llama_rope_layer_has_rope(model),         "this model has no RoPE");
-    llama_rope_head_require(hparams.n_lora_kv == 0,                   "not for models with MLA, whose heads share rotated keys");
-    llama_rope_head_require(hparams.n_pos_per_embd() == 1,            "not for models with M-RoPE");
-    llama_rope_head_require(hparams.indexer_n_head == 0,              "not for models whose attention has an indexer");
-    llama_rope_head_require(model.split_mode() != LLAMA_SPLIT_MODE_TENSOR, "not with split mode tensor");
+    llama_rope_head_require(llama_rope_layer_has_rope(model), "this model has no RoPE");
+    llama_rope_head_require(hparams.n_lora_kv == 0,           "not for models with MLA, whose heads share rotated keys");
+    llama_rope_head_require(hparams.n_pos_per_embd() == 1,    "not for models with M-RoPE");
+
+    llama_rope_head_require(!differ || hparams.indexer_n_head == 0, "not for models whose attention has an indexer");
+    llama_rope_head_require(!differ || model.split_mode() != LLAMA_SPLIT_MODE_TENSOR, "not with split mode tensor");
 }
 
 void llama_rope_head_init(const llama_model & model, llama_cparams & cparams, const float * factors) {
@@ -183,15 +184,17 @@ void llama_rope_head_init(const llama_model & model, llama_cparams & cparams, co
     // layers without keys attend to those of another one, see llama_model::create_memory()
     for (size_t il = 0; il < rows.size(); ++il) {
         const int64_t owner = hparams.has_kv(il) ? il : hparams.n_layer_kv_from_start - (hparams.is_swa(il) ? 2 : 1);
-        llama_rope_head_require(owner >= 0 && rows.at(owner).size() == rows[il].size(), "a layer shares keys with one of as many heads");
+        llama_rope_head_require(owner >= 0 && rows.at(owner).size() == rows[il].size(), "a layer shares the keys of one with another number of heads");
         rows[il] = rows[owner];
     }
 
     std::vector<float> layers(n_layer, 1.0f);
 
     bool differ = false;
+    bool any    = false;
     for (size_t il = 0; il < rows.size(); ++il) {
         auto & row = rows[il];
+        any = any || std::count(row.begin(), row.end(), 1.0f) < (ptrdiff_t) row.size();
         if (std::adjacent_find(row.begin(), row.end(), std::not_equal_to<float>()) != row.end()) {
             differ = true;
             heads->s_min = std::min(heads->s_min, *std::min_element(row.begin(), row.end()));
@@ -203,8 +206,8 @@ void llama_rope_head_init(const llama_model & model, llama_cparams & cparams, co
         row.clear();
     }
 
-    if (differ) {
-        llama_rope_head_check_model(model);
+    if (any) {
+        llama_rope_head_check_model(model, differ);
     }
 
     const auto all = llama_rope_layer_init(model, cparams, layers.data());
@@ -274,7 +277,7 @@ bool llm_graph_rope_head::rope_heads_differ() const {
 
 void llm_graph_rope_head::rope_heads_refuse(const char * what) const {
     if (rope_heads_differ()) {
-        throw std::runtime_error(format("RoPE factors that differ between the KV heads of a layer: layer %d is rotated %s", il_rope, what));
+        throw std::runtime_error(format("RoPE factors of KV heads cannot be used: layer %d is rotated %s", il_rope, what));
     }
 }
 
