@@ -1,8 +1,15 @@
 """What a file holds of query scales that were folded into its tensors: `lrope.folded` and `lrope.folded.before`.
 
-The first is JSON in ASCII: the scales, who folded them, and each tensor with the SHA-256 of its queries' rows before
-and after. The second is what `remove` needs to get the old scales of its blocks back, in base64 (`blocks.Packer`). Both
-stand in a model's first file and name tensors, so that they hold for tensors in other files of it too.
+The first is JSON in ASCII, `{"format":"lrope-folded","version":1,"by":...,"source":...,"query_scales":[[...],...],
+"tensors":[...]}`: the program, the curve file, float32 scales of each layer's heads, and tensors with the fields of
+`Kept`. The second is their corrections in base64, one tensor's after the other's: what `remove` needs to get the old
+scales of their blocks back. Each is zlib's: a code of two bits for each scale of a block, block after block, the lowest
+bits of a byte first, 0, 1 and 2 for 0, 1 and -1, and 3 for the others, which follow as numbers of 32 bits, zigzag, in
+four planes of bytes, the lowest first. The old bits of a scale are those of what is nearest to the new one over q in
+float64, plus its correction.
+
+Both stand in a model's first file and name tensors, so that they hold for tensors in other files of it too; and since
+each has a checksum for both states, a write that was interrupted between two files can be told.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class ModelInfo:
         return tuple(factor if layer in layers else 1.0 for layer in range(self.n_layer or 1))
 
     def fingerprint(self) -> str:
-        """Identity of the base model: SHA-256 in hex, the same before and after `write_factors`.
+        """Identity of the base model: SHA-256 in hex, the same before and after `write_factors`, unless that folds.
 
         Covers the header as it was before, and of the tensor data 64 blocks of 4 KiB, evenly spaced, the first and the
         last included. Raises `LropeError`: the file cannot be read, or what it held before is not known.

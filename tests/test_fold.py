@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -369,6 +371,17 @@ def test_corrections_are_packed_in_any_portions(far: bool) -> None:
             Corrections(wrong, 1000)
     with pytest.raises(ValueError):
         Corrections(data, 1009)
+
+
+def test_copies_by_other_tools(tmp_path: Path) -> None:
+    path, copy = write_queries(tmp_path / "m.gguf"), tmp_path / "copy.gguf"
+    before = raw(path)
+    fold(path)
+    tool = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--general-name", "x"]
+    subprocess.run([*tool, path, copy], check=True, capture_output=True)
+    assert (raw(copy)["blk.0.attn_q.weight"] == raw(path)["blk.0.attn_q.weight"]).all()
+    remove_factors(copy)
+    assert all((raw(copy)[name] == data).all() for name, data in before.items())
 
 
 # Split models

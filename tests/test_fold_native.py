@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, quants
 from numpy.typing import NDArray
+from support.commands import lrope_gguf
 from support.llama_direct import Context
 from support.rope_models import (
     GEMMA3,
@@ -26,8 +28,9 @@ from support.rope_models import (
     by_name,
 )  # fmt: skip
 
-from lrope_gguf import remove_factors, write_factors
+from lrope_gguf import LropeError, remove_factors, write_factors
 from lrope_gguf.fold import Wanted
+from lrope_gguf.native import tool_path
 
 pytestmark = pytest.mark.native
 
@@ -117,6 +120,33 @@ def test_quantized_weights(kind: str, tmp_path: Path) -> None:
     wanted = logits(LLAMA.write(tmp_path / "w.gguf", weights=multiplied_), LLAMA)
     got, base = logits(path, LLAMA), logits(plain, LLAMA)
     assert np.abs(got - wanted).max() < 0.1 * np.abs(wanted - base).max()
+
+
+def tool(name: str, *arguments: object) -> None:
+    subprocess.run([tool_path(name), *map(str, arguments)], check=True, capture_output=True)
+
+
+def test_copies_by_llama_cpp(tmp_path: Path) -> None:
+    """gguf-split leaves the keys in the first file and puts tensors into others; llama-quantize changes weights."""
+    q = scales(QWEN2, groups=False)
+    path = QWEN2.write(tmp_path / "m.gguf")
+    original = {tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path).tensors}
+    fold(path, q)
+    wanted = logits(path, QWEN2)
+    tool("llama-gguf-split", "--split", "--split-max-tensors", 7, path, tmp_path / "s")
+    shards = sorted(tmp_path.glob("s-*.gguf"))
+    assert len(shards) > 5 and (logits(shards[0], QWEN2) == wanted).all()
+    tool("llama-gguf-split", "--merge", shards[0], tmp_path / "merged.gguf")
+    for first, files in ((shards[0], shards), (tmp_path / "merged.gguf", [tmp_path / "merged.gguf"])):
+        remove_factors(first)
+        found = {tensor.name: tensor.data.tobytes() for file in files for tensor in GGUFReader(file).tensors}
+        assert found == original
+    small = tmp_path / "small.gguf"
+    tool("llama-quantize", path, small, "Q8_0")
+    assert "for good: blk.0.attn_q.weight has another type now" in lrope_gguf("show", small).stdout
+    assert np.abs(logits(small, QWEN2) - wanted).max() < 0.2 * np.abs(wanted).max()
+    with pytest.raises(LropeError, match=r"blk\.0\.attn_q\.weight was changed after query scales were folded"):
+        remove_factors(small)
 
 
 def _with_types(source: Path, target: Path, member: GGMLQuantizationType) -> Path:

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.foldable import SCALES, write, write_queries
+from support.foldable import queries as queries_of
 from support.gguf_fixtures import header, write_model
 
 from lrope_gguf import CurveFile, Scaling, files, metadata, read_model, write_factors
@@ -96,6 +98,15 @@ def prepare() -> None:
     CurveFile(head_factors=((1, 1, 1, 2),) * 4).save("four.json")
     for name, value in (("scales.json", "17"), ("list.json", "[1]"), ("zero.json", "0")):
         Path(name).write_text(Path("queries.json").read_text().replace("1.25", value))
+    write_queries(Path("foldable.gguf"))
+    for name, changes in (
+        ("fold", {}), ("both", {"layer_factors": (1, 1.5)}), ("apart", {"query_scales": SCALES[::-1]}),
+    ):  # fmt: skip
+        CurveFile(**{"query_scales": SCALES, **changes}).save(f"{name}.json")
+    qwen = {"blk.0.attn_q.weight": queries_of(), "blk.0.attn_q_norm.weight": ("F32", np.ones(8, np.float32), (8,))}
+    write(Path("normed.gguf"), qwen, architecture="qwen3")
+    write_queries(Path("brand-new-queries.gguf"), architecture="brand-new")
+    write(Path("mxfp4.gguf"), {"blk.0.attn_q.weight": ("MXFP4", np.zeros((256, 17), np.uint8), (32, 256))})
     write_factors(model("disagrees.gguf"), (1, 1.25, 0.75, 1))
     data = Path("disagrees.gguf").read_bytes()
     Path("disagrees.gguf").write_bytes(data.replace(np.float32(1.25).tobytes(), np.float32(1.5).tobytes()))

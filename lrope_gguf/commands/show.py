@@ -121,7 +121,7 @@ def _lines(
         ("layer factors", _factors_line(info, width)),
         *((said, _rows_line(info, name)) for name, said in _OF_HEADS.items()),
         ("folded scales", _folded_line(info)),
-        ("  copies", None if info.folded is None else _COPIES),
+        ("  copies", None if info.folded is None or info.folded_error is not None else _COPIES),
         ("curve", _curve_line(document, curve_error, agreement)),
     ]
     if document is not None and document.provenance is not None:
@@ -134,6 +134,8 @@ def _lines(
         lines += ["", *_table([f"{layer:5}  {shortest(s)}" for layer, s in enumerate(info.factors)], "factor", width)]
     for name, of_heads in info.rows.items():
         lines += ["", *_table(_picture(of_heads), _OF_HEADS[name], width)]
+    if info.folded is not None:
+        lines += ["", *_table(_picture(info.folded.scales), "folded scales", width)]
     return lines
 
 

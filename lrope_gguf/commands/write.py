@@ -16,7 +16,7 @@ from lrope_gguf.commands.progress import CopyProgress
 from lrope_gguf.curve import CurveFile, Rows, resolved, source_name
 from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
-from lrope_gguf.layout import CURVE_KEY, array_keys
+from lrope_gguf.layout import BEFORE_KEY, CURVE_KEY, FOLDED_KEY, array_keys
 from lrope_gguf.metadata import (
     WritePlan,
     WriteResult,
@@ -304,7 +304,8 @@ def _plan_lines(
 ) -> list[str]:
     changes = [f"  {change_line(change)}" for change in plan.changes]
     if plan.folding is not None:
-        changes.append(f"  {_folded(plan.folding)}")
+        action = _action(False, info.folded is not None)
+        changes += [f"  {action} {FOLDED_KEY}, {BEFORE_KEY}: what remove needs", f"  {_folded(plan.folding)}"]
     rows, keeps = (info.rows, True) if keeps else (rows, plan.how == "unchanged")
     said = _arrays(plan.factors, rows, info, uniform)
     if keeps and not said:
