@@ -320,22 +320,21 @@ def test_a_curve_file_of_heads_is_measured(
 
 @pytest.mark.native
 @pytest.mark.gradient
-@pytest.mark.parametrize("scale", ["heads", "both"])
-def test_derivatives_of_heads_are_followed_and_kept(scale: str, tmp_path: Path, told: list[tuple[str, Any]]) -> None:
+def test_derivatives_of_heads_are_followed_and_kept(tmp_path: Path, told: list[tuple[str, Any]]) -> None:
     pytest.importorskip("torch")
     path = write_readable(tmp_path / "m.gguf")
     model, task = ModelConfig(str(path), n_threads=1), task_config("kv", keys=6, probes=3)
-    settings = replace(TINY, method="gradient", scale=scale)
-    search(model, task, replace(settings, gradient_steps=2), tmp_path / "whole", progress=False)
+    settings = replace(TINY, method="gradient", scale="both", uniform_factors=(1.2,))
+    search(model, task, settings, tmp_path / "whole", progress=False)
     Path(tmp_path / "cut").mkdir()
     for name in ("config.json", "guard.json", NAME):
         content = (tmp_path / "whole" / name).read_bytes()
         kept = content.splitlines(keepends=True)[0] if name == NAME else content
         (tmp_path / "cut" / name).write_bytes(kept)
-    search(model, task, replace(settings, gradient_steps=2), tmp_path / "cut", progress=False)
+    search(model, task, settings, tmp_path / "cut", progress=False)
     steps = [Trail.of(tmp_path / name).steps for name in ("whole", "cut")]
     assert [step["state"] for step in steps[0]] == [step["state"] for step in steps[1]]
-    keys = {"heads": {"head_factors"}, "both": {"head_factors", "query_scales"}}[scale]
+    keys = {"head_factors", "query_scales"}
     end = Trail.of(tmp_path / "cut").proposals((0.5, 4.0))[0]
     assert rows_of(end).keys() == keys and n_changed(end) > 0
     assert {f"set_{name}" for name in keys} == {name for name, _ in told}
