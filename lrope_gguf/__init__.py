@@ -2,9 +2,9 @@
 
 `read_factors(path)` gives a model's stored factors `s_l`, one float per layer (layer `l` rotates as at position
 `p / s_l`; 1 changes nothing), or None; `write_factors(path, factors)` stores them, with `scaling=Scaling("yarn", 4)` a
-RoPE scaling besides; `plan_write` says what that would do, and `remove_factors(path)` is its inverse, byte for byte.
-`read_model(path)` gives all that concerns RoPE in a model's header. Whatever goes wrong with a file or a value raises
-`LropeError`, and nothing is changed then.
+RoPE scaling besides, with `head_factors` and `query_scales` a number for each KV head or head. `plan_write` says what
+that would do, and `remove_factors(path)` is its inverse, byte for byte. `read_model(path)` gives all that concerns RoPE
+in a model's header. Whatever goes wrong with a file or a value raises `LropeError`, and nothing is changed then.
 
 Names are loaded on first use, so that ``import lrope_gguf`` costs nothing.
 """

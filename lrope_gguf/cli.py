@@ -24,8 +24,8 @@ _COMPLETE = "_LROPE_GGUF_COMPLETE"  # click's own name: the variable by which a 
 COMMANDS = {
     "search": ("lrope_search.commands.search", "search layer factors for a model and a task"),
     "eval": ("lrope_search.commands.evaluate", "compare base model and layer factors on a task"),
-    "write": ("lrope_gguf.commands.write", "store layer factors and a RoPE scaling in a model"),
-    "show": ("lrope_gguf.commands.show", "show a model's RoPE settings and layer factors"),
+    "write": ("lrope_gguf.commands.write", "store factors, query scales and a RoPE scaling in a model"),
+    "show": ("lrope_gguf.commands.show", "show a model's RoPE settings, factors and query scales"),
     "remove": ("lrope_gguf.commands.remove", "take what write has stored out of a model"),
     "report": ("lrope_search.commands.report", "make the report of a search"),
     "demo": ("lrope_search.commands.demo", "search, write and serve on a small real model"),

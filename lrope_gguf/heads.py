@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lrope_gguf.gguf_file import ARRAY, GGUFFile
 
-_MAX_HEADS = 1 << 20  # of all layers
+_MAX_HEADS = 1 << 17  # of all layers; a curve file could not list more
 # Keys of latent attention (src/models/*.cpp, llama.cpp 0c1e570): all heads share one rotated part of the key.
 _MLA = ("attention.kv_lora_rank", "attention.key_length_mla")
 

@@ -31,7 +31,7 @@ _MAX_STORED = 1 << 22
 _MAX_AT = 1 << 16
 _HEX = re.compile("(?:[0-9a-f]{2})*")
 PAGE = 4096
-_MAX_ENTRY = 1 << 20
+_MAX_ENTRY = (1 << 19) + PAGE  # of heads: 2**17 numbers
 _SLACK = 1024
 _MAX_ROOM = 1 << 22
 

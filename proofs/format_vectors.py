@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -95,9 +96,20 @@ CURVES = [
     ([[0.0, 1.0], [0.5, 2.0], [0.5, 0.75], [1.0, 1.5]], [4, 12]),
     ([[0.0, 1.0], [0.0, 3.0], [0.2, 0.5], [0.9, 2.5], [1.0, 0.75], [1.0, 1.25]], [6, 12]),
 ]
+# name, rotation, heads and KV heads of the layers, both arrays, soft cap of the logits
+HEADS: list[tuple[str, Json, list[int], list[int], list[float], list[float], float | None]] = [
+    ("grouped", rope(n_dims=8), [4, 4, 0, 2], [2, 1, 0, 2], [1.0, 1.3125, 0.625, 1.5, 1.0], [
+        *(1.0, 0.75, 1.25, 16.0), *(0.0625, 1.0, 1.0, 1.375), *(0.875, 1.5)], None),
+    ("yarn-capped", rope("yarn", 4.0, n_dims=8), [3], [3], [1.0, 1.3125, 0.3125], [1.25, 2.0, 0.75], 30.0),
+]  # fmt: skip
+QUERY = [2.0, -1.0, 0.5, 3.0, -1.5, 1.0, 0.25, -2.0]
+KEYS = [[1.0, 2.0, -0.5, 1.5, 0.5, -1.0, 2.0, 1.0], [-1.0, 0.5, 3.0, 0.25, -2.0, 1.5, 1.0, -0.75]]
+KEY_POSITIONS = [0, 700]
 ENTRIES: list[tuple[str, list[float] | float]] = [
     ("llama.rope.scaling.layer_factors", [1.0, 1.25, 0.75]),
     ("llama.rope.scaling.dynamic_factor", 4.0),
+    ("llama.rope.scaling.head_factors", [1.0, 1.5, 0.75]),
+    ("llama.attention.query_scales", [1.0, 0.75, 1.25, 1.5, 1.0, 0.875]),
 ]
 
 
@@ -144,6 +156,35 @@ def length(said: Json, n: int) -> Json:
         "n": n, "level": level, "base": rotation.base, "freq_scale": rotation.freq_scale,
         "magnitude": float(rotation.magnitude), "layers": layers(rotation, FACTORS, [[n - 1]]),
     }  # fmt: skip
+
+
+def turned(vector: Sequence[float], rotation: Rope, position: float) -> NDArray[np.complex128]:
+    """The head `vector`, of whose numbers neighbours are pairs, at a real-valued position; complex."""
+    pairs = np.array(vector[::2]) + 1j * np.array(vector[1::2])
+    row = np.array([[position, 0.0, 0.0, 0.0]])
+    result: NDArray[np.complex128] = pairs * rotation.magnitude * np.exp(1j * rotation.angles(row)[0])
+    return result
+
+
+def heads(said: Json, n_head: list[int], n_head_kv: list[int], factors: list[float], scales: list[float],
+          cap: float | None) -> list[Json]:  # fmt: skip
+    """Of each layer and head: its KV head, factor and scale, and the logits and weights of the query for the keys."""
+    result, first, first_kv = [], 0, 0
+    for n, n_kv in zip(n_head, n_head_kv, strict=True):
+        row = []
+        for head in range(n):
+            kv_head = head // (n // n_kv)
+            s, scale = factors[first_kv + kv_head], scales[first + head]
+            query = turned(QUERY, stock(said), KEY_POSITIONS[-1] / s)
+            keys = [turned(key, stock(said), p / s) for key, p in zip(KEYS, KEY_POSITIONS, strict=True)]
+            logits = np.array([scale * (query * key.conj()).real.sum() / math.sqrt(len(QUERY)) for key in keys])
+            capped = logits if cap is None else cap * np.tanh(logits / cap)
+            weights = np.exp(capped - capped.max())
+            row.append({"kv_head": kv_head, "s": s, "scale": scale, "logits": logits.tolist(),
+                        "weights": (weights / weights.sum()).tolist()})  # fmt: skip
+        result.append({"heads": row})
+        first, first_kv = first + n, first_kv + n_kv
+    return result
 
 
 def refused(freq_scale: float, s: float) -> bool:
@@ -200,6 +241,14 @@ def vectors() -> Json:
         "curves": [
             {"control_points": points, "factors": [curve_factors(points, n) for n in counts]}
             for points, counts in CURVES
+        ],
+        "heads": [
+            {
+                "name": name, "rope": said, "n_head": n_head, "n_head_kv": n_head_kv, "head_factors": factors,
+                "query_scales": scales, "soft_cap": cap, "query": QUERY, "keys": KEYS, "positions": KEY_POSITIONS,
+                "layers": heads(said, n_head, n_head_kv, factors, scales, cap),
+            }
+            for name, said, n_head, n_head_kv, factors, scales, cap in HEADS
         ],
         "entries": [
             {"key": key, "value": value, "little": entry(key, value, "<"), "big": entry(key, value, ">")}

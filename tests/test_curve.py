@@ -7,6 +7,7 @@ import math
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -21,6 +22,7 @@ from lrope_gguf.errors import LropeError
 
 SCHEMA = json.loads((files("lrope_gguf") / "curve.schema.json").read_text())
 GOOD = {"format": "lrope-curve", "version": 1, "control_points": [[0, 1], [0.3, 2], [0.6, 0.8], [1, 1.5]]}
+SCALES = {"format": "lrope-curve", "version": 1, "query_scales": [[1, 0.7], [], [1.3, 16]]}
 LIST = {"format": "lrope-curve", "version": 1, "layer_factors": [1, 1.1, 0.9]}
 
 
@@ -83,7 +85,7 @@ BAD_DOCUMENTS = {
     "its version is 2": json.dumps(GOOD | {"version": 2}),
     "its version is True": json.dumps(GOOD | {"version": True}),
     "its version is None": '{"format": "lrope-curve"}',
-    "neither control_points nor layer_factors": '{"format": "lrope-curve", "version": 1}',
+    "neither control_points nor layer_factors, head_factors or query_scales": '{"format": "lrope-curve", "version": 1}',
     "holds NaN": '{"format": "lrope-curve", "version": 1, "layer_factors": [NaN]}',
     "holds -Infinity": '{"format": "lrope-curve", "version": 1, "layer_factors": [-Infinity]}',
     "holds 1e999": '{"format": "lrope-curve", "version": 1, "layer_factors": [1], "provenance": 1e999}',
@@ -107,6 +109,21 @@ BAD_DOCUMENTS = {
         LIST | {"control_points": [[0, 1], [1, 3]], "layer_factors": [1, 1.1, 3]}
     ),
     "bounds are reversed": json.dumps(GOOD | {"bounds": [2, 1]}),
+    "the query scale of head 1 in layer 2 is 16.5, beyond 1/16 to 16; ": json.dumps(
+        SCALES | {"query_scales": [[1], [], [1, 16.5]]}
+    ),
+    "the query scale of head 0 in layer 0 is 0.06, beyond": json.dumps(SCALES | {"query_scales": [[0.06]]}),
+    "the query scale of head 0 in layer 0 is zero": json.dumps(SCALES | {"query_scales": [[0]]}),
+    "the query scale of head 0 in layer 1 is None, not a number": json.dumps(SCALES | {"query_scales": [[1], [None]]}),
+    "the factor of KV head 0 in layer 0 is 1025, beyond 1/1024 to 1024; ": json.dumps(
+        LIST | {"head_factors": [[1025]]}
+    ),
+    "the factor of KV head 1 in layer 0 is negative (-1); ": json.dumps(LIST | {"head_factors": [[1, -1]]}),
+    "head_factors of layer 1 is int, not a list": json.dumps(LIST | {"head_factors": [[1], 1]}),
+    "query_scales is dict, not a list": json.dumps(LIST | {"query_scales": {}}),
+    "query_scales has no numbers": json.dumps(LIST | {"query_scales": [[], []]}),
+    "head_factors has no numbers": json.dumps(LIST | {"head_factors": []}),
+    "holds Infinity": json.dumps(SCALES).replace("0.7", "Infinity"),
 }
 
 
@@ -147,8 +164,15 @@ json_values = st.recursive(
 )
 
 
+def rows(most: float) -> st.SearchStrategy[tuple[tuple[float, ...], ...] | None]:
+    row = st.lists(st.floats(1 / most, most), max_size=5).map(tuple)
+    return st.none() | st.lists(row, min_size=1, max_size=4).filter(any).map(tuple)
+
+
 @given(
-    control_points(),
+    st.none() | control_points(),
+    rows(1024),
+    rows(16),
     st.none() | st.text(),
     st.none() | st.integers(1, 200),
     json_values,
@@ -157,7 +181,9 @@ json_values = st.recursive(
     st.booleans(),
 )
 def test_documents_round_trip_and_fit_the_schema(
-    points: tuple[tuple[float, float], ...],
+    points: tuple[tuple[float, float], ...] | None,
+    head_factors: tuple[tuple[float, ...], ...] | None,
+    query_scales: tuple[tuple[float, ...], ...] | None,
     architecture: str | None,
     block_count: int | None,
     provenance: object,
@@ -165,8 +191,10 @@ def test_documents_round_trip_and_fit_the_schema(
     with_factors: bool,
     compact: bool,
 ) -> None:
-    factors = tuple(Curve(points).factors(7).tolist()) if with_factors else None
-    document = CurveFile(points, factors, architecture, block_count, provenance, extra=extra)
+    assume(points or head_factors or query_scales)
+    factors = tuple(Curve(points).factors(7).tolist()) if with_factors and points else None
+    heads: dict[str, Any] = {"head_factors": head_factors, "query_scales": query_scales}
+    document = CurveFile(points, factors, architecture, block_count, provenance, extra=extra, **heads)
     text = document.dumps(compact)
     assert CurveFile.loads(text, "x") == document
     assert ("\n" in text) is not compact
@@ -188,6 +216,12 @@ SCHEMA_SEES = [
     GOOD | {"control_points": [[0.1, 1], [1, 1]]},
     GOOD | {"control_points": [[0, 1], [2, 1]]},
     GOOD | {"bounds": [1]},
+    LIST | {"head_factors": [[1, 1025]]},
+    LIST | {"head_factors": [[]]},
+    LIST | {"query_scales": [[1], [0.06]]},
+    LIST | {"query_scales": [[17]]},
+    LIST | {"query_scales": [1]},
+    LIST | {"query_scales": []},
 ]
 
 
@@ -200,7 +234,8 @@ def test_schema_and_loader_refuse_alike(document: dict[str, object]) -> None:
 
 
 SCHEMA_TAKES = [
-    GOOD, LIST, GOOD | {"bounds": [0.1, 9]}, LIST | {"new": [1]}, LIST | {"architecture": None, "block_count": None}
+    SCALES, SCALES | {"head_factors": [[1 / 1024], [], [1024]]}, GOOD, LIST,
+    GOOD | {"bounds": [0.1, 9]}, LIST | {"new": [1]}, LIST | {"architecture": None, "block_count": None}
 ]  # fmt: skip
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import cmath
 import json
 import math
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from support.rope_reference import Config, Rope
 
 from lrope_gguf import Scaling, write_factors
 from lrope_gguf.curve import Curve
+from lrope_gguf.layout import array_keys
 from lrope_gguf.rope_scaling import RopeScaling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,16 +181,83 @@ def test_curves_give_the_factors(vector: Json) -> None:
         assert list(curve.factors(len(factors))) == pytest.approx(factors, abs=1e-12)
 
 
+def of_heads(vector: Json, rotation: Rotation) -> Iterator[tuple[int, int, list[float], list[float]]]:
+    """Layer, head, logits and weights by the document: slices of the flat arrays, its function, section 2."""
+
+    def at(vector: list[float], rope: Json, s: float, position: int) -> list[complex]:
+        angles, size = rotation(rope, s, [position])
+        pairs = zip(vector[::2], vector[1::2], angles, strict=True)
+        return [complex(x, y) * size * cmath.exp(1j * angle) for x, y, angle in pairs]
+
+    factors, scales, rope = iter(vector["head_factors"]), iter(vector["query_scales"]), vector["rope"]
+    cap, last = vector["soft_cap"], vector["positions"][-1]
+    for layer, (n, n_kv) in enumerate(zip(vector["n_head"], vector["n_head_kv"], strict=True)):
+        of_layer = list(islice(factors, n_kv))
+        for head, scale in enumerate(islice(scales, n)):
+            s = of_layer[head * n_kv // n]
+            query = at(vector["query"], rope, s, last)
+            keys = [at(key, rope, s, p) for key, p in zip(vector["keys"], vector["positions"], strict=True)]
+            products = [sum((a * b.conjugate()).real for a, b in zip(query, key, strict=True)) for key in keys]
+            logits = [scale * product / math.sqrt(len(vector["query"])) for product in products]
+            powers = [math.exp(x if cap is None else cap * math.tanh(x / cap)) for x in logits]
+            yield layer, head, logits, [power / sum(powers) for power in powers]
+    assert not [*factors, *scales]
+
+
+@pytest.mark.parametrize("vector", FOUND["heads"], ids=named)
+def test_heads_by_the_document(vector: Json, rotation: Rotation) -> None:
+    seen = 0
+    for layer, head, logits, weights in of_heads(vector, rotation):
+        wanted = vector["layers"][layer]["heads"][head]
+        assert logits == pytest.approx(wanted["logits"], abs=1e-9)
+        assert weights == pytest.approx(wanted["weights"], abs=1e-9)
+        seen += 1
+    assert seen == sum(len(layer["heads"]) for layer in vector["layers"]) == sum(vector["n_head"])
+    numbers = [*vector["head_factors"], *vector["query_scales"], *vector["query"], *chain(*vector["keys"])]
+    assert numbers == [float(np.float32(number)) for number in numbers]
+
+
+def test_the_vectors_tell_wrong_heads_apart(rotation: Rotation) -> None:
+    """A scale after the soft cap, another grouping, factors of layers, and arrays read in another order all differ."""
+    vector, capped = FOUND["heads"]
+    right = {row[:2]: row[3] for row in of_heads(vector, rotation)}
+    for name, wrong in (("head_factors", [1.0] * 5), ("query_scales", [1.0] * 10)):
+        for turned in (wrong, vector[name][::-1]):
+            found = {row[:2]: row[3] for row in of_heads(vector | {name: turned}, rotation)}
+            assert max(abs(a[0] - found[key][0]) for key, a in right.items()) > 1e-3
+    uncapped = [row[3] for row in of_heads(capped | {"soft_cap": None}, rotation)]
+    assert max(abs(a[0] - row[3][0]) for a, row in zip(uncapped, of_heads(capped, rotation), strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("vector", FOUND["heads"], ids=named)
+def test_we_store_the_heads_of_the_vectors(vector: Json, tmp_path: Path) -> None:
+    keys = {f"llama.attention.head_count{end}": vector[f"n_head{end}"] for end in ("", "_kv")}
+    path = write_model(tmp_path / "m.gguf", block_count=len(vector["n_head"]), keys=keys)
+    rows = {
+        name: [[of_head[field] for of_head in layer["heads"]] for layer in vector["layers"]]
+        for name, field in (("head_factors", "s"), ("query_scales", "scale"))
+    }
+    rows["head_factors"] = [
+        row[:: n // n_kv] if n else [] for row, n, n_kv in zip(rows["head_factors"], vector["n_head"],
+                                                              vector["n_head_kv"], strict=True)
+    ]  # fmt: skip
+    write_factors(path, **rows)
+    fields = gguf.GGUFReader(path).fields
+    for name, key in array_keys("llama").items():
+        assert name not in rows or fields[key].contents() == vector[name]
+
+
 @pytest.mark.parametrize("order", ["little", "big"])
 def test_we_write_the_bytes(order: str, tmp_path: Path) -> None:
-    path = write_model(tmp_path / "m.gguf", block_count=3, big_endian=order == "big")
-    factors, dynamic = FOUND["entries"]
-    write_factors(path, factors["value"], scaling=Scaling("dynamic-yarn", dynamic["value"]))
-    data = path.read_bytes()
-    assert data.count(bytes.fromhex(factors[order])) == data.count(bytes.fromhex(dynamic[order])) == 1
-    fields = gguf.GGUFReader(path).fields
-    assert fields[factors["key"]].contents() == factors["value"]
-    assert fields[dynamic["key"]].contents() == dynamic["value"]
+    counts = {"llama.attention.head_count": 2, "llama.attention.head_count_kv": 1}
+    path = write_model(tmp_path / "m.gguf", block_count=3, big_endian=order == "big", keys=counts)
+    factors, dynamic, of_kv, scales = (entry["value"] for entry in FOUND["entries"])
+    rows = {"head_factors": [[s] for s in of_kv], "query_scales": list(zip(scales[::2], scales[1::2], strict=True))}
+    write_factors(path, factors, **rows, scaling=Scaling("dynamic-yarn", dynamic))
+    data, fields = path.read_bytes(), gguf.GGUFReader(path).fields
+    for entry in FOUND["entries"]:
+        assert data.count(bytes.fromhex(entry[order])) == 1
+        assert fields[entry["key"]].contents() == entry["value"]
 
 
 def tiny(vector: Json, factors: list[float]) -> TinyModel:

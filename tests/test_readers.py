@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from support.readers import (
     CURVE,
     DOCUMENTS,
     FACTORS,
+    HEAD_COUNTS,
     HEAD_DOCUMENTS,
     HEAD_LISTS,
+    HEADS,
     LISTS,
     N_LAYER,
     REFUSED,
@@ -37,6 +40,9 @@ TABLES: dict[str, tuple[bool, Table]] = {
 }
 CASES = [(table, name) for table, (_, cases) in TABLES.items() for name in cases]
 Case = tuple[str, str]
+HEAD_CASES = [(kind, name) for kind, cases in HEADS.items() for name in cases]
+OPTIONS = {"head_factors": "--rope-head-factors", "query_scales": "--query-scales"}
+PROPERTIES = {"head_factors": "rope_head_factors", "query_scales": "query_scales"}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +55,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
         False: write_readable(folder / "plain.gguf"),
         True: write_readable(folder / "head.gguf", shorter, n_head_layers=1),
     }
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of six layers with four heads and two KV heads each."""
+    path = write_readable(tmp_path_factory.mktemp("heads") / "heads.gguf")
+    info = read_model(path)
+    assert info.n_head == (HEAD_COUNTS["query_scales"],) * N_LAYER
+    assert info.n_head_kv == (HEAD_COUNTS["head_factors"],) * N_LAYER
+    return path
 
 
 def value(case: Case, folder: Path) -> tuple[bool, str]:
@@ -107,6 +123,45 @@ def test_tools(case: Case, models: dict[bool, Path], tmp_path: Path) -> None:
     said = result.stdout + result.stderr
     assert result.returncode == 1 and f"--rope-layer-factors {given}: " in said, said
     assert ("lrope-gguf write MODEL --curve" in said) == (wanted == CURVE), said
+
+
+def curve_of(case: Case, folder: Path) -> Path:
+    content, path = HEADS[case[0]][case[1]][0], folder / "curve.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize("case", HEAD_CASES, ids=" ".join)
+def test_write_of_heads(case: Case, heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written, wanted = tmp_path / "written.gguf", HEADS[case[0]][case[1]][1]
+    status = main(["write", str(heads), "--curve", str(curve_of(case, tmp_path)), "--output", str(written)])
+    if isinstance(wanted, str):
+        assert status != 0 and not written.exists()
+        assert "Traceback" not in capsys.readouterr().err
+    else:
+        assert status == 0
+        rows = read_model(written).rows[case[0]]
+        assert [len(row) for row in rows] == [HEAD_COUNTS[case[0]]] * N_LAYER
+        assert tuple(chain(*rows)) == tuple(map(single, wanted))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("case", HEAD_CASES, ids=" ".join)
+def test_tools_of_heads(case: Case, heads: Path, tmp_path: Path) -> None:
+    option, wanted, curve = OPTIONS[case[0]], HEADS[case[0]][case[1]][1], str(curve_of(case, tmp_path))
+    tool = str(tool_path("llama-perplexity"))
+    if option not in subprocess.run([tool, "--help"], capture_output=True, text=True, errors="replace").stdout:
+        pytest.skip(f"the tools have no {option}")
+    if not isinstance(wanted, str):
+        with LlamaServer(heads, 256, n_threads=1, options=[option, curve]) as server:
+            assert tuple(map(single, server.properties()[PROPERTIES[case[0]]])) == tuple(map(single, wanted))
+        return
+    text = heads.with_name("text.txt")
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 12)
+    command = [tool, "-m", str(heads), "-f", str(text), "-c", "64", "-t", "1", option, curve]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=tmp_path)
+    said = result.stdout + result.stderr
+    assert result.returncode == 1 and f"{option} {curve}: " in said, said
 
 
 def test_the_models_are_what_the_tables_are_for(models: dict[bool, Path]) -> None:

@@ -179,6 +179,22 @@ def test_old_studies_list_no_factors(copy: Path) -> None:
     assert read_study(copy) == with_factors
 
 
+def test_numbers_of_heads_are_kept(copy: Path) -> None:
+    without = read_study(copy)
+    document = json.loads((copy / "best.json").read_text())
+    document["query_scales"] = [[1.25, 0.75]] * document["block_count"]
+    (copy / "best.json").write_text(json.dumps(document))
+    found = read_study(copy)
+    assert found.best is not None and found.best.query_scales == ((1.25, 0.75),) * document["block_count"]
+    assert dataclasses.replace(found, best=without.best) == without
+    for name in ("layer_factors", "control_points", "bounds"):
+        del document[name]
+    (copy / "best.json").write_text(json.dumps(document))
+    alone = read_study(copy)
+    assert alone.best is not None and alone.best.rows and alone.factors is None
+    assert main(["report", str(copy)]) == 0
+
+
 @pytest.mark.pictures
 def test_a_uniform_factor_of_some_layers_is_that_of_these_layers(tmp_path: Path) -> None:
     """Its factors are carried from the search to the report; older records, which hold one number, get them back."""

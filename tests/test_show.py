@@ -27,7 +27,8 @@ KEYS = [
     "nextn_predict_layers", "context_length",
     "windows", "windows_error", "rope_freq_base", "rope_dimension_count", "rope_scaling_type",
     "rope_scaling_factor", "rope_dynamic_factor", "rope_original_context_length", "rope_before",
-    "context_length_before", "scaling_error", "factors", "factors_error", "shards", "n_layer", "has_rope", "rope",
+    "context_length_before", "scaling_error", "factors", "factors_error", "n_head", "n_head_kv", "head_factors",
+    "head_factors_error", "query_scales", "query_scales_error", "shards", "n_layer", "has_rope", "rope",
     "factors_key", "curve",
     "curve_error", "curve_agrees",
 ]  # fmt: skip

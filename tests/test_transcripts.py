@@ -82,6 +82,20 @@ def prepare() -> None:
         ("dynamic", RopeScaling("dynamic-yarn", orig_ctx=512, factor=4.0)),
     ):
         CurveFile(layer_factors=(1, 1.2, 1.1, 1), provenance={"rope": rope.json()}).save(f"{name}.json")
+    counts = {f"llama.attention.{name}": n for name, n in (("head_count", 4), ("head_count_kv", [2, 1, 0, 2]))}
+    model("heads.gguf", **counts)
+    model("mrope.gguf", **counts, llama__rope__dimension_sections=[1, 2, 3, 4])
+    model("mla.gguf", **counts, llama__attention__kv_lora_rank=512)
+    model("headless.gguf", "gpt2", gpt2__attention__head_count=4)
+    model("broken3.gguf", **counts, llama__attention__query_scales=[1.0] * 15)
+    model("broken4.gguf", **counts, llama__attention__query_scales=[1.0] * 15 + [17.0])
+    queries = ((0.75, 1, 1.25, 1.5), (1, 1, 1, 1), (1, 1, 1, 1), (0.7, 1, 1, 1.3))
+    CurveFile(query_scales=queries).save("queries.json")
+    CurveFile(query_scales=queries, head_factors=((1, 1.5), (1.25,), (), (0.9, 1))).save("heads.json")
+    CurveFile(POINTS, query_scales=(*queries[:3], (1, 1, 1))).save("row.json")
+    CurveFile(head_factors=((1, 1, 1, 2),) * 4).save("four.json")
+    for name, value in (("scales.json", "17"), ("list.json", "[1]"), ("zero.json", "0")):
+        Path(name).write_text(Path("queries.json").read_text().replace("1.25", value))
     write_factors(model("disagrees.gguf"), (1, 1.25, 0.75, 1))
     data = Path("disagrees.gguf").read_bytes()
     Path("disagrees.gguf").write_bytes(data.replace(np.float32(1.25).tobytes(), np.float32(1.5).tobytes()))

@@ -40,5 +40,6 @@ def _done(result: WriteResult, info: ModelInfo) -> str:
     if info.factors or info.factors_error or not (had or scaled):
         had.insert(0, "layer factors")
     shared = f", {whole_file(result)}" if result.bytes_shared else ""
-    what = " and ".join([*had, *(["RoPE scaling"] if scaled else [])])
+    *others, last = [*had, *(["RoPE scaling"] if scaled else [])]
+    what = " and ".join(filter(None, (", ".join(others), last)))
     return f"{result.path}: written without {what} ({result.bytes_written} bytes{shared})"

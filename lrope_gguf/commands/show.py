@@ -155,9 +155,11 @@ def _picture(rows: Rows) -> list[str]:
     """Of each layer a block a head, from the lowest to the highest number of all, and its own lowest and highest."""
     values = list(chain(*rows))
     low, high, most = min(values), max(values), max(map(len, rows))
-    blocks = (sparkline(row, low, high).ljust(most) for row in rows)
-    ends = (f"  {min(row):.4g} to {max(row):.4g}" if row else "  no heads" for row in rows)
-    return [f"{layer:5}  {line}{said}" for layer, (line, said) in enumerate(zip(blocks, ends, strict=True))]
+    lines = []
+    for layer, row in enumerate(rows):
+        ends = " to ".join(f"{value:.4g}" for value in sorted({min(row), max(row)})) if row else "no heads"
+        lines.append(f"{layer:5}  {sparkline(row, low, high):<{most}}  {ends}")
+    return lines
 
 
 def _kind(info: ModelInfo) -> str | None:
@@ -210,6 +212,8 @@ def _factors_line(info: ModelInfo, width: int | None) -> str | None:
     if info.factors is None:
         if info.kind == "adapter":
             return None
+        if info.head_factors is not None:
+            return "none"
         return "none (1 in every layer)" if info.has_rope else "none, and they would have no effect"
     low, high = min(info.factors), max(info.factors)
     line = sparkline(info.factors)
@@ -218,7 +222,8 @@ def _factors_line(info: ModelInfo, width: int | None) -> str | None:
         line = " ".join(line[i : i + room] for i in range(0, len(line), room))
     moved = sum(factor != 1 for factor in info.factors)
     others = "" if moved == len(info.factors) else f", in {moved} of {len(info.factors)} layers other than 1"
-    return f"{line}  {shortest(low)} to {shortest(high)}{others}"
+    passed_over = "" if info.head_factors is None else "; the head factors go before them"
+    return f"{line}  {shortest(low)} to {shortest(high)}{others}{passed_over}"
 
 
 def _rows_line(info: ModelInfo, name: str) -> str | None:

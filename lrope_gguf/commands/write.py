@@ -164,7 +164,7 @@ class _Asked:
         for name, option in presets.ROWS.items():
             if name in self.rows:
                 if self.curve is None or self.curve == "-":
-                    raise LropeError(f"--curve {self.curve}: an entry names the curve file of its {name}; give a file")
+                    raise LropeError(f"--curve {self.curve}: an entry names the file of its {name}; give a file")
                 said[option] = str(Path(resolved(self.curve)).absolute())
             elif not self.keeps and getattr(self.info, name) is not None:
                 said[option] = "off"
@@ -349,8 +349,9 @@ def curve_for(path: str | Path, info: ModelInfo) -> tuple[CurveFile, tuple[float
             factors = document.factors_for(info.n_layer or 1)
     except LropeError as error:
         raise LropeError(f"{where}: {error}; give a curve made for {info.path}") from None
+    known = document.rows if info.block_count is not None else {}  # of what is no model, whoever writes says it
     try:
-        rows: Any = {name: shortest_rows(info.shaped_rows(name, rows)) for name, rows in document.rows.items()}
+        rows: Any = {name: shortest_rows(info.shaped_rows(name, rows)) for name, rows in known.items()}
     except LropeError as error:
         raise LropeError(f"{where}: {error}") from None
     return replace(document, layer_factors=None if factors is None else tuple(map(shortest, factors)), **rows), factors

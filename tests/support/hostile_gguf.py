@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from lrope_gguf import LropeError, Scaling, cli
 from lrope_gguf.gguf_file import ARRAY, STRING, GGUFFile
+from lrope_gguf.layout import array_keys
 from lrope_gguf.metadata import read_factors, read_model, remove_factors, write_factors
 
 SECONDS = 2.0
@@ -97,6 +98,11 @@ def make_seeds(folder: Path) -> list[Path]:
     for name, kind, big_endian in (("scaling", "yarn", False), ("scaling-big-endian", "dynamic-yarn", True)):
         scaled = write_model(path(name), big_endian=big_endian)
         write_factors(scaled, (1.0, 1.5, 2.0, 0.75) if big_endian else None, scaling=Scaling(kind, 4.0))
+    counts = {"llama.attention.head_count": 4, "llama.attention.head_count_kv": [2, 1, 0, 2]}
+    for name, big_endian in (("heads", False), ("heads-big-endian", True)):
+        of_heads = write_model(path(name), big_endian=big_endian, keys=counts)
+        scales = ((0.75, 1.0, 1.25, 1.5),) * 4
+        write_factors(of_heads, head_factors=((1.0, 1.5), (1.25,), (), (0.9, 1.0)), query_scales=scales)
     nested = struct.pack("<IIQ", ARRAY, ARRAY, 2)
     for inner in (struct.pack("<IQ", STRING, 2) + string(b"a") + string(b"bc"), struct.pack("<IQ3H", 2, 3, 1, 2, 3)):
         nested += struct.pack("<IQ", ARRAY, 1) + inner
@@ -249,11 +255,11 @@ def check(path: Path, data: bytes, *, deep: bool) -> Outcome:
         remove_factors(path, output=plain)
     except LropeError as error:
         return _refusal("read, removal refused", path, data, error)
-    if read_model(plain).factors is not None:
+    if read_model(plain).factors is not None or read_model(plain).rows:
         return Outcome("finding", finding="factors after remove")
     restored = plain.read_bytes()
-    ours = {"lrope.curve", "lrope.original"}
-    ours |= {f"{info.architecture}.rope.scaling.{name}" for name in ("layer_factors", "dynamic_factor")}
+    ours = {"lrope.curve", "lrope.original", f"{info.architecture}.rope.scaling.dynamic_factor"}
+    ours |= {*array_keys(str(info.architecture)).values()}
     if not ours & _keys(path) and restored != data:
         return Outcome("finding", finding="remove changes a file without factors")
     if read_model(plain).fingerprint() != info.fingerprint():
@@ -269,6 +275,24 @@ def check(path: Path, data: bytes, *, deep: bool) -> Outcome:
     remove_factors(other)
     if other.read_bytes() != restored:
         return Outcome("finding", finding="other bytes after write and remove")
+    rows = {"head_factors": info.n_head_kv, "query_scales": info.n_head}
+    for name, counts in rows.items():
+        if not any(counts or ()) or (name == "head_factors" and info.without_head_factors):
+            continue
+        kept = len(counts or ()) - info.nextn_predict_layers
+        numbers = tuple((1.125 if layer < kept else 1.0,) * n for layer, n in enumerate(counts or ()))
+        try:
+            write_factors(path, **{name: numbers}, output=other)  # type: ignore[arg-type]
+        except LropeError as error:
+            refusal = _refusal("refused", path, data, error)
+            if refusal.finding:
+                return refusal
+            continue
+        if read_model(other).rows != {name: numbers}:
+            return Outcome("finding", finding=f"other {name} read than written")
+        remove_factors(other)
+        if other.read_bytes() != restored:
+            return Outcome("finding", finding=f"other bytes after {name} and their removal")
     for scaling in (Scaling("dynamic", 2.0), Scaling("yarn", 2.0)):
         try:
             write_factors(other, scaling=scaling, output=other)

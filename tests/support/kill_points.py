@@ -43,6 +43,7 @@ NAMES = {
     **{267: "readlinkat", 326: "copy_file_range", 332: "statx", 269: "faccessat", 439: "faccessat2"},
 }
 FACTORS = (1.0, 1.25, 0.75, 1.1)
+HEADS: dict[str, Any] = {"head_factors": ((1.25, 0.75),) * 4, "query_scales": ((1.0, 0.7, 1.3, 1.1),) * 4}
 LONG = CurveFile(layer_factors=FACTORS, provenance="long " * 2000).dumps(compact=True)
 TEMPORARY = re.compile(r"\.lrope-[0-9a-f]{16}\.tmp")
 DISK, PAGE = 1 << 20, 4096
@@ -94,6 +95,14 @@ def _model_with_scaling(folder: Path) -> None:
     write_factors(_model(folder), FACTORS, scaling=Scaling("yarn", 4))
 
 
+def _model_of_heads(folder: Path) -> Path:
+    return write_model(folder / "m.gguf", keys={"llama.attention.head_count": 4, "llama.attention.head_count_kv": 2})
+
+
+def _model_with_heads(folder: Path) -> None:
+    write_factors(_model_of_heads(folder), **HEADS)
+
+
 def _model_and_another(folder: Path) -> None:
     _model(folder)
     (folder / "out.gguf").write_bytes(b"another file")
@@ -128,6 +137,13 @@ CASES = (
     Case("another scaling", _model_with_scaling, _write(scaling=Scaling("dynamic", None, 2048))),
     Case("no scaling", _model_with_scaling, _write(scaling=Scaling("none"))),
     Case("removal of a scaling", _model_with_scaling, _remove),
+    Case("numbers of heads", _model_of_heads, _write(**HEADS)),
+    Case(
+        "scales of queries, in place",
+        _model_with_heads,
+        _write(**{name: tuple(row[::-1] for row in rows) for name, rows in HEADS.items()}, mapped_ok=True),
+    ),
+    Case("removal of numbers of heads", _model_with_heads, _remove),
     Case("new copy", _model, _write(FACTORS, output="out.gguf")),
 )
 

@@ -3,7 +3,8 @@
 `lrope-gguf write` (lrope_gguf/curve.py, commands/options.py) and `--rope-layer-factors` of llama.cpp's tools
 (patches/01-layer-factors/common/rope-layer.cpp) must both refuse, or take the same float32 factors. The tools have the
 JSON parser of llama.cpp, and read of a document `layer_factors` and what it says of its model: what else `write`
-refuses is `UNCHECKED`. A new line in a table here is tried on both by tests/test_readers.py.
+refuses is `UNCHECKED`. A new line in a table here is tried on both by tests/test_readers.py. `--rope-head-factors` and
+`--query-scales` read `head_factors` and `query_scales` of the same document, and nothing else of it: `HEADS`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,59 @@ def document(**fields: Any) -> str:
 def with_text(number: str) -> str:
     """A curve file with `number` as it stands for the fourth of six factors."""
     return document(layer_factors=[1, 1, 1, 7, 1, 1]).replace("7", number)
+
+
+# of a model whose layers have 4 heads and 2 KV heads
+HEAD_COUNTS = {"head_factors": 2, "query_scales": 4}
+MOST = {"head_factors": 1024, "query_scales": 16}
+
+
+def of_heads(name: str) -> Table:
+    """Documents with rows of `head_factors` or `query_scales`, and the flat numbers that they come to."""
+    n, most = HEAD_COUNTS[name], MOST[name]
+    rows = [[1 + 0.125 * (layer + head) for head in range(n)] for layer in range(N_LAYER)]
+    flat = tuple(value for row in rows for value in row)
+
+    def document_of(value: Any, **fields: Any) -> str:
+        return document(**{"layer_factors": ..., name: value} | fields)
+
+    def first(number: str) -> str:
+        """Rows with `number` as it stands for the first head."""
+        return document_of([[7777, *rows[0][1:]], *rows[1:]]).replace("7777", number)
+
+    return {
+        "rows": (document_of(rows), flat),
+        "beside factors of layers": (document_of(rows, layer_factors=FACTORS), flat),
+        "of this model": (document_of(rows, architecture="llama", block_count=N_LAYER, bounds=None), flat),
+        "byte order mark": (b"\xef\xbb\xbf" + document_of(rows).encode(), flat),
+        "largest": (first(str(most)), (most, *flat[1:])),
+        "smallest": (first(repr(1 / most)), (1 / most, *flat[1:])),
+        "exponent": (first("25E-1"), (2.5, *flat[1:])),
+        **{
+            number: (first(number), REFUSED)
+            for number in (str(most + 1), repr(0.99 / most), "0", "-1", "NaN", "1e999", "true", '"1"', "null", "[1]")
+        },
+        "five rows": (document_of(rows[:5]), REFUSED),
+        "seven rows": (document_of([*rows, rows[0]]), REFUSED),
+        "a short row": (document_of([rows[0][:-1], *rows[1:]]), REFUSED),
+        "a long row": (document_of([*rows[:-1], [*rows[-1], 1]]), REFUSED),
+        "an empty row": (document_of([*rows[:-1], []]), REFUSED),
+        "rows of other lengths, as many numbers": (
+            document_of([rows[0][:-1], [*rows[1], 1], *rows[2:]]),
+            REFUSED,
+        ),
+        "a flat list": (document_of(list(flat)), REFUSED),
+        "an object": (document_of({"0": rows[0]}), REFUSED),
+        "a number": (document_of(1), REFUSED),
+        "no rows": (document_of([]), REFUSED),
+        "block_count 7": (document_of(rows, block_count=7), REFUSED),
+        "other architecture": (document_of(rows, architecture="gemma3"), REFUSED),
+        "cut": (document_of(rows)[:-1], REFUSED),
+        "version 2": (document_of(rows, version=2), REFUSED),
+    }
+
+
+HEADS = {name: of_heads(name) for name in HEAD_COUNTS}
 
 
 def curved(points: Any = POINTS, factors: Any = CURVED, **fields: Any) -> str:

@@ -11,6 +11,7 @@ import click
 
 from lrope_gguf.commands.options import model_argument
 from lrope_gguf.curve import Curve, CurveFile
+from lrope_gguf.errors import LropeError
 from lrope_gguf.files import check_output
 from lrope_gguf.stores import keeper, reference
 from lrope_gguf.text import command_line, say
@@ -105,7 +106,8 @@ def starting_with(paths: Sequence[str], settings: SearchConfig) -> SearchConfig:
     for path in paths:
         file = CurveFile.load(path)
         start = file.control_points or file.layer_factors
-        assert start is not None  # a curve file has one of them
+        if start is None:
+            raise LropeError(f"--start {path}: has no factors of layers to begin with; give a curve that has them")
         settings.started(start, f"--start {path}")
         curves.append(start)
     return replace(settings, start=tuple(curves))
