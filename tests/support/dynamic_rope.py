@@ -10,7 +10,7 @@ import numpy as np
 
 from support.llama_direct import Context
 from support.rope_models import TinyModel
-from support.rope_reference import Array, Rope
+from support.rope_reference import Array, Factors, Rope
 
 NTK, DYNAMIC_YARN = 4, 5  # of enum llama_rope_scaling_type
 
@@ -64,7 +64,7 @@ class Scaling:
 class DynamicReference:
     """The reference with a scaling that moves: keys are rotated anew whenever they are looked at."""
 
-    def __init__(self, model: TinyModel, scaling: Scaling, factors: Sequence[float] | None = None) -> None:
+    def __init__(self, model: TinyModel, scaling: Scaling, factors: Factors | None = None) -> None:
         self.reference = model.reference(factors)
         self.scaling = scaling
         self._stock = model.config

@@ -94,13 +94,13 @@ class Graph:
 
 
 def _rope_node(node: Node, users: dict[Node, list[Node]]) -> RopeNode:
-    weights, cached = _origin(node)
+    weights, cached = origin(node)
     shift = weights is None and cached is not None
     cache = cached if shift else _cache_in_use(node, users)
     return RopeNode(node.op, node.name, RopeParams.of(node.op_params), weights, cache, shift)
 
 
-def _origin(node: Node) -> tuple[int | None, int | None]:
+def origin(node: Node) -> tuple[int | None, int | None]:
     """Layers of the nearest weight and, if there is no weight at all, of the nearest key cache, before ``node``."""
     cached: set[int] = set()
     level, seen = [node.sources[0]], {node.sources[0]}
@@ -124,7 +124,7 @@ def _cache_in_use(node: Node, users: dict[Node, list[Node]]) -> int | None:
     while level:
         for user in (u for n in level for u in users[n]):
             for other in (*user.sources, user.view_of):
-                leaf = _viewed(other)
+                leaf = viewed(other)
                 if leaf is not None and (match := _CACHE.match(leaf.name)):
                     return int(match[1])
         level = [n for n in _next_level(level, seen, lambda n: users[n]) if not _leaves_attention(n)]
@@ -143,7 +143,7 @@ def _leaves_attention(node: Node) -> bool:
     return node.op in _ATTENTION_ENDS or projection
 
 
-def _viewed(node: Node | None) -> Node | None:
+def viewed(node: Node | None) -> Node | None:
     while node is not None and node.op in _VIEWS:
         node = node.sources[0]
     return node

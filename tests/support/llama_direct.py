@@ -32,7 +32,8 @@ def library() -> Any:
     if not hasattr(llama_cpp._lib, "llama_set_rope_layer_factors"):
         return None
     floats = ctypes.POINTER(ctypes.c_float)
-    for name in ("llama_set_rope_layer_factors", "llama_get_rope_layer_factors", "llama_model_rope_layer_factors"):
+    kinds = ("rope_layer_factors", "rope_head_factors", "query_scales")
+    for name in (f"llama_{verb}_{kind}" for kind in kinds for verb in ("set", "get", "model")):
         function = getattr(llama_cpp._lib, name)
         function.argtypes = [ctypes.c_void_p, floats, ctypes.c_size_t]
         function.restype = ctypes.c_bool if "model" in name else ctypes.c_int32
@@ -45,6 +46,7 @@ def library() -> Any:
     ):
         function = getattr(llama_cpp._lib, name)
         function.argtypes, function.restype = [ctypes.c_void_p], result
+    llama_cpp._lib.llama_model_n_head_layer.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     llama_cpp._lib.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_size_t] * 2
     llama_cpp._lib.ggml_backend_tensor_get.restype = None
     llama_cpp.llama_log_set(log_errors, ctypes.c_void_p(0))
@@ -250,6 +252,34 @@ class Context:
         assert self.lib._lib.llama_get_rope_layer_factors(self.context, out, n) == n
         return list(out)
 
+    def set_head_factors(self, rows: Sequence[Sequence[float]] | None) -> int:
+        flat = [factor for row in rows or [] for factor in row]
+        array = None if rows is None else (ctypes.c_float * len(flat))(*flat)
+        return int(self.lib._lib.llama_set_rope_head_factors(self.context, array, len(flat)))
+
+    def get_head_factors(self) -> list[float]:
+        n = self.lib._lib.llama_get_rope_head_factors(self.context, None, 0)
+        out = (ctypes.c_float * n)()
+        assert self.lib._lib.llama_get_rope_head_factors(self.context, out, n) == n
+        return list(out)
+
     def model_factors(self, n: int) -> list[float] | None:
         out = (ctypes.c_float * n)()
         return list(out) if self.lib._lib.llama_model_rope_layer_factors(self.model, out, n) else None
+
+    def model_head_factors(self, n: int) -> list[float] | None:
+        out = (ctypes.c_float * n)()
+        return list(out) if self.lib._lib.llama_model_rope_head_factors(self.model, out, n) else None
+
+    def set_scales(self, scales: Sequence[float] | None) -> int:
+        array = None if scales is None else (ctypes.c_float * len(scales))(*scales)
+        return int(self.lib._lib.llama_set_query_scales(self.context, array, len(scales or [])))
+
+    def get_scales(self) -> list[float]:
+        out = (ctypes.c_float * self.lib._lib.llama_get_query_scales(self.context, None, 0))()
+        assert self.lib._lib.llama_get_query_scales(self.context, out, len(out)) == len(out)
+        return list(out)
+
+    def model_scales(self, n: int) -> list[float] | None:
+        out = (ctypes.c_float * n)()
+        return list(out) if self.lib._lib.llama_model_query_scales(self.model, out, n) else None

@@ -49,12 +49,15 @@ def bound(rope: Rope, position: Array, s: float) -> Array:
     return np.asarray(ULP * (np.abs(plain) * (scale * (1.0 + mix) + mix) * (2 * i + 4) + 4))
 
 
-def check(rope: Rope, got: NDArray[Any], position: Array, s: float) -> None:
-    """Fail unless heads of unit pairs, of shape (tokens, heads, head_dim), have turned as the reference says."""
+def check(rope: Rope, got: NDArray[Any], position: Array, s: float, grain: float = 0.0) -> None:
+    """Fail unless heads of unit pairs, of shape (tokens, heads, head_dim), have turned as the reference says.
+
+    ``grain``: what a position divided by ``s`` may be off by beforehand.
+    """
     real, imaginary = (got[..., pair].astype(np.float64) for pair in rope.pairs)
     angle = rope.angles(position / s)[:, None, :]
     off = np.abs(np.angle((real + 1j * imaginary) * np.exp(-1j * angle)))
-    assert np.all(off <= bound(rope, position, s)[:, None, :])
+    assert np.all(off <= bound(rope, position, s)[:, None, :] + np.abs(rope.angles(np.full((1, 4), grain))))
     # two rounded logarithms and some products and quotients
     np.testing.assert_allclose(np.hypot(real, imaginary), rope.magnitude, rtol=8 * ULP)
     assert np.all(got[..., rope.n_rot :] == 0.0)

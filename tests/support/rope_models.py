@@ -11,10 +11,10 @@ from typing import Any
 
 import gguf
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from support.gguf_fixtures import add_key, finish
-from support.rope_reference import Array, Config, Reference, Rope
+from support.rope_reference import Array, Config, Factors, Reference, Rope
 
 Weights = dict[str, NDArray[np.float32]]
 
@@ -22,6 +22,8 @@ N_VOCAB, N_EMBD, N_HEAD, N_HEAD_KV, HEAD_DIM, N_FF, N_LAYER = 96, 64, 4, 2, 16, 
 WINDOW = 12
 TOKENS = [int(t) for t in np.random.default_rng(7).integers(0, N_VOCAB, 150)]
 FACTORS = [1.0, 1.3, 0.8, 2.5, 1.07, 3.1]
+# of KV heads: two layers have heads that agree
+HEAD_FACTORS = ((1.0, 1.3), (0.8, 2.5), (1.5, 1.5), (3.1, 0.6), (1.0, 1.0), (1.07, 0.93))
 
 # how the architectures differ in their tensors
 _BIASES = ("qwen2", "qwen2vl")
@@ -95,8 +97,8 @@ class TinyModel:
             result[name] = value.astype(np.float32)
         return result | self.tensors
 
-    def reference(self, factors: Sequence[float] | None = None) -> Reference:
-        return Reference(self.config, self.weights(), factors)
+    def reference(self, factors: Factors | None = None, scales: ArrayLike | None = None) -> Reference:
+        return Reference(self.config, self.weights(), factors, scales)
 
     def write(self, path: Path, factors: list[float] | None = None, weights: Weights | None = None) -> Path:
         c = self.config

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+Factors = Sequence[float] | Sequence[Sequence[float]]
 
 # BLAS multiplies so few tokens in one thread; more would wait for each other
 PART = 50
@@ -64,9 +65,9 @@ class Rope:
     component: tuple[int, ...] | None = None
 
     def angles(self, position: Array) -> Array:
-        """Angles at real-valued positions of shape (tokens, 4), shape (tokens, n_rot / 2)."""
+        """Angles at real-valued positions of shape (..., 4), shape (..., n_rot / 2)."""
         i = np.arange(self.n_rot // 2)
-        extrapolated = position[:, self.component or (0,)] * self.base ** (-2.0 * i / self.n_rot)
+        extrapolated = position[..., self.component or (0,)] * self.base ** (-2.0 * i / self.n_rot)
         if self.divisors is not None:
             extrapolated = extrapolated / np.array(self.divisors)
         interpolated = extrapolated * self.freq_scale
@@ -90,8 +91,8 @@ class Rope:
         return self.attn_factor * (1.0 if self.ext_factor == 0.0 else 1.0 + 0.1 * np.log(1.0 / self.freq_scale))
 
     def rotate(self, x: Array, position: Array) -> Array:
-        """Rotate ``x`` of shape (tokens, heads, head_dim) as standing at real-valued ``position``."""
-        theta = self.angles(position)[:, None, :]
+        """Rotate ``x``, shape (tokens, heads, head_dim), as if at real-valued ``position``, (tokens, heads, 4)."""
+        theta = self.angles(position)
         cos, sin = np.cos(theta) * self.magnitude, np.sin(theta) * self.magnitude
         first, second = self.pairs
         out = x.copy()
@@ -136,11 +137,15 @@ class Reference:
     """
 
     def __init__(
-        self, config: Config, weights: dict[str, NDArray[np.float32]], factors: Sequence[float] | None = None
-    ) -> None:
+        self, config: Config, weights: dict[str, NDArray[np.float32]], factors: Factors | None = None,
+        scales: ArrayLike | None = None,
+    ) -> None:  # fmt: skip
+        """``factors``: one a layer, or a list of one a KV head of the layer."""
         self.config = config
         self.weights = {name: value.astype(np.float64) for name, value in weights.items()}
         self.factors = factors or [1.0] * config.n_layer
+        # of the attention logits, shape (layers, heads)
+        self.scales = np.ones((config.n_layer, config.n_head)) if scales is None else np.asarray(scales, np.float64)
         self.positions = np.empty((0, 4))
         # where a cached key stands besides its position, see `divide`
         self._astray = np.empty((0, 4))
@@ -211,7 +216,7 @@ class Reference:
         return np.asarray(x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0.0))
 
     def _attention(self, x: Array, il: int) -> Array:
-        c, rope, s, b = self.config, self.config.ropes[il], self.factors[il], f"blk.{il}.attn_"
+        c, rope, b = self.config, self.config.ropes[il], f"blk.{il}.attn_"
         if f"{b}qkv.weight" in self.weights:
             fused = self._project(x, f"{b}qkv").reshape(len(x), -1, c.head_dim)
             q, k, v = np.split(fused, [c.n_head, c.n_head + c.n_head_kv], axis=1)
@@ -223,11 +228,13 @@ class Reference:
 
         there, here = self.positions, self.positions[-len(x) :]
         group = c.n_head // c.n_head_kv
+        s = np.broadcast_to(self.factors[il], c.n_head_kv)[:, None]
         # heads first: (heads, tokens, head_dim)
-        q = rope.rotate(q, here / s).swapaxes(0, 1)
-        keys = np.repeat(rope.rotate(self._keys[il], (there + self._astray) / s), group, axis=1).swapaxes(0, 1)
+        q = rope.rotate(q, here[:, None] / np.repeat(s, group, axis=0)).swapaxes(0, 1)
+        keys = rope.rotate(self._keys[il], (there + self._astray)[:, None] / s)
+        keys = np.repeat(keys, group, axis=1).swapaxes(0, 1)
         values = np.repeat(self._values[il], group, axis=1).swapaxes(0, 1)
-        score = q @ keys.swapaxes(1, 2) / np.sqrt(c.head_dim)
+        score = q @ keys.swapaxes(1, 2) / np.sqrt(c.head_dim) * self.scales[il][:, None, None]
         score = np.where(self._visible(here, there, c.windows[il]), score, -np.inf)
         p = np.exp(score - score.max(axis=-1, keepdims=True))
         out = (p / p.sum(axis=-1, keepdims=True) @ values).swapaxes(0, 1)

@@ -1,7 +1,6 @@
-#include "common.h"
-#include "log.h"
+#include "rope-layer.h"
 
-#include <nlohmann/json.hpp>
+#include "log.h"
 
 #include <algorithm>
 #include <fstream>
@@ -11,19 +10,18 @@
 
 using json = nlohmann::json;
 
-static void require(bool ok, const std::string & message) {
+void common_require(bool ok, const std::string & message) {
     if (!ok) {
         throw std::runtime_error(message);
     }
 }
 
-// the layer_factors of a curve file
-static json factors_from_file(const std::string & fname, const llama_model * model, size_t n_block) {
+json common_curve_load(const std::string & fname, const llama_model * model, size_t n_block) {
     std::ifstream file(fname, std::ios::binary);
-    require(file.good(), "neither a list of numbers such as 1,1.05,0.98 nor a file that can be read");
+    common_require(file.good(), "not a file that can be read");
 
     const json data = json::parse(file);
-    require(data.is_object() && data.value("format", json()) == "lrope-curve" && data.value("version", json()) == 1,
+    common_require(data.is_object() && data.value("format", json()) == "lrope-curve" && data.value("version", json()) == 1,
             "not a curve file (format lrope-curve, version 1)");
 
     char arch[256] = "";
@@ -31,11 +29,18 @@ static json factors_from_file(const std::string & fname, const llama_model * mod
 
     const json name  = data.value("architecture", json());
     const json count = data.value("block_count",  json());
-    require((name.is_null() || name == std::string(arch)) && (count.is_null() || (count.is_number_integer() && count == n_block)),
+    common_require((name.is_null() || name == std::string(arch)) && (count.is_null() || (count.is_number_integer() && count == n_block)),
             string_format("made for another model than this one (%s, %zu layers)", arch, n_block));
 
-    const json list = data.value("layer_factors", json());
-    require(!list.is_null(), string_format("has no layer_factors; lrope-gguf write MODEL --curve %s puts the factors of its curve into the "
+    return data;
+}
+
+// the layer_factors of a curve file
+static json factors_from_file(const std::string & fname, const llama_model * model, size_t n_block) {
+    common_require(std::ifstream(fname).good(), "neither a list of numbers such as 1,1.05,0.98 nor a file that can be read");
+
+    const json list = common_curve_load(fname, model, n_block).value("layer_factors", json());
+    common_require(!list.is_null(), string_format("has no layer_factors; lrope-gguf write MODEL --curve %s puts the factors of its curve into the "
                 "model", fname.c_str()));
     return list;
 }
@@ -44,7 +49,7 @@ static std::vector<float> factors_from_option(const std::string & value, const l
     const bool is_list = value.find_first_not_of("0123456789.,+-eE ") == std::string::npos;
 
     const json list = is_list ? json::parse("[" + value + "]") : factors_from_file(value, model, n_block);
-    require(list.is_array() && std::all_of(list.begin(), list.end(), [](const json & item) { return item.is_number(); }),
+    common_require(list.is_array() && std::all_of(list.begin(), list.end(), [](const json & item) { return item.is_number(); }),
             "layer_factors must be a list of numbers");
 
     auto factors = list.get<std::vector<double>>();
@@ -52,10 +57,10 @@ static std::vector<float> factors_from_option(const std::string & value, const l
     // layers of a multi-token-prediction head keep 1
     const size_t n_layer = std::min<size_t>(n_block, llama_model_n_layer(model));
 
-    require(n_layer > 0 && (factors.size() == n_layer || factors.size() == n_block),
+    common_require(n_layer > 0 && (factors.size() == n_layer || factors.size() == n_block),
             string_format("has %zu factors, but the model has %zu layers", factors.size(), n_layer));
     factors.resize(n_block, 1.0);
-    require(std::count(factors.begin() + n_layer, factors.end(), 1.0) == (ptrdiff_t) (n_block - n_layer),
+    common_require(std::count(factors.begin() + n_layer, factors.end(), 1.0) == (ptrdiff_t) (n_block - n_layer),
             "layers of a multi-token-prediction head keep factor 1");
 
     return std::vector<float>(factors.begin(), factors.end());
@@ -71,7 +76,7 @@ bool common_rope_layer_init(common_params & params, llama_context * ctx) {
         if (!value.empty() && value != "off") {
             factors = factors_from_option(value, llama_get_model(ctx), factors.size());
         }
-        require(value.empty() || llama_set_rope_layer_factors(ctx, factors.data(), factors.size()) == 0, "the model cannot use these factors");
+        common_require(value.empty() || llama_set_rope_layer_factors(ctx, factors.data(), factors.size()) == 0, "the model cannot use these factors");
     } catch (const std::exception & err) {
         LOG_ERR("%s: --rope-layer-factors %s: %s\n", __func__, value.c_str(), err.what());
         common_log_flush(common_log_main()); // the tool is about to end

@@ -16,10 +16,6 @@
 #include <cstring>
 #include <stdexcept>
 
-// far outside of anything useful, but inside of what float32 angles can represent
-static const float LLAMA_ROPE_LAYER_FACTOR_MIN = 1.0f/1024.0f;
-static const float LLAMA_ROPE_LAYER_FACTOR_MAX = 1024.0f;
-
 // largest gain of the YaRN ramp, bounds the cancellation when s is close to freq_scale
 static const float LLAMA_ROPE_LAYER_EXT_GAIN_MAX = 32.0f;
 
@@ -90,7 +86,7 @@ std::vector<float> llama_rope_layer_expand(const llama_model & model, const floa
     return result;
 }
 
-static bool llama_rope_layer_has_rope(const llama_model & model) {
+bool llama_rope_layer_has_rope(const llama_model & model) {
     if (model.arch == LLM_ARCH_BERT || model.arch == LLM_ARCH_STARCODER) {
         return false; // learned positions
     }
@@ -179,12 +175,7 @@ llama_rope_layer_factors llama_rope_layer_init(const llama_model & model, const 
 //   attn_factor' = attn_factor*(1 + 0.1*ln(1/freq_scale))/(1 + 0.1*ln(s/freq_scale))
 //
 // without YaRN only the first one remains
-void llama_rope_layer_apply(const llama_cparams & cparams, int il, float & freq_scale, float & ext_factor, float & attn_factor) {
-    if (!cparams.rope_layer_factors) {
-        return;
-    }
-
-    const float s = cparams.rope_layer_factors->at(il);
+void llama_rope_layer_fold(float s, float & freq_scale, float & ext_factor, float & attn_factor) {
     if (s == 1.0f) {
         return;
     }
@@ -201,6 +192,12 @@ void llama_rope_layer_apply(const llama_cparams & cparams, int il, float & freq_
     }
 
     freq_scale /= s;
+}
+
+void llama_rope_layer_apply(const llama_cparams & cparams, int il, float & freq_scale, float & ext_factor, float & attn_factor) {
+    if (cparams.rope_layer_factors) {
+        llama_rope_layer_fold(cparams.rope_layer_factors->at(il), freq_scale, ext_factor, attn_factor);
+    }
 }
 
 void llm_graph_rope::rope_layer_apply(float & freq_scale, float & ext_factor, float & attn_factor) const {

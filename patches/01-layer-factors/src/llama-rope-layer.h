@@ -14,6 +14,10 @@ struct llama_hparams;
 struct llama_model;
 struct llama_model_loader;
 
+// far outside of anything useful, but inside of what float32 angles can represent
+static const float LLAMA_ROPE_LAYER_FACTOR_MIN = 1.0f/1024.0f;
+static const float LLAMA_ROPE_LAYER_FACTOR_MAX = 1024.0f;
+
 // what a rotation is computed with, besides the position and the dimension
 struct llama_rope_params {
     float freq_base;
@@ -47,6 +51,11 @@ std::vector<float> llama_rope_layer_expand(const llama_model & model, const floa
 
 // the factors that the layers of a context have to use, throws if the model cannot use them
 llama_rope_layer_factors llama_rope_layer_init(const llama_model & model, const llama_cparams & cparams, const float * factors);
+
+bool llama_rope_layer_has_rope(const llama_model & model);
+
+// adjust the parameters of a RoPE operation to positions divided by s
+void llama_rope_layer_fold(float s, float & freq_scale, float & ext_factor, float & attn_factor);
 
 // adjust the parameters of a RoPE operation in layer il - exact for every scaling type, see the comment in the source
 void llama_rope_layer_apply(const llama_cparams & cparams, int il, float & freq_scale, float & ext_factor, float & attn_factor);

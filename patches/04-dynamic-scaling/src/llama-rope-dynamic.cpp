@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
+#include <type_traits>
 
 static const float LLAMA_ROPE_DYNAMIC_FACTOR_MAX = 1024.0f;
 
@@ -245,7 +246,8 @@ struct llama_rope_key {
 
     ggml_tensor * k; // [n_embd_k_gqa, kv_size, n_stream]
 
-    int64_t n_embd_head;
+    int64_t  n_embd_head;
+    uint32_t il;
 
     std::vector<llama_rope_op> ops = {}; // one, or none
 
@@ -349,7 +351,7 @@ static std::vector<llama_rope_key> llama_rope_keys(ggml_cgraph * gf, const std::
                     cur = cur->src[0];
                 }
 
-                llama_rope_key key = { kv, k, cur->ne[0] };
+                llama_rope_key key = { kv, k, cur->ne[0], il };
                 llama_rope_key_find(key, cur, 0, false, nullptr);
 
                 if (key.unsupported) {
@@ -423,7 +425,9 @@ public:
     void set_input(const llama_ubatch * ubatch) override {
         GGML_UNUSED(ubatch);
 
-        ggml_backend_tensor_set(pos, pos_data.data(), 0, ggml_nbytes(pos));
+        for (size_t i = 0; i < pos.size(); ++i) {
+            ggml_backend_tensor_set(pos[i], pos_data[i].data(), 0, ggml_nbytes(pos[i]));
+        }
         for (size_t i = 0; i < factors.size(); ++i) {
             ggml_backend_tensor_set(factors[i], factors_data[i].data(), 0, ggml_nbytes(factors[i]));
         }
@@ -433,22 +437,23 @@ public:
     }
 
     // most layers have the same
-    ggml_tensor * get_factors(ggml_context * ctx, const std::vector<float> & data) {
-        const size_t i = std::find(factors_data.begin(), factors_data.end(), data) - factors_data.begin();
-        if (i == factors_data.size()) {
-            factors_data.push_back(data);
-            factors.push_back(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, data.size()));
-            ggml_set_input(factors[i]);
+    template <typename T>
+    static ggml_tensor * get(ggml_context * ctx, std::vector<ggml_tensor *> & tensors, std::vector<std::vector<T>> & all, const std::vector<T> & data) {
+        const size_t i = std::find(all.begin(), all.end(), data) - all.begin();
+        if (i == all.size()) {
+            all.push_back(data);
+            tensors.push_back(ggml_new_tensor_1d(ctx, std::is_same<T, float>::value ? GGML_TYPE_F32 : GGML_TYPE_I32, data.size()));
+            ggml_set_input(tensors[i]);
         }
-        return factors[i];
+        return tensors[i];
     }
 
     const llama_kv_cache * kv;
 
-    ggml_tensor * pos   = nullptr; // I32 [n_cells]
     ggml_tensor * k_rot = nullptr; // F32 [n, n], see llama_kv_cache::build_input_k_rot()
 
-    std::vector<int32_t> pos_data;
+    std::vector<ggml_tensor *>        pos; // I32 [n_cells], or [n_head_kv*n_cells]
+    std::vector<std::vector<int32_t>> pos_data;
 
     std::vector<ggml_tensor *>      factors; // F32 [n_dims/2]
     std::vector<std::vector<float>> factors_data;
@@ -457,17 +462,16 @@ public:
 // cells [i0, i1) of a stream
 static void llama_rope_turn_build(
         llm_graph_result * res, const llama_kv_cache * kv, const llama_kv_cells & cells, uint32_t stream,
-        uint32_t i0, uint32_t i1, const std::vector<llama_rope_turn> & turns) {
+        uint32_t i0, uint32_t i1, const std::vector<llama_rope_turn> & turns, const llama_cparams & cparams) {
     auto * ctx = res->get_ctx();
 
     auto inp = std::make_unique<llm_graph_input_rope_turn>(kv);
 
     inp->k_rot = kv->build_input_k_rot(ctx);
-    inp->pos   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, i1 - i0);
-    ggml_set_input(inp->pos);
 
+    std::vector<int32_t> pos;
     for (uint32_t i = i0; i < i1; ++i) {
-        inp->pos_data.push_back(cells.is_empty(i) ? 0 : cells.pos_get(i));
+        pos.push_back(cells.is_empty(i) ? 0 : cells.pos_get(i));
     }
 
     for (const auto & turn : turns) {
@@ -484,8 +488,14 @@ static void llama_rope_turn_build(
         const bool    quant  = ggml_is_quantized(k->type);
 
         // a quantized head is taken whole: the rotated part may not begin or end where a block does
-        ggml_tensor * dst = ggml_view_3d(ctx, k, quant ? key.n_embd_head : op.n_dims, k->ne[0]/key.n_embd_head, i1 - i0,
-                ggml_row_size(k->type, key.n_embd_head), k->nb[1],
+        // heads with positions of their own are taken one by one
+        const auto    get_pos  = cparams.rope_dynamic.head_positions;
+        const auto    of_heads = get_pos ? get_pos(cparams, key.il, pos) : std::vector<int32_t>();
+        const int64_t n_head   = of_heads.empty() ? k->ne[0]/key.n_embd_head : 1;
+        const auto &  of_rows  = of_heads.empty() ? pos : of_heads;
+
+        ggml_tensor * dst = ggml_view_3d(ctx, k, quant ? key.n_embd_head : op.n_dims, n_head, of_rows.size(),
+                ggml_row_size(k->type, key.n_embd_head), n_head*ggml_row_size(k->type, key.n_embd_head),
                 stream*k->nb[2] + i0*k->nb[1] + (quant ? 0 : ggml_row_size(k->type, offset)));
 
         ggml_tensor * cur = k->type == GGML_TYPE_F32 ? dst : ggml_cast(ctx, dst, GGML_TYPE_F32);
@@ -501,7 +511,8 @@ static void llama_rope_turn_build(
             cur = ggml_cont(ctx, ggml_view_3d(ctx, head, op.n_dims, head->ne[1], head->ne[2], head->nb[1], head->nb[2], offset*head->nb[0]));
         }
 
-        cur = ggml_rope_ext(ctx, cur, inp->pos, inp->get_factors(ctx, turn.factors), op.n_dims, op.mode,
+        cur = ggml_rope_ext(ctx, cur, inp->get(ctx, inp->pos, inp->pos_data, of_rows),
+                inp->get(ctx, inp->factors, inp->factors_data, turn.factors), op.n_dims, op.mode,
                 0, 1.0f, 1.0f, 0.0f, turn.magnitude, 0.0f, 0.0f);
 
         if (quant && offset > 0) {
@@ -580,7 +591,7 @@ bool llama_context::rope_dynamic_turn(const llama_kv_cache * kv, const std::vect
             res->reset();
             ggml_backend_sched_reset(sched.get());
 
-            llama_rope_turn_build(res, kv, cells, stream, i0, std::min(n_cells, i0 + n_part), turns);
+            llama_rope_turn_build(res, kv, cells, stream, i0, std::min(n_cells, i0 + n_part), turns, cparams);
 
             if (ggml_graph_n_nodes(res->get_gf()) == 0) {
                 return true; // no layer of this cache is scaled

@@ -40,6 +40,9 @@ struct llama_rope_dynamic {
 
     llama_rope_params stock; // level 0
 
+    // where the heads of a layer rotate at positions of their own: those at each of pos, one a head; empty for other layers
+    std::vector<int32_t> (*head_positions)(const llama_cparams & cparams, uint32_t il, const std::vector<int32_t> & pos) = nullptr;
+
     // the level that a token at this position needs
     int32_t level_of(llama_pos pos) const;
 

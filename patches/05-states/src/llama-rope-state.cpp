@@ -88,47 +88,24 @@ static void llama_rope_state_adopt(
     }
 }
 
-llama_rope_state_reader::llama_rope_state_reader(llama_context & ctx, llama_io_read_i & io) : io(io) {
-    const auto & cparams = ctx.get_cparams();
-
-    llama_rope_state_yarn yarn(cparams);
-    llama_rope_params     params = cparams.rope_dynamic.enabled ? cparams.rope_dynamic.params(0) : llama_rope_params_get(cparams);
-    std::vector<float>    factors;
-
-    uint32_t magic = 0;
+llama_io_peek::llama_io_peek(llama_io_read_i & io) : io(io) {
     try {
         io.read(head, sizeof(head));
         n_head = sizeof(head);
-        memcpy(&magic, head, sizeof(magic));
     } catch (const std::exception &) {
-        return; // an empty state
+        // an empty state
     }
-
-    if (magic == LLAMA_ROPE_STATE_MAGIC) {
-        n_head = 0;
-
-        uint32_t version;
-        io.read(&version, sizeof(version));
-        if (version != LLAMA_ROPE_STATE_VERSION) {
-            throw std::runtime_error(format("unknown version %u of the RoPE mark in the state", version));
-        }
-
-        io.read(&params, sizeof(params));
-        io.read(&yarn,   sizeof(yarn));
-
-        uint32_t n_factors;
-        io.read(&n_factors, sizeof(n_factors));
-        if (n_factors != 0 && n_factors != ctx.get_model().layers.size()) {
-            throw std::runtime_error(format("the state has RoPE factors for %u layers, the model has %zu", n_factors, ctx.get_model().layers.size()));
-        }
-        factors.resize(n_factors);
-        io.read(factors.data(), n_factors*sizeof(float));
-    }
-
-    llama_rope_state_adopt(ctx, params, yarn, factors);
 }
 
-void llama_rope_state_reader::read(void * dst, size_t size) {
+bool llama_io_peek::take(uint32_t magic) {
+    if (n_head < sizeof(magic) || memcmp(head, &magic, sizeof(magic)) != 0) {
+        return false;
+    }
+    n_head = 0;
+    return true;
+}
+
+void llama_io_peek::read(void * dst, size_t size) {
     const size_t n = std::min(size, n_head);
 
     memcpy(dst, head, n);
@@ -140,14 +117,47 @@ void llama_rope_state_reader::read(void * dst, size_t size) {
     }
 }
 
-void llama_rope_state_reader::read_tensor(ggml_tensor * tensor, size_t offset, size_t size) {
+void llama_io_peek::read_tensor(ggml_tensor * tensor, size_t offset, size_t size) {
     io.read_tensor(tensor, offset, size);
 }
 
-void llama_rope_state_reader::discard() {
+void llama_io_peek::discard() {
     io.discard();
 }
 
-size_t llama_rope_state_reader::n_bytes() {
+size_t llama_io_peek::n_bytes() {
     return io.n_bytes() - n_head;
+}
+
+llama_rope_state_reader::llama_rope_state_reader(llama_context & ctx, llama_io_read_i & io) : llama_io_peek(io) {
+    const auto & cparams = ctx.get_cparams();
+
+    llama_rope_state_yarn yarn(cparams);
+    llama_rope_params     params = cparams.rope_dynamic.enabled ? cparams.rope_dynamic.params(0) : llama_rope_params_get(cparams);
+    std::vector<float>    factors;
+
+    if (is_empty()) {
+        return;
+    }
+
+    if (take(LLAMA_ROPE_STATE_MAGIC)) {
+        uint32_t version;
+        read(&version, sizeof(version));
+        if (version != LLAMA_ROPE_STATE_VERSION) {
+            throw std::runtime_error(format("unknown version %u of the RoPE mark in the state", version));
+        }
+
+        read(&params, sizeof(params));
+        read(&yarn,   sizeof(yarn));
+
+        uint32_t n_factors;
+        read(&n_factors, sizeof(n_factors));
+        if (n_factors != 0 && n_factors != ctx.get_model().layers.size()) {
+            throw std::runtime_error(format("the state has RoPE factors for %u layers, the model has %zu", n_factors, ctx.get_model().layers.size()));
+        }
+        factors.resize(n_factors);
+        read(factors.data(), n_factors*sizeof(float));
+    }
+
+    llama_rope_state_adopt(ctx, params, yarn, factors);
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrope_gguf.errors import LropeError
+from lrope_gguf.gguf_file import GGUFFile
 
 from ..machine import physical_cores
 from .batch import Batch, Part, Rows, Scores, Tokens
@@ -262,6 +264,67 @@ class Model:
         if n != values.size:
             raise LropeError(f"{self.path}: llama.cpp sees {n} layers, the metadata {values.size}")
         return tuple(values[: self.n_layer].tolist())
+
+    @functools.cached_property
+    def _heads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Heads and KV heads of each block, as the header says; 0 where it says nothing."""
+        prefix, n = f"{self._metadata('general.architecture')}.attention.head_count", self._n_block
+        with GGUFFile(self.path) as gguf:
+
+            def of(key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+                one = gguf.integer(key)
+                return gguf.integers(key, n) or (default if one is None else (one,) * n)
+
+            heads = of(prefix, (0,) * n)
+            return heads, of(f"{prefix}_kv", heads)
+
+    @property
+    def n_head(self) -> tuple[int, ...]:
+        """Heads of each layer: as many query scales it has."""
+        return self._heads[0][: self.n_layer]
+
+    @property
+    def n_head_kv(self) -> tuple[int, ...]:
+        """KV heads of each layer: as many head factors it has."""
+        return self._heads[1][: self.n_layer]
+
+    def set_query_scales(self, rows: Sequence[Sequence[float]] | None) -> None:
+        """Multiply the attention logits of head ``h`` of layer ``l`` by ``rows[l][h]``; None: by what the file says.
+
+        The memory must be empty. Raises as `set_factors`, and `LropeError` where the library cannot do it.
+        """
+        function = getattr(self._llama, "llama_set_query_scales", None)
+        if function is None:
+            raise LropeError("query scales: this llama.cpp lacks their patch; use the library that lrope-gguf builds")
+        if rows is not None and tuple(map(len, rows)) != self.n_head:
+            shape = " ".join(map(str, self.n_head))
+            raise LropeError(f"query scales: not one a head; {self.path} has, layer by layer, {shape} heads")
+        flat = [scale for row in rows or () for scale in row]
+        values = np.ones(sum(self._heads[0]), np.float32)  # those of a multi-token-prediction head stay so
+        values[: len(flat)] = flat
+        log.clear()
+        if code := function(self._context, None if rows is None else pointer(values, ctypes.c_float), values.size):
+            kind = FactorsRefusedError if code == _REFUSED else LropeError
+            raise kind(f"query scales: refused by llama.cpp: {log.reason()}; change them")
+
+    def set_head_factors(self, rows: Sequence[Sequence[float]] | None) -> None:
+        """Let KV head ``k`` of layer ``l``, and its queries, rotate by ``position / rows[l][k]``; None: as in the file.
+
+        They take the place of the layers' factors, as `set_factors` takes theirs. Raises as `set_query_scales`.
+        """
+        function = getattr(self._llama, "llama_set_rope_head_factors", None)
+        if function is None:
+            raise LropeError("head factors: this llama.cpp lacks their patch; use the library that lrope-gguf builds")
+        if rows is not None and tuple(map(len, rows)) != self.n_head_kv:
+            shape = " ".join(map(str, self.n_head_kv))
+            raise LropeError(f"head factors: not one a KV head; {self.path} has, layer by layer, {shape} KV heads")
+        flat = [factor for row in rows or () for factor in row]
+        values = np.ones(sum(self._heads[1]), np.float32)  # those of a multi-token-prediction head stay so
+        values[: len(flat)] = flat
+        log.clear()
+        if code := function(self._context, None if rows is None else pointer(values, ctypes.c_float), values.size):
+            kind = FactorsRefusedError if code == _REFUSED else LropeError
+            raise kind(f"head factors: refused by llama.cpp: {log.reason()}; change them")
 
     def rope_layers(self, n_tokens: int) -> tuple[int, ...]:
         """Return the layers whose factor matters over the whole of a text of ``n_tokens`` tokens. Needs a context.
