@@ -36,8 +36,7 @@ from numpy.typing import NDArray
 from options import add_model_options, add_task_options, dispatch, gain_text, head, model_of, row, task_of, tasks_of
 from scipy.stats import spearmanr
 
-from lrope_gguf.curve import FORMAT, VERSION
-from lrope_gguf.errors import LropeError
+from lrope_gguf.curve import CurveFile
 from lrope_search import TaskConfig
 from lrope_search.evaluation.batch import Tokens
 from lrope_search.evaluation.encoding import Encoding
@@ -53,7 +52,7 @@ from lrope_search.gradient.weights import Weights
 from lrope_search.results.comparison import compare
 from lrope_search.results.objective import task_scales
 from lrope_search.sample import SPLITS
-from lrope_search.scores import LAYER_SCAN, SCALES, ContextScore, Factors, Tuned
+from lrope_search.scores import LAYER_SCAN, SCALES, ContextScore, Factors, rows_of, tuned
 from lrope_search.study.store import Study
 
 LIMITS = (0.25, 0.5, 1.0, 2.0, 4.0, None)
@@ -231,8 +230,8 @@ def ascend(args: argparse.Namespace) -> None:
             ("the last", climb.factors),
             (f"mean of the last {args.mean}", climb.mean([step.state for step in steps[-args.mean :]])),
         ):
-            for key, rows in rows_of(factors).items():
-                flat = rows if key == "layer_factors" else chain.from_iterable(rows)
+            for key, rows in rows_of(factors).items() or [("layer_factors", [factors])]:
+                flat = chain.from_iterable(rows)
                 print(
                     f"{name}{'' if args.scale == 'layers' else ', ' + key}:", ",".join(f"{value:.4f}" for value in flat)
                 )
@@ -247,28 +246,17 @@ def texts_of(study: Path | None) -> list[Tokens]:
     return [np.array(text, np.int32) for text in guard.short] if guard else []
 
 
-def rows_of(factors: Factors) -> dict[str, Any]:
-    """What a curve file has of them."""
-    if not isinstance(factors, Tuned):
-        return {"layer_factors": factors}
-    rows = {"head_factors": factors.head_factors, "query_scales": factors.query_scales}
-    return {key: values for key, values in rows.items() if values is not None}
-
-
 def write_curve(path: Path | None, factors: Factors) -> None:
     if path is not None:
-        path.write_text(json.dumps({"format": FORMAT, "version": VERSION} | rows_of(factors)) + "\n", "utf-8")
+        rows: Any = rows_of(factors)
+        CurveFile(layer_factors=None if rows else tuple(factors), **rows).save(path)
 
 
 def read_curve(path: Path, n_layer: int) -> Factors:
-    try:
-        kept = json.loads(path.read_text("utf-8"))
-        rows = [
-            None if kept.get(key) is None else tuple(map(tuple, kept[key])) for key in ("head_factors", "query_scales")
-        ]
-        return Tuned(kept.get("layer_factors") or (1.0,) * n_layer, *rows)
-    except (OSError, ValueError, TypeError) as error:
-        raise LropeError(f"{path}: {error}; give what --curve of ascend wrote") from error
+    file = CurveFile.load(path)
+    return tuned(
+        file.factors_for(n_layer) if file.control_points or file.layer_factors else (1.0,) * n_layer, file.rows
+    )
 
 
 def gains(args: argparse.Namespace) -> None:

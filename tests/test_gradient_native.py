@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ from lrope_search import ModelConfig, task_config  # noqa: E402
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator  # noqa: E402
 from lrope_search.evaluation.make import open_model, task_for  # noqa: E402
 from lrope_search.evaluation.model import Model  # noqa: E402
+from lrope_search.evaluation.tuning import Tuner  # noqa: E402
 from lrope_search.gradient.ascent import AscentConfig  # noqa: E402
 from lrope_search.gradient.capture import Graph, UnsupportedGraphError  # noqa: E402
 from lrope_search.gradient.climb import Climb, Step, conflicts, open_objective  # noqa: E402
 from lrope_search.gradient.objective import Objective, ReplayDisagreesError, check_agrees  # noqa: E402
 from lrope_search.gradient.replay import Replay, Variables, answers  # noqa: E402
 from lrope_search.gradient.rotation import Coherence  # noqa: E402
+from lrope_search.gradient.variables import Heads, logarithms  # noqa: E402
 from lrope_search.gradient.weights import Weights  # noqa: E402
+from lrope_search.scores import Tuned  # noqa: E402
 
 pytestmark = [pytest.mark.native, pytest.mark.gradient]
 EMBEDDED = Path(__file__).parent.parent / "models" / "lrope-kv.gguf"
@@ -55,10 +58,10 @@ def tokens() -> NDArray[np.int32]:
     return np.random.default_rng(5).integers(5, 600, N).astype(np.int32)
 
 
-def logits(model: Model, factors: list[float]) -> NDArray[np.float32]:
+def logits(model: Model, factors: Sequence[float], tune: Tuner | None = None) -> NDArray[np.float32]:
     part = tokens(), np.arange(N), np.zeros(N, np.int64), np.ones(N, np.bool_)
     model.clear()
-    model.set_factors(factors)
+    (tune or Model.set_factors)(model, factors)
     return np.concatenate([rows.logits.copy() for rows in model.decode(*part)])
 
 
@@ -111,6 +114,26 @@ def test_a_layers_factor_does_what_it_does_in_llama_cpp(model: Model, weights: W
         changes.append([side(sides[0]) - side(sides[1]) for side in (ours, theirs)])
     assert np.abs(changes).max() > 0.1
     assert [a for a, _ in changes] == pytest.approx([b for _, b in changes], abs=0.005)
+
+
+def test_heads_do_what_they_do_in_llama_cpp(model: Model, weights: Weights) -> None:
+    graph, rng = graph_of(model), np.random.default_rng(7)
+    rows = [
+        tuple(tuple(np.exp(rng.normal(0.0, 0.2, n)).tolist()) for n in counts)
+        for counts in (model.n_head_kv, model.n_head)
+    ]
+    one, tune = (1.0,) * model.n_layer, Tuner(model.path)
+    plain = logits(model, one, tune)
+    for tuned in (Tuned(one, rows[0]), Tuned(one, None, rows[1]), Tuned(one, *rows)):
+        heads = Heads(*Replay(graph, weights).heads[:2], model.n_head_kv, model.n_head)
+        variables = Variables.zeros(graph, dtype=torch.float64)
+        with torch.no_grad():
+            for tensor, values in zip((variables.factors, variables.scales), logarithms(tuned, heads), strict=True):
+                tensor.copy_(torch.from_numpy(values).expand_as(tensor))
+        wanted = logits(model, tuned, tune)
+        got = Replay(graph, weights)(variables).detach().numpy()
+        assert np.abs(got - wanted).max() < 0.02 * wanted.std() < 0.1 * np.abs(plain - wanted).max()
+    assert (logits(model, one, tune) == plain).all()
 
 
 @pytest.mark.parametrize("flash", [True, False])

@@ -231,18 +231,16 @@ def test_heads_are_set_and_set_back(tmp_path: Path) -> None:
     tune, model, rows = Tuner(path), Recorder(), ((1.5,), (1.0, 0.5))
     for factors in (ONES, Tuned(ONES, None, rows), Tuned(ONES, rows), ONES):
         tune(cast(Model, model), factors)
-    plain = ("set_factors", ONES)
-    assert model.calls == [
-        plain, plain, ("set_query_scales", rows), plain, ("set_head_factors", rows), ("set_query_scales", None),
-        plain, ("set_head_factors", None), ("set_query_scales", None),
-    ]  # fmt: skip
-    without = SimpleNamespace(set_factors=lambda factors: None)
-    tune = Tuner(path)
-    tune(cast(Model, without), ONES)
-    with pytest.raises(
-        LropeError, match=r"^query_scales: this llama\.cpp library cannot set them; use one with all of"
-    ):
-        tune(cast(Model, without), Tuned(ONES, None, rows))
+    plain, off = ("set_factors", ONES), ("set_query_scales", None)
+    assert model.calls == [plain, plain, ("set_query_scales", rows), ("set_head_factors", rows), off, plain, off]
+
+
+def test_the_base_model_is_without_what_the_file_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = SimpleNamespace(query_scales=((2.0,), (), (3.0, 1.0)))
+    monkeypatch.setattr("lrope_search.evaluation.tuning.read_model", lambda path: kept)
+    model = Recorder()
+    Tuner(Path("m.gguf"))(cast(Model, model), ONES)
+    assert model.calls == [("set_factors", ONES), ("set_query_scales", ((1.0,), (), (1.0, 1.0)))]
 
 
 CHOICES: list[tuple[dict[str, Any], bool, str, str]] = [
@@ -270,14 +268,18 @@ def test_heads_are_searched_by_derivatives(
     assert "scale" not in replace(settings, scale="layers").identity()
 
 
+def lacking(*_: object) -> None:
+    raise LropeError("query scales: this library lacks them")
+
+
 @pytest.mark.native
 def test_a_library_without_them_is_said_before_anything_is_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(climbing, "check_installed", lambda: None)
-    monkeypatch.delattr(Model, "set_query_scales", raising=False)
+    monkeypatch.setattr(Model, "set_query_scales", lacking)
     path = write_readable(tmp_path / "m.gguf")
-    with pytest.raises(LropeError, match=r"^query_scales: this llama\.cpp library cannot set them"):
+    with pytest.raises(LropeError, match=r"^query scales: this library lacks them$"):
         search(ModelConfig(str(path), n_threads=1), task_config("kv", keys=6), SETTINGS, tmp_path / "s", progress=False)
     assert not (tmp_path / "s").exists()
     info = read_model(path)
@@ -288,18 +290,9 @@ def test_a_library_without_them_is_said_before_anything_is_searched(
         launch._neutral(replace(info, without_head_factors="uses MLA"), "heads")
 
 
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """What a library that serves heads would be told."""
-    calls: list[tuple[str, Any]] = []
-    for name in ("set_head_factors", "set_query_scales"):
-        monkeypatch.setattr(Model, name, lambda _, rows, name=name: calls.append((name, rows)), raising=False)
-    return calls
-
-
 @pytest.mark.native
 def test_a_curve_file_of_heads_is_measured(
-    tmp_path: Path, told: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, curve = write_readable(tmp_path / "m.gguf"), tmp_path / "c.json"
     info = read_model(path)
@@ -310,35 +303,33 @@ def test_a_curve_file_of_heads_is_measured(
                "--contexts", "2", "--threads", "1", "--json", "--curve", str(curve)]  # fmt: skip
     assert main([*command, "--study", str(tmp_path / "s")]) == 0
     assert json.loads(capsys.readouterr().out)["heads"] == {"curve": {"query_scales": [*map(list, rows)]}}
-    assert ("set_query_scales", rows) in told and told[-1] in (("set_query_scales", None), ("set_query_scales", rows))
     kept = [json.loads(line) for line in (tmp_path / "s" / "evaluations.jsonl").read_text().splitlines()]
     assert [line.get("query_scales") for line in kept] == [None, [*map(list, rows)]] * 2
-    monkeypatch.delattr(Model, "set_query_scales")
+    assert kept[0]["probes"] != kept[1]["probes"]
+    monkeypatch.setattr(Model, "set_query_scales", lacking)
     assert main(command) == 1
-    assert capsys.readouterr().err.startswith("lrope-gguf: query_scales: this llama.cpp library cannot set them; use")
+    assert capsys.readouterr().err.endswith("lrope-gguf: query scales: this library lacks them\n")
 
 
 @pytest.mark.native
 @pytest.mark.gradient
-@pytest.mark.parametrize("scale", ["heads", "both"])
-def test_derivatives_of_heads_are_followed_and_kept(scale: str, tmp_path: Path, told: list[tuple[str, Any]]) -> None:
+def test_derivatives_of_heads_are_followed_and_kept(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     path = write_readable(tmp_path / "m.gguf")
     model, task = ModelConfig(str(path), n_threads=1), task_config("kv", keys=6, probes=3)
-    settings = replace(TINY, method="gradient", scale=scale)
-    search(model, task, replace(settings, gradient_steps=2), tmp_path / "whole", progress=False)
+    settings = replace(TINY, method="gradient", scale="both", uniform_factors=(1.2,))
+    search(model, task, settings, tmp_path / "whole", progress=False)
     Path(tmp_path / "cut").mkdir()
     for name in ("config.json", "guard.json", NAME):
         content = (tmp_path / "whole" / name).read_bytes()
         kept = content.splitlines(keepends=True)[0] if name == NAME else content
         (tmp_path / "cut" / name).write_bytes(kept)
-    search(model, task, replace(settings, gradient_steps=2), tmp_path / "cut", progress=False)
+    search(model, task, settings, tmp_path / "cut", progress=False)
     steps = [Trail.of(tmp_path / name).steps for name in ("whole", "cut")]
     assert [step["state"] for step in steps[0]] == [step["state"] for step in steps[1]]
-    keys = {"heads": {"head_factors"}, "both": {"head_factors", "query_scales"}}[scale]
+    keys = {"head_factors", "query_scales"}
     end = Trail.of(tmp_path / "cut").proposals((0.5, 4.0))[0]
     assert rows_of(end).keys() == keys and n_changed(end) > 0
-    assert {f"set_{name}" for name in keys} == {name for name, _ in told}
     names = [(tmp_path / name / "candidates.jsonl").read_bytes() for name in ("whole", "cut")]
     assert names[0] == names[1] and b"gradient" in names[0]
 

@@ -65,7 +65,9 @@ def test_an_ascent_of_heads_is_judged(
     steps = (tmp_path / "steps").read_text().splitlines(keepends=True)
     (tmp_path / "steps").write_text("".join(steps[:2]))
     assert run(monkeypatch, capsys, *args, "--weights", 1, 2)[-2:] == wanted[-2:]
-    (tmp_path / "none.json").write_text(json.dumps({"query_scales": None}))
+    (tmp_path / "none.json").write_text(
+        json.dumps(kept | {"head_factors": [[1.0] * 2] * 4, "query_scales": [[1.0] * 4] * 4})
+    )
     judged = run(monkeypatch, capsys, "gains", MODEL, *task, "--curve", curve, tmp_path / "none.json", "--contexts", 2)
     rows = [[cell.strip() for cell in line.split("|")[2:6]] for line in judged[2:]]
     assert [row[0] for row in rows] == ["kv:keys=120", "kv:keys=120", "kv:keys=100", "kv:keys=100"]
