@@ -2,7 +2,7 @@
 
     python research/served.py --url http://127.0.0.1:8080 --contexts 3 [task options as of search]
 
-Asks its `/completion` for greedy answers to test contexts, one question after the other, so that its cache serves a
+Waits until it has loaded. Asks its `/completion` for greedy answers to test contexts, one question after the other, so that its cache serves a
 context's questions. Prompts are plain text, without a chat template.
 """
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 import urllib.request
+from urllib.error import HTTPError
 
 from options import add_task_options, task_of
 
@@ -20,8 +22,15 @@ def completion(url: str, prompt: str, n_predict: int) -> str:
     request = urllib.request.Request(
         f"{url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=600) as reply:
-        return str(json.loads(reply.read())["content"])
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while True:
+        try:
+            with opener.open(request, timeout=600) as reply:
+                return str(json.loads(reply.read())["content"])
+        except HTTPError as error:
+            if error.code != 503:  # it is still loading
+                raise
+        time.sleep(0.5)
 
 
 def main() -> None:
