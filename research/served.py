@@ -2,8 +2,8 @@
 
     python research/served.py --url http://127.0.0.1:8080 --contexts 3 [task options as of search]
 
-Waits until it has loaded. Asks its `/completion` for greedy answers to test contexts, one question after the other, so that its cache serves a
-context's questions. Prompts are plain text, without a chat template.
+Waits until it has loaded. Asks its `/completion` for greedy answers to test contexts, one question after the other, so
+that its cache serves a context's questions. Prompts are plain text, without a chat template.
 """
 
 from __future__ import annotations
