@@ -24,6 +24,7 @@ from lrope_gguf.layout import array_keys
 from lrope_gguf.metadata import plan_write
 from lrope_search.commands.evaluate import _sides
 from lrope_search.commands.search import starting_with
+from lrope_search.scores import tuned
 from lrope_search.study.settings import SearchConfig
 
 KEYS = array_keys("llama")
@@ -275,14 +276,12 @@ def test_a_preset_needs_a_name_for_the_curve(model: Path, tmp_path: Path) -> Non
     assert done.stderr == "lrope-gguf: --curve -: an entry names the file of its query_scales; give a file\n"
 
 
-def test_eval_takes_the_file_and_says_what_it_leaves_out(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_eval_asks_with_what_heads_have(model: Path, tmp_path: Path) -> None:
     curve = tmp_path / "best.json"
     for layers, wanted in ((None, (1.0,) * LAYERS), ((1.0, 1.25, 2.0, 1.0), (1.0, 1.25, 2.0, 1.0))):
         CurveFile(layer_factors=layers, **BOTH).save(curve)
-        assert _sides(read_model(model), [str(curve)], None, alone=True) == {"curve": wanted}
-        assert "its head_factors and query_scales are not set here" in capsys.readouterr().err
+        sides = _sides(read_model(model), [str(curve)], None, alone=True)
+        assert sides == {"curve": tuned(wanted, BOTH)} != {"curve": wanted}
 
 
 def test_a_search_begins_with_factors_of_layers_only(tmp_path: Path) -> None:

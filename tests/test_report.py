@@ -186,12 +186,12 @@ def test_numbers_of_heads_are_kept(copy: Path) -> None:
     (copy / "best.json").write_text(json.dumps(document))
     found = read_study(copy)
     assert found.best is not None and found.best.query_scales == ((1.25, 0.75),) * document["block_count"]
-    assert dataclasses.replace(found, best=without.best) == without
+    assert found.trials == without.trials
     for name in ("layer_factors", "control_points", "bounds"):
         del document[name]
     (copy / "best.json").write_text(json.dumps(document))
     alone = read_study(copy)
-    assert alone.best is not None and alone.best.rows and alone.factors is None
+    assert alone.best is not None and alone.best.rows and set(alone.factors or ()) == {1.0}
     assert main(["report", str(copy)]) == 0
 
 
