@@ -27,10 +27,19 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from options import add_model_options, add_search_options, add_task_options, head, model_of, row, search_of, task_of
+from options import (
+    add_model_options,
+    add_search_options,
+    add_task_options,
+    curve_of,
+    head,
+    model_of,
+    row,
+    search_of,
+    task_of,
+)
 from scipy import stats
 
-from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 from lrope_search import measure, search
@@ -201,7 +210,7 @@ def needed(varies: Components, gain: float, questions: int) -> int | None:
 def measured(args: argparse.Namespace) -> Asked:
     model, task = model_of(args), task_of(args)
     if args.curve is not None:
-        curve = curve_for(args.curve, read_model(model.path))[1]
+        curve = curve_of(args.curve, read_model(model.path))
     else:
         with tempfile.TemporaryDirectory() as folder:
             found = search(model, task, search_of(args, args.search_seed), Path(folder, "study")).summary.factors

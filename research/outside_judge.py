@@ -305,9 +305,17 @@ def both(
     info = read_model(args.model)
     if info.factors is not None:
         raise LropeError(f"{args.model}: holds factors already; give the base model (lrope-gguf remove)")
-    document, factors = curve_for(args.curve, info)
+    document, of_layers = curve_for(args.curve, info)
+    factors = of_layers or (1.0,) * (info.n_layer or 0)
     written = folder / "written.gguf"
-    write_factors(args.model, factors, curve_json=document.dumps(compact=True), output=written)
+    write_factors(
+        args.model,
+        factors,
+        head_factors=document.head_factors,
+        query_scales=document.query_scales,
+        curve_json=document.dumps(compact=True),
+        output=written,
+    )
     model, found = model_of(args), []
     for name, path in zip(SIDES, (args.model, written), strict=True):
         found.append(judge(args.lm_eval, path, tasks, folder / name, n_ctx, model, options, tokenizer))

@@ -28,6 +28,7 @@ from options import (
     add_model_options,
     add_search_options,
     add_task_options,
+    curve_of,
     dispatch,
     gain_text,
     model_of,
@@ -37,7 +38,6 @@ from options import (
     tasks_of,
 )
 
-from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 from lrope_gguf.native import tool_path
@@ -96,7 +96,7 @@ def searched(settings: Sequence[Setting], args: argparse.Namespace) -> dict[tupl
     """Return what a search finds on each setting with each seed; with ``--curves``, these."""
     if args.curves:
         info = read_model(settings[0].model.path)
-        return {(f"curve {name}", None): curve_for(name, info)[1] for name in args.curves}
+        return {(f"curve {name}", None): curve_of(name, info) for name in args.curves}
     found: dict[tuple[str, int | None], Factors] = {}
     for setting in settings:
         for seed in args.search_seeds:

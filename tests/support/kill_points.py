@@ -46,6 +46,7 @@ NAMES = {
 }
 FACTORS = (1.0, 1.25, 0.75, 1.1)
 HEADS: dict[str, Any] = {"head_factors": ((1.25, 0.75),) * 4, "query_scales": ((1.0, 0.7, 1.3, 1.1),) * 4}
+REVERSED: dict[str, Any] = {name: tuple(row[::-1] for row in rows) for name, rows in HEADS.items()}
 LONG = CurveFile(layer_factors=FACTORS, provenance="long " * 2000).dumps(compact=True)
 TEMPORARY = re.compile(r"\.lrope-[0-9a-f]{16}\.tmp")
 DISK, PAGE = 1 << 20, 4096
@@ -156,7 +157,7 @@ CASES = (
     Case(
         "scales of queries, in place",
         _model_with_heads,
-        _write(**{name: tuple(row[::-1] for row in rows) for name, rows in HEADS.items()}, mapped_ok=True),
+        _write(mapped_ok=True, **REVERSED),
     ),
     Case("removal of numbers of heads", _model_with_heads, _remove),
     Case("folding", _model_of_queries, _fold(SCALES)),
