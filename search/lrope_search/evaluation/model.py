@@ -293,38 +293,33 @@ class Model:
 
         The memory must be empty. Raises as `set_factors`, and `LropeError` where the library cannot do it.
         """
-        function = getattr(self._llama, "llama_set_query_scales", None)
-        if function is None:
-            raise LropeError("query scales: this llama.cpp lacks their patch; use the library that lrope-gguf builds")
-        if rows is not None and tuple(map(len, rows)) != self.n_head:
-            shape = " ".join(map(str, self.n_head))
-            raise LropeError(f"query scales: not one a head; {self.path} has, layer by layer, {shape} heads")
-        flat = [scale for row in rows or () for scale in row]
-        values = np.ones(sum(self._heads[0]), np.float32)  # those of a multi-token-prediction head stay so
-        values[: len(flat)] = flat
-        log.clear()
-        if code := function(self._context, None if rows is None else pointer(values, ctypes.c_float), values.size):
-            kind = FactorsRefusedError if code == _REFUSED else LropeError
-            raise kind(f"query scales: refused by llama.cpp: {log.reason()}; change them")
+        self._set_heads(rows, self._heads[0], "llama_set_query_scales", "query scales", "head")
 
     def set_head_factors(self, rows: Sequence[Sequence[float]] | None) -> None:
         """Let KV head ``k`` of layer ``l``, and its queries, rotate by ``position / rows[l][k]``; None: as in the file.
 
         They take the place of the layers' factors, as `set_factors` takes theirs. Raises as `set_query_scales`.
         """
-        function = getattr(self._llama, "llama_set_rope_head_factors", None)
+        self._set_heads(rows, self._heads[1], "llama_set_rope_head_factors", "head factors", "KV head")
+
+    def _set_heads(
+        self, rows: Sequence[Sequence[float]] | None, n_heads: Sequence[int], name: str, what: str, head: str
+    ) -> None:
+        """Give rows of numbers to the library's function ``name``, one for each of ``n_heads`` in all blocks."""
+        function = getattr(self._llama, name, None)
         if function is None:
-            raise LropeError("head factors: this llama.cpp lacks their patch; use the library that lrope-gguf builds")
-        if rows is not None and tuple(map(len, rows)) != self.n_head_kv:
-            shape = " ".join(map(str, self.n_head_kv))
-            raise LropeError(f"head factors: not one a KV head; {self.path} has, layer by layer, {shape} KV heads")
-        flat = [factor for row in rows or () for factor in row]
-        values = np.ones(sum(self._heads[1]), np.float32)  # those of a multi-token-prediction head stay so
+            raise LropeError(f"{what}: this llama.cpp lacks their patch; use the library that lrope-gguf builds")
+        wanted = tuple(n_heads[: self.n_layer])
+        if rows is not None and tuple(map(len, rows)) != wanted:
+            shape = " ".join(map(str, wanted))
+            raise LropeError(f"{what}: not one a {head}; {self.path} has, layer by layer, {shape} {head}s")
+        flat = [value for row in rows or () for value in row]
+        values = np.ones(sum(n_heads), np.float32)  # those of a multi-token-prediction head stay so
         values[: len(flat)] = flat
         log.clear()
         if code := function(self._context, None if rows is None else pointer(values, ctypes.c_float), values.size):
             kind = FactorsRefusedError if code == _REFUSED else LropeError
-            raise kind(f"head factors: refused by llama.cpp: {log.reason()}; change them")
+            raise kind(f"{what}: refused by llama.cpp: {log.reason()}; change them")
 
     def rope_layers(self, n_tokens: int) -> tuple[int, ...]:
         """Return the layers whose factor matters over the whole of a text of ``n_tokens`` tokens. Needs a context.
