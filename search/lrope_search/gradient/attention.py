@@ -13,8 +13,8 @@ from .rotation import Band, Pairs
 
 Tensor = Any
 
-BLOCK_NUMBERS = 8_000_000
-"""The most scores that are held at once, of all heads: 32 MB in float32."""
+BLOCK_NUMBERS = 2_000_000
+"""The most scores that are held at once, of all heads: 8 MB in float32. From 32 MB on, glibc asks the system for each."""
 
 
 class Block(NamedTuple):
@@ -24,7 +24,9 @@ class Block(NamedTuple):
     keys: Any
     """A slice or indices."""
     mask: Tensor
-    """What is added to the scores, shape (queries, keys)."""
+    """What is added to the scores of the last keys, shape (queries, n); it is 0 for those before."""
+    blind: Tensor | None
+    """Which queries see no key, shape (queries, 1); None: there is no such."""
 
 
 class Mask:
@@ -34,17 +36,22 @@ class Mask:
         self._values = values[:n_queries]
         n_keys = values.shape[1]
         size = max(1, min(256, BLOCK_NUMBERS // max(1, n_heads * n_keys)))
-        self._places: list[tuple[slice, Any]] = []
+        self._places: list[tuple[slice, Any, int, Tensor | None]] = []
         for start in range(0, n_queries, size):
             queries = slice(start, min(start + size, n_queries))
-            seen = torch.nonzero((self._values[queries] > -math.inf).any(0)).squeeze(1)
+            open_ = self._values[queries] > -math.inf
+            seen = torch.nonzero(open_.any(0)).squeeze(1)
             n = int(seen[-1]) + 1 if len(seen) else 1
-            self._places.append((queries, slice(0, n) if len(seen) > 0.9 * n or not len(seen) else seen))
+            keys = slice(0, n) if len(seen) > 0.9 * n or not len(seen) else seen
+            masked = torch.nonzero((self._values[queries][:, keys] != 0.0).any(0)).squeeze(1)
+            blind = ~open_.any(1, keepdim=True)
+            n_free = int(masked[0]) if len(masked) else len(seen) or n
+            self._places.append((queries, keys, n_free, blind if blind.any() else None))
 
     def blocks(self, dtype: Any) -> Iterator[Block]:
         """Yield the blocks in their order."""
-        for queries, keys in self._places:
-            yield Block(queries, keys, self._values[queries][:, keys].to(dtype))
+        for queries, keys, n_free, blind in self._places:
+            yield Block(queries, keys, self._values[queries][:, keys][:, n_free:].to(dtype), blind)
 
 
 @dataclass(frozen=True)
@@ -99,27 +106,16 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         n_kv, n_heads = len(k), len(q)
         q = q.reshape(n_kv, n_heads // n_kv, *q.shape[1:]) * how.scale
         out = q.new_empty(*q.shape[:3], v.shape[2])
-        norm = q.new_empty(q.shape[:3])
         for block in mask.blocks(q.dtype):
-            s, _ = _scores(q, k, block, how)
-            top = s.amax(-1)
-            if sinks is not None:
-                top = torch.maximum(top, sinks.reshape(n_kv, -1, 1))
-            top = top.clamp_min(torch.finfo(top.dtype).min)  # a query that sees nothing
-            p = s.sub_(top[..., None]).exp_()
-            total = p.sum(-1)
-            if sinks is not None:
-                total += torch.exp(sinks.reshape(n_kv, -1, 1) - top)
-            total = total.clamp_min(torch.finfo(top.dtype).tiny)
-            out[:, :, block.queries] = _product(p, v[:, block.keys]) / total[..., None]
-            norm[:, :, block.queries] = top + total.log()
-        ctx.save_for_backward(q, k, v, out, norm, log_factor)
+            p, _ = _probabilities(q, k, sinks, block, how)
+            out[:, :, block.queries] = _product(p, v[:, block.keys])
+        ctx.save_for_backward(q, k, v, sinks, out, log_factor)
         ctx.mask, ctx.how, ctx.nearby = mask, how, nearby
         return out.reshape(n_heads, *out.shape[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, norm, log_factor = ctx.saved_tensors
+        q, k, v, sinks, out, log_factor = ctx.saved_tensors
         how: Scores = ctx.how
         do = grads[0].reshape(out.shape)
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -129,8 +125,7 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         inner = (do * out).sum(-1)
         for block in ctx.mask.blocks(q.dtype):
             rows, keys = block.queries, block.keys
-            s, capped = _scores(q, k, block, how)
-            p = s.sub_(norm[:, :, rows, None]).exp_()
+            p, capped = _probabilities(q, k, sinks, block, how)
             d = do[:, :, rows]
             ds = _product(d, v[:, keys].transpose(1, 2)).sub_(inner[:, :, rows, None]).mul_(p)
             if capped is not None:
@@ -159,17 +154,28 @@ def _add(total: Tensor, keys: Any, part: Tensor) -> None:
         total.index_add_(1, keys, part)
 
 
-def _scores(q: Tensor, k: Tensor, block: Block, how: Scores) -> tuple[Tensor, Tensor | None]:
-    """Return the scores of a block of scaled queries, and what they were before the mask if they are capped."""
+def _probabilities(
+    q: Tensor, k: Tensor, sinks: Tensor | None, block: Block, how: Scores
+) -> tuple[Tensor, Tensor | None]:
+    """Return what a block of scaled queries pays to each key, and scores before the mask if they are capped."""
     s = _product(q[:, :, block.queries], k[:, block.keys].transpose(1, 2))
     capped = None
     if how.cap:
-        s = capped = torch.tanh(s / how.cap) * how.cap
-    if how.max_bias:
-        slopes = torch.tensor(how.slopes(s.shape[0] * s.shape[1]), dtype=s.dtype, device=s.device)
-        bias = block.mask * slopes.reshape(*s.shape[:2], 1, 1)
-        return s + torch.where(block.mask == -math.inf, block.mask, bias), capped
-    return (s.add_(block.mask) if capped is None else s + block.mask), capped
+        capped = torch.tanh(s / how.cap) * how.cap
+        s = capped.clone()
+    n_masked = block.mask.shape[1]
+    if n_masked:
+        mask = block.mask
+        if how.max_bias:
+            slopes = torch.tensor(how.slopes(s.shape[0] * s.shape[1]), dtype=s.dtype, device=s.device)
+            mask = torch.where(mask == -math.inf, mask, mask * slopes.reshape(*s.shape[:2], 1, 1))
+        s[..., s.shape[-1] - n_masked :] += mask
+    if sinks is None:
+        p = torch.softmax(s, -1)  # of one piece: several times as fast as exp_, which is slow at -inf
+    else:
+        of_heads = sinks.reshape(*s.shape[:2], 1, 1).expand(*s.shape[:3], 1)
+        p = torch.softmax(torch.cat((s, of_heads), -1), -1)[..., :-1].contiguous()
+    return p if block.blind is None else p.masked_fill(block.blind, 0.0), capped
 
 
 def _turn_nearby(turned: Tensor, ds: Tensor, q: Tensor, k: Tensor, block: Block, nearby: Nearby) -> None:
