@@ -42,7 +42,10 @@ EMBEDDED = Path(__file__).parent.parent / "models" / "lrope-kv.gguf"
 
 
 class Hill:
-    """Climbs a quadratic whose top is the landscape's, with momentum, from where ``restore`` says."""
+    """Climbs a quadratic whose top is the landscape's, with momentum, from where ``restore`` says.
+
+    After each ``STEPS`` steps it begins anew, a little higher each time.
+    """
 
     def __init__(self, fail: Mapping[int, BaseException | float] | None = None) -> None:
         self.top, self.at, self.speed = Landscape().target, np.zeros(12), np.zeros(12)
@@ -54,6 +57,9 @@ class Hill:
         return tuple(np.round(np.exp(self.at), 4).tolist())
 
     def step(self) -> Any:
+        start = self.number // STEPS
+        if self.number == start * STEPS:
+            self.at, self.speed = np.full(12, 0.05 * start), np.zeros(12)
         self.number += 1
         wrong = self.fail.get(self.number, 0.0)
         if isinstance(wrong, BaseException):
@@ -62,7 +68,7 @@ class Hill:
         gain = -float((self.at - self.top) @ (self.at - self.top))
         self.speed = 0.5 * self.speed + 0.4 * (self.top - self.at)
         self.at = self.at + self.speed
-        state = {"at": self.at.tolist(), "speed": self.speed.tolist(), "number": self.number}
+        state = {"at": self.at.tolist(), "speed": self.speed.tolist(), "number": self.number, "start": start}
         found = {"number": self.number, "gains": {"kv": gain}, "divergence": kl, "n_tokens": 300, "seconds": 0.5}
         return SimpleNamespace(to_json=lambda: found | {"state": state})
 
@@ -87,7 +93,7 @@ def run(
     lines: list[str] = []
     land, progress = Landscape(), Progress(lines.append, quiet=True)
     with Study(directory, {"task": "synthetic", "search": settings.identity()}) as study:
-        trail = ascend(study, settings.gradient_steps, lambda: opened(hill or Hill()), progress)
+        trail = ascend(study, settings.n_steps, lambda: opened(hill or Hill()), progress)
         optimizer = make_optimizer(settings, land.n_layer, None, trail.proposals(settings.bounds))
         outcome = run_search(
             LocalExecutor(land), study, settings, progress, algorithm=optimizer, ascent=trail.summary()
@@ -114,6 +120,32 @@ def test_killed_at_every_step_it_resumes_to_the_same_bytes(tmp_path: Path) -> No
     _, lines = run(killed, LropeError("opened, though all steps are made"))
     assert (killed / "best.json").read_bytes() == (whole / "best.json").read_bytes()
     assert not [line for line in lines if "step" in line]
+
+
+def test_several_starts_propose_what_each_found(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, method="gradient", gradient_starts=3)
+    _, lines = run(tmp_path / "whole", settings=settings)
+    for number in (STEPS + 1, 2 * STEPS, 3 * STEPS):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "killed", Hill({number: KeyboardInterrupt()}), settings)
+    run(tmp_path / "killed", settings=settings)
+    for name in ("best.json", "candidates.jsonl", NAME):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    steps = Trail.of(tmp_path / "whole").steps
+    assert [step["number"] for step in steps] == [*range(1, 3 * STEPS + 1)]
+    ends = [tuple(step["factors"]) for step in steps[STEPS - 1 :: STEPS]]
+    proposals = Trail.of(tmp_path / "whole").proposals(SETTINGS.bounds)
+    assert len(set(ends)) == 3 and [proposals[i] for i in (0, 5, 10)] == ends
+    assert origins(tmp_path / "whole").count("gradient") == len(proposals) == 15
+    assert any(line.startswith(f"{3 * STEPS}/{3 * STEPS} steps") for line in lines)
+    planned = (planned_evaluations(replace(settings, gradient_starts=n))["search"] for n in (1, 3))
+    assert next(planned) < next(planned)
+
+
+def test_a_search_of_one_start_is_what_it_was() -> None:
+    assert "gradient_starts" not in SETTINGS.identity()
+    assert replace(SETTINGS, gradient_starts=2).identity()["gradient_starts"] == 2
+    assert "gradient_starts" not in replace(SETTINGS, method="genetic", gradient_starts=2).identity()
 
 
 def test_what_it_proposes_is_tried_and_refined(tmp_path: Path) -> None:

@@ -298,10 +298,11 @@ def test_what_does_not_fit_is_said_before_it_is_loaded(
 def climb_of(asked: tuple[TeacherForcedEvaluator, Model], objective: Objective, **options: Any) -> Climb:
     evaluator, _ = asked
     text = evaluator.encoding("validation", 0).prefix[:64]
+    of_climb = {name: options.pop(name) for name in ("starts", "seed", "middle_weight") if name in options}
     given = {"steps": 6, "max_divergence": 1.0, **options}
     return Climb(
         objective, [lambda k: evaluator.encoding("search", k)], names=["kv"], weights=[2.0], scales=[0.5],
-        texts=[text], layers=[0, 1, 3], config=AscentConfig(**given),
+        texts=[text], layers=[0, 1, 3], config=AscentConfig(**given), **of_climb,
     )  # fmt: skip
 
 
@@ -329,6 +330,52 @@ def test_a_climb_gains_and_goes_on_where_it_was_killed(asked: tuple[TeacherForce
         for i in range(4)
     ]
     assert np.mean(gain) > 0.3
+
+
+def test_a_climb_from_several_places_goes_on_where_it_was_killed(
+    asked: tuple[TeacherForcedEvaluator, Model],
+) -> None:
+    given = {"starts": (None, None, (1.0, 1.2, 1.0, 0.9)), "steps": 2, "seed": 7}
+    with Objective(asked[1], Weights(EMBEDDED)) as objective:
+        climb = climb_of(asked, objective, **given)
+        steps = []
+        while not climb.done:
+            steps.append(Step.from_json(json.loads(json.dumps(climb.step().to_json()))))
+        assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6]
+        begun = np.array([steps[i].log_factors for i in (0, 2, 4)])
+        assert not begun[0].any() and begun[1][2] == 0.0
+        assert 0.01 < np.abs(begun[1][[0, 1, 3]]).max() < 0.5
+        assert begun[2] == pytest.approx(np.log([1.0, 1.2, 1.0, 0.9]))
+        for kept in (1, 2, 3, 4):
+            again = climb_of(asked, objective, **given)
+            again.restore(steps[kept - 1].state)
+            while not again.done:
+                last = again.step()
+            assert again.factors == climb.factors
+            assert last.log_factors == steps[-1].log_factors
+        other = climb_of(asked, objective, **{**given, "seed": 8})
+        other.restore(steps[1].state)
+        assert other.step().log_factors != steps[2].log_factors
+        with pytest.raises(LropeError, match="is of start 3, of 3"):
+            climb.restore(steps[-1].state | {"start": 3})
+
+
+def test_the_middle_of_a_context_counts_more(asked: tuple[TeacherForcedEvaluator, Model]) -> None:
+    evaluator, model = asked
+    encoding = evaluator.encoding("search", 1)
+    weights = 1.0 + 3.0 * 4.0 * np.array(encoding.depths) * (1.0 - np.array(encoding.depths))
+    at = np.zeros((model.n_layer, 1))
+    with Objective(model, Weights(EMBEDDED)) as objective:
+        even = objective.answers(encoding, at)
+        middle = objective.answers(encoding, at, middle_weight=3.0)
+        each = np.array([probe.log_probability for probe in even.probes])
+        assert middle.value == pytest.approx(float(weights @ each / weights.sum()), rel=1e-5)
+        assert middle.value != pytest.approx(even.value, rel=1e-4)
+        assert np.abs(middle.factors - even.factors).max() > 1e-4
+        by_search = climb_of(asked, objective, middle_weight=3.0)
+        assert by_search.step().gains["kv"] == pytest.approx(
+            objective.answers(evaluator.encoding("search", 1), at, middle_weight=3.0).value, rel=1e-6
+        )
 
 
 def test_a_climb_holds_its_limit_and_says_what_is_at_a_bound(asked: tuple[TeacherForcedEvaluator, Model]) -> None:

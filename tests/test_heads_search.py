@@ -179,7 +179,7 @@ def test_pruning_keeps_what_moves_most() -> None:
 def test_bounds_are_for_positions(tmp_path: Path) -> None:
     rows = ((0.6,), (0.5, 1.4))
     step = {"number": 1, "gains": {"kv": 0.0}, "divergence": 0.0, "n_tokens": 1, "seconds": 0.1, "factors": [1.0, 1.0],
-            "head_factors": rows, "query_scales": rows}  # fmt: skip
+            "state": {}, "head_factors": rows, "query_scales": rows}  # fmt: skip
     (tmp_path / NAME).write_text(json.dumps(step) + "\n")
     end = Trail.of(tmp_path).proposals((0.8, 1.25))[0]
     assert end == Tuned((1.0, 1.0), ((0.8,), (0.8, 1.25)), rows)

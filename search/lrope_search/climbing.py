@@ -68,10 +68,8 @@ def climber(session: Session, settings: SearchConfig, *, begun: bool) -> Iterato
     scores = [session.score(Job(base, "search", i)) for i in range(settings.n_contexts("search"))]
     scales = task_scales(scores)
     n_tasks, names = len(mix.parts), [config.name for config in mix.tasks]
-    start = None
-    if settings.start:
-        first = settings.started(settings.start[0])
-        start = first if isinstance(first, tuple) else tuple(first.factors(session.n_layer).tolist())
+    given = [settings.started(start) for start in settings.start[: settings.gradient_starts]]
+    starts = [start if isinstance(start, tuple) else tuple(start.factors(session.n_layer).tolist()) for start in given]
     assert facts.guard_texts is not None  # a search's evaluators have a guard
     with open_objective(session.model) as objective:
         if not begun:
@@ -90,8 +88,10 @@ def climber(session: Session, settings: SearchConfig, *, begun: bool) -> Iterato
                 high=math.log(settings.bounds[1]),
                 max_divergence=settings.max_kl,
             ),
-            start=start,
+            starts=[*starts, *[None] * (settings.gradient_starts - len(starts))],
             scale=settings.scale,
+            seed=settings.seed,
+            middle_weight=settings.middle_weight,
         )
 
 

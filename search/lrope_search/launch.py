@@ -219,7 +219,7 @@ def _ascend(session: Session, settings: SearchConfig, begun: float) -> Trail:
     def opened() -> AbstractContextManager[Climber]:
         return climber(session, settings, begun=made)
 
-    return ascend(session.study, settings.gradient_steps, opened, session.progress, until=until)
+    return ascend(session.study, settings.n_steps, opened, session.progress, until=until)
 
 
 def _sizes(mix: TaskMix, settings: SearchConfig) -> dict[str, int | None]:
@@ -256,7 +256,7 @@ def _say_cost(
     n_tokens = sum(score.n_tokens for score in scores) / n_tasks
     seconds = sum(score.seconds for score in scores) / n_tasks / times
     on_each = " on each worker" if workers.executor == "ray" and workers.n_workers is None else ""
-    steps, of_steps, before = settings.gradient_steps if settings.ascends else 0, 0.0, ""
+    steps, of_steps, before = settings.n_steps, 0.0, ""
     if steps:
         of_steps = steps * seconds_of_step(session, scores)
         before = f"{steps} steps of gradients, {steps * tokens_of_step(session, scores):,} tokens, and "

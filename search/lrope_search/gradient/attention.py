@@ -14,7 +14,7 @@ from .rotation import Band, Pairs
 Tensor = Any
 
 BLOCK_NUMBERS = 2_000_000
-"""The most scores that are held at once, of all heads: 8 MB in float32. From 32 MB on, glibc asks the system for each."""
+"""The most scores that are held at once, of all heads: 8 MB in float32; from 32 MB on, each is mapped anew."""
 
 
 class Block(NamedTuple):

@@ -30,6 +30,9 @@ from .variables import Moving
 if TYPE_CHECKING:
     from .objective import Gradient, Objective
 
+APART = 0.1
+"""Standard deviation of the natural logarithms that a start by chance has."""
+
 _NEEDED = {"torch": (2, 5), "gguf": (0, 17)}
 
 
@@ -38,7 +41,7 @@ class Step:
     """One step of the ascent: where it was measured, what was found there, and the state after it."""
 
     number: int
-    """From 1."""
+    """From 1, over all ascents."""
     log_factors: tuple[float, ...]
     """At which it was measured, one a layer; none where heads have their own (the state before has them)."""
     gains: Mapping[str, float]
@@ -71,7 +74,7 @@ class Step:
 
 
 class Climb:
-    """Gradient ascent of several tasks at once, on one factor a layer or on what heads have of their own.
+    """Gradient ascents of several tasks at once, on one factor a layer or on what heads have of their own.
 
     What rises is the mean over tasks, by ``weights``, of their mean log-probability divided by their scale.
 
@@ -85,8 +88,11 @@ class Climb:
         texts: On which divergence is limited, one a step in turn.
         layers: Whose factors move; queries may be scaled in all.
         config: Sizes of steps, bounds, and the limit.
-        start: Factors of all layers; None: 1.
+        starts: Where the ascents begin, one after the other: factors of all layers, or None: 1, a little off by chance
+            from the second on.
         scale: What moves: one of `SCALES`.
+        seed: Of that chance.
+        middle_weight: How much more the middle of a context counts, as of a search.
 
     Raises:
         LropeError: nothing does, or heads of a layer cannot be told apart.
@@ -103,22 +109,34 @@ class Climb:
         texts: Sequence[Tokens],
         layers: Sequence[int],
         config: AscentConfig,
-        start: Factors | None = None,
+        starts: Sequence[Factors | None] = (None,),
         scale: str = "layers",
+        seed: int = 0,
+        middle_weight: float = 0.0,
     ) -> None:
         self._objective, self._encodings, self._texts = objective, tuple(encodings), tuple(texts)
         self._names, self._scales = tuple(names), tuple(scales)
         self._shares = tuple(weight / sum(weights) for weight in weights)
-        start = (1.0,) * objective.n_layer if start is None else start
-        self._moving = Moving(scale, layers, objective.heads(), start)
+        one, heads = (1.0,) * objective.n_layer, objective.heads()
+        self._starts = [Moving(scale, layers, heads, one if start is None else start) for start in starts]
+        self._by_chance = [start is None and number > 0 for number, start in enumerate(starts)]
+        self._seed, self._config, self._middle_weight = seed, config, middle_weight
         self._of_layers = scale == "layers"
-        self._from_base = not any(values.any() for values in self._moving.at(self._moving.start))
-        self._ascent = Ascent(self._moving.start, config, self._moving.queries)
+        self._from_base = not any(values.any() for values in self._starts[0].at(self._starts[0].start))
+        self._begin(0)
+
+    def _begin(self, number: int) -> None:
+        """Stand at the beginning of an ascent."""
+        self._number, self._moving = number, self._starts[number]
+        at = self._moving.start
+        if self._by_chance[number]:
+            at = at + APART * np.random.default_rng((self._seed, number)).standard_normal(len(at))
+        self._ascent = Ascent(at, self._config, self._moving.queries)
 
     @property
     def done(self) -> bool:
-        """Whether all steps are made."""
-        return self._ascent.done
+        """Whether all steps are made, of all ascents."""
+        return self._ascent.done and self._number + 1 == len(self._starts)
 
     @property
     def factors(self) -> Factors:
@@ -140,18 +158,28 @@ class Climb:
         Raises:
             LropeError: it is no such state.
         """
+        number = state.get("start", 0)
+        if not (isinstance(number, int) and 0 <= number < len(self._starts)):
+            raise LropeError(f"the kept state of the gradient ascent is of start {number}, of {len(self._starts)}")
+        self._begin(number)
         self._ascent.restore(state)
 
     def step(self) -> Step:
-        """Measure where it stands, and move.
+        """Measure where it stands, and move; where an ascent is done, at the beginning of the next.
 
         Raises:
             LropeError: a derivative is not a number, or there is no memory; nothing has moved.
         """
-        begin, number = time.perf_counter(), self._ascent.step + 1
+        begin = time.perf_counter()
+        if self._ascent.done:
+            self._begin(self._number + 1)
+        number = self._number * self._config.steps + self._ascent.step + 1
         at = self._moving.at(self._ascent.at)
         try:
-            found = [self._objective.answers(encode(number), *at) for encode in self._encodings]
+            found = [
+                self._objective.answers(encode(number), *at, middle_weight=self._middle_weight)
+                for encode in self._encodings
+            ]
             apart = self._divergence(number, at)
         except (RuntimeError, MemoryError) as error:  # torch has no other for memory of the CPU
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -176,7 +204,7 @@ class Climb:
             price=self._ascent.price,
             n_tokens=sum(one.n_tokens for one in found) + self._n_of_divergence(number, apart),
             seconds=time.perf_counter() - begin,
-            state=self._ascent.state(),
+            state=self._ascent.state() | ({"start": self._number} if self._number else {}),
         )
 
     def _n_of_divergence(self, number: int, apart: Gradient | None) -> int:

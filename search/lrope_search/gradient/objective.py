@@ -18,6 +18,7 @@ from ..evaluation.batch import MAX_SEQUENCES, Part, Tokens
 from ..evaluation.encoding import Encoding
 from ..evaluation.model import Model
 from ..machine import free_memory
+from ..results.objective import depth_weight
 from ..scores import ContextScore, ProbeScore
 from .capture import Capture, Graph
 from .replay import Replay, Variables, answers
@@ -114,15 +115,22 @@ class Objective:
         return Heads(heads.kv, heads.queries, n_head_kv[: len(layers)], n_head[: len(layers)])
 
     def answers(
-        self, encoding: Encoding, factors: Values, scales: Values | None = None, *, differentiate: bool = True
+        self,
+        encoding: Encoding,
+        factors: Values,
+        scales: Values | None = None,
+        *,
+        differentiate: bool = True,
+        middle_weight: float = 0.0,
     ) -> Gradient:
-        """Return the mean over questions of their answers' mean log-probability.
+        """Return the mean over questions, by `depth_weight`, of their answers' mean log-probability.
 
         Args:
             encoding: A context with its questions.
             factors: Natural logarithms, shape (layers, KV heads), or (layers, 1) for all heads of a layer.
             scales: Natural logarithms, shape (layers, heads); None: 0.
             differentiate: Else the derivatives are NaN.
+            middle_weight: As of a search.
         """
         graph = self._graph(_part(encoding))
         variables = self._variables(graph, factors, scales)
@@ -132,7 +140,8 @@ class Objective:
         with torch.set_grad_enabled(differentiate):
             scored = answers(self._replay(graph)(variables), gold)
             means = torch.zeros_like(counts, dtype=scored.log_p.dtype).index_add(0, owner, scored.log_p) / counts
-            value = means.mean()
+            weights = torch.tensor([depth_weight(d, middle_weight) for d in encoding.depths]).to(means)
+            value = (weights * means).sum() / weights.sum()
         wrong = torch.bincount(owner, (~scored.hit).double())
         probes = zip(means.tolist(), (wrong == 0).tolist(), strict=True)
         scores = tuple(ProbeScore(0.0, *probe) for probe in probes)

@@ -15,13 +15,18 @@ K = TypeVar("K")
 _LEAST_SCALE = 1e-3  # nats: of a task whose answers the base model gives all alike
 
 
+def depth_weight(depth: float, middle_weight: float) -> float:
+    """Return how much a probe at this relative depth counts: ``1 + middle_weight * 4 d (1 - d)``."""
+    return 1.0 + middle_weight * 4.0 * depth * (1.0 - depth)
+
+
 class Objective:
     """Mean paired difference in answer log-probability against the base model on the same contexts.
 
     Every context of a task counts alike. Of several tasks it is the weighted mean, over those that are there, of their
-    means, each divided by its task's scale (`task_scales`). Within a context a probe at depth ``d`` weighs
-    ``1 + middle_weight * 4 d (1 - d)``: with 0 all depths count alike, with 3 the middle counts
-    four times as much as either end ("lost in the middle", arXiv 2307.03172).
+    means, each divided by its task's scale (`task_scales`). Within a context a probe weighs `depth_weight`: with a
+    ``middle_weight`` of 0 all depths count alike, with 3 the middle counts four times as much as either end ("lost in
+    the middle", arXiv 2307.03172).
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class Objective:
         return {key: self.fitness(of_key) for key, of_key in scores.items()}
 
     def _weighted(self, score: ContextScore) -> float:
-        weights = [1.0 + self._middle_weight * 4.0 * p.depth * (1.0 - p.depth) for p in score.probes]
+        weights = [depth_weight(probe.depth, self._middle_weight) for probe in score.probes]
         total = sum(w * p.log_probability for w, p in zip(weights, score.probes, strict=True))
         return total / sum(weights)
 

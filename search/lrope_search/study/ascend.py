@@ -83,29 +83,15 @@ class Trail:
     def proposals(self, bounds: tuple[float, float]) -> list[Factors]:
         """Return factors worth trying: on the way, at its end, the mean of its end, and half of it, the end first.
 
-        The last steps go back and forth, which a mean takes out. Half the way (of logarithms) costs a quarter of the
-        divergence and keeps most of the gain. Where heads have their own, also the end with those alone that it moves
-        most (`PRUNED`): what few heads carry harms less.
+        Of each start. The last steps go back and forth, which a mean takes out. Half the way (of logarithms) costs a
+        quarter of the divergence and keeps most of the gain. Where heads have their own, also the end with those alone
+        that it moves most (`PRUNED`): what few heads carry harms less.
         """
-        path = [read_factors(step) for step in self.steps]
-        if not path:
-            return []
-        n, end = len(path), path[-1]
-        logs = [[math.log(value) for value in numbers_of(factors)] for factors in path[-max(2, n // 5) :]]
-        mean = [math.exp(math.fsum(of_one) / len(logs)) for of_one in zip(*logs, strict=True)]
-        found = [
-            end,
-            with_numbers(end, mean),
-            path[max(0, round(2 * n / 3) - 1)],
-            with_numbers(end, map(math.sqrt, numbers_of(end))),
-            path[max(0, round(n / 3) - 1)],
-        ]
-        assert len(found) == N_PROPOSALS
-        if rows_of(end):
-            found += [pruned(end, share) for share in PRUNED]
-        rounded = [with_numbers(factors, (round(value, 4) for value in numbers_of(factors))) for factors in found]
-        within = dict.fromkeys(_within(factors, bounds) for factors in rounded)
-        return [factors for factors in within if n_changed(factors)]
+        paths: dict[int, list[Factors]] = {}
+        for step in self.steps:
+            paths.setdefault(_start(step), []).append(read_factors(step))
+        found = [_within(factors, bounds) for path in paths.values() for factors in _worth(path)]
+        return [factors for factors in dict.fromkeys(found) if n_changed(factors)]
 
     def points(self) -> tuple[AscentStep, ...]:
         """Return the steps as a report shows them."""
@@ -123,6 +109,24 @@ class Trail:
     def n_tokens(self) -> int:
         """Computed by all steps."""
         return sum(step["n_tokens"] for step in self.steps)
+
+
+def _worth(path: Sequence[Factors]) -> list[Factors]:
+    """Return what is worth trying of one way, rounded to 1e-4."""
+    n, end = len(path), path[-1]
+    logs = [[math.log(value) for value in numbers_of(factors)] for factors in path[-max(2, n // 5) :]]
+    mean = [math.exp(math.fsum(of_one) / len(logs)) for of_one in zip(*logs, strict=True)]
+    found = [
+        end,
+        with_numbers(end, mean),
+        path[max(0, round(2 * n / 3) - 1)],
+        with_numbers(end, map(math.sqrt, numbers_of(end))),
+        path[max(0, round(n / 3) - 1)],
+    ]
+    assert len(found) == N_PROPOSALS
+    if rows_of(end):
+        found += [pruned(end, share) for share in PRUNED]
+    return [with_numbers(factors, (round(value, 4) for value in numbers_of(factors))) for factors in found]
 
 
 def _within(factors: Factors, bounds: tuple[float, float]) -> Factors:
@@ -145,9 +149,14 @@ def pruned(factors: Factors, share: float) -> Factors:
 def _sound(step: Mapping[str, Any]) -> bool:
     try:
         numbers = [step["divergence"], step["n_tokens"], step["seconds"], *_gains(step)]
-        return bool(read_factors(step)) and all(map(math.isfinite, numbers))
+        return bool(read_factors(step)) and _start(step) >= 0 and all(map(math.isfinite, numbers))
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
+
+
+def _start(step: Mapping[str, Any]) -> int:
+    """Which start a step belongs to."""
+    return int(step["state"].get("start", 0))
 
 
 def _gains(step: Mapping[str, Any]) -> Sequence[float]:

@@ -44,8 +44,8 @@ def make_optimizer(
 
 def most_candidates(settings: SearchConfig) -> int:
     """Return how many candidates there will be at most, where derivatives propose some."""
-    few = 1 + len(settings.uniform_factors) + len(settings.start) + N_PROPOSALS
-    few += 0 if settings.scale == SCALES[0] else len(PRUNED)
+    proposals = N_PROPOSALS + (0 if settings.scale == SCALES[0] else len(PRUNED))
+    few = 1 + len(settings.uniform_factors) + len(settings.start) + settings.gradient_starts * proposals
     return min(settings.max_evaluations, few) if settings.method == "gradient" else settings.max_evaluations
 
 

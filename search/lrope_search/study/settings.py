@@ -59,6 +59,10 @@ class SearchConfig(Settings):
         unset="both where torch is installed, else genetic",
     )  # fmt: skip
     gradient_steps: int = setting(20, "steps that follow derivatives", metavar="N", least=1)
+    gradient_starts: int = setting(
+        1, "how often to make these: from what --start gives or the base model, then from places near it by chance",
+        metavar="N", least=1,
+    )  # fmt: skip
     scale: str = setting(
         SCALES[0], "what these scale: positions of layers, of KV heads (heads), queries of heads (queries), or the "
         "last two (both); all but the first without a genetic search", choices=SCALES,
@@ -128,6 +132,11 @@ class SearchConfig(Settings):
     def ascends(self) -> bool:
         """Whether derivatives propose candidates; only if it is settled that they can."""
         return self.method in ("both", "gradient")
+
+    @property
+    def n_steps(self) -> int:
+        """Steps that follow derivatives, of all starts."""
+        return self.gradient_steps * self.gradient_starts if self.ascends else 0
 
     def n_contexts(self, split: str) -> int:
         """Return the contexts of ``split``; if they are None still, those of a long context (`settled`)."""
@@ -209,6 +218,7 @@ class SearchConfig(Settings):
         bound = self.to_json()
         unbound = ["max_evaluations", "max_hours", "guard_text"]
         unbound += [] if self.ascends else ["method", "gradient_steps"]
+        unbound += ["gradient_starts"] if self.gradient_starts == 1 or not self.ascends else []
         unbound += ["scale"] if self.scale == SCALES[0] else []
         return {name: value for name, value in bound.items() if name not in unbound}
 
