@@ -31,7 +31,6 @@ from options import (
     add_model_options,
     add_search_options,
     add_task_options,
-    curve_of,
     head,
     model_of,
     row,
@@ -43,6 +42,7 @@ from scipy import stats
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 from lrope_search import measure, search
+from lrope_search.curve_files import factors_of_curve
 from lrope_search.report.reading import read_study
 from lrope_search.results.comparison import contexts_needed
 from lrope_search.results.intervals import Interval, Strata, mean_interval
@@ -210,7 +210,7 @@ def needed(varies: Components, gain: float, questions: int) -> int | None:
 def measured(args: argparse.Namespace) -> Asked:
     model, task = model_of(args), task_of(args)
     if args.curve is not None:
-        curve = curve_of(args.curve, read_model(model.path))
+        curve = factors_of_curve(args.curve, read_model(model.path))
     else:
         with tempfile.TemporaryDirectory() as folder:
             found = search(model, task, search_of(args, args.search_seed), Path(folder, "study")).summary.factors

@@ -25,11 +25,12 @@ from pathlib import Path
 import numpy as np
 from learning_curve import LEAST, MEASURES, kept, over_contexts
 from numpy.typing import NDArray
-from options import add_model_options, add_task_options, curve_of, head, model_of, row, task_of
+from options import add_model_options, add_task_options, head, model_of, row, task_of
 
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 from lrope_search import measure
+from lrope_search.curve_files import factors_of_curve
 from lrope_search.results.intervals import Interval
 from lrope_search.scores import ContextScore
 
@@ -138,7 +139,7 @@ def of_model(args: argparse.Namespace) -> Iterator[Length]:
     window = args.window or info.context_length
     if window is None:
         raise LropeError(f"{args.model}: does not say how long its contexts were; give --window")
-    sides = {} if args.curve is None else {"curve": curve_of(args.curve, info)}
+    sides = {} if args.curve is None else {"curve": factors_of_curve(args.curve, info)}
     contexts = CONTEXTS if args.contexts is None else args.contexts
     for share in args.shares:
         tokens = round(share * window)

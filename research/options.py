@@ -15,13 +15,10 @@ from tables import head as head
 from tables import row as row
 from tables import table as table
 
-from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
-from lrope_gguf.model_info import ModelInfo
 from lrope_search import ModelConfig, SearchConfig, TaskConfig, optimizer_config, task_config
 from lrope_search.optimizers.settings import UNIFORM_FACTORS
 from lrope_search.results.intervals import Interval
-from lrope_search.scores import Factors, tuned
 from lrope_search.tasks.identifiers import IDENTIFIERS
 from lrope_search.tasks.settings import POSITIONS, TASKS
 
@@ -90,12 +87,6 @@ def search_of(args: argparse.Namespace, seed: int) -> SearchConfig:
     return SearchConfig(
         method="genetic", seed=seed, racing_first=1, racing_fraction=0.5, max_kl=100.0, algorithm=algorithm, **values
     )
-
-
-def curve_of(path: str, info: ModelInfo) -> Factors:
-    """Return the factors of a curve file for a model, with what its heads have."""
-    document, of_layers = curve_for(path, info)
-    return tuned(of_layers or (1.0,) * (info.n_layer or 0), document.rows)
 
 
 def scaled(model: ModelConfig, scaling: str, multiple: float, trained: int) -> ModelConfig:

@@ -31,15 +31,15 @@ from typing import Any, TypeAlias
 from options import add_model_options, add_task_options, dispatch, model_of, table, task_of
 
 from lrope_gguf import write_factors
-from lrope_gguf.commands.write import curve_for
 from lrope_gguf.errors import LropeError
 from lrope_gguf.gguf_file import GGUFFile
 from lrope_gguf.model_info import read_model
 from lrope_search import ModelConfig, TaskConfig, TaskMix, measure
+from lrope_search.curve_files import factors_of_curve
 from lrope_search.demo.server import LlamaServer
 from lrope_search.results.comparison import Comparison, compare
 from lrope_search.results.table import DepthTable, with_interval
-from lrope_search.scores import ContextScore, Factors, ProbeScore
+from lrope_search.scores import ContextScore, Factors, ProbeScore, rows_of
 from lrope_search.study.interrupt import one_interrupt
 from lrope_search.tasks import make_task
 
@@ -305,15 +305,13 @@ def both(
     info = read_model(args.model)
     if info.factors is not None:
         raise LropeError(f"{args.model}: holds factors already; give the base model (lrope-gguf remove)")
-    document, of_layers = curve_for(args.curve, info)
-    factors = of_layers or (1.0,) * (info.n_layer or 0)
-    written = folder / "written.gguf"
+    factors, written = factors_of_curve(args.curve, info), folder / "written.gguf"
+    rows = rows_of(factors)
     write_factors(
         args.model,
         factors,
-        head_factors=document.head_factors,
-        query_scales=document.query_scales,
-        curve_json=document.dumps(compact=True),
+        head_factors=rows.get("head_factors"),
+        query_scales=rows.get("query_scales"),
         output=written,
     )
     model, found = model_of(args), []

@@ -28,7 +28,6 @@ from options import (
     add_model_options,
     add_search_options,
     add_task_options,
-    curve_of,
     dispatch,
     gain_text,
     model_of,
@@ -42,6 +41,7 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 from lrope_gguf.native import tool_path
 from lrope_search import Measurement, ModelConfig, TaskConfig, measure, search
+from lrope_search.curve_files import factors_of_curve
 from lrope_search.machine import physical_cores
 from lrope_search.results.comparison import Comparison, compare
 from lrope_search.results.table import DepthTable
@@ -96,7 +96,7 @@ def searched(settings: Sequence[Setting], args: argparse.Namespace) -> dict[tupl
     """Return what a search finds on each setting with each seed; with ``--curves``, these."""
     if args.curves:
         info = read_model(settings[0].model.path)
-        return {(f"curve {name}", None): curve_of(name, info) for name in args.curves}
+        return {(f"curve {name}", None): factors_of_curve(name, info) for name in args.curves}
     found: dict[tuple[str, int | None], Factors] = {}
     for setting in settings:
         for seed in args.search_seeds:

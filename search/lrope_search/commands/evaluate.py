@@ -91,15 +91,14 @@ def command(
 
 def _sides(info: ModelInfo, curves: Sequence[str], factors: Factors | None, *, alone: bool) -> Mapping[str, Factors]:
     """Return the factors of each side beside the base model's; what the file holds if nothing else is asked for."""
-    from lrope_gguf.commands.write import curve_for
+    from ..curve_files import factors_of_curve
 
     sides: dict[str, Factors] = {}
     for curve in curves:
         name = "curve" if len(curves) == 1 else f"curve {Path(curve).stem if curve.endswith('.json') else curve}"
         if name in sides:
             raise LropeError(f"--curve {curve}: {name} is given already; give files of different names")
-        document, of_layers = curve_for(curve, info)
-        sides[name] = tuned(of_layers or (1.0,) * (info.n_layer or 0), document.rows)
+        sides[name] = factors_of_curve(curve, info)
     if factors is not None:
         try:
             sides["given"] = info.shaped(factors)  # "factors" is another key of the JSON
