@@ -125,7 +125,10 @@ BAD_FILES = [
     ("[kv]\nkeys = 3\n[kv]\nprobes = 1", "c.toml:3: table [kv] is given twice, first in line 1"),
     ("max_kl = ", "c.toml:1: is not valid TOML ("),
     ("a = [1,\n2\nb = 3", "c.toml:3: is not valid TOML ("),
-    ("task = ['kv', 'kw']", "c.toml:1: task kw: unknown; choose from kv, mdqa, jsonl, multikey, vt, cwe, fwe (did"),
+    (
+        "task = ['kv', 'kw']",
+        "c.toml:1: task kw: unknown; choose from kv, words, numbers, mdqa, jsonl, multikey, vt, cwe, fwe (did",
+    ),
     ("rope_scaling = 'none'\nrope_scale = 2", 'c.toml:2: rope_scale = 2, c.toml:1: rope_scaling = "none": has no'),
     ("algorithm = 'gaa'", "c.toml:1: algorithm gaa: unknown; choose from ga, cma-es, de, random, papers-ga (did"),
     ("\xff", "c.toml:1: is not UTF-8 text"),

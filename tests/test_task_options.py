@@ -97,7 +97,7 @@ def test_contexts_are_sized_when_a_model_is_there(data: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--task mdqa --keys 20", "--keys: --task mdqa does not use it; it is for --task kv and --task multikey"),
+        ("--task mdqa --keys 20", "--keys: --task mdqa does not use it; it is for --task kv, words, numbers or multi"),
         ("--task jsonl --context-tokens 9", "--context-tokens: --task jsonl does not use it"),
         ("--task mdqa", "--task mdqa: needs an nq-open file; give --data FILE"),
         ("--task jsonl", "--task jsonl: needs your file of questions; give --data FILE"),

@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 from support.task_files import words, write
 
 from lrope_gguf.errors import LropeError
+from lrope_search import task_config
 from lrope_search.sample import SPLITS
-from lrope_search.tasks import KeyValueTask, TokenLimit
+from lrope_search.tasks import KeyValueTask, TokenLimit, make_task
 from lrope_search.tasks.answers import holds, normalize
+from lrope_search.tasks.mix import mixed
+from lrope_search.tasks.settings import TASKS
 from lrope_search.tasks.task import Context, Probe, places
 
 
@@ -98,6 +101,23 @@ def test_numbers_as_identifiers(n_pairs: int, seed: int) -> None:
         pairs = pairs_of(context)
         assert len(dict(pairs)) == len(pairs)
         assert all(re.fullmatch("[1-9][0-9]{3}", key) and re.fullmatch("[1-9][0-9]{2}", value) for key, value in pairs)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("words", "word"), ("numbers", "number")])
+def test_pairs_of_one_kind_are_a_task_of_their_own(name: str, kind: str) -> None:
+    """Of the same questions as `kv` with these identifiers, so that several kinds can be asked in one search."""
+    config = task_config(name, keys=20, probes=3, seed=4)
+    task, other = (make_task(one) for one in (config, task_config("kv", keys=20, probes=3, seed=4, identifiers=kind)))
+    assert task.context("test", 1) == other.context("test", 1) and task.name == config.name == name
+    assert task.calibration() == other.calibration()
+    assert TASKS[name].from_json(config.to_json()) == config
+    mix = mixed([make_task(task_config(one, keys=20)) for one in ("words", "numbers", "kv")])
+    leads = {context.task: context.lead for context in (mix.context("search", i) for i in range(3))}
+    assert leads == {"words": "=", "numbers": ' "', "kv": ' "'}
+    with pytest.raises(LropeError, match=f"identifiers: --task {name} does not use it"):
+        task_config(name, identifiers="word")
+    with pytest.raises(LropeError, match=r"too few for 4 probes"):
+        make_task(task_config(name, keys=3, probes=4))
 
 
 def test_identifiers_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from ..sample import SPLITS
 from .counting import CommonWordsTask, FrequentWordsTask
 from .identifiers import IDENTIFIERS
 from .jsonl import JsonlTask
-from .kv import KeyValueTask
+from .kv import KeyValueTask, NumberPairsTask, WordPairsTask
 from .make import make_task, make_tasks, task_identity
 from .mdqa import MultiDocumentTask
 from .mix import MixedTask
@@ -19,6 +19,6 @@ from .variables import VariableTask
 
 __all__ = [
     "IDENTIFIERS", "SPLITS", "CommonWordsTask", "FrequentWordsTask", "JsonlTask", "KeyValueTask", "MixedTask",
-    "MultiDocumentTask", "MultiKeyTask", "Task", "TokenLimit", "VariableTask", "make_task", "make_tasks",
-    "task_identity",
+    "MultiDocumentTask", "MultiKeyTask", "NumberPairsTask", "Task", "TokenLimit", "VariableTask", "WordPairsTask",
+    "make_task", "make_tasks", "task_identity",
 ]  # fmt: skip

@@ -34,6 +34,8 @@ class KeyValueTask:
     """
 
     name = "kv"
+    kind = next(iter(IDENTIFIERS))
+    """Of keys and values, if none is asked for."""
     least = 1
     wording: Wording | None = None
     """Of the prompt; None: that of the identifiers."""
@@ -47,7 +49,7 @@ class KeyValueTask:
         positions: str = POSITIONS[0],
         seed: int = 0,
         data: Path | str | None = None,
-        identifiers: str = "uuid",
+        identifiers: str | None = None,
         limit: TokenLimit | None = None,
     ) -> None:
         """Make contexts of ``n_keys`` pairs from ``seed``, or read them from ``data``; see `KeyValueConfig`.
@@ -60,7 +62,8 @@ class KeyValueTask:
         check_probes(probes)
         if probes and (n_keys is not None or (data is None and limit is None)) and self._n_pairs < probes:
             raise LropeError(f"--keys {self._n_pairs}: too few for {probes} probes; ask for at least {probes} keys")
-        if identifiers not in IDENTIFIERS or (identifiers != "uuid" and data is not None):
+        identifiers = identifiers or self.kind
+        if identifiers not in IDENTIFIERS or (identifiers != self.kind and data is not None):
             raise LropeError(
                 f"{self.name}.identifiers {identifiers}: give one of {', '.join(IDENTIFIERS)}, without --data"
             )
@@ -135,6 +138,20 @@ class KeyValueTask:
         return Context(split, index, wording.prefix(pairs), probes, lead=wording.lead, n_places=len(pairs))
 
 
+class WordPairsTask(KeyValueTask):
+    """`KeyValueTask` of words, beside which others may be asked."""
+
+    name = "words"
+    kind = "word"
+
+
+class NumberPairsTask(KeyValueTask):
+    """`KeyValueTask` of numbers, beside which others may be asked."""
+
+    name = "numbers"
+    kind = "number"
+
+
 def _pairs(where: str, value: Any, n_pairs: int | None) -> Pairs:
     pairs = [(key, text) for key, text in value["ordered_kv_records"]]
     if not all(isinstance(text, str) and text for pair in pairs for text in pair):
@@ -151,6 +168,41 @@ def known_probes(probes: int | None, context_tokens: int | None, pairs: int | No
     if probes is not None or context_tokens is not None or pairs is None:
         return probes
     return default_probes(pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(SizedTaskConfig):
+    """Settings of all tasks of pairs that are made from the seed."""
+
+    size = "keys"
+
+    keys: int | None = setting(None, "pairs per context", metavar="N", least=1, unset=str(DEFAULT_PAIRS), option=True)
+    probes: int | None = probes_setting("questions per context", AS_NEEDED)
+    positions: str = positions_setting()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that decides the questions."""
+        return super().to_json() | {
+            "probes": known_probes(self.probes, self.context_tokens, self.keys or DEFAULT_PAIRS)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordPairsConfig(PairsConfig):
+    """Settings of `WordPairsTask`."""
+
+    section = "words"
+    summary = "key-value retrieval of words"
+    task = WordPairsTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumberPairsConfig(PairsConfig):
+    """Settings of `NumberPairsTask`."""
+
+    section = "numbers"
+    summary = "key-value retrieval of numbers"
+    task = NumberPairsTask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..settings import setting
 from .identifiers import Pairs, Wording
-from .kv import DEFAULT_PAIRS, KeyValueTask, known_probes
-from .settings import AS_NEEDED, SizedTaskConfig, positions_setting, probes_setting
+from .kv import DEFAULT_PAIRS, KeyValueTask, PairsConfig
 
 
 def _prefix(pairs: Pairs) -> str:
@@ -33,20 +31,11 @@ class MultiKeyTask(KeyValueTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiKeyConfig(SizedTaskConfig):
+class MultiKeyConfig(PairsConfig):
     """Settings of `MultiKeyTask`."""
 
     section = "multikey"
     summary = "one needle among similar ones"
-    size = "keys"
     task = MultiKeyTask
 
     keys: int | None = setting(None, "needles per context", metavar="N", least=1, unset=str(DEFAULT_PAIRS), option=True)
-    probes: int | None = probes_setting("questions per context", AS_NEEDED)
-    positions: str = positions_setting()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all that decides the questions."""
-        return super().to_json() | {
-            "probes": known_probes(self.probes, self.context_tokens, self.keys or DEFAULT_PAIRS)
-        }

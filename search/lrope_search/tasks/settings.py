@@ -141,6 +141,8 @@ TASKS: Registry[TaskConfig] = Registry(
     "task",
     {
         "kv": "lrope_search.tasks.kv:KeyValueConfig",
+        "words": "lrope_search.tasks.kv:WordPairsConfig",
+        "numbers": "lrope_search.tasks.kv:NumberPairsConfig",
         "mdqa": "lrope_search.tasks.mdqa:MultiDocumentConfig",
         "jsonl": "lrope_search.tasks.jsonl:JsonlConfig",
         "multikey": "lrope_search.tasks.needles:MultiKeyConfig",
@@ -178,7 +180,8 @@ def check_owned(name: str, key: str) -> None:
         known = ", ".join(one.name for one in TASKS[name].settings())
         raise SettingError((f"{name}.{key}",), f"{name}.{key}", f"no such setting; task {name} has {known}")
     label = owners[0].named(key).label if owners[0].named(key).option else key
-    tasks = " and ".join(f"--task {kind.section}" for kind in owners)
+    *others, last = (kind.section for kind in owners)
+    tasks = f"--task {', '.join(others)} or {last}" if others else f"--task {last}"
     raise SettingError((f"{name}.{key}",), label, f"--task {name} does not use it; it is for {tasks}")
 
 
