@@ -70,6 +70,18 @@ def test_a_derivative_that_is_not_a_number_moves_nothing() -> None:
     assert ascent.at.tolist() == [0.0, 0.0]
 
 
+def test_query_scales_leave_more_of_the_limit() -> None:
+    ends = []
+    for queries in (np.zeros(2, np.bool_), np.array([False, True])):
+        ascent = Ascent(
+            np.zeros(2), AscentConfig(steps=60, reserve=0.1, query_reserve=0.5, low=-2.0, high=2.0), queries
+        )
+        while not ascent.done:
+            ascent.tell(np.array([1.0, 0.5]), float((ascent.at**2).sum()), 2.0 * ascent.at)
+        ends.append(float((ascent.at**2).sum()))
+    assert ends == pytest.approx([0.09, 0.05], rel=0.02)
+
+
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
 def test_divergence_is_held_at_its_limit(scale: float) -> None:
     """The gain rises evenly, the divergence of two texts with the square: the limit is where the ascent must end."""

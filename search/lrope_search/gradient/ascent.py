@@ -32,6 +32,7 @@ class AscentConfig:
         query_bound: The largest logarithm of a query scale; the least is as far below 0.
         max_divergence: What the KL divergence may be, in nats a token.
         reserve: The share of it that the ascent leaves: its texts are not all that a guard looks at.
+        query_reserve: That share where query scales move, whose divergence rises faster than was foretold.
     """
 
     steps: int = 20
@@ -46,6 +47,7 @@ class AscentConfig:
     query_bound: float = math.log(2.0)
     max_divergence: float = 0.1
     reserve: float = 0.2
+    query_reserve: float = 0.4
 
 
 class Ascent:
@@ -69,6 +71,7 @@ class Ascent:
         which = np.zeros(np.shape(start), np.bool_) if queries is None else queries
         self._low, self._high = np.where(which, -c.query_bound, c.low), np.where(which, c.query_bound, c.high)
         self._share = np.where(which, c.query_step, 1.0)
+        self._limit = c.max_divergence * (1.0 - (c.query_reserve if which.any() else c.reserve))
         self.at = np.clip(np.asarray(start, np.float64), self._low, self._high)
         self.step = 0
         self.price = 0.0
@@ -126,9 +129,8 @@ class Ascent:
             return move
         slope = np.mean([slope for _, slope, _ in self._texts.values()], axis=0)
         now = np.mean([value + ((self.at - at) * slope).sum() for value, slope, at in self._texts.values()])
-        most = self.config.max_divergence * (1.0 - self.config.reserve)
         for metric in (rate, size):  # the second where the first may not go as far as it would
-            above = now + (slope * move).sum() - most
+            above = now + (slope * move).sum() - self._limit
             if above > 0.0 and slope.any():
                 price = float(above / (metric * slope**2).sum())
                 self.price = self.price or price
