@@ -33,6 +33,7 @@ from lrope_search.evaluation.model import Model
 from lrope_search.evaluation.parallel import Parallelism, compare_rates, divisions, fastest, measure_rates
 from lrope_search.session import Session
 from lrope_search.tasks import KeyValueTask
+from lrope_search.tasks.settings import TaskMix
 
 native = pytest.mark.native
 
@@ -196,6 +197,20 @@ def test_all_workers_write_what_the_first_has_heard(
     monkeypatch.setattr("lrope_search.evaluation.evaluator.write_answers", lambda *_: pytest.fail("wrote again"))
     with spec.settled(facts)() as evaluator:
         assert make.find_out(evaluator).leads == facts.leads
+
+
+@native
+def test_contexts_that_cannot_be_are_refused_before_anything_is_computed(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make, "measure_rates", lambda *_: pytest.fail("measured first"))
+    monkeypatch.setattr(make, "write_texts", lambda *_, **__: pytest.fail("wrote first"))
+    tasks = TaskMix.of([(TASK, 1.0), (task_config("multikey", context_tokens=40, probes=20), 1.0)])
+    with (
+        pytest.raises(LropeError, match=r"^--context-tokens 40: 20 pairs alone take"),
+        make.EvaluatorSpec(model, tasks, choices=(Parallelism(1, 1),))(),
+    ):
+        pytest.fail("made an evaluator")
 
 
 ALONE, ONE_EACH, TOGETHER = Parallelism(1, 1), Parallelism(2, 1), Parallelism(1, 2)

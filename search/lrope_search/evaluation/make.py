@@ -80,13 +80,15 @@ class EvaluatorSpec:
         """
         make_tasks(self.task)  # what is wrong with it shows at once
         with open_model(replace(self.model, n_threads=n_threads or self.model.n_threads)) as model:
+            configs = TaskMix.of(self.task).tasks
+            task = mixed([task_for(model, config) for config in configs])
+            for index in range(len(configs)):  # nor is anything measured or written for contexts that cannot be
+                task.context("search", index)
             rates = {} if model.on_gpu or not self.choices else measure_rates(model, self.choices)
             if rates:
                 alone = {division: rate for division, rate in rates.items() if division.n_workers == 1}
                 model.set_threads(fastest(alone).n_threads)
             texts = (self.guard_texts or self._texts(model)) if self.guarded else None
-            configs = TaskMix.of(self.task).tasks
-            task = mixed([task_for(model, config) for config in configs])
             prefixes = tuple(config.answer_prefix for config in configs)
             guard = None if texts is None else Guard(model, texts)
             evaluator = TeacherForcedEvaluator(
