@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from lrope_gguf.layout import array_keys
 from lrope_gguf.metadata import plan_write
 from lrope_search.commands.evaluate import _sides
 from lrope_search.commands.search import starting_with
-from lrope_search.scores import tuned
+from lrope_search.scores import Tuned, tuned
+from lrope_search.study.plan import make_optimizer
 from lrope_search.study.settings import SearchConfig
 
 KEYS = array_keys("llama")
@@ -288,3 +290,28 @@ def test_a_search_begins_with_factors_of_layers_only(tmp_path: Path) -> None:
     CurveFile(query_scales=QUERY_SCALES).save(tmp_path / "best.json")
     with pytest.raises(LropeError, match=r"--start .*best.json: has no factors of layers to begin with; give a curve"):
         starting_with([str(tmp_path / "best.json")], SearchConfig())
+
+
+def test_a_search_of_heads_begins_with_what_heads_have(tmp_path: Path) -> None:
+    path = str(tmp_path / "best.json")
+    CurveFile(query_scales=QUERY_SCALES).save(path)
+    settings = starting_with([path], SearchConfig(scale="queries", method="gradient"))
+    assert settings.start == (Tuned((1.0,) * len(QUERY_SCALES), None, QUERY_SCALES),)
+    again = SearchConfig.from_json(json.loads(json.dumps(settings.to_json())))
+    assert again == settings and again.identity() == settings.identity()
+    assert json.loads(json.dumps(settings.to_json()["start"])) == [
+        {"factors": [1.0] * len(QUERY_SCALES), "query_scales": [list(row) for row in QUERY_SCALES]}
+    ]
+    CurveFile(layer_factors=(1.0, 1.25, 2.0, 1.0), **BOTH).save(path)
+    both = starting_with([path], SearchConfig(scale="both", method="gradient"))
+    assert both.start == (tuned((1.0, 1.25, 2.0, 1.0), BOTH),)
+    assert starting_with([path], SearchConfig()).start == ((1.0, 1.25, 2.0, 1.0),)
+    assert both.of_layers().start == ((1.0, 1.25, 2.0, 1.0),) and both.of_layers().scale == "layers"
+    with pytest.raises(LropeError, match=r"^--start: outside the bounds 0.95,1.05 \(a factor of"):
+        replace(both, bounds=(0.95, 1.05))
+    with pytest.raises(LropeError, match=r"^--start: has numbers of heads, and this search scales layers alone; give"):
+        replace(both, scale="layers")
+    optimizer = make_optimizer(both, LAYERS, None, [tuned((1.0,) * LAYERS, BOTH)])
+    found = [optimizer.ask() for _ in range(optimizer.lag)]
+    assert [one.origin for one in found if one and one.factors == both.start[0]] == ["seed"]
+    assert [one.origin for one in found if one][-1] == "gradient"

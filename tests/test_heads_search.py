@@ -334,6 +334,31 @@ def test_derivatives_of_heads_are_followed_and_kept(tmp_path: Path) -> None:
     assert names[0] == names[1] and b"gradient" in names[0]
 
 
+@pytest.mark.native
+@pytest.mark.gradient
+def test_a_search_of_heads_goes_on_from_an_earlier_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    path, start = write_readable(tmp_path / "m.gguf"), tmp_path / "start.json"
+    info = read_model(path)
+    assert info.n_head is not None and info.n_layer is not None
+    rows = tuple((1.25,) * n for n in info.n_head)
+    command = ["search", str(path), "--keys", "6", "--set", "kv.probes=3", "--threads", "1", "--start", str(start),
+               "--method", "gradient", "--set", "scale=queries", "--set", "gradient_steps=2", "--max-kl", "100",
+               "--set", "search_contexts=2", "--set", "validation_contexts=1", "--set", "test_contexts=2",
+               "--output", str(tmp_path / "best.json")]  # fmt: skip
+    start.write_text(json.dumps({"format": "lrope-curve", "version": 1, "query_scales": rows[:-1]}))
+    assert main(command) == 1
+    assert "--start: " in capsys.readouterr().err and not (tmp_path / "best.study").exists()
+    start.write_text(json.dumps({"format": "lrope-curve", "version": 1, "query_scales": rows}))
+    assert main(command) in (0, 3)
+    lines = (tmp_path / "best.study" / "candidates.jsonl").read_text().splitlines()
+    found = {one["origin"]: one.get("query_scales") for one in map(json.loads, lines)}
+    assert found["seed"] == [*map(list, rows)] and found["identity"] is None and "gradient" in found
+    ends = Trail.of(tmp_path / "best.study").proposals((0.5, 4.0))
+    moved = [value for row in rows_of(ends[0])["query_scales"] for value in row]
+    assert moved and all(abs(value - 1.25) < 0.25 for value in moved)
+
+
 def test_tuned_is_made_of_what_a_file_has() -> None:
     assert tuned([1.0], {}) == (1.0,) and not isinstance(tuned([1.0], {"query_scales": None}), Tuned)
     rows: Any = [[1.0, 2.0]]

@@ -24,13 +24,13 @@ from .report.page import write_report
 from .results.summary import StudySummary, section
 from .results.variation import components
 from .sample import SPLITS
-from .scores import SCALES, Factors, Job, tuned
+from .scores import SCALES, Factors, Job, Tuned, rows_of, tuned
 from .session import Session, Show, open_session
 from .study.ascend import Climber, Trail, ascend
 from .study.conclude import SearchOutcome
 from .study.plan import make_optimizer, planned_evaluations
 from .study.run import run_search
-from .study.settings import SearchConfig
+from .study.settings import SearchConfig, Start
 from .study.store import Study
 from .tasks.make import file_identity, make_tasks
 from .tasks.settings import TaskMix, Tasks
@@ -104,9 +104,7 @@ def _run(
     info, mix = read_model(model.path), TaskMix.of(task)
     if not info.has_rope:
         raise LropeError(f"{info.path}: the model has no RoPE, so layer factors cannot change it")
-    for start in settings.start:
-        if not isinstance(start[0], tuple) and len(start) != info.n_layer:
-            raise LropeError(f"--start: {len(start)} factors, but {info.path} has {info.n_layer} layers; give another")
+    settings = dataclasses.replace(settings, start=tuple(_shaped(info, start) for start in settings.start))
     sizes, kept, begun = _sizes(mix, settings), Study.kept(directory, "config"), time.monotonic()
     guard = {"text": None if settings.guard_text is None else file_identity(settings.guard_text)}
 
@@ -120,7 +118,8 @@ def _run(
         _layers(info, facts)
         settings, refused = _with_method(settings, kept)
         if settings.scale != SCALES[0]:
-            first.ask(partial(check_factors, [_neutral(info, settings.scale)]))
+            begun_with = [start for start in settings.start if isinstance(start, Tuned)]
+            first.ask(partial(check_factors, [_neutral(info, settings.scale), *begun_with]))
         return {"search": settle(facts).identity(), "guard": guard}
 
     with open_session(
@@ -148,7 +147,7 @@ def _run(
         if settled.ascends:
             trail = _ascend(session, settled, begun)
             proposals = trail.proposals(settled.bounds)
-            settled = settled if proposals else dataclasses.replace(settled, method="genetic", scale=SCALES[0])
+            settled = settled if proposals else settled.of_layers()
             optimizer = make_optimizer(settled, session.n_layer, layers, proposals)
         outcome = run_search(
             session.executor(),
@@ -166,6 +165,19 @@ def _run(
         )
         session.progress.line(_report(outcome.summary))
         return outcome
+
+
+def _shaped(info: ModelInfo, start: Start) -> Start:
+    """Return a start with a number for each layer and head. Raises `LropeError`: it is of another model."""
+    if isinstance(start[0], tuple):
+        return start
+    if len(start) != info.n_layer:
+        raise LropeError(f"--start: {len(start)} factors, but {info.path} has {info.n_layer} layers; give another")
+    try:
+        rows = {name: info.shaped_rows(name, of_heads)[: len(start)] for name, of_heads in rows_of(start).items()}
+    except LropeError as error:
+        raise LropeError(f"--start: {error}") from None
+    return tuned(start, rows)
 
 
 def _neutral(info: ModelInfo, scale: str) -> Factors:

@@ -291,4 +291,4 @@ def _kind(hint: Any) -> tuple[type, bool, bool]:
 
 def _frozen(value: Any) -> Any:
     """JSON's lists as tuples."""
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(_frozen, value)) if type(value) in (list, tuple) else value

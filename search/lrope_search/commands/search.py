@@ -17,7 +17,8 @@ from lrope_gguf.stores import keeper, reference
 from lrope_gguf.text import command_line, say
 
 from ..evaluation.settings import ModelConfig
-from ..study.settings import SearchConfig
+from ..scores import SCALES, tuned
+from ..study.settings import SearchConfig, Start
 from ..workers.settings import WorkersConfig
 from .config_file import printed
 from .options import (
@@ -105,9 +106,14 @@ def starting_with(paths: Sequence[str], settings: SearchConfig) -> SearchConfig:
     curves = []
     for path in paths:
         file = CurveFile.load(path)
-        start = file.control_points or file.layer_factors
+        start: Start | None = file.control_points or file.layer_factors
+        if file.rows and settings.scale != SCALES[0]:
+            n_layer = len(next(iter(file.rows.values())))
+            start = tuned((1.0,) * n_layer if start is None else file.factors_for(n_layer), file.rows)
         if start is None:
-            raise LropeError(f"--start {path}: has no factors of layers to begin with; give a curve that has them")
+            raise LropeError(
+                f"--start {path}: has no factors of layers to begin with; give a curve that has them, or --set scale"
+            )
         settings.started(start, f"--start {path}")
         curves.append(start)
     return replace(settings, start=tuple(curves))

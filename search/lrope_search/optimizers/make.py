@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lrope_gguf.curve import DEFAULT_BOUNDS, Curve
 
-from ..scores import PROPOSED, Factors, rows_of
+from ..scores import PROPOSED, Factors, Tuned, rows_of
 from .generational import Generational, Generations
 from .genetic import GeneticConfig
 from .layers import LayerSpace
@@ -45,11 +45,14 @@ def make_algorithm(
     curve = CurveSpace(n_layer, degree=degree, bounds=bounds)
     space: CurveSpace | LayerSpace = curve
     own = range(n_layer) if layers is None else layers
+    of_heads = [start for start in curves if isinstance(start, Tuned)]
+    curves = [start for start in curves if not isinstance(start, Tuned)]
     if proposals:
         space = LayerSpace(n_layer, own, bounds=bounds)
         first = space.known_good(uniform_factors, curves)
         if any(map(rows_of, proposals)):
             listed = [(*space.express(space.repair(genome)), origin) for genome, origin in first]
+            listed += [(None, start, "seed") for start in of_heads]
             return Listed([*listed, *((None, factors, PROPOSED) for factors in proposals)])
         first += [(space.encode(factors), PROPOSED) for factors in proposals]
         if alone:

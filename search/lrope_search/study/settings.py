@@ -12,13 +12,13 @@ from lrope_gguf.rope_scaling import MAX_FACTOR
 
 from ..optimizers.settings import LAG, OPTIMIZERS, PARAMETRIZATIONS, UNIFORM_FACTORS, OptimizerConfig, optimizer_config
 from ..sample import SPLITS, default_contexts, default_probes
-from ..scores import SCALES
+from ..scores import SCALES, Factors, Tuned, numbers_of, read_factors, rows_of, tuned
 from ..settings import SettingError, Settings, setting
 from .racing import Racing
 
 ControlPoints: TypeAlias = tuple[Point, ...]
-Start: TypeAlias = ControlPoints | tuple[float, ...]
-"""What a search may begin with: the control points of a curve, or a factor for each layer."""
+Start: TypeAlias = ControlPoints | Factors
+"""What a search may begin with: the control points of a curve, or a factor for each layer, with what heads have."""
 
 METHODS = ("both", "gradient", "genetic")
 """What proposes candidates: derivatives, a genetic search (or the other algorithm that was asked for), or that after
@@ -182,7 +182,7 @@ class SearchConfig(Settings):
             derived |= {name: begun[name] for name in derived if isinstance(begun.get(name), int | float)}
         return replace(settled, **{name: value for name, value in derived.items() if getattr(self, name) is None})
 
-    def started(self, start: Start, where: str = "--start") -> Curve | tuple[float, ...]:
+    def started(self, start: Start, where: str = "--start") -> Curve | Factors:
         """Return a curve or factors to begin with; ``where`` they come from, for messages.
 
         Raises `LropeError`: no candidate of this search could be that.
@@ -201,7 +201,14 @@ class SearchConfig(Settings):
                 f"{where}: has factors of layers but no curve, and parametrization bezier searches curves alone; "
                 "give a curve, or --set parametrization=both"
             )
-        outside = [factor for factor in start if not low <= factor <= high]
+        rows = rows_of(start)
+        if rows and self.scale == SCALES[0]:
+            raise LropeError(
+                f"{where}: has numbers of heads, and this search scales layers alone; give --set scale=queries, heads "
+                "or both"
+            )
+        positions = tuned(start, {name: of_heads for name, of_heads in rows.items() if name == "head_factors"})
+        outside = [factor for factor in numbers_of(positions) if not low <= factor <= high]
         if outside:
             raise LropeError(
                 f"{where}: outside the bounds {low:g},{high:g} (a factor of {outside[0]:g}); give wider ones"
@@ -229,6 +236,9 @@ class SearchConfig(Settings):
         whatever the optimizer.
         """
         values = {"lag": LAG, "population": None, "parents": None} | super().to_json()
+        values["start"] = [
+            {"factors": start, **rows_of(start)} if isinstance(start, Tuned) else start for start in self.start
+        ]
         values |= self.optimizer.to_json() | {"algorithm": self.optimizer.name}
         return {key: value for key, value in values.items() if value or key not in ("start", "guard_text")}
 
@@ -243,4 +253,10 @@ class SearchConfig(Settings):
         others = [name for name in ("lag", "population", "parents") if name not in own]
         shared = {name: item for name, item in value.items() if name not in (*own, *others, "algorithm")}
         chosen = kind(**{name: item for name, item in value.items() if name in own})
-        return super().from_json({"method": "genetic"} | shared | {"algorithm": chosen})
+        start = [read_factors(one) if isinstance(one, Mapping) else one for one in shared.pop("start", ())]
+        return super().from_json({"method": "genetic"} | shared | {"algorithm": chosen, "start": start})
+
+    def of_layers(self) -> SearchConfig:
+        """Return these settings for a genetic search, which knows factors of layers alone."""
+        start = tuple(tuned(one, {}) if isinstance(one, Tuned) else one for one in self.start)
+        return replace(self, method="genetic", scale=SCALES[0], start=start)
