@@ -38,13 +38,12 @@ from scipy.stats import spearmanr
 
 from lrope_gguf.curve import CurveFile
 from lrope_search import TaskConfig
-from lrope_search.evaluation.batch import Tokens
 from lrope_search.evaluation.encoding import Encoding
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.make import kept_guard_texts, open_model, task_for
 from lrope_search.evaluation.model import Model
 from lrope_search.gradient.ascent import AscentConfig
-from lrope_search.gradient.climb import Climb, Step, conflicts, fast_products
+from lrope_search.gradient.climb import Climb, Step, Text, conflicts, fast_products, guarded
 from lrope_search.gradient.objective import Objective
 from lrope_search.gradient.rotation import Coherence
 from lrope_search.gradient.variables import logarithms
@@ -241,9 +240,9 @@ def encoding_of(evaluator: TeacherForcedEvaluator, before: int, number: int) -> 
     return evaluator.encoding("search", before + number)
 
 
-def texts_of(study: Path | None) -> list[Tokens]:
+def texts_of(study: Path | None) -> list[Text]:
     guard = kept_guard_texts(Study.kept(study, "guard"), study) if study else None
-    return [np.array(text, np.int32) for text in guard.short] if guard else []
+    return guarded(guard) if guard else []
 
 
 def write_curve(path: Path | None, factors: Factors) -> None:
@@ -288,8 +287,12 @@ def gains(args: argparse.Namespace) -> None:
                     flush=True,
                 )
         for side, at in sides.items() if texts else ():
-            apart = [objective.divergence(text, *at, differentiate=False).value for text in texts]
-            print(f"{side}: KL {np.mean(apart):.4f} on {len(texts)} texts", flush=True)
+            found_apart: dict[int, list[float]] = {}
+            for text in {id(text): text for text in texts}.values():
+                apart = objective.divergence(text.tokens, *at, differentiate=False, first=text.first)
+                found_apart.setdefault(text.kind, []).append(apart.value)
+            kl = ", ".join(f"{np.mean(of_kind):.4f}" for of_kind in found_apart.values())
+            print(f"{side}: KL {kl} on short texts and a long one", flush=True)
 
 
 def scored(

@@ -82,6 +82,22 @@ def test_query_scales_leave_more_of_the_limit() -> None:
     assert ends == pytest.approx([0.09, 0.05], rel=0.02)
 
 
+def test_each_kind_of_text_keeps_the_limit() -> None:
+    """Three texts of one kind do not make up for the one of another, whose divergence rises thrice as fast."""
+    ascent = Ascent(np.zeros(2), AscentConfig(steps=80, max_divergence=0.1, reserve=0.1))
+    while not ascent.done:
+        at, text = ascent.at, ascent.step % 4
+        strength = 3.0 if text == 3 else 1.0
+        ascent.tell(np.array([1.0, 0.5]), strength * float((at**2).sum()), strength * 2.0 * at, text, int(text == 3))
+    assert 3.0 * float((ascent.at**2).sum()) == pytest.approx(0.09, rel=0.05)
+    again = Ascent(np.zeros(2), ascent.config)
+    again.restore(json.loads(json.dumps(ascent.state())))
+    assert again.state() == ascent.state()
+    old = ascent.state()
+    again.restore(old | {"texts": [text[:4] for text in old["texts"]]})
+    assert [kind for *_, kind in again.state()["texts"]] == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
 def test_divergence_is_held_at_its_limit(scale: float) -> None:
     """The gain rises evenly, the divergence of two texts with the square: the limit is where the ascent must end."""

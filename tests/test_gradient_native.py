@@ -21,13 +21,14 @@ from support.replayed import NO_REPLAY, FixtureWeights, capture, decoders, made,
 
 from lrope_gguf.errors import LropeError  # noqa: E402
 from lrope_search import ModelConfig, task_config  # noqa: E402
+from lrope_search.evaluation.divergence import GuardTexts  # noqa: E402
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator  # noqa: E402
 from lrope_search.evaluation.make import open_model, task_for  # noqa: E402
 from lrope_search.evaluation.model import Model  # noqa: E402
 from lrope_search.evaluation.tuning import Tuner  # noqa: E402
 from lrope_search.gradient.ascent import AscentConfig  # noqa: E402
 from lrope_search.gradient.capture import Graph, UnsupportedGraphError  # noqa: E402
-from lrope_search.gradient.climb import Climb, Step, conflicts, open_objective  # noqa: E402
+from lrope_search.gradient.climb import Climb, Step, Text, conflicts, guarded, open_objective  # noqa: E402
 from lrope_search.gradient.objective import Objective, ReplayDisagreesError, check_agrees  # noqa: E402
 from lrope_search.gradient.replay import Replay, Variables, answers  # noqa: E402
 from lrope_search.gradient.rotation import Coherence  # noqa: E402
@@ -302,7 +303,7 @@ def climb_of(asked: tuple[TeacherForcedEvaluator, Model], objective: Objective, 
     given = {"steps": 6, "max_divergence": 1.0, **options}
     return Climb(
         objective, [lambda k: evaluator.encoding("search", k)], names=["kv"], weights=[2.0], scales=[0.5],
-        texts=[text], layers=[0, 1, 3], config=AscentConfig(**given), **of_climb,
+        texts=[Text(text)], layers=[0, 1, 3], config=AscentConfig(**given), **of_climb,
     )  # fmt: skip
 
 
@@ -412,6 +413,28 @@ def test_what_torch_cannot_compute_moves_nothing(
         with pytest.raises(LropeError, match="step 1 of the gradient ascent: a derivative is not a number"):
             climb.step()
         assert climb.factors == one
+
+
+def test_steps_look_at_the_long_text_after_every_two_short_ones(asked: tuple[TeacherForcedEvaluator, Model]) -> None:
+    texts = GuardTexts(tuple(tuple(range(i, i + 8)) for i in range(4)), tuple(range(3000)))
+    turn = guarded(texts)
+    assert [text.kind for text in turn] == [0, 0, 1, 0, 0, 1]
+    assert turn[2] is turn[5] and (turn[2].first, len(turn[2].tokens)) == (8, 1024)
+    assert [text.tokens[0] for text in turn] == [0, 1, 0, 2, 3, 0] and not any(text.first for text in turn[:2])
+    assert [text.kind for text in guarded(GuardTexts(texts.short, texts.long[:8]))] == [0] * 4
+    evaluator, model = asked
+    with Objective(model, Weights(EMBEDDED)) as objective:
+        climb = climb_of(asked, objective, steps=7)
+        long = evaluator.encoding("validation", 1).prefix[:96]
+        short = [Text(evaluator.encoding("validation", i).prefix[:48]) for i in (0, 1)]
+        climb._texts = (*short, Text(long, 1, 48))
+        steps = [climb.step() for _ in range(7)]
+        for number, n_text in ((2, 4 * 96), (3, 4 * 48), (4, 4 * 48), (5, 3 * 96), (6, 3 * 48)):
+            assert steps[number - 1].n_tokens == 3 * evaluator.n_tokens("search", number) + n_text
+        at = np.full((model.n_layer, 1), 0.1)
+        whole, end = (objective.divergence(long, at, differentiate=False, first=first) for first in (0, 48))
+        begin = objective.divergence(long[:48], at, differentiate=False)
+        assert whole.value == pytest.approx((begin.value + end.value) / 2, rel=1e-4)
 
 
 def test_conflicts_are_cosines() -> None:

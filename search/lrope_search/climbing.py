@@ -15,7 +15,7 @@ from lrope_gguf.errors import LropeError
 from .evaluation.encoding import Encoding
 from .evaluation.make import encode
 from .gradient.ascent import AscentConfig
-from .gradient.climb import Climb, check_installed, conflicts, open_objective
+from .gradient.climb import Climb, check_installed, conflicts, guarded, open_objective
 from .results.objective import task_scales
 from .scores import ContextScore, Job
 from .session import Session
@@ -45,7 +45,8 @@ def tokens_of_step(session: Session, scores: Sequence[ContextScore]) -> int:
     """Return about how many tokens a step takes, by the scores of a context of each task."""
     texts = session.facts.guard_texts
     assert texts is not None  # a search's evaluators have a guard
-    return 3 * (sum(score.n_tokens for score in scores) + len(texts.short[0]))
+    of_texts = [len(text.tokens) for text in guarded(texts)]
+    return 3 * (sum(score.n_tokens for score in scores) + sum(of_texts) // len(of_texts))
 
 
 def seconds_of_step(session: Session, scores: Sequence[ContextScore]) -> float:
@@ -80,7 +81,7 @@ def climber(session: Session, settings: SearchConfig, *, begun: bool) -> Iterato
             names=names,
             weights=[weight for _, weight in mix.parts],
             scales=[scales[score.task] for score in scores[:n_tasks]],
-            texts=[np.array(text, np.int32) for text in facts.guard_texts.short],
+            texts=guarded(facts.guard_texts),
             layers=facts.layers,
             config=AscentConfig(
                 steps=settings.gradient_steps,

@@ -56,7 +56,8 @@ class Ascent:
     ``queries``: which values are of query scales, of the shape of ``start``; None: none, all are of factors.
 
     Divergence is measured on one of several texts at a time. The last of each text foretell, by their derivatives,
-    their mean after a step; where that is above the limit, the step is the one that would end at the limit.
+    the mean of each kind of texts after a step; where one is above the limit, the step is the one that would end at the
+    limit.
 
     Attributes:
         at: Where it stands: logarithms, of any shape. Not to be changed.
@@ -77,7 +78,7 @@ class Ascent:
         self.price = 0.0
         self._mean = np.zeros_like(self.at)
         self._square = np.zeros_like(self.at)
-        self._texts: dict[int, tuple[float, Values, Values]] = {}  # divergence, its derivatives, and where
+        self._texts: dict[int, tuple[float, Values, Values, int]] = {}  # divergence, derivatives, where, and its kind
 
     @property
     def done(self) -> bool:
@@ -90,7 +91,12 @@ class Ascent:
         return (self.at <= self._low) | (self.at >= self._high)
 
     def tell(
-        self, gradient: Values, divergence: float = 0.0, divergence_gradient: Values | None = None, text: int = 0
+        self,
+        gradient: Values,
+        divergence: float = 0.0,
+        divergence_gradient: Values | None = None,
+        text: int = 0,
+        kind: int = 0,
     ) -> None:
         """Take the derivatives of the gain, and the divergence of a text if that is to be limited, at `at`; move there.
 
@@ -103,7 +109,8 @@ class Ascent:
         if not all(np.isfinite(values).all() for values in told):
             raise LropeError(f"step {self.step + 1} of the gradient ascent: a derivative is not a number")
         if divergence_gradient is not None:
-            self._texts[text] = (float(divergence), self._rising(float(divergence), divergence_gradient), self.at)
+            rising = self._rising(float(divergence), divergence_gradient)
+            self._texts[text] = float(divergence), rising, self.at, kind
         self._mean = c.beta1 * self._mean + (1.0 - c.beta1) * gradient
         self._square = c.beta2 * self._square + (1.0 - c.beta2) * gradient**2
         size = self._share * (c.first + (c.last - c.first) * self.step / max(1, c.steps - 1))
@@ -125,22 +132,24 @@ class Ascent:
         """Return the step along ``mean`` whose foretold divergence is within the limit."""
         move = np.clip(rate * mean, -size, size)
         self.price = 0.0
-        if not self._texts:
-            return move
-        slope = np.mean([slope for _, slope, _ in self._texts.values()], axis=0)
-        now = np.mean([value + ((self.at - at) * slope).sum() for value, slope, at in self._texts.values()])
-        for metric in (rate, size):  # the second where the first may not go as far as it would
-            above = now + (slope * move).sum() - self._limit
-            if above > 0.0 and slope.any():
-                price = float(above / (metric * slope**2).sum())
-                self.price = self.price or price
-                move = np.clip(move - price * metric * slope, -size, size)
+        for kind in sorted({kind for *_, kind in self._texts.values()}):
+            known = [(value, slope, at) for value, slope, at, of in self._texts.values() if of == kind]
+            slope = np.mean([slope for _, slope, _ in known], axis=0)
+            now = np.mean([value + ((self.at - at) * slope).sum() for value, slope, at in known])
+            for metric in (rate, size):  # the second where the first may not go as far as it would
+                above = now + (slope * move).sum() - self._limit
+                if above > 0.0 and slope.any():
+                    price = float(above / (metric * slope**2).sum())
+                    self.price = max(self.price, price)
+                    move = np.clip(move - price * metric * slope, -size, size)
         return move
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` takes, for JSON."""
         arrays = {"at": self.at, "mean": self._mean, "square": self._square}
-        texts = [[text, value, slope.tolist(), at.tolist()] for text, (value, slope, at) in self._texts.items()]
+        texts = [
+            [text, value, slope.tolist(), at.tolist(), kind] for text, (value, slope, at, kind) in self._texts.items()
+        ]
         kept = {name: values.tolist() for name, values in arrays.items()}
         return {"step": self.step, "price": self.price, "texts": texts} | kept
 
@@ -154,13 +163,18 @@ class Ascent:
             arrays = [np.array(state[name], np.float64) for name in ("at", "mean", "square")]
             step, price = int(state["step"]), float(state["price"])
             texts = {
-                int(text): (float(value), np.array(slope, np.float64), np.array(at, np.float64))
-                for text, value, slope, at in state["texts"]
+                int(text): (
+                    float(value),
+                    np.array(slope, np.float64),
+                    np.array(at, np.float64),
+                    int(kind[0]) if kind else 0,
+                )
+                for text, value, slope, at, *kind in state["texts"]
             }
         except (KeyError, TypeError, ValueError) as error:
             raise LropeError(f"the kept state of the gradient ascent is damaged ({error})") from error
         if any(
-            values.shape != self.at.shape for values in (*arrays, *(x for text in texts.values() for x in text[1:]))
+            values.shape != self.at.shape for values in (*arrays, *(x for text in texts.values() for x in text[1:3]))
         ):
             raise LropeError(f"the kept state of the gradient ascent is not of {self.at.shape} values")
         self.at, self._mean, self._square = arrays

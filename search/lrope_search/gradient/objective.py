@@ -80,7 +80,7 @@ class Objective:
         self._coherence, self._remat, self._imitate = coherence, remat, imitate
         self._capture: Capture | None = None
         self._room_for(0)
-        self._base: dict[bytes, Tensor] = {}
+        self._base: dict[tuple[int, bytes], Tensor] = {}
 
     def __enter__(self) -> Objective:
         """Return it; leaving the block frees its context."""
@@ -148,18 +148,24 @@ class Objective:
         return self._gradient(value, variables, differentiate, scores, encoding.n_tokens)
 
     def divergence(
-        self, text: Tokens, factors: Values, scales: Values | None = None, *, differentiate: bool = True
+        self,
+        text: Tokens,
+        factors: Values,
+        scales: Values | None = None,
+        *,
+        differentiate: bool = True,
+        first: int = 0,
     ) -> Gradient:
-        """Return the KL divergence from the model as it is, a token, on ``text``, and its derivatives.
+        """Return the KL divergence from the model as it is, a token, on ``text`` from a position on, with derivatives.
 
         As `answers` takes them. Of a large vocabulary it is that of fewer tokens, evenly spaced: `DIVERGENCE_NUMBERS`.
         """
         n = len(text)
-        rows = np.zeros(n, np.bool_)
-        rows[np.linspace(0, n - 1, min(n, max(1, DIVERGENCE_NUMBERS // self._model.n_vocab))).astype(int)] = True
+        rows, n_rows = np.zeros(n, np.bool_), min(n - first, max(1, DIVERGENCE_NUMBERS // self._model.n_vocab))
+        rows[np.linspace(first, n - 1, n_rows).astype(int)] = True
         graph = self._graph((np.asarray(text), np.arange(n), np.zeros(n, np.int64), rows, np.ones(n, np.int64)))
         replay = self._replay(graph)
-        key = np.asarray(text, np.int32).tobytes()
+        key = first, np.asarray(text, np.int32).tobytes()
         if key not in self._base:
             while len(self._base) >= _TEXTS_KEPT:
                 del self._base[next(iter(self._base))]
