@@ -42,7 +42,7 @@ from scipy import stats
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 from lrope_search import measure, search
-from lrope_search.curve_files import factors_of_curve
+from lrope_search.commands.curve_files import factors_of_curve
 from lrope_search.report.reading import read_study
 from lrope_search.results.comparison import contexts_needed
 from lrope_search.results.intervals import Interval, Strata, mean_interval

@@ -30,7 +30,7 @@ from options import add_model_options, add_task_options, head, model_of, row, ta
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 from lrope_search import measure
-from lrope_search.curve_files import factors_of_curve
+from lrope_search.commands.curve_files import factors_of_curve
 from lrope_search.results.intervals import Interval
 from lrope_search.scores import ContextScore
 

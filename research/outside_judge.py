@@ -35,7 +35,7 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.gguf_file import GGUFFile
 from lrope_gguf.model_info import read_model
 from lrope_search import ModelConfig, TaskConfig, TaskMix, measure
-from lrope_search.curve_files import factors_of_curve
+from lrope_search.commands.curve_files import factors_of_curve
 from lrope_search.demo.server import LlamaServer
 from lrope_search.results.comparison import Comparison, compare
 from lrope_search.results.table import DepthTable, with_interval

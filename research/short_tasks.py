@@ -25,7 +25,7 @@ from options import add_model_options, model_of, table
 
 from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
-from lrope_search.curve_files import factors_of_curve
+from lrope_search.commands.curve_files import factors_of_curve
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.lead import Lead
 from lrope_search.evaluation.make import open_model

@@ -41,7 +41,7 @@ from lrope_gguf.errors import LropeError
 from lrope_gguf.model_info import read_model
 from lrope_gguf.native import tool_path
 from lrope_search import Measurement, ModelConfig, TaskConfig, measure, search
-from lrope_search.curve_files import factors_of_curve
+from lrope_search.commands.curve_files import factors_of_curve
 from lrope_search.machine import physical_cores
 from lrope_search.results.comparison import Comparison, compare
 from lrope_search.results.table import DepthTable

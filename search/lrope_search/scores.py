@@ -92,6 +92,11 @@ def n_changed(factors: Factors) -> int:
     return sum(value != 1.0 for value in numbers_of(factors))
 
 
+def depth_weight(depth: float, middle_weight: float) -> float:
+    """Return how much a probe at this relative depth counts: ``1 + middle_weight * 4 d (1 - d)``."""
+    return 1.0 + middle_weight * 4.0 * depth * (1.0 - depth)
+
+
 @dataclass(frozen=True)
 class ProbeScore:
     """The score of one probe.

@@ -91,7 +91,7 @@ def command(
 
 def _sides(info: ModelInfo, curves: Sequence[str], factors: Factors | None, *, alone: bool) -> Mapping[str, Factors]:
     """Return the factors of each side beside the base model's; what the file holds if nothing else is asked for."""
-    from ..curve_files import factors_of_curve
+    from .curve_files import factors_of_curve
 
     sides: dict[str, Factors] = {}
     for curve in curves:

@@ -18,8 +18,7 @@ from ..evaluation.batch import MAX_SEQUENCES, Part, Tokens
 from ..evaluation.encoding import Encoding
 from ..evaluation.model import Model
 from ..machine import free_memory
-from ..results.objective import depth_weight
-from ..scores import ContextScore, ProbeScore
+from ..scores import ContextScore, ProbeScore, depth_weight
 from .capture import Capture, Graph
 from .replay import Replay, Variables, answers
 from .rotation import Coherence

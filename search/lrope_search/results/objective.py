@@ -8,16 +8,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..scores import ContextScore
+from ..scores import ContextScore, depth_weight
 
 K = TypeVar("K")
 
 _LEAST_SCALE = 1e-3  # nats: of a task whose answers the base model gives all alike
-
-
-def depth_weight(depth: float, middle_weight: float) -> float:
-    """Return how much a probe at this relative depth counts: ``1 + middle_weight * 4 d (1 - d)``."""
-    return 1.0 + middle_weight * 4.0 * depth * (1.0 - depth)
 
 
 class Objective:

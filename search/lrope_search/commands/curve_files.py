@@ -7,7 +7,7 @@ from pathlib import Path
 from lrope_gguf.commands.write import curve_for
 from lrope_gguf.model_info import ModelInfo
 
-from .scores import Factors, tuned
+from ..scores import Factors, tuned
 
 
 def factors_of_curve(path: str | Path, info: ModelInfo) -> Factors:
