@@ -49,7 +49,10 @@ def test_tasks_are_read(given: list[str], made: list[TaskConfig]) -> None:
 
 
 BAD_TASKS = [
-    (["nonsense"], "--tasks nonsense: no such task; choose from kv, mdqa, jsonl, multikey, vt, cwe, fwe"),
+    (
+        ["nonsense"],
+        "--tasks nonsense: no such task; choose from kv, words, numbers, mdqa, jsonl, multikey, vt, cwe, fwe",
+    ),
     (["kv:keys"], "--tasks kv:keys: 'keys' is no option with a value; kv has context-tokens, data, identifiers, keys,"),
     (["kv:size=3"], "--tasks kv:size=3: 'size=3' is no option with a value"),
     (["kv:keys=many"], "--tasks kv:keys=many: 'many' is no whole number"),
@@ -138,7 +141,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 
 def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     said = refusal(capsys, "tasks", MODEL, "--tasks", "kv:keys=3", "xyz")
-    assert said == "--tasks xyz: no such task; choose from kv, mdqa, jsonl, multikey, vt, cwe, fwe\n"
+    assert said == "--tasks xyz: no such task; choose from kv, words, numbers, mdqa, jsonl, multikey, vt, cwe, fwe\n"
     said = refusal(capsys, "lengths", MODEL, "--lengths", "20", "30", "20")
     assert said == "20: given twice; give each setting once\n"
     said = refusal(capsys, "lengths", MODEL, "--lengths", "20", "--curves", "none-such")
