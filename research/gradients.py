@@ -37,7 +37,9 @@ from options import add_model_options, add_task_options, dispatch, gain_text, he
 from scipy.stats import spearmanr
 
 from lrope_gguf.curve import CurveFile
+from lrope_gguf.model_info import read_model
 from lrope_search import TaskConfig
+from lrope_search.commands.curve_files import factors_of_curve
 from lrope_search.evaluation.encoding import Encoding
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator
 from lrope_search.evaluation.make import kept_guard_texts, open_model, task_for
@@ -51,7 +53,7 @@ from lrope_search.gradient.weights import Weights
 from lrope_search.results.comparison import compare
 from lrope_search.results.objective import task_scales
 from lrope_search.sample import SPLITS
-from lrope_search.scores import LAYER_SCAN, SCALES, ContextScore, Factors, rows_of, tuned
+from lrope_search.scores import LAYER_SCAN, SCALES, ContextScore, Factors, rows_of
 from lrope_search.study.store import Study
 
 LIMITS = (0.25, 0.5, 1.0, 2.0, 4.0, None)
@@ -251,18 +253,12 @@ def write_curve(path: Path | None, factors: Factors) -> None:
         CurveFile(layer_factors=None if rows else tuple(factors), **rows).save(path)
 
 
-def read_curve(path: Path, n_layer: int) -> Factors:
-    file = CurveFile.load(path)
-    return tuned(
-        file.factors_for(n_layer) if file.control_points or file.layer_factors else (1.0,) * n_layer, file.rows
-    )
-
-
 def gains(args: argparse.Namespace) -> None:
     texts, configs = texts_of(args.guard), tasks_of(args)
     with opened(args) as (model, weights), Objective(model, weights) as objective:
         heads = objective.heads()
-        sides = {str(path): logarithms(read_curve(path, model.n_layer), heads) for path in args.curve}
+        info = read_model(args.model)
+        sides = {str(path): logarithms(factors_of_curve(path, info), heads) for path in args.curve}
         base = logarithms((1.0,) * model.n_layer, heads)
         print(head("", "task", "base, nats", "right, %", "gain, nats", "gain, points"))
         for name, config in configs.items():
