@@ -147,7 +147,10 @@ def _run(
         if settled.ascends:
             trail = _ascend(session, settled, begun)
             proposals = trail.proposals(settled.bounds)
-            settled = settled if proposals else settled.of_layers()
+            if not proposals:
+                if settled.scale != SCALES[0]:
+                    session.progress.line("no head is scaled; the search goes on with factors of layers")
+                settled = settled.of_layers()
             optimizer = make_optimizer(settled, session.n_layer, layers, proposals)
         outcome = run_search(
             session.executor(),
