@@ -7,6 +7,7 @@
     python research/gradients.py conflicts MODEL --tasks kv:keys=240,identifiers=word vt:lines=40 ... [model options]
     python research/gradients.py ascend MODEL --output FILE [--scale both] [--curve FILE] [--guard STUDY] [task options]
     python research/gradients.py gains MODEL --curve FILE ... --contexts 16 [--guard STUDY] [task and model options]
+    ... ascend|gains MODEL --outputs ...
 
 `cost` holds processor seconds of gradients against llama.cpp's own prefill of the same context, and coarse products
 against exact ones. `memory` reads graphs and computes nothing. `agree` holds the replay of test contexts
@@ -14,7 +15,7 @@ against llama.cpp's scores of them. `limits` holds derivatives with different li
 coherence against the layer scan of a kept study. `ascend` goes on where FILE ends, and writes what it has found as a
 curve file; `gains` judges such files, of heads too, by the replay: on contexts that no search has seen, by task, with
 intervals, and their divergence on a study's texts. Both take several tasks as `conflicts` does; an ascent divides each
-by its spread.
+by its spread. With ``--outputs`` query scales, of curve files too, scale what heads put out instead.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def ascend(args: argparse.Namespace) -> None:
     steps = [Step.from_json(json.loads(line)) for line in kept]
     values = {name: getattr(args, name) for name in asdict(AscentConfig()) if getattr(args, name) is not None}
     texts = texts_of(args.guard)
-    with opened(args) as (model, weights), Objective(model, weights) as objective:
+    with opened(args) as (model, weights), Objective(model, weights, scaled=args.scaled) as objective:
         one, encodings = (1.0,) * model.n_layer, []
         scales: list[float] = []
         for config in tasks_of(args).values():
@@ -255,7 +256,7 @@ def write_curve(path: Path | None, factors: Factors) -> None:
 
 def gains(args: argparse.Namespace) -> None:
     texts, configs = texts_of(args.guard), tasks_of(args)
-    with opened(args) as (model, weights), Objective(model, weights) as objective:
+    with opened(args) as (model, weights), Objective(model, weights, scaled=args.scaled) as objective:
         heads = objective.heads()
         info = read_model(args.model)
         sides = {str(path): logarithms(factors_of_curve(path, info), heads) for path in args.curve}
@@ -329,7 +330,9 @@ def main() -> None:
             command.add_argument("--study", metavar="DIR", type=Path, required=True)
         elif name in ("agree", "conflicts"):
             command.add_argument("--contexts", metavar="N", type=int, default=2, help="of each task (%(default)s)")
-        elif name == "ascend":
+        if name in ("ascend", "gains"):
+            command.add_argument("--outputs", dest="scaled", action="store_const", const="outputs", default="queries")
+        if name == "ascend":
             command.add_argument("--output", metavar="FILE", type=Path, required=True, help="JSON lines, a step each")
             command.add_argument("--guard", metavar="DIR", type=Path, help="a study whose texts limit divergence")
             command.add_argument("--first-context", metavar="N", type=int, default=0, help="of the split search")

@@ -61,6 +61,7 @@ class Objective:
         coherence: Which derivative.
         remat: See `Replay`.
         imitate: See `Replay`.
+        scaled: See `Replay`.
 
     Raises:
         LropeError: llama.cpp makes no such context, or the weights would not fit into free memory.
@@ -74,9 +75,10 @@ class Objective:
         coherence: Coherence | None = None,
         remat: bool = True,
         imitate: bool = False,
+        scaled: str = "queries",
     ) -> None:
         self._model, self._weights = model, weights
-        self._coherence, self._remat, self._imitate = coherence, remat, imitate
+        self._how: dict[str, Any] = {"coherence": coherence, "remat": remat, "imitate": imitate, "scaled": scaled}
         self._capture: Capture | None = None
         self._room_for(0)
         self._base: dict[tuple[int, bytes], Tensor] = {}
@@ -221,7 +223,7 @@ class Objective:
         return capture(part)
 
     def _replay(self, graph: Graph) -> Replay:
-        replay = Replay(graph, self._weights, coherence=self._coherence, remat=self._remat, imitate=self._imitate)
+        replay = Replay(graph, self._weights, **self._how)
         self._room_for(replay.n_bytes)
         return replay
 

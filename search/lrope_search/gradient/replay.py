@@ -78,7 +78,7 @@ class Variables:
     factors: Tensor
     """Of positions, shape (layers, most KV heads of a layer)."""
     scales: Tensor
-    """Of queries, shape (layers, most heads of a layer)."""
+    """Of queries (`Replay`), shape (layers, most heads of a layer)."""
 
     @classmethod
     def zeros(cls, graph: Graph, *, dtype: Any = torch.float32, device: Any = "cpu") -> Variables:
@@ -165,6 +165,7 @@ class Replay:
         imitate: Round as llama.cpp does: activations to 8 bits before a product with quantized weights, caches to their
             type.
         remat: Compute each layer again on the way back instead of keeping what it computed.
+        scaled: What `Variables.scales` multiply of a head: its ``"queries"``, or its ``"outputs"``.
 
     Attributes:
         n_bytes: What the way back needs of activations, about; weights and the graph's inputs come on top.
@@ -181,8 +182,9 @@ class Replay:
         coherence: Coherence | None = None,
         imitate: bool = False,
         remat: bool = False,
+        scaled: str = "queries",
     ) -> None:
-        self._graph, self._weights, self._imitate = graph, weights, imitate
+        self._graph, self._weights, self._imitate, self._scaled = graph, weights, imitate, scaled
         self._dtype, self._device = weights.dtype, weights.device
         self._coherence = coherence or Coherence()
         self.heads = Heads.of(graph)
@@ -309,8 +311,11 @@ class Replay:
         sources: list[Tensor] = [None if s is None else self._value(memory, s) for s in node.sources[:5]]
         q, k, v, mask, sinks = sources
         scale, max_bias, cap = node.floats(3)
+        scales: Tensor = 1.0
         if (layer := self._attending.get(node)) is not None:
-            q = q * torch.exp(variables.scales[layer, : q.shape[1]])[:, None, None]
+            scales = torch.exp(variables.scales[layer, : q.shape[1]])[:, None, None]
+        if self._scaled == "queries":
+            q, scales = q * scales, 1.0
         nearby = self._nearby(memory, node, q, k)
         log_factor = None
         if nearby is not None:
@@ -322,7 +327,7 @@ class Replay:
             seen = self._mask(node, i, mask, q, k)
             parts = q[i], k[i], v[i]
             streams.append(attention(*parts, seen, how, sinks=sinks, log_factor=log_factor, nearby=nearby))
-        return torch.stack(streams).transpose(1, 2)
+        return (torch.stack(streams) * scales).transpose(1, 2)
 
     def _nearby(self, memory: _Memory, node: Node, q: Tensor, k: Tensor) -> Nearby | None:
         """What pairs count only nearby, where queries and keys are known to be turned alike."""
