@@ -31,6 +31,38 @@ def test_the_first_step_has_the_size_that_was_asked_for() -> None:
     assert ascent.at == pytest.approx([0.07 / 1.05, -0.07 * 0.05 / 0.1])
 
 
+def test_what_went_too_far_on_one_context_goes_back_to_the_top_of_a_parabola() -> None:
+    """One axis is bent a hundred times as much as the other; the line through two derivatives finds its top."""
+    bent = np.array([100.0, 1.0])
+    top = np.array([0.02, 0.5])
+    for visits in (1, 2):
+        ascent = Ascent(np.zeros(2), AscentConfig(steps=8, first=0.1, last=0.1, visits=visits))
+        ends = []
+        while not ascent.done:
+            again = Ascent(np.zeros(2), ascent.config)
+            again.restore(json.loads(json.dumps(ascent.state())))
+            slope = bent * (top - ascent.at)
+            ascent.tell(slope)
+            again.tell(slope)
+            assert again.state() == ascent.state()
+            ends.append(float(ascent.at[0]))
+        assert ascent.at[1] > 0.4
+        if visits == 2:
+            assert ends[1] == pytest.approx(0.02)
+            assert max(abs(end - 0.02) for end in ends[1:]) < 0.051
+        else:
+            assert min(ends) < -0.02  # as far below it as it was above
+
+
+def test_another_context_may_want_the_opposite() -> None:
+    ascent = Ascent(np.zeros(1), AscentConfig(steps=4, first=0.1, last=0.1, visits=2))
+    ascent.tell(np.array([1.0]))
+    ascent.tell(np.array([0.5]))
+    at = float(ascent.at[0])
+    ascent.tell(np.array([-0.1]))  # of the next context: no sign that the last step was too far
+    assert ascent.at[0] > at
+
+
 def test_it_stays_within_bounds_and_says_where() -> None:
     ascent = Ascent(np.zeros(2), AscentConfig(steps=40))
     while not ascent.done:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from support.replayed import NO_REPLAY, FixtureWeights, capture, decoders, made,
 from lrope_gguf.errors import LropeError  # noqa: E402
 from lrope_search import ModelConfig, task_config  # noqa: E402
 from lrope_search.evaluation.divergence import GuardTexts  # noqa: E402
+from lrope_search.evaluation.encoding import Encoding  # noqa: E402
 from lrope_search.evaluation.evaluator import TeacherForcedEvaluator  # noqa: E402
 from lrope_search.evaluation.make import open_model, task_for  # noqa: E402
 from lrope_search.evaluation.model import Model  # noqa: E402
@@ -34,7 +35,7 @@ from lrope_search.gradient.replay import Replay, Variables, answers  # noqa: E40
 from lrope_search.gradient.rotation import Coherence  # noqa: E402
 from lrope_search.gradient.variables import Heads, logarithms  # noqa: E402
 from lrope_search.gradient.weights import Weights  # noqa: E402
-from lrope_search.scores import Tuned  # noqa: E402
+from lrope_search.scores import Tuned, rows_of  # noqa: E402
 
 pytestmark = [pytest.mark.native, pytest.mark.gradient]
 EMBEDDED = Path(__file__).parent.parent / "models" / "lrope-kv.gguf"
@@ -115,6 +116,36 @@ def test_a_layers_factor_does_what_it_does_in_llama_cpp(model: Model, weights: W
         changes.append([side(sides[0]) - side(sides[1]) for side in (ours, theirs)])
     assert np.abs(changes).max() > 0.1
     assert [a for a, _ in changes] == pytest.approx([b for _, b in changes], abs=0.005)
+
+
+class ScaledColumns:
+    """Weights whose ``attn_output`` takes each head's output times a number."""
+
+    def __init__(self, weights: Weights, scales: NDArray[np.float64]) -> None:
+        self._weights, self._scales = weights, torch.from_numpy(scales)
+        self.dtype, self.device, self.activation_block = weights.dtype, weights.device, weights.activation_block
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._weights[name]
+        if not name.endswith("attn_output.weight"):
+            return value
+        of_layer = self._scales[int(name.split(".")[1])]
+        return value * of_layer.repeat_interleave(value.shape[-1] // len(of_layer))
+
+
+def test_a_heads_output_is_scaled_as_the_columns_that_take_it(model: Model, weights: Weights) -> None:
+    graph, rng = graph_of(model), np.random.default_rng(7)
+    variables = Variables.zeros(graph, dtype=torch.float64)
+    scales = rng.normal(0.0, 0.2, tuple(variables.scales.shape))
+    plain = Replay(graph, weights)(variables).detach()
+    wanted = Replay(graph, ScaledColumns(weights, np.exp(scales)))(variables).detach()
+    with torch.no_grad():
+        variables.scales.copy_(torch.from_numpy(scales))
+    got = Replay(graph, weights, scaled="outputs")(variables).detach()
+    assert (got - wanted).abs().max() < 1e-9 * (wanted - plain).abs().max()
 
 
 def test_heads_do_what_they_do_in_llama_cpp(model: Model, weights: Weights) -> None:
@@ -296,13 +327,18 @@ def test_what_does_not_fit_is_said_before_it_is_loaded(
         objective.answers(encoding, np.zeros((model.n_layer, 1)))
 
 
-def climb_of(asked: tuple[TeacherForcedEvaluator, Model], objective: Objective, **options: Any) -> Climb:
+def climb_of(
+    asked: tuple[TeacherForcedEvaluator, Model],
+    objective: Objective,
+    encode: Callable[[int], Encoding] | None = None,
+    **options: Any,
+) -> Climb:
     evaluator, _ = asked
     text = evaluator.encoding("validation", 0).prefix[:64]
-    of_climb = {name: options.pop(name) for name in ("starts", "seed", "middle_weight") if name in options}
+    of_climb = {name: options.pop(name) for name in ("starts", "seed", "middle_weight", "scale") if name in options}
     given = {"steps": 6, "max_divergence": 1.0, **options}
     return Climb(
-        objective, [lambda k: evaluator.encoding("search", k)], names=["kv"], weights=[2.0], scales=[0.5],
+        objective, [encode or (lambda k: evaluator.encoding("search", k))], names=["kv"], weights=[2.0], scales=[0.5],
         texts=[Text(text)], layers=[0, 1, 3], config=AscentConfig(**given), **of_climb,
     )  # fmt: skip
 
@@ -393,6 +429,26 @@ def test_a_climb_holds_its_limit_and_says_what_is_at_a_bound(asked: tuple[Teache
         bounded.step()
         assert set(bounded.at_bound) <= {0, 1, 3}
         assert bounded.at_bound
+        scales = climb_of(asked, objective, scale="queries", query_bound=0.001, steps=2)
+        scales.step()
+        assert max(value for row in rows_of(scales.factors)["query_scales"] for value in row) == 1.001
+        assert scales.at_bound == ()  # the bounds that a search can be given are not those of scales
+
+
+def test_steps_that_share_a_context_ask_for_it_again(asked: tuple[TeacherForcedEvaluator, Model]) -> None:
+    seen: list[int] = []
+
+    def encode(number: int) -> Encoding:
+        seen.append(number)
+        return asked[0].encoding("search", number)
+
+    with Objective(asked[1], Weights(EMBEDDED)) as objective:
+        climb = climb_of(asked, objective, encode, steps=3, visits=2, starts=(None, None))
+        steps = [climb.step() for _ in range(6)]
+        assert seen == [1, 1, 2, 3, 3, 4]
+        again = climb_of(asked, objective, encode, steps=3, visits=2, starts=(None, None))
+        again.restore(json.loads(json.dumps(steps[3].state)))
+        assert [again.step().state for _ in range(2)] == [step.state for step in steps[4:]]
 
 
 def test_what_torch_cannot_compute_moves_nothing(

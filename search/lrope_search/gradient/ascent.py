@@ -33,6 +33,8 @@ class AscentConfig:
         max_divergence: What the KL divergence may be, in nats a token.
         reserve: The share of it that the ascent leaves: its texts are not all that a guard looks at.
         query_reserve: That share where query scales move, whose divergence rises faster than was foretold.
+        visits: How many steps look at one context. From the second on, a factor whose derivative has changed its sign
+            there went too far: it goes back to where the line through both derivatives is 0, and its steps are halved.
     """
 
     steps: int = 20
@@ -48,6 +50,7 @@ class AscentConfig:
     max_divergence: float = 0.1
     reserve: float = 0.2
     query_reserve: float = 0.4
+    visits: int = 1
 
 
 class Ascent:
@@ -78,6 +81,8 @@ class Ascent:
         self.price = 0.0
         self._mean = np.zeros_like(self.at)
         self._square = np.zeros_like(self.at)
+        self._halved = np.ones_like(self.at)  # how large steps still are
+        self._before: tuple[Values, Values] | None = None  # the last derivatives, and where
         self._texts: dict[int, tuple[float, Values, Values, int]] = {}  # divergence, derivatives, where, and its kind
 
     @property
@@ -111,13 +116,27 @@ class Ascent:
         if divergence_gradient is not None:
             rising = self._rising(float(divergence), divergence_gradient)
             self._texts[text] = float(divergence), rising, self.at, kind
-        self._mean = c.beta1 * self._mean + (1.0 - c.beta1) * gradient
+        back = self._back(gradient)
+        too_far = back != 0.0
+        self._mean = np.where(too_far, 0.0, c.beta1 * self._mean + (1.0 - c.beta1) * gradient)
         self._square = c.beta2 * self._square + (1.0 - c.beta2) * gradient**2
-        size = self._share * (c.first + (c.last - c.first) * self.step / max(1, c.steps - 1))
+        self._halved = np.where(too_far, 0.5, 1.0) * self._halved
+        self._before = gradient, self.at
+        size = self._share * self._halved * (c.first + (c.last - c.first) * self.step / max(1, c.steps - 1))
         self.step += 1
         mean = self._mean / (1.0 - c.beta1**self.step)
         rate = size / (np.sqrt(self._square / (1.0 - c.beta2**self.step)) + c.epsilon)
-        self.at = np.clip(self.at + self._limited(mean, rate, size), self._low, self._high)
+        self.at = np.clip(self.at + back + self._limited(mean, rate, size), self._low, self._high)
+
+    def _back(self, gradient: Values) -> Values:
+        """Return how far factors go back that went too far since the last look at the same context; 0: they did not."""
+        if self._before is None or self.step % self.config.visits == 0:
+            return np.zeros_like(self.at)
+        before, at = self._before
+        moved = self.at - at
+        too_far = (before * moved > 0.0) & (gradient * moved < 0.0)
+        back = gradient / np.where(too_far, before - gradient, 1.0) * moved
+        return np.where(too_far, back, 0.0)
 
     def _rising(self, divergence: float, slope: Values) -> Values:
         """Return the divergence's derivatives, not less than those of one that rises with the square from 0 to here.
@@ -150,6 +169,8 @@ class Ascent:
         texts = [
             [text, value, slope.tolist(), at.tolist(), kind] for text, (value, slope, at, kind) in self._texts.items()
         ]
+        if self.config.visits > 1 and self._before is not None:
+            arrays |= {"halved": self._halved, "gradient": self._before[0], "before": self._before[1]}
         kept = {name: values.tolist() for name, values in arrays.items()}
         return {"step": self.step, "price": self.price, "texts": texts} | kept
 
@@ -160,7 +181,8 @@ class Ascent:
             LropeError: it is the state of something else.
         """
         try:
-            arrays = [np.array(state[name], np.float64) for name in ("at", "mean", "square")]
+            names = ("at", "mean", "square", *(("halved", "gradient", "before") if "before" in state else ()))
+            arrays = [np.array(state[name], np.float64) for name in names]
             step, price = int(state["step"]), float(state["price"])
             texts = {
                 int(text): (
@@ -177,5 +199,7 @@ class Ascent:
             values.shape != self.at.shape for values in (*arrays, *(x for text in texts.values() for x in text[1:3]))
         ):
             raise LropeError(f"the kept state of the gradient ascent is not of {self.at.shape} values")
-        self.at, self._mean, self._square = arrays
+        self.at, self._mean, self._square = arrays[:3]
+        self._halved, *before = arrays[3:] or [np.ones_like(self.at)]
+        self._before = (before[0], before[1]) if before else None
         self.step, self.price, self._texts = step, price, texts

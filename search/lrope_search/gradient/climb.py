@@ -5,6 +5,7 @@ Nothing here needs torch until `open_objective` is entered.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -177,8 +178,8 @@ class Climb:
 
     @property
     def at_bound(self) -> tuple[int, ...]:
-        """Layers of which something has run to a bound."""
-        return self._moving.layers_of(self._ascent.at_bound)
+        """Layers of which a position factor has run to a bound; those of query scales cannot be set."""
+        return self._moving.layers_of(self._ascent.at_bound & ~self._moving.queries)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on after the step that left this state.
@@ -202,10 +203,12 @@ class Climb:
         if self._ascent.done:
             self._begin(self._number + 1)
         number = self._number * self._config.steps + self._ascent.step + 1
+        visits = self._config.visits
+        context = self._number * math.ceil(self._config.steps / visits) + self._ascent.step // visits + 1
         at = self._moving.at(self._ascent.at)
         try:
             found = [
-                self._objective.answers(encode(number), *at, middle_weight=self._middle_weight)
+                self._objective.answers(encode(context), *at, middle_weight=self._middle_weight)
                 for encode in self._encodings
             ]
             apart = self._divergence(number, at)
