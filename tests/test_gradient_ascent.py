@@ -54,13 +54,24 @@ def test_what_went_too_far_on_one_context_goes_back_to_the_top_of_a_parabola() -
             assert min(ends) < -0.02  # as far below it as it was above
 
 
-def test_another_context_may_want_the_opposite() -> None:
+@pytest.mark.parametrize(
+    ("then", "share"),
+    [(-0.05, None), (-0.1, None), (-0.2, 0.5), (-1.0, 0.1), (0.3, None)],
+    ids=["less against", "as much", "twice as much", "a cliff", "after all"],
+)
+def test_another_context_may_want_the_opposite(then: float, share: float | None) -> None:
     ascent = Ascent(np.zeros(1), AscentConfig(steps=4, first=0.1, last=0.1, visits=2))
     ascent.tell(np.array([1.0]))
     ascent.tell(np.array([0.5]))
     at = float(ascent.at[0])
     ascent.tell(np.array([-0.1]))  # of the next context: no sign that the last step was too far
-    assert ascent.at[0] > at
+    on = float(ascent.at[0])
+    assert on > at
+    ascent.tell(np.array([then]))
+    if share is None:
+        assert ascent.at[0] != pytest.approx(at, abs=0.3 * (on - at))
+    else:
+        assert ascent.at[0] == pytest.approx(at + share * (on - at))
 
 
 def test_it_stays_within_bounds_and_says_where() -> None:

@@ -34,7 +34,7 @@ class AscentConfig:
         reserve: The share of it that the ascent leaves: its texts are not all that a guard looks at.
         query_reserve: That share where query scales move, whose divergence rises faster than was foretold.
         visits: How many steps look at one context. From the second on, a factor whose derivative has changed its sign
-            there went too far: it goes back to where the line through both derivatives is 0, and its steps are halved.
+            there, or grew against the way it went, has gone too far: it goes back, and its steps are halved.
     """
 
     steps: int = 20
@@ -129,14 +129,19 @@ class Ascent:
         self.at = np.clip(self.at + back + self._limited(mean, rate, size), self._low, self._high)
 
     def _back(self, gradient: Values) -> Values:
-        """Return how far factors go back that went too far since the last look at the same context; 0: they did not."""
+        """Return how far factors go back that went too far since the last look at the same context; 0: they did not.
+
+        To where the line through both derivatives is 0; where another context had sent them against the first of
+        these, by as much of the way as the second is worse.
+        """
         if self._before is None or self.step % self.config.visits == 0:
             return np.zeros_like(self.at)
         before, at = self._before
         moved = self.at - at
-        too_far = (before * moved > 0.0) & (gradient * moved < 0.0)
-        back = gradient / np.where(too_far, before - gradient, 1.0) * moved
-        return np.where(too_far, back, 0.0)
+        against = -gradient * np.sign(moved)
+        wanted = before * np.sign(moved)
+        share = 1.0 - np.abs(wanted) / np.maximum(against + np.maximum(wanted, 0.0), np.finfo(np.float64).tiny)
+        return np.where((against > 0.0) & (against > -wanted), -share * moved, 0.0)
 
     def _rising(self, divergence: float, slope: Values) -> Values:
         """Return the divergence's derivatives, not less than those of one that rises with the square from 0 to here.
