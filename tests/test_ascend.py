@@ -142,10 +142,11 @@ def test_several_starts_propose_what_each_found(tmp_path: Path) -> None:
     assert next(planned) < next(planned)
 
 
-def test_a_search_of_one_start_is_what_it_was() -> None:
-    assert "gradient_starts" not in SETTINGS.identity()
-    assert replace(SETTINGS, gradient_starts=2).identity()["gradient_starts"] == 2
-    assert "gradient_starts" not in replace(SETTINGS, method="genetic", gradient_starts=2).identity()
+@pytest.mark.parametrize("name", ["gradient_starts", "gradient_visits"])
+def test_a_search_of_one_start_and_visit_is_what_it_was(name: str) -> None:
+    assert name not in SETTINGS.identity()
+    assert replace(SETTINGS, **{name: 2}).identity()[name] == 2
+    assert name not in replace(SETTINGS, method="genetic", **{name: 2}).identity()
 
 
 def test_what_it_proposes_is_tried_and_refined(tmp_path: Path) -> None:
@@ -282,9 +283,11 @@ ASK = ["--keys", "120", "--set", "kv.identifiers=word", "--set", "kv.probes=60",
 
 @pytest.mark.native
 @pytest.mark.gradient
-def test_a_search_by_gradients_gains_and_resumes_after_a_kill(tmp_path: Path) -> None:
+@pytest.mark.parametrize("visits", [1, 2])
+def test_a_search_by_gradients_gains_and_resumes_after_a_kill(tmp_path: Path, visits: int) -> None:
     pytest.importorskip("torch")
-    command = [sys.executable, "-m", "lrope_gguf", "search", str(EMBEDDED), *ASK, "--output"]
+    more = ["--set", f"gradient_visits={visits}"]
+    command = [sys.executable, "-m", "lrope_gguf", "search", str(EMBEDDED), *ASK, *more, "--output"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([*command, str(tmp_path / "a.json")], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -298,6 +301,7 @@ def test_a_search_by_gradients_gains_and_resumes_after_a_kill(tmp_path: Path) ->
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert len(Trail.of(steps.parent).steps) < 8
+    assert ("halved" in Trail.of(steps.parent).steps[0]["state"]) == (visits > 1)
     done = subprocess.run([*command, str(tmp_path / "b.json")], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "b.json").read_bytes() == (tmp_path / "a.json").read_bytes()

@@ -85,6 +85,7 @@ def climber(session: Session, settings: SearchConfig, *, begun: bool) -> Iterato
             layers=facts.layers,
             config=AscentConfig(
                 steps=settings.gradient_steps,
+                visits=settings.gradient_visits,
                 low=math.log(settings.bounds[0]),
                 high=math.log(settings.bounds[1]),
                 max_divergence=settings.max_kl,

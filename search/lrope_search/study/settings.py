@@ -63,6 +63,10 @@ class SearchConfig(Settings):
         1, "how often to make these: from what --start gives or the base model, then from places near it by chance",
         metavar="N", least=1,
     )  # fmt: skip
+    gradient_visits: int = setting(
+        1, "steps that look at one context; with 2, what goes too far there comes back, in models that bear little",
+        metavar="N", least=1,
+    )  # fmt: skip
     scale: str = setting(
         SCALES[0], "what these scale: positions of layers, of KV heads (heads), queries of heads (queries), or the "
         "last two (both); all but the first without a genetic search", choices=SCALES,
@@ -225,7 +229,8 @@ class SearchConfig(Settings):
         bound = self.to_json()
         unbound = ["max_evaluations", "max_hours", "guard_text"]
         unbound += [] if self.ascends else ["method", "gradient_steps"]
-        unbound += ["gradient_starts"] if self.gradient_starts == 1 or not self.ascends else []
+        for name in ("gradient_starts", "gradient_visits"):
+            unbound += [name] if getattr(self, name) == 1 or not self.ascends else []
         unbound += ["scale"] if self.scale == SCALES[0] else []
         return {name: value for name, value in bound.items() if name not in unbound}
 
