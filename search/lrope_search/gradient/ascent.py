@@ -49,7 +49,7 @@ class AscentConfig:
     query_bound: float = math.log(2.0)
     max_divergence: float = 0.1
     reserve: float = 0.2
-    query_reserve: float = 0.4
+    query_reserve: float = 0.3
     visits: int = 1
 
 
