@@ -311,11 +311,11 @@ class Replay:
         sources: list[Tensor] = [None if s is None else self._value(memory, s) for s in node.sources[:5]]
         q, k, v, mask, sinks = sources
         scale, max_bias, cap = node.floats(3)
-        scales: Tensor = 1.0
+        scales: Tensor | None = None
         if (layer := self._attending.get(node)) is not None:
             scales = torch.exp(variables.scales[layer, : q.shape[1]])[:, None, None]
-        if self._scaled == "queries":
-            q, scales = q * scales, 1.0
+        if scales is not None and self._scaled == "queries":
+            q = q * scales
         nearby = self._nearby(memory, node, q, k)
         log_factor = None
         if nearby is not None:
@@ -327,7 +327,10 @@ class Replay:
             seen = self._mask(node, i, mask, q, k)
             parts = q[i], k[i], v[i]
             streams.append(attention(*parts, seen, how, sinks=sinks, log_factor=log_factor, nearby=nearby))
-        return (torch.stack(streams) * scales).transpose(1, 2)
+        out = torch.stack(streams)
+        if scales is not None and self._scaled == "outputs":
+            out = out * scales
+        return out.transpose(1, 2)
 
     def _nearby(self, memory: _Memory, node: Node, q: Tensor, k: Tensor) -> Nearby | None:
         """What pairs count only nearby, where queries and keys are known to be turned alike."""

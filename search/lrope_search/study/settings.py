@@ -64,7 +64,7 @@ class SearchConfig(Settings):
         metavar="N", least=1,
     )  # fmt: skip
     gradient_visits: int = setting(
-        1, "steps that look at one context; with 2, what goes too far there comes back, in models that bear little",
+        1, "steps that look at one context; with 2 or more, a factor that went too far there goes back",
         metavar="N", least=1,
     )  # fmt: skip
     scale: str = setting(
